@@ -1,0 +1,59 @@
+"""plopfast: find where LoRA adapters belong (PLoP, arXiv 2506.20629), and train them fast in little memory.
+
+    import plopfast as pf
+    model, tokenizer = pf.load_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    report = pf.score(model, batches)
+    placement = pf.place(report, rule="plop", k=3, rank=16)
+    pf.inject(model, placement)
+    result = pf.Trainer(model, pf.TrainConfig(lr=2e-4), train, valid).fit()
+    pf.save_adapter(model, "out/adapter")
+
+Names are imported when they are first used, so that the command line can answer, and set OpenMP's waiting policy,
+before torch is loaded.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .checkpoint import load_adapter as load_adapter
+    from .checkpoint import save_adapter as save_adapter
+    from .config import RunConfig as RunConfig
+    from .config import TrainConfig as TrainConfig
+    from .data import read_jsonl as read_jsonl
+    from .data import tokenize as tokenize
+    from .errors import PlopfastError as PlopfastError
+    from .lora import LoRALinear as LoRALinear
+    from .lora import inject as inject
+    from .lora import merge as merge
+    from .lora import unload as unload
+    from .models import linear_modules as linear_modules
+    from .models import load_model as load_model
+    from .nfn import NFNReport as NFNReport
+    from .nfn import score as score
+    from .ops import lora_linear as lora_linear
+    from .placement import Placement as Placement
+    from .placement import place as place
+    from .train import Trainer as Trainer
+    from .train import TrainResult as TrainResult
+
+_HOME = {
+    "load_adapter": "checkpoint", "save_adapter": "checkpoint", "RunConfig": "config", "TrainConfig": "config",
+    "read_jsonl": "data", "tokenize": "data", "PlopfastError": "errors",
+    "LoRALinear": "lora", "inject": "lora", "merge": "lora", "unload": "lora", "linear_modules": "models",
+    "load_model": "models", "NFNReport": "nfn", "score": "nfn", "lora_linear": "ops", "Placement": "placement",
+    "place": "placement", "Trainer": "train", "TrainResult": "train",
+}  # fmt: skip
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module 'plopfast' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

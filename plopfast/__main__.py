@@ -1,0 +1,7 @@
+"""`python -m plopfast`"""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,161 @@
+"""The command line: each command calls one public function of pipeline.py."""
+
+import argparse
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from . import machine
+from .config import RunConfig, TrainConfig, load_settings
+from .errors import ConfigError, Interrupted, PlopfastError
+
+COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "threads")
+SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
+PLACING = ("rule", "k", "rank", "alpha")
+TRAINING = (*(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON), "rslora")
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING)),
+    "score": ("measure NFN of every linear module: scores.json", SCORING),
+    "place": ("choose modules by their scores: placement.json", PLACING),
+    "train": ("train adapters on the placement: adapter/", TRAINING),
+    "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ()),
+    "report": ("one self-contained page from the run's files: report.html", ()),
+    "merge": ("write the model with its adapter merged in: merged/", ()),
+    "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
+}
+DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
+plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
+adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
+EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
+Data rows are JSON lines: {"prompt", "completion"}, {"messages"} or {"text"}.
+Exit codes: 0 done, 2 a clear error, 130 interrupted (state saved)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    machine.set_waiting_policy()
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run(arguments)
+    except PlopfastError as error:
+        print(f"plopfast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if arguments.out else ""
+        print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
+        return 128 + (error.number if isinstance(error, Interrupted) else 2)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("plopfast", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, own) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text, epilog=EPILOG, formatter_class=raw)
+        command.add_argument("--out", type=Path, help="run folder (default: a new one, runs/DATE-TIME)")
+        command.add_argument(
+            "--config", type=Path, metavar="FILE", help="JSON file of settings, named as the options are"
+        )
+        if name != "info":
+            command.add_argument("--overwrite", action="store_true", help="replace results that exist")
+            command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
+        if name in ("eval", "merge"):
+            command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
+        _add_settings(command, (*COMMON, *own))
+    return parser
+
+
+def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    types, group = get_type_hints(RunConfig), command.add_argument_group("settings")
+    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    for name in names:
+        field, hint = fields[name], types[name]
+        plain = next((t for t in get_args(hint) if t is not type(None)), hint)  # int | None -> int
+        text = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
+        options: dict[str, Any] = {
+            "default": argparse.SUPPRESS,
+            "help": text.replace("%(default)s", str(field.default)),
+        }
+        if plain is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {
+                "type": plain,
+                "metavar": "FILE" if name in ("train", "valid", "test") else plain.__name__.upper(),
+            }
+            if field.metadata["choices"]:
+                options |= {"choices": field.metadata["choices"], "metavar": None}
+        group.add_argument(f"--{name.replace('_', '-')}", **options)
+
+
+def settings_of(arguments: argparse.Namespace) -> RunConfig:
+    """Defaults, then the run folder's config.json, then --config, then the options given."""
+    settings: dict[str, Any] = {}
+    kept = arguments.out / "config.json" if arguments.out else None
+    if kept and kept.is_file() and not (arguments.command == "run" and arguments.overwrite):
+        settings |= load_settings(kept)
+    if arguments.config:
+        settings |= load_settings(arguments.config)
+    names = {field.name for field in dataclasses.fields(RunConfig)}
+    return RunConfig(**settings | {key: value for key, value in vars(arguments).items() if key in names})
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = settings_of(arguments)
+    from . import pipeline  # torch and transformers are loaded only once the options are known to be right
+
+    command = arguments.command
+    if command == "info":
+        print(info(config))
+        return 0
+    if arguments.out is None:
+        if command in ("place", "train", "report") or (command in ("eval", "merge") and not arguments.adapter):
+            raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
+        arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
+    run = pipeline.Run(arguments.out, config, overwrite=arguments.overwrite, resume=arguments.resume, progress=True)
+    if command == "run":
+        print(pipeline.run_all(run))
+    elif command == "score":
+        pipeline.run_score(run)
+    elif command == "place":
+        pipeline.run_place(run)
+    elif command == "train":
+        result = pipeline.run_train(run)
+        print(
+            f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s"
+        )
+    elif command == "eval":
+        for who, metrics in pipeline.run_eval(run, arguments.adapter).items():
+            print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
+    elif command == "report":
+        print(pipeline.run_report(run))
+    elif command == "merge":
+        print(pipeline.run_merge(run, arguments.adapter))
+    return 0
+
+
+def info(config: RunConfig) -> str:
+    """Versions, machine, and, by module type, the linear modules with the path that each one takes."""
+    from .models import DEFAULT_HUB_ID, find_default_gguf, linear_modules, load_model
+    from .pipeline import device_for
+
+    lines = [" ".join(f"{name} {version}" for name, version in machine.versions().items()), machine.describe()]
+    gguf = find_default_gguf() if config.model is None else None
+    lines.append(f"model: {config.model or gguf or DEFAULT_HUB_ID}")
+    model, _ = load_model(config.model)
+    by_type: dict[str, list[Any]] = {}
+    for module in linear_modules(model):
+        by_type.setdefault(module.type, []).append(module)
+    lines.append(f"{'module type':<16} {'modules':>7}  {'in -> out':<14} path on {device_for(config.device)}")
+    for type_, modules in by_type.items():
+        shapes = sorted({f"{m.n_in} -> {m.n_out}" for m in modules})
+        lines.append(
+            f"{type_:<16} {len(modules):>7}  {', '.join(shapes):<14} torch, LoRA-first (the only backend so far)"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

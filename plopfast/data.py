@@ -1,0 +1,194 @@
+"""Task data: JSONL rows -> token sequences with a label range -> length-grouped batches.
+
+Rows follow TRL's conventions: {"prompt", "completion"} as strings or message lists, {"messages"}, or {"text"}.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import DataError
+
+DEMO = {
+    split: Path(__file__).parent / "demo" / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")
+}
+IGNORE = -100  # the label of a token that counts in no loss, as in transformers
+FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row: `tokens[start:]` carry labels. `completion` is the row's answer where it is plain text."""
+
+    tokens: tuple[int, ...]
+    start: int
+    completion: str | None
+    where: str  # file:line, for errors
+
+
+def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, row) for each non-empty line. Raises DataError naming the file and line of what is wrong."""
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such data file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
+        _check_row(where, row)
+        rows.append((where, row))
+    if not rows:
+        raise DataError(f"{path}: no rows; expected one JSON object a line: {FORMATS}")
+    return rows
+
+
+def _check_row(where: str, row: dict[str, Any]) -> None:
+    def is_text(key: str) -> bool:
+        return isinstance(row.get(key), str)
+
+    def is_messages(key: str) -> bool:
+        value = row.get(key)
+        return (
+            isinstance(value, list)
+            and bool(value)
+            and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+        )
+
+    pair = ("prompt", "completion")
+    if all(map(is_text, pair)) or all(map(is_messages, pair)) or is_messages("messages") or is_text("text"):
+        return
+    raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
+
+
+def tokenize(
+    rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, max_length: int | None = None
+) -> list[Example]:
+    """Examples with an end-of-text token after each completion or text.
+
+    Raises DataError for a row longer than `max_length` tokens (nothing is truncated silently).
+    """
+    examples = []
+    for where, row in rows:
+        tokens, start, completion = _tokens(where, row, tokenizer)
+        if max_length is not None and len(tokens) > max_length:
+            part = "prompt" if start >= max_length else "row"
+            raise DataError(
+                f"{where}: the {part} has {len(tokens)} tokens, the model's context takes {max_length}; shorten or split it"
+            )
+        if len(tokens) < 2:
+            raise DataError(f"{where}: only {len(tokens)} token; there is nothing to learn from it")
+        examples.append(Example(tuple(tokens), max(start, 1), completion, where))
+    return examples
+
+
+def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int, str | None]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if isinstance(row.get("text"), str):
+        return [*tokenizer(row["text"])["input_ids"], *end], 0, None
+    if isinstance(row.get("prompt"), str):
+        prompt = list(tokenizer(row["prompt"])["input_ids"])
+        return (
+            [*prompt, *completion_tokens(tokenizer, row["prompt"], row["completion"]), *end],
+            len(prompt),
+            row["completion"],
+        )
+    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
+    asked = len(messages) - 1 if "messages" in row else len(row["prompt"])
+    if not getattr(tokenizer, "chat_template", None):
+        raise DataError(
+            f"{where}: a row of messages needs a tokenizer with a chat template; use prompt/completion text"
+        )
+    prompt = _template(tokenizer, messages[:asked], True) if asked else []
+    whole = _template(tokenizer, messages, False)
+    if whole[: len(prompt)] != prompt:
+        raise DataError(f"{where}: the chat template does not keep the prompt as a prefix; use prompt/completion text")
+    return whole, len(prompt), None
+
+
+def _template(tokenizer: Any, messages: list[dict[str, Any]], generate: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def completion_tokens(tokenizer: Any, prompt: str, completion: str) -> list[int]:
+    """The completion's tokens as they follow the prompt: taken from the joint text where that keeps the prompt's
+    tokens (sentencepiece would add a space to the completion alone), else tokenised on their own."""
+    head = list(tokenizer(prompt)["input_ids"])
+    whole = list(tokenizer(prompt + completion)["input_ids"])
+    if len(whole) > len(head) and whole[: len(head)] == head:
+        return whole[len(head) :]
+    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+
+
+def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """Right-padded int64 `input_ids`, `attention_mask` and `labels`, each [rows, longest]; padding is token 0."""
+    longest = max(map(len, sequences))
+    batch = {
+        "input_ids": torch.zeros(len(sequences), longest, dtype=torch.long),
+        "attention_mask": torch.zeros(len(sequences), longest, dtype=torch.long),
+        "labels": torch.full((len(sequences), longest), IGNORE),
+    }
+    for i, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
+        row = torch.tensor(tokens)
+        batch["input_ids"][i, : len(row)] = row
+        batch["attention_mask"][i, : len(row)] = 1
+        batch["labels"][i, start : len(row)] = row[start:]
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def batches_of(examples: Sequence[Example], rows: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them."""
+    chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
+    return [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
+
+
+def group_by_length(
+    lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024
+) -> list[list[int]]:
+    """Index groups whose padded size (rows x longest) stays within `budget` tokens; every index appears once.
+
+    Indices are sorted by length within windows (shuffled before, and the groups after, when there is a `seed`), which
+    leaves a few per cent of padding. A row longer than the budget makes a group of its own.
+    """
+    order = list(range(len(lengths)))
+    rng = random.Random(seed)
+    if seed is not None:
+        rng.shuffle(order)
+    groups: list[list[int]] = []
+    for begin in range(0, len(order), window):
+        group: list[int] = []
+        for index in sorted(order[begin : begin + window], key=lambda i: lengths[i]):
+            if group and (len(group) + 1) * lengths[index] > budget:
+                groups.append(group)
+                group = []
+            group.append(index)
+        groups.append(group)
+    if seed is not None:
+        rng.shuffle(groups)
+    return groups
+
+
+def epochs_of_batches(lengths: Sequence[int], budget: int, seed: int) -> Iterator[list[int]]:
+    """Endless index groups, epoch after epoch, each epoch in an order of its own: a pure function of the seed."""
+    epoch = 0
+    while True:
+        yield from group_by_length(lengths, budget, seed=seed * 1_000_003 + epoch)
+        epoch += 1

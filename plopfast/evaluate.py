@@ -1,0 +1,128 @@
+"""Loss and accuracy of a model on held-out examples, from forward passes with logits only where they are read."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import IGNORE, Example, collate, group_by_length
+from .errors import TrainingError
+from .models import device_of, run_for_logits
+from .progress import bar
+
+MAX_CHOICES = 32
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """`loss`: mean negative log-likelihood of a label token, in nats; `accuracy` of the kind `metric` names."""
+
+    loss: float
+    accuracy: float
+    metric: str
+    examples: int
+    tokens: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
+    where = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    where[:, :-1] = batch["labels"][:, 1:] != IGNORE
+    logits = run_for_logits(model, {key: batch[key] for key in ("input_ids", "attention_mask")}, where)
+    targets = batch["labels"][:, 1:][where[:, :-1]]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
+
+
+def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] | None:
+    """The answers' tokens where the task is a choice: at most 32 distinct completions, each used four times or more on
+    average, none of them a beginning of another. None where it is not."""
+    texts = sorted({e.completion for e in examples if e.completion is not None})
+    if any(e.completion is None for e in examples) or not 2 <= len(texts) <= min(MAX_CHOICES, len(examples) // 4):
+        return None
+    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+    of_text = {e.completion: e.tokens[e.start :] for e in examples}
+    choices = [
+        list(of_text[text][: -len(eos)] if eos and of_text[text][-1:] == eos else of_text[text]) for text in texts
+    ]
+    prefixes = [a == b[: len(a)] for a in choices for b in choices if a is not b]
+    return None if any(prefixes) or not all(choices) else choices
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    choices: list[list[int]] | None = None,
+    batch_tokens: int = 512,
+    progress: str = "",
+) -> Metrics:
+    """Loss over all label tokens, and accuracy.
+
+    With `choices` (token lists) the accuracy is "choice": the share of examples whose own completion is the likeliest of
+    the choices after the prompt. Without, it is "exact-match" for prompt/completion examples (every label token is the
+    likeliest one) and "token" for plain text (share of label tokens). `progress` is a bar's label, empty for none.
+    """
+    began = time.perf_counter()
+    training = model.training
+    model.eval()
+    device = device_of(model)
+    # one sequence an example, and one more for each further way a choice of several tokens can begin
+    jobs: list[tuple[int, tuple[int, ...], int]] = [(i, e.tokens, e.start) for i, e in enumerate(examples)]
+    for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
+        jobs += [
+            (i, (*e.tokens[: e.start], *begin, 0), e.start)  # the last token is read by nobody
+            for i, e in enumerate(examples)
+            if e.tokens[e.start : e.start + len(begin)] != begin
+        ]
+    loss, count, hits, exact = 0.0, 0, 0, 0
+    ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
+    try:
+        with bar(progress, len(jobs), "rows", bool(progress)) as meter:
+            for group in group_by_length([len(job[1]) for job in jobs], batch_tokens):
+                batch = collate([jobs[i][1] for i in group], [jobs[i][2] for i in group], device)
+                losses, logits, where = label_loss(model, batch)
+                logprobs = logits.float().log_softmax(-1) if choices else logits
+                best = logits.argmax(-1)
+                for i, row_losses, row_logprobs, row_best in zip(
+                    group, *(t.split(where.sum(1).tolist()) for t in (losses, logprobs, best)), strict=True
+                ):
+                    index, tokens, start = jobs[i]
+                    if i < len(examples):
+                        right = row_best.cpu() == torch.tensor(tokens[start:])
+                        loss += float(row_losses.sum())
+                        count += len(row_losses)
+                        hits += int(right.sum())
+                        exact += bool(right.all())
+                    for choice in choices or []:
+                        if tuple(choice[:-1]) == tokens[start : start + len(choice) - 1]:
+                            steps = range(len(choice))
+                            ranking[index][tuple(choice)] = sum(float(row_logprobs[s, choice[s]]) for s in steps)
+                meter.update(len(group))
+    finally:
+        model.train(training)
+    if not math.isfinite(loss):
+        raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
+    if choices:
+        metric, accuracy = (
+            "choice",
+            sum(_chose_own(e, r) for e, r in zip(examples, ranking, strict=True)) / len(examples),
+        )
+    elif all(e.completion is not None for e in examples):
+        metric, accuracy = "exact-match", exact / len(examples)
+    else:
+        metric, accuracy = "token", hits / count
+    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began)
+
+
+def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:
+    likeliest = max(ranking, key=lambda choice: ranking[choice])
+    return example.tokens[example.start : example.start + len(likeliest)] == likeliest

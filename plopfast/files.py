@@ -1,0 +1,71 @@
+"""Reading and writing run files: JSON and safetensors only, written under a temporary name and renamed."""
+
+import contextlib
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from .errors import FileError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success it takes the place of `path`, on failure it goes.
+
+    Works for files and folders. Raises FileError where the system refuses (permission, full disk, not a folder).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
+    try:
+        yield scratch / path.name
+        if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
+            path.replace(scratch / "old")
+        (scratch / path.name).replace(path)
+    except OSError as error:
+        raise FileError(f"{path}: writing failed ({error.strerror}); the earlier file, if any, is intact") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """The JSON value in `path`; `made_by` names what writes such a file, for the error of a missing one."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; it is written by {made_by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read ({error})") from error
+    except json.JSONDecodeError as error:
+        raise FileError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); was it edited by hand?") from None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises FileError where `path` exists and is not an empty folder, unless `overwrite`."""
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise FileError(f"{path}: exists already; choose another --out, or pass --overwrite to replace it")

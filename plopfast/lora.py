@@ -1,0 +1,154 @@
+"""LoRA on a model's linear modules, in place: inject, disable, merge, unload.
+
+Hu et al., "LoRA", arXiv 2106.09685: W x + (alpha / rank) B A x with W frozen, A Kaiming-uniform and B zero at first;
+rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank) instead.
+"""
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from .errors import AdapterError, PlacementError
+from .models import is_linear, is_transposed
+from .ops import lora_linear
+
+if TYPE_CHECKING:
+    from .placement import Placement
+
+
+class LoRALinear(nn.Module):
+    """A frozen linear module (nn.Linear or transformers' Conv1D) with a low-rank update.
+
+    lora_A [rank, in] and lora_B [out, rank] are float32 whatever the base's dtype. Dropout draws one seed per call
+    from torch's generator, so it is reproducible under `torch.manual_seed` and activation checkpointing; no mask is
+    stored. Raises PlacementError where the rank is below 1 or above the smaller side of the weight.
+    """
+
+    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        n_out, n_in = self.weight_NK.shape
+        if not 1 <= rank <= min(n_in, n_out):
+            raise PlacementError(
+                f"LoRA rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {min(n_in, n_out)}"
+            )
+        self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
+        self.enabled = True
+        device = self.weight_NK.device
+        lora_A = nn.init.kaiming_uniform_(torch.empty(rank, n_in), a=math.sqrt(5))  # on the CPU: alike on any device
+        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        return self.base.bias  # type: ignore[return-value]
+
+    @property
+    def weight_NK(self) -> torch.Tensor:
+        return self.weight.T if is_transposed(self.base) else self.weight
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in] -> [..., out]"""
+        if not self.enabled:
+            return self.base(x)
+        p = self.dropout if self.training else 0.0
+        # a torch draw, not a counter of our own: checkpointing restores the generator before it recomputes
+        seed = int(torch.randint(1 << 62, ())) if p else None
+        return lora_linear(
+            x, self.weight_NK, self.lora_A, self.lora_B, scaling=self.scaling, bias=self.bias, dropout_p=p, seed=seed
+        )
+
+    @torch.no_grad()
+    def merged_weight(self) -> torch.Tensor:
+        """W + s B A in the base's layout and dtype, summed in float32."""
+        delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        delta = delta.T if is_transposed(self.base) else delta
+        return (self.weight.float() + delta).to(self.weight.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
+
+
+def inject(
+    model: nn.Module, placement: "Placement", *, dropout: float = 0.0, rslora: bool = False, seed: int = 0
+) -> list[str]:
+    """Freezes `model` and puts a LoRALinear in each of the placement's modules, in place; returns their names.
+
+    Each lora_A is drawn from (seed, module name), so that it depends on nothing else. Raises PlacementError for
+    names the model does not have, and AdapterError where the model has adapters already.
+    """
+    if adapters(model):
+        raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
+    modules = dict(model.named_modules())
+    for name in placement.modules:
+        if name not in modules or not is_linear(modules[name]):
+            raise PlacementError(
+                f"the placement names {name!r}, which is not a linear module of this {type(model).__name__}; "
+                "was it made for another model?"
+            )
+    wrapped = {}
+    for name, (rank, alpha) in placement.modules.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
+            try:
+                wrapped[name] = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora)
+            except PlacementError as error:
+                raise PlacementError(f"{name}: {error}") from None
+    model.requires_grad_(False)
+    for name, module in wrapped.items():
+        _replace(model, name, module.train(modules[name].training))
+        module.lora_A.requires_grad_()
+        module.lora_B.requires_grad_()
+    return list(wrapped)
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """Module name -> LoRALinear, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+@contextlib.contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """The base model alone while the context lasts."""
+    modules = list(adapters(model).values())
+    for module in modules:
+        module.enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.enabled = True
+
+
+def merge(model: nn.Module) -> list[str]:
+    """Adds every low-rank update into its frozen weight and puts the plain modules back; returns their names."""
+    merged = adapters(model)
+    for module in merged.values():
+        module.weight.data.copy_(module.merged_weight())
+    return unload(model)
+
+
+def unload(model: nn.Module) -> list[str]:
+    """Takes the adapters out and puts the plain modules back, weights untouched; returns their names."""
+    removed = adapters(model)
+    for name, module in removed.items():
+        _replace(model, name, module.base)
+    return list(removed)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

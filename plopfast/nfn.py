@@ -1,0 +1,428 @@
+"""Normalized Feature Norms, streamed out of plain forward passes.
+
+    NFN(W, z) = ||W z|| / E||W z~||,   z~ = ||z|| g / ||g||,  g ~ N(0, I)
+
+Hayou, Ghosh, Yu, "PLoP", arXiv 2506.20629. Unsquared norms, without the bias, averaged over tokens and then, for a
+module type, over layers. The expectation has the closed form ||z|| ||W||_F / sqrt(n_in), the root of the exact second
+moment, which lies at most 0.2 % per type above the Monte Carlo mean on the authors' published models.
+
+Cost above the forward pass: one read of each output, ||z|| once per shared input, ||W||_F once. No gradient, no kept
+activation, no further matrix product, no wait for the device inside the loop; and the output head, the key-value cache
+and most of the padding of the forward pass itself are left out.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from . import files
+from .data import IGNORE, group_by_length
+from .errors import ConfigError, DataError, FileError, ModelError
+from .lora import adapters
+from .models import LinearInfo, body, device_of, linear_modules
+from .progress import bar
+
+WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
+MIN_BATCH_TOKENS = 512
+OFFICIAL_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """One module's NFN: mean and standard deviation over `tokens` tokens, and what placement needs to know of it."""
+
+    nfn: float
+    std: float
+    tokens: int
+    type: str
+    layer: int | None
+    n_in: int
+    n_out: int
+
+
+@dataclass
+class NFNReport:
+    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers."""
+
+    scores: dict[str, ModuleScore]
+    tokens: int
+    prompts: int
+    seconds: float
+    model: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> dict[str, float]:
+        return {name: score.nfn for name, score in self.scores.items()}
+
+    @property
+    def types(self) -> dict[str, float]:
+        """Type -> mean over layers, lowest first; the output head is in no type."""
+        by_type: dict[str, list[float]] = {}
+        for name, score in self.scores.items():
+            for type_ in self._types_of(name, score):
+                by_type.setdefault(type_, []).append(score.nfn)
+        return dict(sorted(((t, statistics.fmean(v)) for t, v in by_type.items()), key=lambda item: item[1]))
+
+    def _types_of(self, name: str, score: ModuleScore) -> list[str]:
+        if self.settings.get("compat") == "official":  # groups by substring, as the authors' code does
+            return [t for t in OFFICIAL_TYPES if t in name] or ([score.type] if score.layer is not None else [])
+        return [score.type] if score.layer is not None else []
+
+    def table(self) -> str:
+        """The types, lowest NFN first, as text."""
+        rows = [f"{'module type':<16} {'NFN':>7}  {'lowest':>7} {'highest':>7}  layers"]
+        for type_, mean in self.types.items():
+            values = [s.nfn for s in self.scores.values() if s.type == type_]
+            rows.append(f"{type_:<16} {mean:>7.3f}  {min(values):>7.3f} {max(values):>7.3f}  {len(values)}")
+        return "\n".join(rows)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically."""
+        files.write_json(Path(path), {"plopfast": "scores", "types": self.types, **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NFNReport":
+        value = files.read_json(Path(path), "plopfast score")
+        try:
+            scores = {name: ModuleScore(**score) for name, score in value["scores"].items()}
+            rest = {key: value[key] for key in ("tokens", "prompts", "seconds", "model", "settings")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(
+                f"{path}: not a scores file of plopfast ({error}); make it anew with plopfast score"
+            ) from None
+        return cls(scores, **rest)
+
+
+class NFNState:
+    """Running sums of the token ratios ||W z|| / (||z|| denominator), per module and prompt, on the device.
+
+    `hook(index)` is put on a module; `open(counted)` and `close()` enclose the forward pass of one batch, where
+    `counted` [rows, tokens] is True for the tokens that count.
+    """
+
+    def __init__(self, denominators: torch.Tensor) -> None:
+        self.scale = 1.0 / denominators  # [modules]
+        self.squares = torch.zeros_like(self.scale)
+        self.sums: list[torch.Tensor] = []  # of [modules, rows], one for each batch
+        self.counts: list[torch.Tensor] = []
+        self._counted: torch.Tensor | None = None
+        self._calls: list[tuple[int, torch.Tensor, torch.Tensor, int, bool]] = []
+        self._input: torch.Tensor | None = None  # the last module's input, and its norms
+        self._input_norm = torch.empty(0)
+
+    def hook(self, index: int, name: str, bias: torch.Tensor | None) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = args[0]
+            if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
+                self._input, self._input_norm = x, _norm(x)
+            # NFN concerns W alone; in float32, as a large bias would swallow W z in bfloat16
+            y_norm = _norm(output if bias is None else output.float() - bias.float())
+            self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
+
+        return record
+
+    def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
+        """How a module's rows lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
+        assert self._counted is not None
+        rows, tokens = self._counted.shape
+        shape = norms.shape
+        if shape[:2] == (rows, tokens):
+            return math.prod(shape[2:]), False
+        if shape == (rows * tokens,):
+            return 1, False
+        if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):  # [rows, heads, tokens]
+            return shape[1], True
+        raise ModelError(
+            f"{name}: its inputs {list(shape)} cannot be matched with the batch's {rows} rows x {tokens} tokens, so "
+            "padding cannot be told apart (routed experts are not supported yet)"
+        )
+
+    def open(self, counted: torch.Tensor) -> None:
+        self._counted = counted
+        self._calls = []
+
+    def close(self) -> None:
+        """Folds the batch's norms into the sums: one set of operations for all modules of a shape."""
+        assert self._counted is not None
+        rows = self._counted.shape[0]
+        sums = self.scale.new_zeros(len(self.scale), rows)
+        counts = torch.zeros_like(sums)
+        groups: dict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        for i, x_norm, y_norm, extra, inner in self._calls:
+            groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
+        for (extra, inner), calls in groups.items():
+            counted = self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
+            index = torch.tensor([call[0] for call in calls], device=self.scale.device)
+            x_CRT = torch.stack([call[1].to(sums.device) for call in calls])
+            y_CRT = torch.stack([call[2].to(sums.device) for call in calls])
+            valid = counted & (x_CRT != 0)  # a zero input has no direction; NaN stays valid, to be found at the end
+            ratio = torch.where(valid, y_CRT / x_CRT * self.scale[index, None, None], 0.0)
+            sums.index_add_(0, index, ratio.sum(-1))
+            counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
+            self.squares.index_add_(0, index, ratio.square_().sum((-1, -2)))
+        self.sums.append(sums)
+        self.counts.append(counts)
+        self._counted = self._input = None
+        self._calls = []
+
+
+def score(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    tokens: str = "all",
+    skip_bos: bool = True,
+    include_head: bool = False,
+    baseline: str = "closed-form",
+    mc_samples: int = 1024,
+    seed: int = 0,
+    compat: str | None = None,
+    batch_tokens: int | None = None,
+    progress: bool = False,
+) -> NFNReport:
+    """NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, equation 2).
+
+    `batches`: dicts as a Hugging Face tokenizer returns them: `input_ids` and `attention_mask` [rows, tokens], with
+    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion". Padding never counts; rows are batched
+    anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 512).
+    `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
+    `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
+    mean does not depend on z). `compat="official"` follows the authors' code instead: see `_score_official`.
+
+    Raises ModelError for a model without linear modules and for NaN or infinity, naming module, batch and row; DataError
+    for batches that cannot be scored; ConfigError for unknown options.
+    """
+    if tokens not in ("all", "prompt", "completion"):
+        raise ConfigError(f"tokens: expected all, prompt or completion, got {tokens!r}")
+    if baseline not in ("closed-form", "monte-carlo"):
+        raise ConfigError(f"baseline: expected closed-form or monte-carlo, got {baseline!r}")
+    if compat not in (None, "official"):
+        raise ConfigError(f"compat: expected official or nothing, got {compat!r}")
+    if adapters(model):
+        raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
+    began = time.perf_counter()
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            if compat == "official":
+                report = _score_official(model, batches, seed, progress)
+            else:
+                bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
+                rows = _rows(batches, tokens, bos)
+                denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
+                report = _score(model, rows, denominators, include_head, batch_tokens, progress)
+                report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
+                if baseline == "monte-carlo":
+                    report.settings |= {"mc_samples": mc_samples, "seed": seed}
+    finally:
+        model.train(training)
+    report.model = getattr(model, "name_or_path", "")
+    report.seconds = time.perf_counter() - began
+    return report
+
+
+@dataclass(frozen=True)
+class _Row:
+    tokens: torch.Tensor  # [tokens] int64, without padding
+    counted: torch.Tensor  # [tokens] bool
+    batch: int
+    row: int
+    room: int  # padded size of the batch it came in
+
+
+def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> Iterator[_Row]:
+    for index, batch in enumerate(batches):
+        unknown = set(batch) - {"input_ids", "attention_mask", "labels", "token_type_ids"}
+        if unknown or "input_ids" not in batch:
+            raise DataError(f"batch {index}: expected input_ids, attention_mask and labels, got {sorted(batch)}")
+        if which != "all" and "labels" not in batch:
+            raise DataError(f"batch {index}: scoring {which} tokens needs labels (-100 on the prompt)")
+        ids = [torch.as_tensor(row).cpu() for row in batch["input_ids"]]
+        masks = [
+            torch.as_tensor(row).cpu().bool() for row in batch.get("attention_mask", [torch.ones_like(i) for i in ids])
+        ]
+        room = sum(len(row) for row in ids)
+        for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
+            counted = torch.ones_like(tokens, dtype=torch.bool)
+            if which != "all":
+                counted = (torch.as_tensor(batch["labels"][row]).cpu() != IGNORE) == (which == "completion")
+            tokens, counted = tokens[mask], counted[mask]
+            if not len(tokens):
+                continue
+            if bos is not None and tokens[0] == bos:
+                counted[0] = False
+            yield _Row(tokens, counted, index, row, room)
+
+
+def _score(
+    model: nn.Module,
+    rows: Iterator[_Row],
+    denominators: Any,
+    include_head: bool,
+    batch_tokens: int | None,
+    progress: bool,
+) -> NFNReport:
+    infos = linear_modules(model, include_head)
+    device = device_of(model)
+    state = NFNState(_checked(denominators(infos), infos).to(device))
+    runner = model if include_head else body(model)
+    options = {"use_cache": False} if hasattr(model, "config") else {}
+    handles = [
+        info.module.register_forward_hook(state.hook(i, info.name, getattr(info.module, "bias", None)))
+        for i, info in enumerate(infos)
+    ]
+    order: list[_Row] = []
+    tokens = 0
+    try:
+        with bar("score", None, "prompts", progress) as meter:
+            for window in _windows(rows):
+                budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
+                for group in group_by_length([len(row.tokens) for row in window], budget):
+                    chosen = [window[i] for i in group]
+                    ids = pad_sequence([row.tokens for row in chosen], batch_first=True)
+                    mask = pad_sequence([torch.ones_like(row.tokens) for row in chosen], batch_first=True)
+                    counted = pad_sequence([row.counted for row in chosen], batch_first=True)
+                    tokens += int(counted.sum())  # still on the CPU
+                    state.open(counted.to(device))
+                    runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+                    state.close()
+                    order += chosen
+                    meter.update(len(chosen))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not tokens:
+        raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
+    return NFNReport(_collect(state, infos, order), tokens, len(order), 0.0)
+
+
+def _windows(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
+    window: list[_Row] = []
+    for row in rows:
+        window.append(row)
+        if len(window) == WINDOW_ROWS:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
+    """||W||_F / sqrt(n_in) for each module: E||W u|| of a random unit vector u, up to the gap in nfn's docstring."""
+    first = infos[0].weight_NK.device
+    return torch.stack([_norm(i.weight_NK.flatten()).to(first) / i.n_in**0.5 for i in infos])
+
+
+def _monte_carlo(samples: int, seed: int) -> Any:
+    def denominators(infos: Sequence[LinearInfo]) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return torch.stack([_mean_random_norm(info, samples, generator) for info in infos])
+
+    return denominators
+
+
+def _mean_random_norm(info: LinearInfo, samples: int, generator: torch.Generator) -> torch.Tensor:
+    g = torch.randn(samples, info.n_in, generator=generator)  # on the CPU: the same draws on every device
+    unit = (g / g.norm(dim=1, keepdim=True)).to(info.weight_NK.device)
+    return (unit @ info.weight_NK.float().T).norm(dim=1).mean().cpu()
+
+
+def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.Tensor:
+    for info, value in zip(infos, denominators.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
+        if value == 0:
+            raise ModelError(
+                f"{info.name}: the weight is all zeros, so its NFN is undefined; was the model initialised?"
+            )
+    return denominators
+
+
+def _collect(state: NFNState, infos: Sequence[LinearInfo], order: Sequence[_Row]) -> dict[str, ModuleScore]:
+    sums = torch.cat(state.sums, 1).to("cpu", torch.float64)  # [modules, prompts]
+    counts = torch.cat(state.counts, 1).to("cpu", torch.float64).sum(1)
+    squares = state.squares.to("cpu", torch.float64)
+    bad = (~sums.isfinite()).nonzero()
+    if len(bad):
+        module, prompt = bad[0].tolist()
+        raise ModelError(
+            f"{infos[module].name}: NaN or infinity in batch {order[prompt].batch}, row {order[prompt].row} (the first "
+            f"module of {len(set(bad[:, 0].tolist()))} affected); try dtype bfloat16 or float32, or leave the row out"
+        )
+    result = {}
+    for i, info in enumerate(infos):
+        if not counts[i]:
+            raise ModelError(f"{info.name}: never saw a token that counts; is the module unused in the forward pass?")
+        mean = float(sums[i].sum() / counts[i])
+        std = math.sqrt(max(0.0, float(squares[i] / counts[i]) - mean**2))
+        result[info.name] = ModuleScore(mean, std, int(counts[i]), info.type, info.layer, info.n_in, info.n_out)
+    return result
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    """Norms over the last dimension, accumulated in float32 at least."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, progress: bool) -> NFNReport:
+    """The authors' procedure (github soufiane001/plop at 561524d), seeded: padding and BOS count; a random unit vector
+    per token; ratio of batch means, then the mean over batches; W z and W z~ computed again in float32; every module
+    with a weight but embeddings and those named "norm", the output head included.
+    """
+    device = device_of(model)
+    generator = torch.Generator(device).manual_seed(seed)
+    ratios: dict[str, list[float]] = {}
+    infos = {info.name: info for info in linear_modules(model, include_head=True)}
+    seen = {"tokens": 0, "prompts": 0}
+
+    def hook_for(info: LinearInfo) -> Any:
+        w_NK = info.weight_NK
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
+            z_MK = args[0].float().reshape(-1, info.n_in)
+            w = w_NK.float() / (w_NK.float().square().mean().sqrt() + 1e-8)
+            z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
+            g = torch.randn(z.shape, generator=generator, device=device)
+            g = g / (g.norm(dim=1, keepdim=True) + 1e-8)
+            actual, random = (z @ w.T).norm(dim=1).mean().item(), (g @ w.T).norm(dim=1).mean().item()
+            ratios.setdefault(info.name, []).append(actual / random)
+
+        return hook
+
+    chosen = [info for name, info in infos.items() if "norm" not in name.lower()]
+    handles = [info.module.register_forward_hook(hook_for(info)) for info in chosen]
+    try:
+        with bar("score", None, "batches", progress) as meter:
+            for batch in batches:
+                inputs = {
+                    k: torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask") if k in batch
+                }
+                model(**inputs)
+                seen["tokens"] += inputs["input_ids"].numel()
+                seen["prompts"] += len(inputs["input_ids"])
+                meter.update()
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not seen["tokens"]:
+        raise DataError("there is no token to score: the batches are empty")
+    scores = {}
+    for info in chosen:
+        values = ratios[info.name]
+        mean = statistics.fmean(values)
+        if not math.isfinite(mean):
+            raise ModelError(f"{info.name}: NaN or infinity in batch {next(i for i, v in enumerate(values) if v != v)}")
+        scores[info.name] = ModuleScore(
+            mean, statistics.pstdev(values), seen["tokens"], info.type, info.layer, info.n_in, info.n_out
+        )
+    return NFNReport(scores, seen["tokens"], seen["prompts"], 0.0, settings={"compat": "official", "seed": seed})
