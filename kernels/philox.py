@@ -48,4 +48,4 @@ def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device
     zero = torch.zeros_like(row)
     words = philox4x32((group, row & _LOW, row >> 32, zero), (seed & _LOW, (seed >> 32) & _LOW))
     lanes = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
-    return (lanes >= threshold(p)).reshape(rows, -1)[:, :columns]
+    return (lanes >= threshold(p)).reshape(rows, row.shape[1] * LANES)[:, :columns]

@@ -33,7 +33,7 @@ class TrainConfig:
     warmup: float = _option(0.1, "share of the steps over which the learning rate rises")
     weight_decay: float = _option(0.0, "AdamW's weight decay on the adapters")
     clip: float = _option(1.0, "largest gradient norm; 0 for no clipping")
-    batch_tokens: int = _option(320, "padded tokens in a micro-batch")
+    batch_tokens: int = _option(192, "padded tokens in a micro-batch")
     accumulate: int = _option(1, "micro-batches in a step, weighted by their label tokens")
     max_steps: int | None = _option(None, "training steps (default: one epoch; 60 on the demo data)")
     eval_every: int = _option(20, "steps between two looks at the validation loss")

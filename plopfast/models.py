@@ -63,16 +63,17 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
     """
     head = output_head(model) if include_head else None
     found: list[tuple[str, nn.Module, int | None, tuple[str, ...]]] = []
+    module: nn.Module
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
-        parts = name.split(".")
+        parts = tuple(name.split("."))
         index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if index is not None:
             inner = tuple(part for part in parts[index + 1 :] if not part.isdigit())
             found.append((name, module, int(parts[index]), inner))
         elif module is head:
-            found.append((name, module, None, tuple(parts[-1:])))
+            found.append((name, module, None, parts[-1:]))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear modules (nn.Linear or transformers' Conv1D) inside repeated layers; "

@@ -39,7 +39,8 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-    x_MK = x.reshape(-1, x.shape[-1])
+    # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
+    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
     with torch.autocast(x.device.type, enabled=False):
         y_MN = _LoRALinear.apply(x_MK, weight, bias, lora_A, lora_B, scaling, dropout_p, seed or 0)
     return y_MN.view(*x.shape[:-1], weight.shape[0])
@@ -58,6 +59,7 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, dy_MN):
         x_MK, s_MR, w_NK, a_RK, b_NR = ctx.saved_tensors
         need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+        dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
         dx_MK = da_RK = db_NR = None
         if need_b:
             db_NR = torch_ops.grad_b(dy_MN, s_MR, ctx.s).to(b_NR.dtype)
@@ -80,10 +82,11 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
     rank = lora_A.shape[0]
     if rank < 1:
         raise ValueError(f"lora_A: expected rank >= 1, got shape {list(lora_A.shape)}")
-    for name, tensor, want in (("lora_A", lora_A, [rank, n_in]), ("lora_B", lora_B, [n_out, rank])):
-        if list(tensor.shape) != want:
-            hint = ": transposed?" if list(tensor.shape) == want[::-1] else ""
-            raise ValueError(f"{name}: expected {want}, got {list(tensor.shape)}{hint}")
+    for name, tensor, want in (("lora_A", lora_A, ["rank", n_in]), ("lora_B", lora_B, [n_out, rank])):
+        got = list(tensor.shape)
+        if len(got) != 2 or any(isinstance(w, int) and w != g for w, g in zip(want, got, strict=True)):
+            hint = ": transposed?" if got[::-1][-1:] == want[:1] or got[:1] == want[-1:] else ""
+            raise ValueError(f"{name}: expected [{want[0]}, {want[1]}], got {got}{hint}")
         if tensor.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name}: expected float32 or x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and list(bias.shape) != [n_out]:

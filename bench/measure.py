@@ -1,0 +1,69 @@
+"""What the benchmark scripts share: interleaved timing, peak memory, and a results file that names its origin."""
+
+import ctypes
+import datetime
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from plopfast import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each candidate, one after the other in every repeat, after one unmeasured round."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for repeat in range(repeats + 1):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratios(seconds: dict[str, list[float]], name: str, base: str) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile of the time ratio within each repeat: neighbours in time share their noise."""
+    values = sorted(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    quantiles = statistics.quantiles(values, n=5, method="inclusive")
+    return statistics.median(values), quantiles[0], quantiles[-1]
+
+
+def peak_mib(run: Callable[[], Any]) -> float:
+    """Peak resident memory while `run` runs, freed heap given back first so that earlier work leaves no trace."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except OSError:
+        print("warning: no glibc, so peak memory holds earlier candidates' heap", file=sys.stderr)
+    machine.reset_peak()
+    run()
+    return machine.peak_mib()
+
+
+def save(name: str, table: str, figures: dict[str, Any]) -> None:
+    """Prints the table and writes bench/results/NAME.json with command, machine, versions and commit."""
+    root = Path(__file__).parent.parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout
+    value = {
+        "command": "python " + " ".join(sys.argv),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.strip(),
+        "machine": machine.describe(),
+        "versions": machine.versions(),
+        "table": table.splitlines(),
+        **figures,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+    print(table)
+    print(f"written: {RESULTS / name}.json")
