@@ -12,11 +12,11 @@ from plopfast import machine
 
 machine.set_waiting_policy()
 
-import measure  # noqa: E402
-import torch  # noqa: E402
+import measure
+import torch
 
-import plopfast as pf  # noqa: E402
-from plopfast.data import DEMO, batches_of  # noqa: E402
+import plopfast as pf
+from plopfast.data import DEMO, batches_of
 
 
 def main() -> None:

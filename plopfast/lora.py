@@ -31,12 +31,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__()
+        _check_rank(base, rank)
         self.base = base.requires_grad_(False)
         n_out, n_in = self.weight_NK.shape
-        if not 1 <= rank <= min(n_in, n_out):
-            raise PlacementError(
-                f"LoRA rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {min(n_in, n_out)}"
-            )
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
         device = self.weight_NK.device
@@ -99,20 +96,22 @@ def inject(
                 f"the placement names {name!r}, which is not a linear module of this {type(model).__name__}; "
                 "was it made for another model?"
             )
-    wrapped = {}
+        _check_rank(modules[name], placement.modules[name][0], f"{name}: ")
+    model.requires_grad_(False)
     for name, (rank, alpha) in placement.modules.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
-            try:
-                wrapped[name] = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora)
-            except PlacementError as error:
-                raise PlacementError(f"{name}: {error}") from None
-    model.requires_grad_(False)
-    for name, module in wrapped.items():
-        _replace(model, name, module.train(modules[name].training))
-        module.lora_A.requires_grad_()
-        module.lora_B.requires_grad_()
-    return list(wrapped)
+            wrapped = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora)
+        _replace(model, name, wrapped.train(modules[name].training))
+    return list(adapters(model))
+
+
+def _check_rank(base: nn.Module, rank: int, where: str = "") -> None:
+    n_out, n_in = base.weight.shape  # type: ignore[misc]
+    if not 1 <= rank <= min(n_in, n_out):
+        raise PlacementError(
+            f"{where}LoRA rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {min(n_in, n_out)}"
+        )
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:

@@ -135,7 +135,7 @@ class Trainer:
             losses, _, _ = label_loss(self.model, batch)
             part = losses.sum() / label_tokens
             part.backward()
-            loss += float(part)
+            loss += float(part.detach())
         clip = self.config.clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), clip))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):

@@ -11,7 +11,7 @@ machine.set_waiting_policy()
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import plopfast as pf
 from plopfast.data import DEMO, read_jsonl
@@ -59,11 +59,10 @@ def tokenizer():
     """A byte-level BPE of 300 tokens, trained on the demo data."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>"]
     texts = [row["prompt"] + row["completion"] for _, row in read_jsonl(DEMO["valid"])]
-    bpe.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    )
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=300, special_tokens=special, show_progress=False))
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

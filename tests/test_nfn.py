@@ -18,10 +18,14 @@ def exact_scores(model, batches, skip_bos=True, keep=lambda labels: torch.ones_l
     model = model.double()
     inputs, ratios = {}, {}
     infos = linear_modules(model)
-    handles = [i.module.register_forward_hook(lambda _m, args, _o, n=i.name: inputs.__setitem__(n, args[0])) for i in infos]
+    handles = [
+        i.module.register_forward_hook(lambda _m, args, _o, n=i.name: inputs.__setitem__(n, args[0])) for i in infos
+    ]
     with torch.no_grad():
         for batch in batches:
-            for ids, mask, labels in zip(batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True):
+            for ids, mask, labels in zip(
+                batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], strict=True
+            ):
                 inputs.clear()
                 model(input_ids=ids[mask][None], use_cache=False)
                 counts = keep(labels[mask])
@@ -70,9 +74,16 @@ def test_which_tokens_count(llama):
 def test_batching_makes_no_difference(llama):
     batches = random_batches()
     rows = [{k: b[k][i : i + 1] for k in b} for b in batches for i in range(4)]
-    lists = [{"input_ids": [b["input_ids"][i][b["attention_mask"][i] == 1].tolist() for i in range(4)]} for b in batches]
+    lists = [
+        {"input_ids": [b["input_ids"][i][b["attention_mask"][i] == 1].tolist() for i in range(4)]} for b in batches
+    ]
     want = pf.score(llama, batches).modules
-    for other in (pf.score(llama, rows), pf.score(llama, lists), pf.score(llama, batches, batch_tokens=20), pf.score(llama, iter(batches))):
+    for other in (
+        pf.score(llama, rows),
+        pf.score(llama, lists),
+        pf.score(llama, batches, batch_tokens=20),
+        pf.score(llama, iter(batches)),
+    ):
         assert other.modules == pytest.approx(want, rel=1e-5)
 
 
@@ -90,7 +101,15 @@ def test_default_model_types(default_model):
 
     batches = batches_of(pf.tokenize(pf.read_jsonl(DEMO["train"])[:16], tokenizer), 8)
     types = pf.score(model, batches).types
-    want = {"v_proj": 0.60, "up_proj": 0.92, "down_proj": 1.06, "o_proj": 1.18, "gate_proj": 1.22, "q_proj": 1.36, "k_proj": 1.52}
+    want = {
+        "v_proj": 0.60,
+        "up_proj": 0.92,
+        "down_proj": 1.06,
+        "o_proj": 1.18,
+        "gate_proj": 1.22,
+        "q_proj": 1.36,
+        "k_proj": 1.52,
+    }
     assert types == pytest.approx(want, rel=0.05)
 
 
@@ -113,7 +132,10 @@ def test_monte_carlo_agrees_with_the_closed_form(default_model):
 
 def test_monte_carlo_option(llama):
     batches = random_batches()
-    closed, sampled = pf.score(llama, batches), pf.score(llama, batches, baseline="monte-carlo", mc_samples=4096, seed=1)
+    closed, sampled = (
+        pf.score(llama, batches),
+        pf.score(llama, batches, baseline="monte-carlo", mc_samples=4096, seed=1),
+    )
     assert sampled.settings["mc_samples"] == 4096
     assert sampled.modules == pytest.approx(closed.modules, rel=0.05)
     assert sampled.modules != closed.modules
@@ -150,7 +172,17 @@ class Odd(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(300, 12)
-        self.layers = nn.ModuleList([nn.ModuleDict({n: nn.Linear(6 if "head" in n else 12, 6 if "head" in n else 12) for n in ("twice", "flat", "head_first", "head_last")}) for _ in range(2)])
+        self.layers = nn.ModuleList(
+            [
+                nn.ModuleDict(
+                    {
+                        n: nn.Linear(6 if "head" in n else 12, 6 if "head" in n else 12)
+                        for n in ("twice", "flat", "head_first", "head_last")
+                    }
+                )
+                for _ in range(2)
+            ]
+        )
         self.seen = []
 
     def forward(self, input_ids, attention_mask):
@@ -162,7 +194,9 @@ class Odd(nn.Module):
             flat = x.reshape(-1, 12)
             x = layer["flat"](flat).view(rows, tokens, 12)
             heads = x.view(rows, tokens, 2, 6)
-            x = (layer["head_last"](heads) + layer["head_first"](heads.transpose(1, 2)).transpose(1, 2)).reshape(rows, tokens, 12)
+            x = (layer["head_last"](heads) + layer["head_first"](heads.transpose(1, 2)).transpose(1, 2)).reshape(
+                rows, tokens, 12
+            )
         return x
 
 

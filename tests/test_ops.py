@@ -9,7 +9,14 @@ from torch.utils.checkpoint import checkpoint
 import plopfast as pf
 from plopfast.kernels import philox, reference
 
-CASES = [(1, 64, 64, 8), (63, 507, 123, 5), (0, 64, 64, 8), (17, 33, 65, 16), (5, 16, 16, 1), (40, 300, 256, 64)]  # M, N, K, R
+CASES = [
+    (1, 64, 64, 8),
+    (63, 507, 123, 5),
+    (0, 64, 64, 8),
+    (17, 33, 65, 16),
+    (5, 16, 16, 1),
+    (40, 300, 256, 64),
+]  # M, N, K, R
 S = 1.7
 
 
@@ -54,7 +61,9 @@ def assert_no_worse(got, same_dtype, exact, factor=2.0):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtypes", [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float32, None), (torch.bfloat16, torch.float32), (torch.bfloat16, None)], ids=str
+)
 def test_forward_and_gradients(case, dtypes, with_bias, p, strided):
     x, w, a, b, bias, dy = make(*case, *dtypes, strided=strided)
     bias = bias if with_bias else None
@@ -122,7 +131,9 @@ def test_saves_x_and_s_alone(p):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        pf.lora_linear(x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), scaling=S, bias=bias, dropout_p=p, seed=1)
+        pf.lora_linear(
+            x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), scaling=S, bias=bias, dropout_p=p, seed=1
+        )
     assert new == [32 * 4]
 
 
@@ -130,7 +141,9 @@ def test_inputs_are_never_written():
     operands = make(8, 10, 12, 4)
     copies = [t.clone() for t in operands]
     x, w, a, b, bias, dy = operands
-    y = pf.lora_linear(x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), scaling=S, bias=bias, dropout_p=0.2, seed=1)
+    y = pf.lora_linear(
+        x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), scaling=S, bias=bias, dropout_p=0.2, seed=1
+    )
     y.backward(dy)
     assert all(torch.equal(t.detach(), copy) for t, copy in zip(operands, copies, strict=True))
 
@@ -206,7 +219,12 @@ def test_against_peft(with_bias, p):
     want = theirs(their_x)
     y.backward(dy)
     want.backward(dy)
-    pairs = [(y, want), (ours_x.grad, their_x.grad), (a.grad, theirs.lora_A["default"].weight.grad), (b.grad, theirs.lora_B["default"].weight.grad)]
+    pairs = [
+        (y, want),
+        (ours_x.grad, their_x.grad),
+        (a.grad, theirs.lora_A["default"].weight.grad),
+        (b.grad, theirs.lora_B["default"].weight.grad),
+    ]
     for ours, peft in pairs:
         assert (ours - peft).norm() <= 1e-6 * peft.norm()
 
@@ -229,7 +247,13 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments(message):
-    good = {"x": torch.randn(4, 8), "weight": torch.randn(10, 8), "lora_A": torch.randn(3, 8), "lora_B": torch.randn(10, 3), "scaling": 1.0}
+    good = {
+        "x": torch.randn(4, 8),
+        "weight": torch.randn(10, 8),
+        "lora_A": torch.randn(3, 8),
+        "lora_B": torch.randn(10, 3),
+        "scaling": 1.0,
+    }
     arguments = good | BAD[message]
     positional = [arguments.pop(name) for name in ("x", "weight", "lora_A", "lora_B")]
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("?", r"\?").replace("...", r"\.\.\.")):
