@@ -1,0 +1,251 @@
+"""The command line as a person uses it: a whole run, each stage alone, help, and every kind of bad input."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from plopfast import cli
+from plopfast.data import DEMO
+
+QUICK = [
+    "--score-prompts",
+    "12",
+    "--max-steps",
+    "4",
+    "--rank",
+    "2",
+    "--alpha",
+    "4",
+    "--eval-rows",
+    "8",
+    "--eval-every",
+    "2",
+]
+STAGES = ["config.json", "scores.json", "placement.json", "metrics.jsonl", "eval.json", "adapter", "report.html"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Short files of real rows, as options."""
+    options = []
+    for split, count in (("train", 60), ("valid", 8), ("test", 40)):
+        file = tmp_path / f"{split}.jsonl"
+        file.write_text("".join(line + "\n" for line in DEMO[split].read_text().splitlines()[:count]))
+        options += [f"--{split}", str(file)]
+    return options
+
+
+@pytest.fixture
+def base(model_folder, data):
+    return ["--model", str(model_folder), *data, *QUICK]
+
+
+def plopfast(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+def test_run_writes_everything(base, tmp_path, model_folder, capsys):
+    out = tmp_path / "run"
+    assert plopfast("run", *base, "--out", out) == 0
+    printed = capsys.readouterr()
+    for word in ("adapters", "base", "tuned", "accuracy", str(out)):
+        assert word in printed.out
+    for bar in ("score", "train", "base", "tuned"):
+        assert re.search(rf"{bar} +: .*(/s|s/)", printed.err), f"{bar} shows its rate"
+    assert all((out / name).exists() for name in STAGES)
+    assert not (out / "checkpoint.safetensors").exists(), "a finished training leaves none"
+    config = json.loads((out / "config.json").read_text())
+    assert (
+        config["settings"]["max_steps"] == 4
+        and config["versions"]["torch"]
+        and len(config["data"]["test"]["sha256"]) == 64
+    )
+    evaluation = json.loads((out / "eval.json").read_text())
+    for who in ("base", "tuned"):
+        assert evaluation[who]["loss"] > 0 and 0 <= evaluation[who]["accuracy"] <= 1
+    assert evaluation["base"]["loss"] != evaluation["tuned"]["loss"]
+    placement = json.loads((out / "placement.json").read_text())
+    assert len(placement["modules"]) == 9 and len(placement["types"]) == 3
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "adapter")
+    page = (out / "report.html").read_text()
+    assert page.count("<img alt=") == 4 and page.count('src="data:image/png;base64,') == 4
+    assert not re.search(r'(src|href)="(?!data:)', page), "self-contained"
+    for word in placement["types"]:
+        assert word in page
+    before = {name: (out / name).stat().st_mtime_ns for name in STAGES}
+    assert plopfast("run", *base, "--out", out) == 2
+    assert "exists already; choose another --out" in capsys.readouterr().err
+    assert {name: (out / name).stat().st_mtime_ns for name in STAGES} == before, "nothing is overwritten silently"
+    assert plopfast("run", *base, "--out", out, "--overwrite") == 0
+
+
+def test_stages_one_by_one_equal_the_whole(base, tmp_path, model_folder, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert plopfast("run", *base, "--out", whole) == 0
+    assert plopfast("score", *[a for a in base if a not in QUICK], "--score-prompts", 12, "--out", parts) == 0
+    assert plopfast("place", "--out", parts, "--rank", 2, "--alpha", 4) == 0
+    assert plopfast("train", "--out", parts, "--max-steps", 4, "--eval-rows", 8, "--eval-every", 2) == 0
+    assert plopfast("eval", "--out", parts) == 0
+    assert plopfast("report", "--out", parts) == 0
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (whole, parts))
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    scores = [json.loads((folder / "eval.json").read_text()) for folder in (whole, parts)]
+    assert scores[0]["tuned"]["loss"] == scores[1]["tuned"]["loss"]
+    assert plopfast("merge", "--out", parts) == 0
+    merged = AutoModelForCausalLM.from_pretrained(parts / "merged")
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), parts / "adapter")
+    ids = torch.randint(3, 300, (2, 7))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    assert plopfast("eval", "--out", parts) == 2, "eval.json is there already"
+    other = ["--model", model_folder, *base[2:8], "--adapter", parts / "adapter", "--out", tmp_path / "elsewhere"]
+    assert plopfast("eval", *other) == 0
+    capsys.readouterr()
+
+
+def test_a_runs_config_repeats_it(base, tmp_path):
+    assert plopfast("run", *base, "--out", tmp_path / "one", "--seed", 3) == 0
+    assert plopfast("run", "--config", tmp_path / "one" / "config.json", "--out", tmp_path / "two") == 0
+    one, two = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("one", "two"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_without_splits_of_its_own(base, tmp_path):
+    only_train = [*base[:4], *QUICK]
+    assert plopfast("run", *only_train, "--out", tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["base"]["examples"] == 3, "every 20th of 60 rows"
+
+
+def test_info(model_folder, capsys):
+    assert plopfast("info", "--model", model_folder) == 0
+    text = capsys.readouterr().out
+    for word in ("torch", "q_proj", "32 -> 48", "LoRA-first", "threads"):
+        assert word in text
+
+
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_is_complete(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        plopfast(*command.split(), "--help")
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "Exit codes" in text
+    if command:
+        for option in ("--model", "--train", "--valid", "--test", "--out", "--seed", "--max-steps", "--config"):
+            assert option in text
+        for line in re.findall(r"^  --[\w-]+(?: \S+)?$\n(?!  +)", text, re.M):
+            raise AssertionError(f"no help: {line}")
+    else:
+        assert all(name in text for name in cli.COMMANDS)
+
+
+def edit(options, name, value):
+    changed = [str(o) for o in options]
+    changed[changed.index(name) + 1] = str(value)
+    return changed
+
+
+def test_bad_input(base, tmp_path, model_folder, capsys):
+    """Each is one line that says what, where and how to mend it; exit code 2; no traceback; nothing written."""
+    broken, keys, empty, long_ = (tmp_path / f"{n}.jsonl" for n in ("broken", "keys", "empty", "long"))
+    good = '{"prompt": "a", "completion": " b"}\n'
+    broken.write_text(good + '{"prompt": \n')
+    keys.write_text(good + '{"question": "a"}\n')
+    empty.write_text("\n")
+    long_.write_text(json.dumps({"prompt": "word " * 500, "completion": " b"}) + "\n")
+    (tmp_path / "settings.json").write_text('{"rnak": 3}')
+    (tmp_path / "typed.json").write_text('{"rank": "three"}')
+    (tmp_path / "file").write_text("")
+    cases = [
+        (edit(base, "--train", tmp_path / "absent.jsonl"), r"absent\.jsonl: no such data file"),
+        (edit(base, "--train", broken), r"broken\.jsonl:2: not valid JSON"),
+        (edit(base, "--train", keys), r"keys\.jsonl:2: expected a row like"),
+        (edit(base, "--train", empty), r"empty\.jsonl: no rows"),
+        (edit(base, "--train", long_), r"long\.jsonl:1: the prompt has \d+ tokens, the model's context takes 128"),
+        (edit(base, "--model", "nobody/such-a-model"), "cannot be loaded"),
+        (edit(base, "--rank", 99), "rank 99 does not fit"),
+        ([*base, "--rule", "q_prj"], "did you mean 'q_proj'"),
+        ([*base, "--k", "70"], "7 module types"),
+        ([*base, "--lr", "-1"], "lr: expected a number above 0"),
+        ([*base, "--device", "cuda:7"], "cannot be used on this machine"),
+        ([*base, "--config", str(tmp_path / "no.json")], "no such config file"),
+        ([*base, "--config", str(tmp_path / "settings.json")], "unknown setting 'rnak'; did you mean 'rank'"),
+        ([*base, "--config", str(tmp_path / "typed.json")], "rank: expected int, got 'three'"),
+    ]
+    for number, (options, message) in enumerate(cases):
+        out = tmp_path / f"case{number}"
+        assert plopfast("run", *options, "--out", out) == 2, message
+        err = capsys.readouterr().err
+        assert re.search("plopfast: error: .*" + message, err), err
+        assert "Traceback" not in err and not (out / "adapter").exists()
+    assert plopfast("run", *base, "--out", tmp_path / "file" / "run") == 2
+    assert "cannot write there" in capsys.readouterr().err
+    assert plopfast("train", *base[:8], "--out", tmp_path / "fresh") == 2
+    assert "placement.json: no such file; it is written by plopfast place" in capsys.readouterr().err
+    assert plopfast("place") == 2
+    assert "needs --out" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        plopfast("run", "--no-such-option")
+    assert stop.value.code == 2
+
+
+def test_nan_weights(base, tmp_path, model_folder, capsys):
+    weights = load_file(model_folder / "model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(weights, model_folder / "model.safetensors", {"format": "pt"})
+    assert plopfast("run", *base, "--out", tmp_path / "run") == 2
+    assert "layers.1.mlp.down_proj: the weight holds NaN or infinity" in capsys.readouterr().err
+
+
+def test_a_training_that_explodes_keeps_the_last_good_state(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--lr", "1e30", "--clip", "0", "--warmup", "0", "--max-steps", "9", "--patience", "9"]
+    assert plopfast("run", *base, *options, "--out", out) == 2
+    assert re.search(r"step \d+: loss .*training stopped", capsys.readouterr().err) and not (out / "adapter").exists()
+
+
+def test_ctrl_c_and_resume(base, tmp_path):
+    """A real process, a real SIGINT in mid-training: exit code 130, and the resumed run ends as an uninterrupted one."""
+    steps = [*base, "--max-steps", "150", "--patience", "99", "--eval-every", "50"]
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "plopfast", "run", *steps, "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+    seen = ""
+    for _ in range(600):
+        seen += os.read(process.stderr.fileno(), 4096).decode(errors="replace")
+        if re.search(r"train +: +[1-9]\d?%", seen):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 130, seen + rest
+    assert re.search(r"interrupted: stopped after step \d+ of 150.*--resume --out", rest), rest
+    assert (out / "checkpoint.safetensors").exists() and "Traceback" not in rest
+    assert plopfast("run", *steps, "--out", out) == 2, "not overwritten"
+    assert plopfast("run", *steps, "--out", out, "--resume") == 0
+    assert plopfast("run", *steps, "--out", tmp_path / "whole") == 0
+    one, two = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, tmp_path / "whole"))
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_the_default_model_end_to_end(data, tmp_path, capsys):
+    """SmolLM2-135M-Instruct: scored, placed, trained for a few steps, evaluated and saved."""
+    options = ["--score-prompts", "8", "--max-steps", "6", "--eval-rows", "8", "--batch-tokens", "96", "--warmup", "0"]
+    assert plopfast("run", *data, *options, "--out", tmp_path / "run") == 0
+    evaluation = json.loads((tmp_path / "run" / "eval.json").read_text())
+    assert evaluation["base"]["metric"] == "choice" or evaluation["base"]["metric"] == "exact-match"
+    assert evaluation["tuned"]["loss"] < 0.5 * evaluation["base"]["loss"]
+    assert json.loads((tmp_path / "run" / "placement.json").read_text())["types"] == ["v_proj", "up_proj", "down_proj"]
