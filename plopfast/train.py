@@ -25,6 +25,8 @@ from .evaluate import evaluate, label_loss
 from .models import device_of
 from .progress import bar
 
+BATCH_TOKENS = 1024
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -70,7 +72,8 @@ class Trainer:
         if not train:
             raise TrainingError("nothing to train on: the training data is empty")
         self.lengths = [len(example.tokens) for example in train]
-        one_epoch = math.ceil(len(group_by_length(self.lengths, config.batch_tokens, config.seed)) / config.accumulate)
+        self.batch_tokens = config.batch_tokens or BATCH_TOKENS
+        one_epoch = math.ceil(len(group_by_length(self.lengths, self.batch_tokens, config.seed)) / config.accumulate)
         self.max_steps = config.max_steps or one_epoch
         self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
         self.step = self.tokens = self.worse = 0
@@ -86,7 +89,7 @@ class Trainer:
             self._resume()
         began, before = time.perf_counter(), self.tokens
         batches = islice(
-            epochs_of_batches(self.lengths, self.config.batch_tokens, self.config.seed),
+            epochs_of_batches(self.lengths, self.batch_tokens, self.config.seed),
             self.step * self.config.accumulate,
             None,
         )
@@ -180,7 +183,8 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
         config = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)}
-        return {**config, "max_steps": self.max_steps, "examples": len(self.train), "tokens": sum(self.lengths)}
+        resolved = {"max_steps": self.max_steps, "batch_tokens": self.batch_tokens}
+        return {**config, **resolved, "examples": len(self.train), "tokens": sum(self.lengths)}
 
     def _save(self) -> None:
         if self.out is None:
