@@ -18,33 +18,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .checkpoint import load_adapter as load_adapter
-    from .checkpoint import save_adapter as save_adapter
-    from .config import RunConfig as RunConfig
-    from .config import TrainConfig as TrainConfig
-    from .data import read_jsonl as read_jsonl
-    from .data import tokenize as tokenize
+    from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
+    from .config import RunConfig as RunConfig, TrainConfig as TrainConfig
+    from .data import read_jsonl as read_jsonl, tokenize as tokenize
     from .errors import PlopfastError as PlopfastError
-    from .lora import LoRALinear as LoRALinear
-    from .lora import inject as inject
-    from .lora import merge as merge
-    from .lora import unload as unload
-    from .models import linear_modules as linear_modules
-    from .models import load_model as load_model
-    from .nfn import NFNReport as NFNReport
-    from .nfn import score as score
+    from .lora import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
+    from .models import linear_modules as linear_modules, load_model as load_model
+    from .nfn import NFNReport as NFNReport, score as score
     from .ops import lora_linear as lora_linear
-    from .placement import Placement as Placement
-    from .placement import place as place
-    from .train import Trainer as Trainer
-    from .train import TrainResult as TrainResult
+    from .placement import Placement as Placement, place as place
+    from .train import Trainer as Trainer, TrainResult as TrainResult
 
 _HOME = {
-    "load_adapter": "checkpoint", "save_adapter": "checkpoint", "RunConfig": "config", "TrainConfig": "config",
-    "read_jsonl": "data", "tokenize": "data", "PlopfastError": "errors",
-    "LoRALinear": "lora", "inject": "lora", "merge": "lora", "unload": "lora", "linear_modules": "models",
-    "load_model": "models", "NFNReport": "nfn", "score": "nfn", "lora_linear": "ops", "Placement": "placement",
-    "place": "placement", "Trainer": "train", "TrainResult": "train",
+    name: module
+    for module, names in {
+        "checkpoint": "load_adapter save_adapter", "config": "RunConfig TrainConfig", "data": "read_jsonl tokenize",
+        "errors": "PlopfastError", "lora": "LoRALinear inject merge unload", "models": "linear_modules load_model",
+        "nfn": "NFNReport score", "ops": "lora_linear", "placement": "Placement place", "train": "Trainer TrainResult",
+    }.items()
+    for name in names.split()
 }  # fmt: skip
 __all__ = sorted(_HOME)
 
@@ -53,7 +45,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     raise AttributeError(f"module 'plopfast' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])

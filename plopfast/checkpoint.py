@@ -14,7 +14,7 @@ from torch import nn
 from . import files
 from .errors import AdapterError, FileError, PlacementError
 from .lora import adapters, inject, unload
-from .models import fingerprint, is_linear, is_transposed
+from .models import fingerprint, is_linear, is_transposed, same_fingerprint
 from .placement import Placement
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -45,7 +45,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
             if not tensor.isfinite().all():
                 raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
-    metadata = {"format": "pt", "plopfast_base": fingerprint(model, list(modules))}
+    metadata = {"format": "pt", "plopfast_base": json.dumps(fingerprint(model, list(modules)))}
     with files.replacing(path) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)
@@ -96,9 +96,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
         raise AdapterError(f"{path}: not an adapter folder, it has no {CONFIG}")
     config = files.read_json(path / CONFIG, "plopfast train")
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{path / CONFIG}: expected a LoRA adapter, got peft_type {dict(config or {}).get('peft_type')!r}"
-        )
+        raise AdapterError(f"{path / CONFIG}: expected the configuration of a LoRA adapter (peft_type LORA)")
     for key, plain in _UNSUPPORTED.items():
         if config.get(key, plain) not in (plain, None, False, [], {}):
             raise AdapterError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported; merge it with PEFT first")
@@ -108,9 +106,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
-                f"{path / WEIGHTS}: unexpected tensor {key!r}; expected base_model.model.*.lora_A/B.weight"
+                f"{path / WEIGHTS}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight"
             )
         parts.setdefault(match["name"], {})[match["part"]] = tensor
+    if not parts:
+        raise AdapterError(f"{path / WEIGHTS}: holds no tensors")
     _check_base(model, path, parts)
     ranks = {name: int(part["A"].shape[0]) for name, part in parts.items()}
     placement = Placement({name: (rank, _alpha(config, name)) for name, rank in ranks.items()}, [], "adapter", 0)
@@ -120,11 +120,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     saved = metadata.get("plopfast_base")
-    if check_base and saved and saved != fingerprint(model, names):
+    if check_base and saved and not same_fingerprint(json.loads(saved), fingerprint(model, names)):
         unload(model)
         raise AdapterError(
-            f"{path}: trained on other base weights than this model's (same shapes, other values); its base was "
-            f"{config.get('base_model_name_or_path')!r}: load that one"
+            f"{path}: trained on other base weights than this model's (same shapes, other values; dequantised GGUF "
+            f"counts as other); its base was {config.get('base_model_name_or_path')!r}: load that, or pass --any-base"
         )
     with torch.no_grad():
         for name, module in adapters(model).items():

@@ -42,8 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PlopfastError as error:
         print(f"plopfast: error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"plopfast: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt as error:
-        hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if arguments.out else ""
+        resumable = arguments.out and arguments.command in ("run", "train")
+        hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
         return 128 + (error.number if isinstance(error, Interrupted) else 2)
 
@@ -63,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
+            command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
         _add_settings(command, (*COMMON, *own))
     return parser
 
@@ -91,10 +96,10 @@ def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> Non
 
 
 def settings_of(arguments: argparse.Namespace) -> RunConfig:
-    """Defaults, then the run folder's config.json, then --config, then the options given."""
+    """Defaults, then the run folder's config.json (a new run ignores it), then --config, then the options given."""
     settings: dict[str, Any] = {}
     kept = arguments.out / "config.json" if arguments.out else None
-    if kept and kept.is_file() and not (arguments.command == "run" and arguments.overwrite):
+    if kept and kept.is_file() and (arguments.command != "run" or arguments.resume):
         settings |= load_settings(kept)
     if arguments.config:
         settings |= load_settings(arguments.config)
@@ -108,6 +113,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     command = arguments.command
     if command == "info":
+        print(" ".join(f"{name} {version}" for name, version in machine.versions().items()))
+        print(machine.describe(), flush=True)
         print(info(config))
         return 0
     if arguments.out is None:
@@ -127,24 +134,22 @@ def _run(arguments: argparse.Namespace) -> int:
             f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s"
         )
     elif command == "eval":
-        for who, metrics in pipeline.run_eval(run, arguments.adapter).items():
+        for who, metrics in pipeline.run_eval(run, arguments.adapter, arguments.any_base).items():
             print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
     elif command == "report":
         print(pipeline.run_report(run))
     elif command == "merge":
-        print(pipeline.run_merge(run, arguments.adapter))
+        print(pipeline.run_merge(run, arguments.adapter, arguments.any_base))
     return 0
 
 
 def info(config: RunConfig) -> str:
-    """Versions, machine, and, by module type, the linear modules with the path that each one takes."""
-    from .models import DEFAULT_HUB_ID, find_default_gguf, linear_modules, load_model
+    """The model's linear modules by type, with the path that each one takes."""
+    from .models import linear_modules, load_model
     from .pipeline import device_for
 
-    lines = [" ".join(f"{name} {version}" for name, version in machine.versions().items()), machine.describe()]
-    gguf = find_default_gguf() if config.model is None else None
-    lines.append(f"model: {config.model or gguf or DEFAULT_HUB_ID}")
     model, _ = load_model(config.model)
+    lines = [f"model: {model.name_or_path}"]
     by_type: dict[str, list[Any]] = {}
     for module in linear_modules(model):
         by_type.setdefault(module.type, []).append(module)

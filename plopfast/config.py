@@ -2,107 +2,80 @@
 
 import dataclasses
 import difflib
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, get_type_hints
 
+from . import files
 from .errors import ConfigError
 
 
-def _option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def _option(
+    default: Any, help: str, choices: tuple[str, ...] = (), *, positive: bool = False, below: float = math.inf
+) -> Any:
+    """A setting; numbers are at least 0 (above 0 if `positive`) and `below` a bound."""
+    rules = {"help": help, "choices": choices, "positive": positive, "below": below}
+    return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """How adapters are trained. Raises ConfigError for impossible values."""
 
-    _POSITIVE: ClassVar[tuple[str, ...]] = (
-        "lr",
-        "batch_tokens",
-        "accumulate",
-        "eval_every",
-        "eval_rows",
-        "patience",
-        "max_steps",
-    )
-
-    lr: float = _option(1e-3, "peak learning rate of AdamW")
+    lr: float = _option(1e-3, "peak learning rate of AdamW", positive=True)
     schedule: str = _option("cosine", "learning rate after the warmup", ("cosine", "linear", "constant"))
-    warmup: float = _option(0.1, "share of the steps over which the learning rate rises")
+    warmup: float = _option(0.1, "share of the steps over which the learning rate rises", below=1)
     weight_decay: float = _option(0.0, "AdamW's weight decay on the adapters")
     clip: float = _option(1.0, "largest gradient norm; 0 for no clipping")
-    batch_tokens: int | None = _option(None, "padded tokens in a micro-batch (default: 1024; 160 on the demo data)")
-    accumulate: int = _option(1, "micro-batches in a step, weighted by their label tokens")
-    max_steps: int | None = _option(None, "training steps (default: one epoch; 60 on the demo data)")
-    eval_every: int = _option(30, "steps between two looks at the validation loss")
-    eval_rows: int = _option(128, "validation rows looked at each time (the first ones)")
-    patience: int = _option(3, "looks without a better validation loss before training stops")
-    dropout: float = _option(0.0, "LoRA dropout")
-    seed: int = _option(0, "seed of sampling, initialisation, batch order and dropout")
+    batch_tokens: int | None = _option(
+        None, "padded tokens in a micro-batch (default: 1024; 160 on the demo data)", positive=True
+    )
+    accumulate: int = _option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
+    max_steps: int | None = _option(None, "training steps (default: one epoch; 60 on the demo data)", positive=True)
+    eval_every: int = _option(30, "steps between two looks at the validation loss", positive=True)
+    eval_rows: int = _option(128, "validation rows looked at each time (the first ones)", positive=True)
+    patience: int = _option(3, "looks without a better validation loss before training stops", positive=True)
+    dropout: float = _option(0.0, "LoRA dropout", below=1)
+    seed: int = _option(0, "seed of sampling, initialisation, batch order and dropout", below=2**63)
 
     def __post_init__(self) -> None:
-        for name in self._POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name}: expected a number above 0, got {value}")
-        for name in ("warmup", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
-        for name in ("clip", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: expected at least 0, got {getattr(self, name)}")
         for item in dataclasses.fields(self):
-            allowed = item.metadata.get("choices")
-            value = getattr(self, item.name)
-            if allowed and value is not None and value not in allowed:
-                raise ConfigError(f"{item.name}: expected one of {', '.join(allowed)}, got {value!r}")
+            value, rules = getattr(self, item.name), item.metadata
+            if rules["choices"] and value is not None and value not in rules["choices"]:
+                raise ConfigError(f"{item.name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+            if isinstance(value, int | float):
+                low, below = "above" if rules["positive"] else "of at least", rules["below"]
+                if not (value > 0 or (value == 0 and not rules["positive"])) or not value < below:
+                    raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """Everything a run depends on; resolved values are kept in the run folder's config.json."""
 
-    _POSITIVE: ClassVar[tuple[str, ...]] = (
-        *TrainConfig._POSITIVE,
-        "max_length",
-        "threads",
-        "score_prompts",
-        "k",
-        "rank",
-        "alpha",
-    )
-
     model: str | None = _option(None, "hub id, local folder or .gguf file (default: SmolLM2-135M-Instruct)")
     train: str | None = _option(None, "training rows, JSONL (default: the WordNet demo)")
     valid: str | None = _option(None, "validation rows, JSONL (default with --train: every 20th training row)")
     test: str | None = _option(None, "held-out rows, JSONL (default with --train: the validation rows)")
-    max_length: int | None = _option(None, "longest row in tokens (default: the model's context)")
+    max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
     dtype: str = _option("float32", "dtype of the frozen weights", ("float32", "bfloat16", "float16"))
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
-    threads: int | None = _option(None, "CPU threads (default: torch's choice)")
-    score_prompts: int = _option(64, "training rows that are scored")
+    threads: int | None = _option(None, "CPU threads (default: torch's choice)", positive=True)
+    score_prompts: int = _option(64, "training rows that are scored", positive=True)
     score_tokens: str = _option("all", "tokens that are scored", ("all", "prompt", "completion"))
     baseline: str = _option("closed-form", "NFN denominator", ("closed-form", "monte-carlo"))
     compat: str | None = _option(None, "'official' scores exactly as the PLoP authors' code", ("official",))
     rule: str = _option("plop", "plop, plop-inverse, attn, mlp, all, random, or module types and names with commas")
-    k: int = _option(3, "module types that plop, plop-inverse and random choose")
-    rank: int = _option(16, "LoRA rank")
-    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank")
+    k: int = _option(3, "module types that plop, plop-inverse and random choose", positive=True)
+    rank: int = _option(16, "LoRA rank", positive=True)
+    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
     """The settings in a JSON file, checked by name and type; a run folder's config.json works too."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such config file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    value = files.read_json(Path(path), "you, or by plopfast run as config.json")
     settings = value.get("settings", value) if isinstance(value, dict) else None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a JSON object of settings, got {type(value).__name__}")

@@ -35,7 +35,7 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     """(file:line, row) for each non-empty line. Raises DataError naming the file and line of what is wrong."""
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a string
     except FileNotFoundError:
         raise DataError(f"{path}: no such data file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -48,9 +48,7 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise DataError(
-                f"{where}: not valid JSON ({error.msg} at column {error.colno}); one object a line"
-            ) from None
+            raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); one object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
         _check_row(where, row)
@@ -61,21 +59,26 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _check_row(where: str, row: dict[str, Any]) -> None:
-    def is_text(key: str) -> bool:
-        return isinstance(row.get(key), str)
+    if _format(row) is None:
+        raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
 
-    def is_messages(key: str) -> bool:
+
+def _format(row: dict[str, Any]) -> str | None:
+    """How a row is read: "pair" (strings), "chat" (message lists), "messages" or "text", in this order."""
+
+    def is_chat(key: str) -> bool:
         value = row.get(key)
-        return (
-            isinstance(value, list)
-            and bool(value)
-            and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
-        )
+        if not isinstance(value, list) or not value:
+            return False
+        return all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
 
-    pair = ("prompt", "completion")
-    if all(map(is_text, pair)) or all(map(is_messages, pair)) or is_messages("messages") or is_text("text"):
-        return
-    raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return "pair"
+    if is_chat("prompt") and is_chat("completion"):
+        return "chat"
+    if is_chat("messages"):
+        return "messages"
+    return "text" if isinstance(row.get("text"), str) else None
 
 
 def tokenize(
@@ -91,7 +94,7 @@ def tokenize(
         if max_length is not None and len(tokens) > max_length:
             part = "prompt" if start >= max_length else "row"
             raise DataError(
-                f"{where}: the {part} has {len(tokens)} tokens, the model's context takes {max_length}; shorten or split it"
+                f"{where}: the {part} has {len(tokens)} tokens, the limit is {max_length}: shorten or split it"
             )
         if len(tokens) < 2:
             raise DataError(f"{where}: only {len(tokens)} token; there is nothing to learn from it")
@@ -101,23 +104,22 @@ def tokenize(
 
 def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int, str | None]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    if isinstance(row.get("text"), str):
+    kind = _format(row)
+    if kind == "text":
         return [*tokenizer(row["text"])["input_ids"], *end], 0, None
-    if isinstance(row.get("prompt"), str):
+    if kind == "pair":
         prompt = list(tokenizer(row["prompt"])["input_ids"])
-        return (
-            [*prompt, *completion_tokens(tokenizer, row["prompt"], row["completion"]), *end],
-            len(prompt),
-            row["completion"],
-        )
-    messages = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
-    asked = len(messages) - 1 if "messages" in row else len(row["prompt"])
+        answer = completion_tokens(tokenizer, row["prompt"], row["completion"])
+        return [*prompt, *answer, *end], len(prompt), row["completion"]
+    messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
+    asked = len(messages) - 1 if kind == "messages" else len(row["prompt"])
     if not getattr(tokenizer, "chat_template", None):
-        raise DataError(
-            f"{where}: a row of messages needs a tokenizer with a chat template; use prompt/completion text"
-        )
-    prompt = _template(tokenizer, messages[:asked], True) if asked else []
-    whole = _template(tokenizer, messages, False)
+        raise DataError(f"{where}: messages need a tokenizer with a chat template; use prompt/completion text")
+    try:
+        prompt = _template(tokenizer, messages[:asked], True) if asked else []
+        whole = _template(tokenizer, messages, False)
+    except Exception as error:  # templates are programs of the model's authors, and raise what they like
+        raise DataError(f"{where}: the model's chat template refuses this row ({error})") from error
     if whole[: len(prompt)] != prompt:
         raise DataError(f"{where}: the chat template does not keep the prompt as a prefix; use prompt/completion text")
     return whole, len(prompt), None

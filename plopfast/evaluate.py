@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,9 +28,6 @@ class Metrics:
     tokens: int
     seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
@@ -47,11 +44,11 @@ def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] |
     texts = sorted({e.completion for e in examples if e.completion is not None})
     if any(e.completion is None for e in examples) or not 2 <= len(texts) <= min(MAX_CHOICES, len(examples) // 4):
         return None
-    eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
-    of_text = {e.completion: e.tokens[e.start :] for e in examples}
-    choices = [
-        list(of_text[text][: -len(eos)] if eos and of_text[text][-1:] == eos else of_text[text]) for text in texts
-    ]
+    answers = {(e.completion, e.tokens[e.start :]) for e in examples}
+    if len(answers) != len(texts):
+        return None  # the prompt changes how an answer is tokenised
+    end = 0 if tokenizer.eos_token_id is None else 1  # tokenize() puts an end-of-text token after each completion
+    choices = [list(tokens[: len(tokens) - end]) for _, tokens in sorted(answers)]
     prefixes = [a == b[: len(a)] for a in choices for b in choices if a is not b]
     return None if any(prefixes) or not all(choices) else choices
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .errors import FileError
 
 
@@ -26,11 +28,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
     try:
         yield scratch / path.name
+        old = scratch / "old"
         if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
-            path.replace(scratch / "old")
-        (scratch / path.name).replace(path)
-    except OSError as error:
-        raise FileError(f"{path}: writing failed ({error.strerror}); the earlier file, if any, is intact") from error
+            path.replace(old)
+        try:
+            (scratch / path.name).replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -46,14 +54,29 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path, made_by: str) -> Any:
     """The JSON value in `path`; `made_by` names what writes such a file, for the error of a missing one."""
+    return _parse(path, _read(path, made_by), 1)
+
+
+def read_json_lines(path: Path, made_by: str) -> list[Any]:
+    lines = _read(path, made_by).split("\n")
+    return [_parse(path, line, number) for number, line in enumerate(lines, 1) if line]
+
+
+def _read(path: Path, made_by: str) -> str:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; it is written by {made_by}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{path}: cannot be read ({error})") from error
+
+
+def _parse(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise FileError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); was it edited by hand?") from None
+        at = line + error.lineno - 1
+        raise FileError(f"{path}, line {at}: not valid JSON ({error.msg}); was it edited by hand?") from None
 
 
 def sha256(path: Path) -> str:

@@ -110,7 +110,7 @@ def _check_rank(base: nn.Module, rank: int, where: str = "") -> None:
     n_out, n_in = base.weight.shape  # type: ignore[misc]
     if not 1 <= rank <= min(n_in, n_out):
         raise PlacementError(
-            f"{where}LoRA rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {min(n_in, n_out)}"
+            f"{where}rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {min(n_in, n_out)}"
         )
 
 

@@ -1,10 +1,7 @@
 """Causal language models: finding and loading them, and the structure of their linear modules."""
 
-import contextlib
-import hashlib
 import importlib.util
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,9 +39,6 @@ class LinearInfo:
         weight = self.module.weight
         assert isinstance(weight, torch.Tensor)
         return weight.T if self.transposed else weight
-
-
-# --- structure -------------------------------------------------------------------------------------------------------
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -145,9 +139,6 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
 def load_model(
     name: str | os.PathLike[str] | None = None,
     *,
@@ -173,10 +164,9 @@ def load_model(
     elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
     try:
-        with _quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-            model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = f"; for the default model: {INSTALL_DEFAULT}" if name is None else ""
         raise ModelError(
@@ -225,13 +215,12 @@ def _converted(gguf: Path) -> Path:
     if (target / "config.json").is_file():
         return target
     try:
-        with _quiet(transformers):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
     except ImportError as error:
-        raise ModelError(f"{gguf}: reading GGUF needs the package gguf: pip install 'plopfast[hf]'") from error
+        raise ModelError(f"{gguf}: cannot be read ({error}); GGUF files need pip install 'plopfast[hf]'") from error
     except Exception as error:  # the reader raises whatever its parsing runs into
         raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
     _clear_quantisation(model)
@@ -241,7 +230,7 @@ def _converted(gguf: Path) -> Path:
             tokenizer.save_pretrained(scratch)
     except FileError as error:
         raise ModelError(
-            f"{error}\n  The converted model is kept there; set PLOPFAST_CACHE to a folder with room"
+            f"{error}\n  Converted models are kept there: set PLOPFAST_CACHE to a folder with room"
         ) from error
     return target
 
@@ -255,28 +244,13 @@ def _clear_quantisation(model: Any) -> None:
         del model.config.quantization_config
 
 
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Hides transformers' own bars and notes while it loads: plopfast reports the stage itself."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def fingerprint(model: nn.Module, names: list[str]) -> list[float]:
+    """The first four weights of each named linear module, by which an adapter recognises its base."""
+    weights = (model.get_submodule(name).weight for name in sorted(names))
+    return [value for weight in weights for value in weight.detach().flatten()[:4].float().tolist()]  # type: ignore[operator]
 
 
-def fingerprint(model: nn.Module, names: list[str]) -> str:
-    """A short hash of the named linear modules' weights (their first 64 values in bfloat16, which every loading dtype
-    rounds to alike), by which an adapter recognises its base."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        weight = model.get_submodule(name).weight
-        assert isinstance(weight, torch.Tensor)
-        head = weight.detach().flatten()[:64].to("cpu", torch.bfloat16)
-        digest.update(name.encode() + head.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()[:16]
+def same_fingerprint(one: list[float], two: list[float]) -> bool:
+    """True within 1 %: rounding to bfloat16 moves a weight by at most 0.4 %."""
+    a, b = torch.tensor(one), torch.tensor(two)
+    return a.shape == b.shape and bool((a - b).norm() <= 0.01 * a.norm())

@@ -11,11 +11,13 @@ activation, no further matrix product, no wait for the device inside the loop; a
 and most of the padding of the forward pass itself are left out.
 """
 
+import contextlib
 import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +33,7 @@ from .models import LinearInfo, body, device_of, linear_modules
 from .progress import bar
 
 WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
-MIN_BATCH_TOKENS = 512
-OFFICIAL_TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MIN_BATCH_TOKENS = 384
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,10 @@ class NFNReport:
     def types(self) -> dict[str, float]:
         """Type -> mean over layers, lowest first; the output head is in no type."""
         by_type: dict[str, list[float]] = {}
-        for name, score in self.scores.items():
-            for type_ in self._types_of(name, score):
-                by_type.setdefault(type_, []).append(score.nfn)
+        for score in self.scores.values():
+            if score.layer is not None:
+                by_type.setdefault(score.type, []).append(score.nfn)
         return dict(sorted(((t, statistics.fmean(v)) for t, v in by_type.items()), key=lambda item: item[1]))
-
-    def _types_of(self, name: str, score: ModuleScore) -> list[str]:
-        if self.settings.get("compat") == "official":  # groups by substring, as the authors' code does
-            return [t for t in OFFICIAL_TYPES if t in name] or ([score.type] if score.layer is not None else [])
-        return [score.type] if score.layer is not None else []
 
     def table(self) -> str:
         """The types, lowest NFN first, as text."""
@@ -96,16 +92,14 @@ class NFNReport:
             scores = {name: ModuleScore(**score) for name, score in value["scores"].items()}
             rest = {key: value[key] for key in ("tokens", "prompts", "seconds", "model", "settings")}
         except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(
-                f"{path}: not a scores file of plopfast ({error}); make it anew with plopfast score"
-            ) from None
+            raise FileError(f"{path}: not a scores file ({error}); make it anew with plopfast score") from None
         return cls(scores, **rest)
 
 
 class NFNState:
     """Running sums of the token ratios ||W z|| / (||z|| denominator), per module and prompt, on the device.
 
-    `hook(index)` is put on a module; `open(counted)` and `close()` enclose the forward pass of one batch, where
+    `hook(index, name, bias)` is put on a module; `open(counted)` and `close()` enclose the forward pass of one batch, where
     `counted` [rows, tokens] is True for the tokens that count.
     """
 
@@ -193,7 +187,7 @@ def score(
 
     `batches`: dicts as a Hugging Face tokenizer returns them: `input_ids` and `attention_mask` [rows, tokens], with
     `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion". Padding never counts; rows are batched
-    anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 512).
+    anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384).
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
     mean does not depend on z). `compat="official"` follows the authors' code instead: see `_score_official`.
@@ -207,20 +201,24 @@ def score(
         raise ConfigError(f"baseline: expected closed-form or monte-carlo, got {baseline!r}")
     if compat not in (None, "official"):
         raise ConfigError(f"compat: expected official or nothing, got {compat!r}")
+    if compat and (tokens, skip_bos, include_head, baseline) != ("all", True, False, "closed-form"):
+        raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
     if adapters(model):
         raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
     began = time.perf_counter()
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        known: Any = batches if isinstance(batches, list) else ()
+        prompts = sum(len(batch.get("input_ids", ())) for batch in known) or None
+        with torch.no_grad(), bar("score", prompts, "prompts", progress) as meter:
             if compat == "official":
-                report = _score_official(model, batches, seed, progress)
+                report = _score_official(model, batches, seed, meter)
             else:
                 bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
                 rows = _rows(batches, tokens, bos)
                 denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
-                report = _score(model, rows, denominators, include_head, batch_tokens, progress)
+                report = _score(model, rows, denominators, include_head, batch_tokens, meter)
                 report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
                 if baseline == "monte-carlo":
                     report.settings |= {"mc_samples": mc_samples, "seed": seed}
@@ -265,56 +263,43 @@ def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> 
 
 
 def _score(
-    model: nn.Module,
-    rows: Iterator[_Row],
-    denominators: Any,
-    include_head: bool,
-    batch_tokens: int | None,
-    progress: bool,
+    model: nn.Module, rows: Iterator[_Row], denominators: Any, include_head: bool, batch_tokens: int | None, meter: Any
 ) -> NFNReport:
     infos = linear_modules(model, include_head)
     device = device_of(model)
     state = NFNState(_checked(denominators(infos), infos).to(device))
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
-    handles = [
-        info.module.register_forward_hook(state.hook(i, info.name, getattr(info.module, "bias", None)))
-        for i, info in enumerate(infos)
-    ]
+    hooks = [state.hook(i, info.name, getattr(info.module, "bias", None)) for i, info in enumerate(infos)]
     order: list[_Row] = []
     tokens = 0
-    try:
-        with bar("score", None, "prompts", progress) as meter:
-            for window in _windows(rows):
-                budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
-                for group in group_by_length([len(row.tokens) for row in window], budget):
-                    chosen = [window[i] for i in group]
-                    ids = pad_sequence([row.tokens for row in chosen], batch_first=True)
-                    mask = pad_sequence([torch.ones_like(row.tokens) for row in chosen], batch_first=True)
-                    counted = pad_sequence([row.counted for row in chosen], batch_first=True)
-                    tokens += int(counted.sum())  # still on the CPU
-                    state.open(counted.to(device))
-                    runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
-                    state.close()
-                    order += chosen
-                    meter.update(len(chosen))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(infos, hooks):
+        while window := list(islice(rows, WINDOW_ROWS)):
+            budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
+            for group in group_by_length([len(row.tokens) for row in window], budget):
+                chosen = [window[i] for i in group]
+                ids = pad_sequence([row.tokens for row in chosen], batch_first=True)
+                mask = pad_sequence([torch.ones_like(row.tokens) for row in chosen], batch_first=True)
+                counted = pad_sequence([row.counted for row in chosen], batch_first=True)
+                tokens += int(counted.sum())  # still on the CPU
+                state.open(counted.to(device))
+                runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+                state.close()
+                order += chosen
+                meter.update(len(chosen))
     if not tokens:
         raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
     return NFNReport(_collect(state, infos, order), tokens, len(order), 0.0)
 
 
-def _windows(rows: Iterator[_Row]) -> Iterator[list[_Row]]:
-    window: list[_Row] = []
-    for row in rows:
-        window.append(row)
-        if len(window) == WINDOW_ROWS:
-            yield window
-            window = []
-    if window:
-        yield window
+@contextlib.contextmanager
+def _hooked(infos: Sequence[LinearInfo], hooks: Sequence[Any]) -> Iterator[None]:
+    handles = [info.module.register_forward_hook(hook) for info, hook in zip(infos, hooks, strict=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
@@ -342,9 +327,7 @@ def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.T
         if not math.isfinite(value):
             raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
         if value == 0:
-            raise ModelError(
-                f"{info.name}: the weight is all zeros, so its NFN is undefined; was the model initialised?"
-            )
+            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")
     return denominators
 
 
@@ -374,7 +357,7 @@ def _norm(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
-def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, progress: bool) -> NFNReport:
+def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, meter: Any) -> NFNReport:
     """The authors' procedure (github soufiane001/plop at 561524d), seeded: padding and BOS count; a random unit vector
     per token; ratio of batch means, then the mean over batches; W z and W z~ computed again in float32; every module
     with a weight but embeddings and those named "norm", the output head included.
@@ -395,34 +378,29 @@ def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed
             g = torch.randn(z.shape, generator=generator, device=device)
             g = g / (g.norm(dim=1, keepdim=True) + 1e-8)
             actual, random = (z @ w.T).norm(dim=1).mean().item(), (g @ w.T).norm(dim=1).mean().item()
-            ratios.setdefault(info.name, []).append(actual / random)
+            ratios.setdefault(info.name, []).append(actual / random if random else math.nan)
 
         return hook
 
     chosen = [info for name, info in infos.items() if "norm" not in name.lower()]
-    handles = [info.module.register_forward_hook(hook_for(info)) for info in chosen]
-    try:
-        with bar("score", None, "batches", progress) as meter:
-            for batch in batches:
-                inputs = {
-                    k: torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask") if k in batch
-                }
-                model(**inputs)
-                seen["tokens"] += inputs["input_ids"].numel()
-                seen["prompts"] += len(inputs["input_ids"])
-                meter.update()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with _hooked(chosen, [hook_for(info) for info in chosen]):
+        for batch in batches:
+            inputs = {k: torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask") if k in batch}
+            model(**inputs)
+            seen["tokens"] += inputs["input_ids"].numel()
+            seen["prompts"] += len(inputs["input_ids"])
+            meter.update(len(inputs["input_ids"]))
     if not seen["tokens"]:
         raise DataError("there is no token to score: the batches are empty")
     scores = {}
     for info in chosen:
+        if info.name not in ratios:
+            raise ModelError(f"{info.name}: is not used in the forward pass")
         values = ratios[info.name]
         mean = statistics.fmean(values)
         if not math.isfinite(mean):
-            raise ModelError(f"{info.name}: NaN or infinity in batch {next(i for i, v in enumerate(values) if v != v)}")
-        scores[info.name] = ModuleScore(
-            mean, statistics.pstdev(values), seen["tokens"], info.type, info.layer, info.n_in, info.n_out
-        )
+            first = next(i for i, value in enumerate(values) if not math.isfinite(value))
+            raise ModelError(f"{info.name}: NaN or infinity in batch {first}")
+        std = statistics.pstdev(values)
+        scores[info.name] = ModuleScore(mean, std, seen["tokens"], info.type, info.layer, info.n_in, info.n_out)
     return NFNReport(scores, seen["tokens"], seen["prompts"], 0.0, settings={"compat": "official", "seed": seed})

@@ -6,6 +6,7 @@ data -> score -> scores.json -> place -> placement.json -> train -> adapter/ -> 
 import contextlib
 import dataclasses
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import torch
 
 from . import files, machine
 from .checkpoint import load_adapter, save_adapter
-from .config import RunConfig
+from .config import RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, tokenize
 from .errors import ConfigError, FileError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
@@ -29,30 +30,29 @@ from .train import Trainer, TrainResult
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
+NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
-    "score": "scores.json",
-    "place": "placement.json",
-    "train": "adapter",
-    "eval": "eval.json",
-    "report": "report.html",
-}
+    "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
+}  # fmt: skip
+OTHERS = ("metrics.jsonl", "training.json", "checkpoint.safetensors", "adapter-before-failure", "merged")
 
 
 class Run:
     """A run folder, its settings, and the model and data, loaded when a stage first needs them."""
 
-    def __init__(
-        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
-    ) -> None:
-        self.folder, self.config = folder, config
+    def __init__(self, folder: Path, config: RunConfig, *, overwrite=False, resume=False, progress=False) -> None:
+        self.folder, self.config = folder, resolve(config)
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
+        self._rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self._examples: dict[str, list[Example]] = {}
         if config.threads:
             torch.set_num_threads(config.threads)
-
-    # --- model and data ----------------------------------------------------------------------------------------------
+        if resume:
+            self._check_same_settings()
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
         with self.stage("load"):
             model, tokenizer = load_model(
                 self.config.model, dtype=getattr(torch, self.config.dtype), device=device_for(self.config.device)
@@ -69,37 +69,29 @@ class Run:
     def tokenizer(self) -> Any:
         return self._loaded[1]
 
-    @cached_property
+    @property
     def paths(self) -> dict[str, Path]:
         given = {split: getattr(self.config, split) for split in DEMO}
-        if given["train"] is None:
-            if any(given[split] for split in ("valid", "test")):
-                return {split: Path(path) if path else DEMO[split] for split, path in given.items()}
-            return dict(DEMO)
-        return {split: Path(path) for split, path in given.items() if path}
+        demo = DEMO if given["train"] is None else {}
+        return demo | {split: Path(path) for split, path in given.items() if path}
+
+    def rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
+        """A split's rows as read. Without a file of its own, validation is every 20th training row (held out from
+        training) and test is validation."""
+        if not self._rows:
+            self._rows = {name: read_jsonl(path) for name, path in self.paths.items()}
+            if "valid" not in self._rows:
+                whole = self._rows["train"]
+                self._rows |= {"valid": whole[::20], "train": [row for i, row in enumerate(whole) if i % 20] or whole}
+            self._rows.setdefault("test", self._rows["valid"])
+        return self._rows[split]
 
     def examples(self, split: str) -> list[Example]:
-        """The tokenised rows of a split. Without a file of its own, validation is every 20th training row (held out
-        from training) and test is validation."""
+        """A split's rows, tokenised."""
         if split not in self._examples:
-            if split in self.paths:
-                limit = self.config.max_length or context_length(self.model)
-                self._examples[split] = tokenize(read_jsonl(self.paths[split]), self.tokenizer, limit)
-                if split == "train" and "valid" not in self.paths:
-                    rows = self._examples["train"]
-                    self._examples["valid"] = rows[::20]
-                    self._examples["train"] = [row for i, row in enumerate(rows) if i % 20] or rows
-            elif split == "valid":
-                self.examples("train")
-            else:
-                self._examples[split] = self.examples("valid")
+            limits = [n for n in (self.config.max_length, context_length(self.model)) if n]
+            self._examples[split] = tokenize(self.rows(split), self.tokenizer, min(limits, default=None))
         return self._examples[split]
-
-    @cached_property
-    def _examples(self) -> dict[str, list[Example]]:
-        return {}
-
-    # --- the run folder ----------------------------------------------------------------------------------------------
 
     def file(self, stage: str) -> Path:
         return self.folder / STAGES[stage]
@@ -123,22 +115,41 @@ class Run:
         }
         files.write_json(path, stages)
 
+    def begin(self, stage: str) -> None:
+        """Refuses to overwrite what the stage left behind, unless asked to; then keeps the settings."""
+        files.refuse_existing(self.file(stage), self.overwrite)
+        self.write_config()
+
     def write_config(self) -> None:
-        settings = dataclasses.asdict(self.config)
         data = {s: {"file": str(p), "sha256": files.sha256(p)} for s, p in self.paths.items() if p.is_file()}
         value = {
             "plopfast": "config",
-            "settings": settings,
+            "settings": dataclasses.asdict(self.config),
             "model": self.config.model or DEFAULT_HUB_ID,
+            "device": str(device_for(self.config.device)),
             "data": data,
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
         files.write_json(self.folder / "config.json", value)
 
-    def guard(self, stage: str) -> None:
-        """Refuses to overwrite what a stage left behind, unless asked to."""
-        files.refuse_existing(self.file(stage), self.overwrite)
+    def _check_same_settings(self) -> None:
+        kept = load_settings(self.folder / "config.json")
+        changed = [
+            f"{name} was {kept[name]}, is {value}"
+            for name, value in dataclasses.asdict(self.config).items()
+            if name not in ("device", "threads") and name in kept and kept[name] != value
+        ]
+        if changed:
+            raise ConfigError(f"--resume keeps a run's settings, but {'; '.join(changed)}: leave those options out")
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The settings with the demo's own filled in and file names made absolute."""
+    demo = {} if config.train else DEMO_SETTINGS
+    known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
+    known |= {split: str(Path(value).resolve()) for split in DEMO if (value := getattr(config, split))}
+    return dataclasses.replace(config, **known)
 
 
 def device_for(name: str) -> torch.device:
@@ -154,32 +165,22 @@ def device_for(name: str) -> torch.device:
     return device
 
 
-# --- the stages ------------------------------------------------------------------------------------------------------
-
-
 def run_score(run: Run) -> NFNReport:
-    run.guard("score")
-    rows = run.examples("train")
-    sample = random.Random(run.config.seed).sample(rows, min(run.config.score_prompts, len(rows)))
+    run.rows("train")  # broken data should stop the run before the model is loaded
+    run.begin("score")
+    rows, config = run.examples("train"), run.config
+    sample = random.Random(config.seed).sample(rows, min(config.score_prompts, len(rows)))
+    how: dict[str, Any] = {"tokens": config.score_tokens, "baseline": config.baseline, "compat": config.compat}
     with run.stage("score"):
-        report = score(
-            run.model,
-            batches_of(sample, SCORE_ROWS),
-            tokens=run.config.score_tokens,
-            baseline=run.config.baseline,
-            compat=run.config.compat,
-            seed=run.config.seed,
-            progress=run.progress,
-        )
+        report = score(run.model, batches_of(sample, SCORE_ROWS), seed=config.seed, progress=run.progress, **how)
     report.save(run.file("score"))
-    run.write_config()
     run.say(report.table())
     return report
 
 
 def run_place(run: Run) -> Placement:
-    run.guard("place")
     report = NFNReport.load(run.file("score"))
+    run.begin("place")
     config = run.config
     rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
     placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed)
@@ -189,16 +190,12 @@ def run_place(run: Run) -> Placement:
 
 
 def run_train(run: Run) -> TrainResult:
-    run.guard("train")
-    placement = Placement.load(run.file("place"))
-    config = run.config
-    if run.paths["train"] == DEMO["train"]:
-        unset: dict[str, Any] = {name: value for name, value in DEMO_SETTINGS.items() if getattr(config, name) is None}
-        config = dataclasses.replace(config, **unset)
-    train, valid = run.examples("train"), run.examples("valid")
+    placement, config = Placement.load(run.file("place")), run.config
     checkpoint = run.folder / "checkpoint.safetensors"
     if checkpoint.exists() and not (run.resume or run.overwrite):
         raise FileError(f"{checkpoint}: an unfinished training; pass --resume to go on, or --overwrite to start anew")
+    run.begin("train")
+    train, valid = run.examples("train"), run.examples("valid")
     unload(run.model)
     inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed)
     trainer = Trainer(run.model, config, train, valid, out=run.folder, progress=run.progress)
@@ -206,43 +203,43 @@ def run_train(run: Run) -> TrainResult:
         try:
             result = trainer.fit(resume=run.resume and checkpoint.exists())
         except TrainingError:
-            if trainer.step:  # the last good adapters are of use to somebody
+            if trainer.best_step:  # the last good adapters are of use to somebody
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
             raise
     save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
     files.write_json(run.folder / "training.json", {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s})
     checkpoint.unlink(missing_ok=True)
-    run.write_config()
     return result
 
 
-def run_eval(run: Run, adapter: Path | None = None) -> dict[str, Metrics]:
+def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> dict[str, Metrics]:
     """Base and tuned on the test rows; the base is the same model with its adapters switched off."""
-    run.guard("eval")
+    run.rows("test")
+    run.begin("eval")
     examples = run.examples("test")
     if not adapters(run.model):
-        load_adapter(run.model, adapter or run.file("train"))
+        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
     choices = choices_of(examples, run.tokenizer)
     with run.stage("eval"):
         with disabled(run.model):
             base = evaluate(run.model, examples, choices=choices, progress="base" if run.progress else "")
         tuned = evaluate(run.model, examples, choices=choices, progress="tuned" if run.progress else "")
-    files.write_json(run.file("eval"), {"base": base.as_dict(), "tuned": tuned.as_dict()})
+    files.write_json(run.file("eval"), {"base": dataclasses.asdict(base), "tuned": dataclasses.asdict(tuned)})
     return {"base": base, "tuned": tuned}
 
 
 def run_report(run: Run) -> Path:
     from .report import write_report  # needs the extra `report`
 
-    run.guard("report")
+    files.refuse_existing(run.file("report"), run.overwrite)
     return write_report(run.folder)
 
 
-def run_merge(run: Run, adapter: Path | None = None) -> Path:
-    """The model with its adapter merged in, as Hugging Face writes it, in the run folder's `merged`."""
+def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> Path:
+    """The model with its adapter merged in, in the config's dtype, as Hugging Face writes it: the folder's `merged`."""
     target = run.folder / "merged"
     files.refuse_existing(target, run.overwrite)
-    load_adapter(run.model, adapter or run.file("train"))
+    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
     merge(run.model)
     with files.replacing(target) as scratch:
         run.model.save_pretrained(scratch)
@@ -252,12 +249,19 @@ def run_merge(run: Run, adapter: Path | None = None) -> Path:
 
 def run_all(run: Run) -> str:
     """Every stage in order; with `resume`, those whose result lies in the folder already are left out."""
-    if not run.resume:
-        files.refuse_existing(run.folder, run.overwrite)
-    else:
-        run.overwrite = False
     from . import report  # noqa: F401  # a missing extra should stop the run before its work, not after
 
+    if not run.resume and run.folder.is_dir():
+        left = [path for path in run.folder.iterdir() if path.name not in NO_RESULT]
+        if left and not run.overwrite:
+            files.refuse_existing(run.folder, False)
+    run.rows("train")
+    run.write_config()  # from here on an interrupted run can be resumed
+    for split in DEMO:  # a row that cannot be used should stop the run now, not after the training
+        run.examples(split)
+    if run.overwrite and not run.resume:  # results of two runs must not mix
+        for path in (run.folder / name for name in (*STAGES.values(), *OTHERS)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for stage, do in (
         ("score", run_score), ("place", run_place), ("train", run_train), ("eval", run_eval), ("report", run_report),
     ):  # fmt: skip

@@ -45,9 +45,7 @@ class Placement:
             placement = cls(**value)
             placement.modules = {name: (int(rank), float(alpha)) for name, (rank, alpha) in placement.modules.items()}
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(
-                f"{path}: not a placement file of plopfast ({error}); make it anew with plopfast place"
-            ) from None
+            raise FileError(f"{path}: not a placement file ({error}); make it anew with plopfast place") from None
         return placement
 
     def __str__(self) -> str:
@@ -86,13 +84,9 @@ def place(
         rule = "explicit"
     else:
         if rule not in RULES:
-            raise PlacementError(
-                f"rule {rule!r}: expected {', '.join(RULES)} or a list of module types{_near(rule, RULES)}"
-            )
+            raise PlacementError(f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{_near(rule, RULES)}")
         if rule in ("plop", "plop-inverse", "random") and not 1 <= k <= len(types):
-            raise PlacementError(
-                f"k = {k}: this model has {len(types)} module types ({', '.join(types)}); choose 1 to that"
-            )
+            raise PlacementError(f"k = {k}: expected 1 to {len(types)}, this model's module types ({', '.join(types)})")
         if rule == "plop-inverse":
             types.reverse()
         if rule in ("plop", "plop-inverse"):
@@ -103,9 +97,7 @@ def place(
         else:
             chosen = [type_ for type_ in types if rule == "all" or _is_of(rule, type_, scored)]
             if not chosen:
-                raise PlacementError(
-                    f"rule {rule!r} knows none of this model's types: {', '.join(types)}; name them instead"
-                )
+                raise PlacementError(f"rule {rule!r} knows none of the types {', '.join(types)}: name them instead")
         modules = [name for name, score in scored.items() if score.type in chosen]
     sizes = sum(scored[name].n_in + scored[name].n_out for name in modules)
     notes = []
@@ -114,10 +106,10 @@ def place(
         off = rank * sizes / match_params.parameters - 1
         notes.append(f"rank {rank} is nearest to {match_params.parameters:,} parameters ({off:+.2%})")
     for name in modules:
-        limit = min(scored[name].n_in, scored[name].n_out)
-        if not 1 <= rank <= limit:
+        n_in, n_out = scored[name].n_in, scored[name].n_out
+        if not 1 <= rank <= min(n_in, n_out):
             raise PlacementError(
-                f"{name}: rank {rank} does not fit its {scored[name].n_out} x {scored[name].n_in} weight; choose 1 to {limit}"
+                f"{name}: rank {rank} does not fit its {n_out} x {n_in} weight: 1 to {min(n_in, n_out)}"
             )
     return Placement(dict.fromkeys(modules, (rank, alpha)), chosen, rule, rank * sizes, margin, report.model, notes)
 

@@ -1,11 +1,11 @@
 """One self-contained HTML page, and its pictures, from the files of a run folder alone."""
 
 import base64
-import html
 import io
-import json
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from . import files
@@ -60,9 +60,7 @@ def write_report(folder: str | Path) -> Path:
     evaluation = files.read_json(folder / "eval.json", "plopfast eval")
     config = files.read_json(folder / "config.json", "plopfast score")
     stages = files.read_json(folder / "stages.json", "plopfast score")
-    metrics_file = folder / "metrics.jsonl"
-    lines = metrics_file.read_text(encoding="utf-8").splitlines() if metrics_file.exists() else []
-    metrics = [json.loads(line) for line in lines]
+    metrics = files.read_json_lines(folder / "metrics.jsonl", "plopfast train")
     base, tuned = evaluation["base"], evaluation["tuned"]
     pictures = [
         (
@@ -76,7 +74,7 @@ def write_report(folder: str | Path) -> Path:
         (
             "Accuracy and loss on the test rows", f"{base['examples']} held-out rows; accuracy: {base['metric']}.",
             _before_after(base, tuned),
-            f"Accuracy rose from {base['accuracy']:.3f} to {tuned['accuracy']:.3f}, "
+            f"Accuracy went from {base['accuracy']:.3f} to {tuned['accuracy']:.3f}, "
             f"loss went from {base['loss']:.3f} to {tuned['loss']:.3f}",
         ),
     ]  # fmt: skip
@@ -90,7 +88,7 @@ def write_report(folder: str | Path) -> Path:
             [(who, f"{m['loss']:.4f}", f"{m['accuracy']:.4f}", m["examples"]) for who, m in evaluation.items()],
         ),
         (
-            "Time and memory", ("stage", "seconds", "peak MiB", "command"),
+            "Time and memory", ("stage", "seconds", "peak MiB (host)", "command"),
             [(name, f"{s['seconds']:.1f}", f"{s['peak_mib']:.0f}", s["command"]) for name, s in stages.items()],
         ),
     ]  # fmt: skip
@@ -119,7 +117,7 @@ def _lead(scores: NFNReport, placement: Placement, base: dict[str, Any], tuned: 
 
 
 def _spoken(types: dict[str, float]) -> str:
-    return html.escape(", ".join(f"{name} {value:.2f}" for name, value in types.items()))
+    return ", ".join(f"{name} {value:.2f}" for name, value in types.items())
 
 
 def _png(figure: Any) -> str:
@@ -149,7 +147,7 @@ def _heat_map(scores: NFNReport) -> str:
     for score in scores.scores.values():
         if score.layer is not None:
             cells.setdefault((score.type, score.layer), []).append(score.nfn)
-    grid = [[_mean(cells.get((type_, layer))) for layer in layers] for type_ in types]
+    grid = [[fmean(cells.get((type_, layer), [nan])) for layer in layers] for type_ in types]
     figure, axes = plt.subplots(figsize=(8, 0.4 * len(types) + 1.2))
     picture = axes.imshow(grid, aspect="auto", cmap="cividis")
     axes.set_yticks(range(len(types)), types)
@@ -158,10 +156,6 @@ def _heat_map(scores: NFNReport) -> str:
     axes.set_xlabel("layer")
     figure.colorbar(picture, label="NFN")
     return _png(figure)
-
-
-def _mean(values: list[float] | None) -> float:
-    return sum(values) / len(values) if values else float("nan")
 
 
 def _curve(metrics: list[dict[str, Any]]) -> str:

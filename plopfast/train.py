@@ -49,8 +49,8 @@ class Trainer:
 
     Batches hold examples of like length up to `config.batch_tokens`; the loss of a step is the mean over all its label
     tokens, however many micro-batches they came in. The parameters with the lowest validation loss are kept. With
-    `out` (a folder), metrics.jsonl and checkpoint.safetensors are written there: Ctrl-C and a loss that is not finite
-    save the state before they stop the training, and `fit(resume=True)` goes on exactly where it stopped.
+    `out` (a folder), metrics.jsonl and checkpoint.safetensors are written there, also on Ctrl-C, and `fit(resume=True)` goes on exactly
+    where it stopped (bit for bit on the CPU).
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Trainer:
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the end, or until the validation loss has not improved `patience` times. Raises TrainingError for
-        a loss that is not finite, Interrupted after Ctrl-C; in both cases the last good state is on disk."""
+        a loss that is not finite (the model then holds the best adapters so far), Interrupted after Ctrl-C."""
         torch.manual_seed(self.config.seed)
         if resume:
             self._resume()
@@ -98,11 +98,7 @@ class Trainer:
         try:
             with self._interruptible() as interrupted, bar("train", self.max_steps, "steps", self.progress) as meter:
                 meter.update(self.step)
-                while self.step < self.max_steps:
-                    if interrupted:
-                        self._save()
-                        where = f"; the state is in {self._checkpoint()}" if self.out else ""
-                        raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", interrupted[0])
+                while self.step < self.max_steps and not interrupted:
                     self._train_step([next(batches) for _ in range(self.config.accumulate)])
                     meter.update()
                     meter.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}")
@@ -111,13 +107,15 @@ class Trainer:
                         if self.worse >= self.config.patience:
                             stopped = "early: the validation loss stopped improving"
                             break
+                if interrupted:
+                    self._save()
+                    where = f"; the state is in {self._checkpoint()}" if self.out else ""
+                    raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", interrupted[0])
         finally:
             self.model.eval()
             self._write_metrics()
         if self.valid:
-            with torch.no_grad():
-                for name, parameter in self.parameters.items():
-                    parameter.copy_(self.best[name])
+            self._take_best()
         else:
             self.best_step = self.step
         loss = self.best_loss if self.valid else None
@@ -163,18 +161,22 @@ class Trainer:
         self._save()
 
     def _stop_not_finite(self, loss: float, grad_norm: float, examples: list[list[Example]]) -> None:
-        self._save()
+        if self.best_step:  # nothing since then was checked; the checkpoint on disk is from then too
+            self._take_best()
         rows = ", ".join(e.where for group in examples for e in group[:2])
-        kept = f"; the state before it is in {self._checkpoint()}" if self.out else ""
         raise TrainingError(
             f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}: training stopped, the adapters are those of "
-            f"step {self.step}{kept}. Try a lower --lr, or look at the rows of this step ({rows}, ...)"
+            f"step {self.best_step or self.step}. Start anew with --overwrite and a lower --lr, or look at the rows of this "
+            f"step ({rows}, ...)"
         )
+
+    @torch.no_grad()
+    def _take_best(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.best[name])
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-
-    # --- state on disk -----------------------------------------------------------------------------------------------
 
     def _checkpoint(self) -> Path:
         assert self.out is not None
@@ -195,7 +197,7 @@ class Trainer:
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
         facts = {key: getattr(self, key) for key in ("step", "tokens", "worse", "best_step", "best_loss")}
-        save_state(self._checkpoint(), tensors, {**facts, "identity": self._identity()})
+        save_state(self._checkpoint(), tensors, {**facts, "identity": self._identity(), "history": self.history})
         self._write_metrics()
 
     def _resume(self) -> None:
@@ -210,9 +212,7 @@ class Trainer:
             raise TrainingError(f"{self._checkpoint()}: belongs to another run: {what}; give the same options and data")
         for name, parameter in self.parameters.items():
             if f"now/{name}" not in tensors or tensors[f"now/{name}"].shape != parameter.shape:
-                raise TrainingError(
-                    f"{self._checkpoint()}: belongs to another placement: it has no {name} of this shape"
-                )
+                raise TrainingError(f"{self._checkpoint()}: belongs to another placement: no {name} of this shape")
             with torch.no_grad():
                 parameter.copy_(tensors[f"now/{name}"])
             self.best[name] = tensors[f"best/{name}"].to(parameter.device)
@@ -221,10 +221,8 @@ class Trainer:
                 device_moments = {k: v.to(parameter.device) for k, v in moments.items() if v is not None}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"])), **device_moments}
         torch.set_rng_state(tensors["rng"])
-        for key in ("step", "tokens", "worse", "best_step", "best_loss"):
+        for key in ("step", "tokens", "worse", "best_step", "best_loss", "history"):
             setattr(self, key, facts[key])
-        lines = (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        self.history = [record for record in map(json.loads, lines) if record["step"] <= self.step]
 
     def _write_metrics(self) -> None:
         if self.out is not None:

@@ -12,7 +12,7 @@ import plopfast
 ROOT = Path(plopfast.__file__).parent
 LEAVES = {"errors", "config", "files", "machine", "progress"}
 MAY_IMPORT = {
-    "errors": set(), "config": {"errors"}, "files": {"errors"}, "machine": set(), "progress": set(),
+    "errors": set(), "config": {"errors", "files"}, "files": {"errors"}, "machine": set(), "progress": set(),
     "data": {"errors"}, "models": LEAVES, "ops": {"kernels"},
     "lora": LEAVES | {"models", "ops"},
     "nfn": LEAVES | {"data", "models", "lora"},

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -89,7 +92,8 @@ def test_another_base_is_noticed(saved):
         pf.load_adapter(build("llama", seed=1), saved)
     model = build("llama", seed=1)
     assert pf.load_adapter(model, saved, check_base=False)
-    pf.load_adapter(build("llama").bfloat16(), saved)  # the same base in another dtype passes
+    for dtype in (torch.bfloat16, torch.float16):  # the same base in another dtype passes
+        pf.load_adapter(build("llama").to(dtype), saved)
     with pytest.raises(AdapterError, match="no linear module"):
         pf.load_adapter(build("gpt2"), saved)
     with pytest.raises(AdapterError, match=r"is 32 -> \d+ here, the adapter's is"):
@@ -119,13 +123,16 @@ def test_damaged_files(saved, llama):
     save_file({k: v for k, v in tensors.items() if "lora_A" in k}, weights)
     with pytest.raises(AdapterError, match="lora_A only; the file is incomplete"):
         pf.load_adapter(llama, saved)
+    save_file({}, weights)
+    with pytest.raises(AdapterError, match="holds no tensors"):
+        pf.load_adapter(llama, saved)
     weights.unlink()
     with pytest.raises(AdapterError, match=r"no such file \(adapters in pickle format"):
         pf.load_adapter(llama, saved)
     for change in ({"peft_type": "IA3"}, {"use_dora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}):
         settings = json.loads(config.read_text())
         config.write_text(json.dumps(settings | change))
-        with pytest.raises(AdapterError, match="expected a LoRA adapter|not supported"):
+        with pytest.raises(AdapterError, match="of a LoRA adapter|not supported"):
             pf.load_adapter(llama, saved)
         config.write_text(json.dumps(settings))
     with pytest.raises(AdapterError, match="not an adapter folder"):
@@ -146,6 +153,30 @@ def test_saving_refuses_what_it_should(llama, saved, tmp_path):
     pf.unload(llama)
     with pytest.raises(AdapterError, match="no LoRA adapters"):
         pf.save_adapter(llama, tmp_path / "other")
+
+
+def test_a_full_disk(llama, saved):
+    """A real limit on file sizes, in a process of its own: one clear error, and the earlier adapter is intact."""
+    before = (saved / "adapter_model.safetensors").read_bytes()
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import plopfast as pf
+from conftest import build
+from plopfast.errors import FileError
+model = build("llama")
+pf.load_adapter(model, {str(saved)!r})
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+try:
+    pf.save_adapter(model, {str(saved)!r}, overwrite=True)
+except FileError as error:
+    assert "writing failed" in str(error), error
+else:
+    raise AssertionError("it did not fail")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (saved / "adapter_model.safetensors").read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["adapter"]
 
 
 def test_a_failed_write_leaves_the_earlier_file(tmp_path):

@@ -170,14 +170,16 @@ def test_bad_input(base, tmp_path, model_folder, capsys):
         (edit(base, "--train", broken), r"broken\.jsonl:2: not valid JSON"),
         (edit(base, "--train", keys), r"keys\.jsonl:2: expected a row like"),
         (edit(base, "--train", empty), r"empty\.jsonl: no rows"),
-        (edit(base, "--train", long_), r"long\.jsonl:1: the prompt has \d+ tokens, the model's context takes 128"),
+        (edit(base, "--train", long_), r"long\.jsonl:1: the prompt has \d+ tokens, the limit is 128"),
+        (edit(base, "--test", tmp_path / "absent.jsonl"), r"absent\.jsonl: no such data file"),
+        (edit(base, "--valid", long_), r"long\.jsonl:1: the prompt has"),
         (edit(base, "--model", "nobody/such-a-model"), "cannot be loaded"),
         (edit(base, "--rank", 99), "rank 99 does not fit"),
         ([*base, "--rule", "q_prj"], "did you mean 'q_proj'"),
-        ([*base, "--k", "70"], "7 module types"),
+        ([*base, "--k", "70"], "k = 70: expected 1 to 7"),
         ([*base, "--lr", "-1"], "lr: expected a number above 0"),
         ([*base, "--device", "cuda:7"], "cannot be used on this machine"),
-        ([*base, "--config", str(tmp_path / "no.json")], "no such config file"),
+        ([*base, "--config", str(tmp_path / "no.json")], r"no\.json: no such file"),
         ([*base, "--config", str(tmp_path / "settings.json")], "unknown setting 'rnak'; did you mean 'rank'"),
         ([*base, "--config", str(tmp_path / "typed.json")], "rank: expected int, got 'three'"),
     ]
@@ -187,8 +189,12 @@ def test_bad_input(base, tmp_path, model_folder, capsys):
         err = capsys.readouterr().err
         assert re.search("plopfast: error: .*" + message, err), err
         assert "Traceback" not in err and not (out / "adapter").exists()
-    assert plopfast("run", *base, "--out", tmp_path / "file" / "run") == 2
-    assert "cannot write there" in capsys.readouterr().err
+        if number < 6:
+            assert not (out / "scores.json").exists()
+    assert plopfast("run", *base, "--out", tmp_path / "case4") == 0, "the corrected command is not refused"
+    for locked in (tmp_path / "file" / "run", "/proc/plopfast-run"):
+        assert plopfast("run", *base, "--out", locked) == 2
+        assert "cannot write there" in capsys.readouterr().err
     assert plopfast("train", *base[:8], "--out", tmp_path / "fresh") == 2
     assert "placement.json: no such file; it is written by plopfast place" in capsys.readouterr().err
     assert plopfast("place") == 2
@@ -196,6 +202,37 @@ def test_bad_input(base, tmp_path, model_folder, capsys):
     with pytest.raises(SystemExit) as stop:
         plopfast("run", "--no-such-option")
     assert stop.value.code == 2
+
+
+def test_adapters_that_do_not_fit(base, tmp_path, model_folder, capsys):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    assert plopfast("run", *base, "--out", run) == 0
+    weights = load_file(model_folder / "model.safetensors")
+    save_file({k: v + 0.1 for k, v in weights.items()}, model_folder / "model.safetensors", {"format": "pt"})
+    evaluate = ["eval", *base[:8], "--adapter", run / "adapter", "--out", elsewhere]
+    assert plopfast(*evaluate) == 2
+    assert "trained on other base weights" in capsys.readouterr().err
+    assert plopfast(*evaluate, "--any-base") == 0
+    file = run / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    assert plopfast(*evaluate, "--overwrite") == 2
+    assert "truncated or not a safetensors file" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text('{"step": 1}\n{"st')
+    assert plopfast("report", "--out", run, "--overwrite") == 2
+    assert "metrics.jsonl, line 2: not valid JSON" in capsys.readouterr().err
+
+
+def test_overwriting_mixes_no_results(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert plopfast("run", *base, "--out", out) == 0
+    assert plopfast("run", *edit(base, "--test", tmp_path / "absent"), "--out", out, "--overwrite") == 2
+    assert (out / "eval.json").exists(), "bad input costs no results"
+    assert plopfast("run", *edit(base, "--rank", 99), "--out", out, "--overwrite") == 2
+    assert (out / "scores.json").exists() and not (out / "adapter").exists(), "the old adapter is not the new run's"
+    assert plopfast("run", "--out", out, "--resume", "--rank", 3) == 2
+    assert "--resume keeps a run's settings, but rank was 99, is 3" in capsys.readouterr().err
+    assert plopfast("run", "--out", tmp_path / "nothing", "--resume") == 2
+    assert "config.json: no such file" in capsys.readouterr().err
 
 
 def test_nan_weights(base, tmp_path, model_folder, capsys):

@@ -71,9 +71,22 @@ def test_files_that_cannot_be_read(tmp_path):
         pf.read_jsonl(tmp_path / "latin.jsonl")
 
 
+def test_odd_but_valid_lines(tokenizer, tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(
+        b"\xef\xbb\xbf" + '{"text": "a\u2028dog\u0085"}\r\n{"prompt": "a", "completion": " b", "messages": []}'.encode()
+    )
+    rows = pf.read_jsonl(path)
+    assert rows[0][1]["text"] == "a\u2028dog\u0085" and rows[1][0].endswith(":2")
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    assert pf.tokenize([("x:1", {"prompt": "a", "messages": chat, "text": "a dog"})][:0], tokenizer) == []
+    with pytest.raises(DataError, match="chat template"):  # prompt without completion: the messages are the row
+        pf.tokenize([("x:1", {"prompt": "a", "messages": chat})], tokenizer)
+
+
 def test_longer_than_the_context(tokenizer, tmp_path):
     path = write(tmp_path / "d.jsonl", {"text": "short"}, {"prompt": "a dog " * 50, "completion": " b"})
-    with pytest.raises(DataError, match=r"d\.jsonl:2: the prompt has \d+ tokens, the model's context takes 64"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the prompt has \d+ tokens, the limit is 64"):
         pf.tokenize(pf.read_jsonl(path), tokenizer, 64)
 
 

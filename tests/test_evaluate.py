@@ -80,6 +80,12 @@ def test_what_is_no_choice(tokenizer):
     assert choices_of([Example((1, 2), 1, None, "")] * 9, tokenizer) is None
 
 
+def test_an_answer_with_two_tokenisations_is_no_choice(tokenizer):
+    examples = some_examples([(5,), (6,)])
+    odd = Example((*examples[0].tokens[: examples[0].start], 7, 8, 2), examples[0].start, examples[0].completion, "")
+    assert choices_of(examples, tokenizer) and choices_of([*examples, odd], tokenizer) is None
+
+
 def test_label_loss_equals_the_plain_loss(any_model, examples):
     from plopfast.data import collate
 

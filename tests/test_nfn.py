@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import random_batches
+from conftest import build, random_batches
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -289,6 +289,12 @@ def test_training_mode_and_hooks_are_restored(llama):
     assert llama.training and not any(m._forward_hooks for m in llama.modules())
 
 
+def test_official_mode_on_fused_projections():
+    report = pf.score(build("phi3"), random_batches(), compat="official")
+    assert set(report.types) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    assert "qkv_proj" in report.table() and pf.place(report, k=1, rank=1).modules
+
+
 def test_report_round_trip(llama, tmp_path):
     report = pf.score(llama, random_batches())
     report.save(tmp_path / "scores.json")
@@ -321,6 +327,7 @@ def test_not_finite_names_module_batch_and_row(llama):
         ([{"input_ids": [[1, 5]], "pixels": [1]}], {}, DataError, "pixels"),
         ([{"input_ids": [[1]]}], {}, DataError, "no token to score"),
         ([], {"compat": "official"}, DataError, "no token to score"),
+        ([], {"compat": "official", "tokens": "prompt"}, ConfigError, "has its own tokens"),
     ],
 )
 def test_bad_input(llama, batches, options, error, message):

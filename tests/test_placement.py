@@ -101,10 +101,10 @@ def test_round_trip(report, tmp_path):
         ({"rule": ["q_prj"]}, "did you mean 'q_proj'"),
         ({"rule": ["model.layers.7.q_proj"]}, r"did you mean 'model.layers.\d.q_proj'"),
         ({"rule": []}, "no module named"),
-        ({"k": 8}, "7 module types"),
-        ({"k": 0}, "7 module types"),
-        ({"rank": 5}, "rank 5 does not fit its 4 x 8 weight; choose 1 to 4"),
-        ({"rank": 0}, "choose 1 to"),
+        ({"k": 8}, "k = 8: expected 1 to 7"),
+        ({"k": 0}, "k = 0: expected 1 to 7"),
+        ({"rank": 5}, "rank 5 does not fit its 4 x 8 weight: 1 to 4"),
+        ({"rank": 0}, "weight: 1 to"),
     ],
 )
 def test_errors(report, arguments, message):

@@ -108,6 +108,14 @@ def test_interrupted_and_resumed_is_as_uninterrupted(examples, tmp_path, number)
     assert [json.loads(line)["step"] for line in lines if "lr" in line] == list(range(1, 13))
 
 
+def test_a_signal_in_the_last_step_is_not_lost(examples, tmp_path):
+    trainer = made(examples, tmp_path, max_steps=5)
+    trainer.__class__ = Signalled
+    with pytest.raises(Interrupted, match="stopped after step 5 of 5"):
+        trainer.fit()
+    assert made(examples, tmp_path, max_steps=5).fit(resume=True).steps == 5
+
+
 def test_resume_refuses_another_run(examples, tmp_path):
     with pytest.raises(FileError, match="not a readable training checkpoint"):
         made(examples, tmp_path).fit(resume=True)
@@ -129,12 +137,12 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(examples, tmp_
     kept = {}
 
     def break_it(module, args, output):
-        if trainer.step == 5:
+        if trainer.step == 4:
             kept.update(parameters(trainer))
-            return output * float("nan")
+        return output * float("nan") if trainer.step == 5 else output
 
     trainer.model.model.embed_tokens.register_forward_hook(break_it)
-    with pytest.raises(TrainingError, match=r"step 6: loss nan.*step 5.*checkpoint.safetensors"):
+    with pytest.raises(TrainingError, match=r"step 6: loss nan.*adapters are those of step 4"):
         trainer.fit()
     assert same(parameters(trainer), kept) and all(v.isfinite().all() for v in kept.values())
     resumed = made(examples, tmp_path)
