@@ -38,6 +38,8 @@ def main() -> None:
             evaluation, stages, placement = (
                 json.loads((folder / f"{name}.json").read_text()) for name in ("eval", "stages", "placement")
             )
+            for stage in stages.values():
+                stage.pop("command")  # names a temporary folder
             runs.append({"wall_s": round(wall, 1), "eval": evaluation, "stages": stages, "types": placement["types"]})
     lines = [f"{'run':<14}{'seconds':>8}  {'base':>7} {'tuned':>7}  " + "  ".join(f"{s:>6}" for s in runs[0]["stages"])]
     for repeat, run in enumerate(runs):
