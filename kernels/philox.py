@@ -4,6 +4,8 @@ Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1
 BigCrush). One counter serves 8 neighbouring columns: its four 32-bit words are split into 16-bit lanes and an element
 is kept where its lane is not below round(p * 2^16). Keyed by position, the mask depends neither on tile sizes nor
 on the device, and comes back under activation checkpointing and in a second backward.
+
+mask.py holds the Triton twin, which draws a tile of the mask in registers.
 """
 
 import torch

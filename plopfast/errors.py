@@ -25,6 +25,10 @@ class AdapterError(PlopfastError):
     """An adapter that is broken or belongs to another base model."""
 
 
+class BackendError(PlopfastError, RuntimeError):
+    """A backend that cannot run on this device; the message says why."""
+
+
 class TrainingError(PlopfastError):
     """Training that cannot go on."""
 

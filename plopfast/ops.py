@@ -1,9 +1,10 @@
 """The functional core: checks arguments and ties the kernels to autograd.
 
-    S = drop(X) A^T;  Y = X W^T + s S B^T + bias
-    dS = s dY B;  dB = s dY^T S;  dA = dS^T drop(X);  dX = dY W + mask (dS A) / (1 - p)
+    S = c drop(X) A^T;  Y = X W^T + S B^T + bias                         c = scaling / (1 - p)
+    dS = c dY B;  dB = dY^T S;  dA = dS^T drop(X);  dX = dY W + mask (dS A)
 
-M tokens, K in, N out, R rank; s scaling = alpha / rank (Hu et al., LoRA, arXiv 2106.09685, section 4.1).
+M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 2106.09685, section 4.1); drop zeroes
+elements and leaves the factor 1 / (1 - p) to c, which is applied in float32 before S and dS are rounded.
 """
 
 import math
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from .kernels import torch_ops
+from .errors import BackendError
+from .kernels import dispatch, library  # noqa: F401  (registers torch.ops.plopfast)
 
 
 def lora_linear(
@@ -24,52 +26,94 @@ def lora_linear(
     scaling: float,
     bias: torch.Tensor | None = None,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """A frozen linear layer plus its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
 
     x [..., K], weight [N, K] (frozen; a transposed view is fine), lora_A [R, K], lora_B [N, R], bias [N] (frozen);
     returns [..., N] in x's dtype. x, weight and bias share one floating dtype; the adapters may have another, their
     gradients come in it. Under autocast everything is computed in the autocast dtype. Saved for the backward pass:
-    x and S = drop(x) A^T alone. The dropout mask is a function of (seed, row, column) and is never stored.
+    x and S = drop(x) A^T alone. The dropout mask is a function of (seed, row, column) and is never stored; `seed` is a
+    64-bit integer, or a 0-d int64 tensor on the CPU (which torch.compile can trace).
 
-    Raises ValueError for shapes, dtypes, devices, dropout rates or a missing seed that cannot work.
+    `backend`: "auto" (Triton where it runs, else torch), "torch", "triton" (strategy from the tuning table), or
+    "fused" / "lora-first" for one strategy.
+
+    Raises ValueError for shapes, dtypes, devices, dropout rates or a missing seed that cannot work, and BackendError
+    where `backend` cannot run.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    if autocast:
+        dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    if backend != "auto":
+        path(x.device, backend)
+    if isinstance(seed, int):
+        seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed)
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
     x_MK = x.reshape(-1, x.shape[-1]).contiguous()
-    with torch.autocast(x.device.type, enabled=False):
-        y_MN = _LoRALinear.apply(x_MK, weight, bias, lora_A, lora_B, scaling, dropout_p, seed or 0)
-    return y_MN.view(*x.shape[:-1], weight.shape[0])
+    arguments = (x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend)
+    if autocast:
+        with torch.autocast(kind, enabled=False):
+            y_MN = _LoRALinear.apply(*arguments)
+    else:
+        y_MN = _LoRALinear.apply(*arguments)
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """||W x|| of every token: x [..., K], weight [N, K] -> [...] in float32 (float64 for float64).
+
+    Where Triton runs, the outputs are never written: it scores weights that are not on the forward path. No gradient.
+    Raises ValueError for shapes and dtypes that do not match, BackendError where `backend` cannot run.
+    """
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_norms: expected x [..., K] and weight [N, K] of one dtype, got x {list(x.shape)} {x.dtype} and "
+            f"weight {list(weight.shape)} {weight.dtype}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them to one device")
+    path(x.device, backend)
+    with torch.no_grad():
+        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+        return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
+
+
+def path(device: torch.device, backend: str) -> str:
+    """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
+    try:
+        return dispatch.resolve(device, backend)
+    except dispatch.Unsupported as error:
+        raise BackendError(str(error)) from None
 
 
 class _LoRALinear(torch.autograd.Function):
+    # an autograd function around the op, not torch.library.register_autograd: half the overhead in eager mode
     @staticmethod
-    def forward(ctx: Any, x_MK, w_NK, bias_N, a_RK, b_NR, s, p, seed):
-        s_MR = torch_ops.shrink(x_MK, a_RK, p, seed)
-        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR)
-        ctx.s, ctx.p, ctx.seed = s, p, seed
-        return torch_ops.forward(x_MK, s_MR, w_NK, b_NR, s, bias_N)
+    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend):
+        y_MN, s_MR = torch.ops.plopfast.lora_forward.default(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
+        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
+        ctx.settings = scaling, p, backend
+        return y_MN
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_MN):
-        x_MK, s_MR, w_NK, a_RK, b_NR = ctx.saved_tensors
-        need_x, _, _, need_a, need_b = ctx.needs_input_grad[:5]
+        x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+        scaling, p, backend = ctx.settings
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
-        dx_MK = da_RK = db_NR = None
-        if need_b:
-            db_NR = torch_ops.grad_b(dy_MN, s_MR, ctx.s).to(b_NR.dtype)
-        if need_a or need_x:
-            ds_MR = torch_ops.grad_s(dy_MN, b_NR, ctx.s)
-        if need_a:
-            da_RK = torch_ops.grad_a(ds_MR, x_MK, ctx.p, ctx.seed).to(a_RK.dtype)
-        if need_x:
-            dx_MK = torch_ops.grad_x(dy_MN, ds_MR, w_NK, a_RK, ctx.p, ctx.seed)
-        return dx_MK, None, None, da_RK, db_NR, None, None, None
+        dx_MK, da_RK, db_NR = torch.ops.plopfast.lora_backward.default(
+            dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b
+        )
+        return (
+            dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None,
+            None, None, None, None, None,
+        )  # fmt: skip
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:

@@ -1,0 +1,191 @@
+"""Which path a LoRA linear takes: backend, strategy and tiles, each with its reason. No autotuning in the hot path.
+
+Two exact strategies compete on a GPU: `fused` (lora_gemm) wins over `lora-first` (lora_expand, then the vendor's GEMM)
+only while Triton's GEMM runs at 0.94 to 0.98 of the vendor's speed (bytes saved against FLOPs, by shape and card), so
+the choice rests on a measurement on the user's own card: rows of `TABLE`, made by `plopfast bench --tune`. Without a row
+the safe default is lora-first: it is never slower than the vendor's GEMM plus one read and one write of Y.
+
+M tokens, K in, N out, R rank.
+"""
+
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+
+VERSION = 1  # of kernels and tiles: rows measured under another version do not count
+BACKENDS = ("auto", "torch", "triton", "fused", "lora-first")
+STRATEGIES = ("fused", "lora-first")
+MAX_RANK = 256
+
+
+class Unsupported(RuntimeError):
+    """A backend that cannot run here; the message says why."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of lora_gemm; `descriptor`: the TMA version."""
+
+    bm: int
+    bn: int
+    bk: int
+    warps: int
+    stages: int
+    descriptor: bool = False
+    group: int = 8
+
+    def __str__(self) -> str:
+        kind = "TMA" if self.descriptor else "pointer"
+        return f"{kind} {self.bm}x{self.bn}x{self.bk}, {self.warps} warps, {self.stages} stages"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What kernels are compiled for: "sm_90", "gfx942", ... or "interpreter"; `units`: SMs or compute units."""
+
+    name: str
+    units: int
+    gpu: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The path of one linear: backend torch or triton, strategy, the tiles of lora_gemm, and why."""
+
+    backend: str
+    strategy: str
+    tiles: Tiles | None
+    why: str
+
+    def __str__(self) -> str:
+        tiles = f", {self.tiles}" if self.tiles and self.strategy == "fused" else ""
+        return f"{self.backend}, {self.strategy}{tiles} ({self.why})"
+
+
+# per target the tiles that `plopfast bench --tune` tries for many tokens, the default first; all compile without spills
+_WIDE = (Tiles(128, 128, 32, 4, 4), Tiles(128, 128, 64, 8, 3), Tiles(128, 256, 64, 8, 3))
+_NARROW = (Tiles(128, 128, 32, 4, 3), Tiles(128, 128, 32, 8, 3))  # 99 KiB of shared memory
+_AMD = (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2))  # 64 KiB
+_HOPPER = (Tiles(128, 256, 64, 8, 4, descriptor=True), Tiles(128, 128, 64, 8, 4, descriptor=True), Tiles(128, 128, 64, 8, 3))
+GEMM_TILES: dict[str, tuple[Tiles, ...]] = {
+    "sm_80": _WIDE, "sm_86": _NARROW, "sm_89": _NARROW, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _NARROW,
+    "gfx90a": _AMD, "gfx942": _AMD, "gfx1100": _AMD,
+    "interpreter": (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1, descriptor=True)),
+}  # fmt: skip
+SAFE_TILES = (Tiles(64, 64, 32, 4, 2),)  # 16 KiB in 16-bit types: fits every GPU, known or not
+FLOAT32_TILES = Tiles(64, 64, 16, 4, 2)  # no matrix instruction in full float32, so registers bound the tile
+FEW_TOKENS = {16: Tiles(16, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}  # at most so many rows
+WIDE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100")
+
+TABLE: dict[str, tuple[str, Tiles]] = {}  # `key` -> the faster strategy on that card, and lora_gemm's best tiles
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels on the CPU, for tests (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def resolve(device: torch.device, backend: str = "auto") -> str:
+    """ "torch", or "triton" / "fused" / "lora-first" where Triton can run. Raises Unsupported with the reason."""
+    if backend == "torch":
+        return backend
+    reason = cannot_run(device)
+    if backend == "auto":
+        return "torch" if reason or interpreting() else "triton"
+    if backend not in BACKENDS:
+        raise Unsupported(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if reason:
+        raise Unsupported(f"backend {backend!r} cannot run on {device}: {reason}")
+    return backend
+
+
+@functools.lru_cache
+def cannot_run(device: torch.device) -> str:
+    """Why Triton kernels cannot run on this device, or the empty string."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (it exists for Linux only)"
+    if device.type == "meta" or (device.type == "cpu" and interpreting()):
+        return ""
+    if device.type != "cuda":
+        return "Triton needs an NVIDIA GPU from compute capability 8.0 on, or an AMD GPU from gfx90a on"
+    if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}; 8.0 is the lowest"
+    return ""
+
+
+def target_of(device: torch.device) -> Target:
+    """The target of kernels on `device`; a meta tensor stands for the GPU of Triton's active driver."""
+    if device.type == "cpu":
+        return Target("interpreter", 4)
+    if device.type == "meta":
+        return _driver_target()
+    return _gpu_target(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def _driver_target(units: int = 132, gpu: str = "") -> Target:
+    from triton.runtime import driver
+
+    found = driver.active.get_current_target()
+    return Target(f"sm_{found.arch}" if found.backend == "cuda" else str(found.arch).split(":")[0], units, gpu)
+
+
+@functools.lru_cache
+def _gpu_target(index: int) -> Target:
+    with torch.cuda.device(index):
+        return _driver_target(
+            torch.cuda.get_device_properties(index).multi_processor_count, torch.cuda.get_device_name(index)
+        )
+
+
+def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = True) -> tuple[Tiles, ...]:
+    """Tiles of lora_gemm for so many rows, the default first. `aligned`: operands that a TMA descriptor can describe."""
+    if dtype == torch.float32:
+        return (FLOAT32_TILES,)
+    every = GEMM_TILES.get(target.name, SAFE_TILES)
+    if target.name != "interpreter":
+        for limit, tiles in FEW_TOKENS.items():
+            if rows <= limit:
+                return (tiles,)
+    return tuple(tiles for tiles in every if aligned or not tiles.descriptor)
+
+
+def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> str:
+    """The row of TABLE for a shape: tokens and rank count as the next power of two."""
+    up = lambda value: 1 << max(4, math.ceil(math.log2(max(value, 1))))  # noqa: E731
+    return f"{target.gpu or target.name} {str(dtype).removeprefix('torch.')} M{up(m)} N{n} K{k} R{up(rank)}"
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank: int, backend: str = "auto",
+         aligned: bool = True) -> Plan:  # fmt: skip
+    """The path of a linear of this shape. Raises Unsupported where `backend` cannot run."""
+    chosen = resolve(device, backend)
+    if chosen == "torch":
+        return Plan("torch", "lora-first", None, "chosen" if backend == "torch" else cannot_run(device) or "interpreter")
+    beyond = f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else f"{dtype} has no Triton kernels"
+    if rank > MAX_RANK or dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if backend == "auto":
+            return Plan("torch", "lora-first", None, beyond)
+        raise Unsupported(f"backend {backend!r}: {beyond}; choose 'torch', or 'auto'")
+    target = target_of(device)
+    tiles = candidates(target, dtype, m, aligned)[0]
+    row = TABLE.get(key(target, dtype, m, n, k, rank))
+    if row and (aligned or not row[1].descriptor):
+        tiles = row[1]
+    if chosen in STRATEGIES:
+        return Plan("triton", chosen, tiles, "chosen")
+    if row:
+        return Plan("triton", row[0], tiles, "measured on this GPU")
+    known = "" if target.name in GEMM_TILES else f"; {target.name} is unknown: safe tiles"
+    return Plan("triton", "lora-first", tiles, f"default: not measured for this shape{known}")
+
+
+def use_table(rows: dict[str, tuple[str, Tiles]]) -> None:
+    """Puts measured rows in force (`plopfast bench --tune` makes them), in place of earlier ones."""
+    TABLE.clear()
+    TABLE.update(rows)
+    plan.cache_clear()

@@ -1,0 +1,45 @@
+"""`lora_gemm` for sm_90 and sm_100: tiles arrive through tensor descriptors (TMA), programs stay and take tiles in turn.
+
+The same epilogue as gemm.py. Descriptors below sm_90 and on AMD become 2-byte loads, so those targets never get this
+version; `flatten` overflows tensor memory on sm_100 and `warp_specialize` fails or overflows, so both are off.
+
+M rows, K reduced, N columns, R rank.
+"""
+
+import triton
+import triton.language as tl
+
+from .gemm import add_low_rank, finish, tile_of
+from .mask import keep_tile
+
+
+@triton.jit(do_not_specialize=["M", "seed", "threshold"])
+def lora_gemm_tma(
+    x_desc, w_desc, s, b, bias, y, norms, M, N, K, seed, threshold, ssm, sbn, sbr, sym,
+    RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
+    NORMS: tl.constexpr, STORE: tl.constexpr, W_IS_NK: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """x_desc [M, K] in blocks [BM, BK]; w_desc [N, K] in blocks [BN, BK], or [K, N] in [BK, BN] if not W_IS_NK."""
+    dtype: tl.constexpr = y.dtype.element_ty
+    tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
+        tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP)
+        rm = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
+        row_M = tl.where(rm < M, rm, 0)
+        rn = tile_n * BN + tl.arange(0, BN)
+        acc = tl.zeros((BM, BN), tl.float32)
+        if MASK:
+            acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
+            acc = tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), acc, 0.0)
+        for k in range(0, tl.cdiv(K, BK)):  # beyond the edges a descriptor reads zeros
+            x_tile = x_desc.load([tile_m * BM, k * BK])
+            if W_IS_NK:
+                w_tile = w_desc.load([tile_n * BN, k * BK]).T
+            else:
+                w_tile = w_desc.load([k * BK, tile_n * BN])
+            acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        finish(
+            acc, s, b, bias, y, norms, tile_n, rm, row_M, rn, M, N, ssm, sbn, sbr, sym, dtype,
+            RANK, BR, LORA and not MASK, BIAS, NORMS, STORE, PRECISION,
+        )  # fmt: skip

@@ -1,0 +1,58 @@
+"""The adapters' gradients from one read of each large operand:
+
+    dB = dY^T S  and  dS = c dY B  from dY;      dA = dS^T drop(X)  from X
+
+Both are "tile^T times a rank-sized activation", so one kernel does both: T is dY or X, V is S or dS, and U is B (only
+for dY). A program owns a block of rows by a stripe of columns; sums over rows (dB, dA) and over columns (dS) leave as
+float32 parts that `reduce.sum_partials` adds up in a fixed order: no atomics, the same bits every time. The parts cost
+8 R (parts_of_columns M + parts_of_rows N) bytes beside the 2 M N of T.
+
+M tokens, C columns of T, R rank.
+"""
+
+import triton
+import triton.language as tl
+
+from .mask import keep_tile
+
+
+@triton.jit(do_not_specialize=["M", "row_chunk", "seed", "threshold"])
+def lora_grads(
+    t, v, u, g, ds, M, C, row_chunk, scale, seed, threshold, stm, stc, svm, suc, sur, sgp, sgc, sgr, sds,
+    RANK: tl.constexpr, RP: tl.constexpr, WITH_DS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """g [row parts, C, R] under strides (sgp, sgc, sgr); ds [column parts, M, R] (stride sds of a part)."""
+    dtype: tl.constexpr = t.dtype.element_ty
+    stripe, part = tl.program_id(0), tl.program_id(1)
+    rc = stripe.to(tl.int64) * BC + tl.arange(0, BC)
+    rank = tl.arange(0, RP).to(tl.int64)
+    inside_C, inside_R = rc < C, rank < RANK
+    # dS and dB share a tile as left operands, which holds registers down on sm_80; a masked tile comes from registers,
+    # and as left operand it would serialise wgmma
+    acc = tl.zeros((BC, RP) if WITH_DS else (RP, BC), tl.float32)
+    first = part.to(tl.int64) * row_chunk
+    if WITH_DS:
+        u_at = u + rc[:, None] * suc + rank[None, :] * sur
+        u_CR = tl.load(u_at, mask=inside_C[:, None] & inside_R[None, :], other=0.0).to(dtype)
+    for m0 in range(first, min(M, first + row_chunk), BM):
+        rm = m0 + tl.arange(0, BM).to(tl.int64)
+        inside_M = rm < M
+        t_MC = tl.load(
+            t + rm[:, None] * stm + rc[None, :] * stc, mask=inside_M[:, None] & inside_C[None, :], other=0.0
+        )
+        if DROP:
+            t_MC = tl.where(keep_tile(seed, rm, stripe * BC, threshold, BM, BC), t_MC, 0.0).to(dtype)
+        mask_MR = inside_M[:, None] & inside_R[None, :]
+        v_MR = tl.load(v + rm[:, None] * svm + rank[None, :], mask=mask_MR, other=0.0)
+        if WITH_DS:
+            acc = tl.dot(tl.trans(t_MC), v_MR, acc, input_precision=PRECISION)
+            ds_MR = tl.dot(t_MC, u_CR, input_precision=PRECISION) * scale
+            ds_at = ds + stripe.to(tl.int64) * sds + rm[:, None] * RANK + rank[None, :]
+            tl.store(ds_at, ds_MR.to(ds.dtype.element_ty), mask=mask_MR)
+        else:
+            acc = tl.dot(tl.trans(v_MR), t_MC, acc, input_precision=PRECISION)
+    if WITH_DS:
+        acc = tl.trans(acc)
+    at = g + part.to(tl.int64) * sgp + rank[:, None] * sgr + rc[None, :] * sgc
+    tl.store(at, acc.to(g.dtype.element_ty), mask=inside_R[:, None] & inside_C[None, :])

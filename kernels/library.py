@@ -1,0 +1,147 @@
+"""torch.library registration: the ops that autograd, torch.compile and torch's dispatcher see.
+
+Each op has one implementation for every device, which takes the path that dispatch.py gives for the tensors at hand
+(plain torch or the Triton kernels), and a fake one that knows shapes alone. Ops neither alias nor change their inputs.
+Autograd is added in plopfast/ops.py.
+
+M tokens, K in, N out, R rank.
+"""
+
+import torch
+
+from . import dispatch, philox, torch_ops
+
+LIBRARY = torch.library.Library("plopfast", "DEF")
+DEVICES = ("CPU", "CUDA", "MPS", "XPU")  # "CUDA" is HIP too
+
+LIBRARY.define(
+    "lora_forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor? bias, float scaling, float p, Tensor? seed, "
+    "str backend) -> (Tensor, Tensor)"
+)
+LIBRARY.define(
+    "lora_backward(Tensor dy, Tensor x, Tensor s, Tensor w, Tensor a, Tensor b, float scaling, float p, Tensor? seed, "
+    "str backend, bool need_x, bool need_a, bool need_b) -> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define("frozen_norms(Tensor x, Tensor w, str backend) -> Tensor")
+LIBRARY.define("row_norms(Tensor y, Tensor? bias, str backend) -> Tensor")
+
+
+def plan_of(x: torch.Tensor, w: torch.Tensor, rank: int, backend: str) -> dispatch.Plan:
+    """The path of x [M, K] through w [N, K]."""
+    aligned = w.stride(0) * w.element_size() % 16 == 0 or w.stride(1) * w.element_size() % 16 == 0
+    return dispatch.plan(x.device, x.dtype, x.shape[0], w.shape[0], w.shape[1], rank, backend, aligned)
+
+
+def lora_forward(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    bias: torch.Tensor | None,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Y = X W^T + S B^T + bias [M, N] and S = scaling / (1 - p) drop(X) A^T [M, R]; `seed` a 0-d int64 CPU tensor."""
+    plan = plan_of(x, w, a.shape[0], backend)
+    c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
+    if plan.backend == "torch":
+        s = torch_ops.shrink(x, a, c, p, number)
+        return torch_ops.forward(x, s, w, b, bias), s
+    from . import triton_ops  # only where it can run
+
+    s = triton_ops.shrink(x, a, c, p, number)
+    return triton_ops.forward(x, s, w, b, bias, plan), s
+
+
+def lora_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    s: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """dX [M, K], dA [R, K], dB [N, R]; each one that is not needed is empty and costs nothing."""
+    plan = plan_of(x, w, a.shape[0], backend)
+    c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
+    dx, da, db = (dy.new_empty(0) for _ in range(3))
+    if plan.backend == "torch":
+        if need_b:
+            db = torch_ops.grad_b(dy, s).to(b.dtype)
+        if need_a or need_x:
+            ds = torch_ops.grad_s(dy, b, c)
+        if need_a:
+            da = torch_ops.grad_a(ds, x, p, number).to(a.dtype)
+        if need_x:
+            dx = torch_ops.grad_x(dy, ds, w, a, p, number)
+        return dx, da, db
+    from . import triton_ops
+
+    if need_b and (need_a or need_x):
+        ds, db = triton_ops.grad_s_and_b(dy, s, b, c)
+    elif need_b:
+        db = triton_ops.grad_b(dy, s, b.dtype)
+    elif need_a or need_x:
+        ds = triton_ops.grad_s(dy, b, c)
+    if need_a:
+        da = triton_ops.grad_a(ds, x, p, number, a.dtype)
+    if need_x:
+        dx = triton_ops.grad_x(dy, ds, w, a, p, number, plan)
+    return dx, da, db
+
+
+def frozen_norms(x: torch.Tensor, w: torch.Tensor, backend: str) -> torch.Tensor:
+    """||x W^T|| [M] in float32, Y never written where Triton runs."""
+    if plan_of(x, w, 1, backend).backend == "torch":
+        return torch_ops.frozen_norms(x, w)
+    from . import triton_ops
+
+    return triton_ops.frozen_norms(x, w)
+
+
+def row_norms(y: torch.Tensor, bias: torch.Tensor | None, backend: str) -> torch.Tensor:
+    """||y - bias|| [M] in float32, from one read of Y where Triton runs."""
+    if dispatch.plan(y.device, y.dtype, y.shape[0], y.shape[1], 1, 1, backend).backend == "torch":
+        return torch_ops.row_norms(y, bias)
+    from . import triton_ops
+
+    return triton_ops.row_norms(y, bias)
+
+
+for _op in (lora_forward, lora_backward, frozen_norms, row_norms):
+    for _device in DEVICES:
+        LIBRARY.impl(_op.__name__, _op, _device)
+
+
+@torch.library.register_fake("plopfast::lora_forward", lib=LIBRARY)
+def _(x, w, a, b, bias, scaling, p, seed, backend):
+    return x.new_empty(x.shape[0], w.shape[0]), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.register_fake("plopfast::lora_backward", lib=LIBRARY)
+def _(dy, x, s, w, a, b, scaling, p, seed, backend, need_x, need_a, need_b):
+    empty = lambda: dy.new_empty(0)  # noqa: E731
+    return (
+        x.new_empty(x.shape) if need_x else empty(),
+        a.new_empty(a.shape) if need_a else empty(),
+        b.new_empty(b.shape) if need_b else empty(),
+    )
+
+
+@torch.library.register_fake("plopfast::frozen_norms", lib=LIBRARY)
+def _(x, w, backend):
+    return x.new_empty(x.shape[0], dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.library.register_fake("plopfast::row_norms", lib=LIBRARY)
+def _(y, bias, backend):
+    return y.new_empty(y.shape[0], dtype=torch.promote_types(y.dtype, torch.float32))

@@ -1,0 +1,66 @@
+"""S = c drop(X) A^T for up to three adapters that share X (q|k|v, gate|up), and ||x||^2, in one read of X.
+
+c holds the scaling and 1 / (1 - p): multiplied in float32 before the one rounding of S. Each adapter has a dropout
+seed of its own. K is split over several programs where M alone would leave most of the GPU idle; the parts are
+added up by `reduce.sum_partials` in a fixed order.
+
+M tokens, K in, R rank, G adapters.
+"""
+
+import triton
+import triton.language as tl
+
+from .mask import keep_tile
+
+
+@triton.jit
+def _one(acc, x_MK, a, rank, rk, K, sar, sak, seed, rm, k0, threshold, dtype: tl.constexpr,
+         RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    mask = (rank[None, :] < RANK) & (rk[:, None] < K)
+    a_KR = tl.load(a + rank[None, :] * sar + rk[:, None] * sak, mask=mask, other=0.0).to(dtype)
+    if DROP:
+        x_MK = tl.where(keep_tile(seed, rm, k0, threshold, BM, BK), x_MK, 0.0).to(dtype)
+    return tl.dot(x_MK, a_KR, acc, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
+def lora_shrink(
+    x, a0, a1, a2, s, norms, M, K, k_chunk, scale, seed0, seed1, seed2, threshold, sxm, sxk, sar, sak,
+    RANK: tl.constexpr, RP: tl.constexpr, ADAPTERS: tl.constexpr, DROP: tl.constexpr, NORMS: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """s [parts, G, M, R] and norms [parts, M]; program (i, part) reads BM rows and k_chunk columns (a multiple of BK)."""
+    dtype: tl.constexpr = x.dtype.element_ty
+    part = tl.program_id(1)
+    rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    rank = tl.arange(0, RP).to(tl.int64)
+    acc0 = tl.zeros((BM, RP), tl.float32)
+    acc1 = tl.zeros((BM, RP), tl.float32)
+    acc2 = tl.zeros((BM, RP), tl.float32)
+    squares = tl.zeros((BM,), tl.float32)
+    inside_M = rm < M
+    for k0 in range(part * k_chunk, min(K, (part + 1) * k_chunk), BK):
+        rk = k0 + tl.arange(0, BK).to(tl.int64)
+        x_MK = tl.load(x + rm[:, None] * sxm + rk[None, :] * sxk, mask=inside_M[:, None] & (rk < K)[None, :], other=0.0)
+        if NORMS:
+            x_float = x_MK.to(tl.float32)
+            squares += tl.sum(x_float * x_float, axis=1)
+        acc0 = _one(acc0, x_MK, a0, rank, rk, K, sar, sak, seed0, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION)
+        if ADAPTERS > 1:
+            acc1 = _one(
+                acc1, x_MK, a1, rank, rk, K, sar, sak, seed1, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
+            )
+        if ADAPTERS > 2:
+            acc2 = _one(
+                acc2, x_MK, a2, rank, rk, K, sar, sak, seed2, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
+            )
+    base = s + part.to(tl.int64) * ADAPTERS * M * RANK + rm[:, None] * RANK + rank[None, :]
+    mask = inside_M[:, None] & (rank < RANK)[None, :]
+    group = tl.full((), RANK, tl.int64) * M
+    tl.store(base, (acc0 * scale).to(s.dtype.element_ty), mask=mask)
+    if ADAPTERS > 1:
+        tl.store(base + group, (acc1 * scale).to(s.dtype.element_ty), mask=mask)
+    if ADAPTERS > 2:
+        tl.store(base + 2 * group, (acc2 * scale).to(s.dtype.element_ty), mask=mask)
+    if NORMS:
+        tl.store(norms + part.to(tl.int64) * M + rm, squares, mask=inside_M)

@@ -1,0 +1,344 @@
+"""Launchers: torch tensors in, Triton kernels launched, torch tensors out. Shapes and dtypes are checked by the callers.
+
+c = scaling / (1 - p) is folded into S and dS, here as in torch_ops.py. Every launch goes to the current stream of the
+tensors' device, which Triton reads at each call. Empty outputs are returned without a launch, and empty sums are zeros.
+
+M tokens, K in, N out, R rank, G adapters that share an input.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+import triton
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from . import dispatch, expand, gemm as gemm_kernel, gemm_tma, grads as grads_kernel, nf4, philox, reduce, shrink as s_kernel
+from .dispatch import Plan, Tiles
+
+MAX_STACKED = 3
+REDUCE_BLOCK = 1024
+
+
+def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float = 0.0, seed: int = 0) -> torch.Tensor:
+    """S = c drop(X) A^T, [M, R] in X's dtype; `drop` zeroes elements and does not rescale."""
+    return shrink_stacked(x_MK, (a_RK,), c, p, (seed,))[0][0]
+
+
+def shrink_stacked(
+    x_MK: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    c: float,
+    p: float = 0.0,
+    seeds: Sequence[int] = (0, 0, 0),
+    *,
+    norms: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32, in one read of X."""
+    (m, k), rank, count = x_MK.shape, adapters[0].shape[0], len(adapters)
+    assert count <= MAX_STACKED and all(a.shape == adapters[0].shape for a in adapters)
+    assert all(a.stride() == adapters[0].stride() for a in adapters)
+    if not m:
+        return x_MK.new_empty(count, m, rank), x_MK.new_empty(m, dtype=torch.float32) if norms else None
+    padded = _padded(rank)
+    units = dispatch.target_of(x_MK.device).units
+    bm = next((b for b in (64, 32) if triton.cdiv(m, b) * 2 >= units), 16)
+    if padded * count > 256:
+        bm = min(bm, 32)
+    bk = 32 if x_MK.dtype == torch.float32 or padded * count > 128 else 64
+    rows = triton.cdiv(m, bm)
+    steps = max(1, triton.cdiv(k, bk))
+    # parts so that the programs fill the GPU, each with at least four steps
+    splits = min(max(1, units // rows), max(1, steps // 4))
+    chunk = triton.cdiv(steps, splits) * bk
+    splits = max(1, triton.cdiv(k, chunk))
+    s = x_MK.new_empty(splits, count, m, rank, dtype=x_MK.dtype if splits == 1 else torch.float32)
+    squares = x_MK.new_empty(splits, m, dtype=torch.float32) if norms else None
+    a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
+    seed0, seed1, seed2 = (*seeds, 0, 0)[:3]
+    with _on(x_MK):
+        s_kernel.lora_shrink[(rows, splits)](
+            x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
+            philox.threshold(p), *x_MK.stride(), *a0.stride(),
+            RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=_precision(x_MK), BM=bm, BK=bk,
+            num_warps=4, num_stages=3,
+        )  # fmt: skip
+        s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)
+        return s, _sum(squares, 1.0, torch.float32, root=True) if squares is not None else None
+
+
+def forward(
+    x_MK: torch.Tensor, s_MR: torch.Tensor, w_NK: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None, plan: Plan
+) -> torch.Tensor:
+    """Y = X W^T + S B^T + bias"""
+    if plan.strategy == "fused":
+        return gemm(x_MK, w_NK, s_MR, b_NR, bias_N, tiles=plan.tiles)[0]
+    return low_rank(s_MR, b_NR, bias_N).addmm_(x_MK, w_NK.T)
+
+
+def grad_x(
+    dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int, plan: Plan
+) -> torch.Tensor:
+    """dX = dY W + mask (dS A): dS holds the factor 1 / (1 - p)"""
+    if plan.strategy == "fused":
+        return gemm(dy_MN, w_NK.T, ds_MR, a_RK.T, p=p, seed=seed, tiles=plan.tiles)[0]
+    return low_rank(ds_MR, a_RK.T, p=p, seed=seed).addmm_(dy_MN, w_NK)
+
+
+def grad_s_and_b(
+    dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """dS = c dY B in dY's dtype and dB = dY^T S in B's, from one read of dY."""
+    db_NR, ds_MR = _grads(dy_MN, s_MR, b_NR.dtype, u=b_NR, c=c)
+    assert ds_MR is not None
+    return ds_MR, db_NR
+
+
+def grad_s(dy_MN: torch.Tensor, b_NR: torch.Tensor, c: float) -> torch.Tensor:
+    """dS = c dY B: a shrink whose A is B^T."""
+    return shrink(dy_MN, b_NR.T, c)
+
+
+def grad_b(dy_MN: torch.Tensor, s_MR: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """dB = dY^T S"""
+    return _grads(dy_MN, s_MR, dtype)[0]
+
+
+def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """dA = dS^T drop(X)"""
+    return _grads(x_MK, ds_MR, dtype, p=p, seed=seed, transposed=True)[0]
+
+
+def gemm(
+    x_MK: torch.Tensor,
+    w_NK: torch.Tensor,
+    s_MR: torch.Tensor | None = None,
+    b_NR: torch.Tensor | None = None,
+    bias_N: torch.Tensor | None = None,
+    *,
+    p: float = 0.0,
+    seed: int = 0,
+    norms: bool = False,
+    store: bool = True,
+    tiles: Tiles | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Y = X W^T + mask (S B^T) + bias (the mask if p > 0), and ||x W^T|| [M] if `norms`; Y is empty unless `store`."""
+    (m, k), n = x_MK.shape, w_NK.shape[0]
+    assert not (p and norms)
+    y_MN = x_MK.new_empty(m, n) if store else x_MK.new_empty(0, 1)
+    if not m or not n:
+        return y_MN, x_MK.new_zeros(m, dtype=torch.float32) if norms else None
+    target = dispatch.target_of(x_MK.device)
+    tiles = tiles or dispatch.candidates(target, x_MK.dtype, m)[0]
+    if tiles.descriptor and not describable(x_MK, w_NK):
+        tiles = dispatch.candidates(target, x_MK.dtype, m, aligned=False)[0]
+    lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
+    bn = min(tiles.bn, 128) if p else tiles.bn  # the mask's random words need registers
+    tiles_n = triton.cdiv(n, bn)
+    parts = x_MK.new_empty(tiles_n, m, dtype=torch.float32) if norms else y_MN
+    s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
+    bias = x_MK if bias_N is None else bias_N
+    options = {
+        "RANK": rank, "BR": min(64, _padded(rank)), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
+        "NORMS": norms, "STORE": store, "PRECISION": _precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
+        "GROUP": tiles.group, "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    strides = (*(s.stride()[:1] if lora else (0,)), *(b.stride() if lora else (0, 0)), y_MN.stride(0))
+    drop = (seed, philox.threshold(p))
+    count = triton.cdiv(m, tiles.bm) * tiles_n
+    with _on(x_MK):
+        if tiles.descriptor:
+            nk = w_NK.stride(1) == 1
+            x_desc = TensorDescriptor.from_tensor(x_MK, [tiles.bm, tiles.bk])
+            w_desc = TensorDescriptor.from_tensor(*((w_NK, [bn, tiles.bk]) if nk else (w_NK.T, [tiles.bk, bn])))
+            programs = min(count, target.units)
+            gemm_tma.lora_gemm_tma[(programs,)](
+                x_desc, w_desc, s, b, bias, y_MN, parts, m, n, k, *drop, *strides, W_IS_NK=nk, PROGRAMS=programs, **options
+            )
+        else:
+            gemm_kernel.lora_gemm[(count,)](
+                x_MK, w_NK, s, b, bias, y_MN, parts, m, n, k, *drop, *x_MK.stride(), *w_NK.stride(), *strides,
+                EVEN_K=k % tiles.bk == 0, **options,
+            )  # fmt: skip
+        return y_MN, _sum(parts, 1.0, torch.float32, root=True) if norms else None
+
+
+def describable(*matrices: torch.Tensor) -> bool:
+    """Whether TMA descriptors can hold these: 16-bit, one stride 1, the other and the address multiples of 16 bytes."""
+    for matrix in matrices:
+        size, (outer, inner) = matrix.element_size(), sorted(matrix.stride(), reverse=True)
+        if size != 2 or inner != 1 or outer * size % 16 or matrix.data_ptr() % 16 or not matrix.numel():
+            return False
+    return matrices[0].stride(1) == 1
+
+
+def low_rank(
+    s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: int = 0
+) -> torch.Tensor:
+    """L = mask (S B^T) + bias (the mask if p > 0), in S's dtype."""
+    (m, rank), n = s_MR.shape, b_NR.shape[0]
+    y_MN = s_MR.new_empty(m, n)
+    if not m or not n:
+        return y_MN
+    bm, bn = (32, 64) if s_MR.dtype == torch.float32 else (64, 128)
+    with _on(s_MR):
+        expand.lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
+            s_MR, b_NR, s_MR if bias_N is None else bias_N, y_MN, m, n, seed, philox.threshold(p),
+            s_MR.stride(0), *b_NR.stride(), n,
+            RANK=rank, BR=min(64, _padded(rank)), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
+            BM=bm, BN=bn, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return y_MN
+
+
+def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
+    """||x W^T|| [M] in float32, Y never written."""
+    norms = gemm(x_MK, w_NK, norms=True, store=False, tiles=tiles)[1]
+    assert norms is not None
+    return norms
+
+
+def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
+    """||y - bias|| [M] in float32, from one read of Y."""
+    m, n = y_MN.shape
+    norms = y_MN.new_empty(m, dtype=torch.float32)
+    if m:
+        bn = min(1024, max(64, triton.next_power_of_2(n)))
+        bm = max(1, 2048 // bn)
+        with _on(y_MN):
+            reduce.row_norms[(triton.cdiv(m, bm),)](
+                y_MN, y_MN if bias_N is None else bias_N, norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
+                BM=bm, BN=bn, num_warps=4,
+            )  # fmt: skip
+    return norms
+
+
+def gemm_nf4(
+    x_MK: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, s_MR: torch.Tensor | None = None,
+    b_NR: torch.Tensor | None = None, bias_N: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Y = X W^T + S B^T + bias, W [N, K] decoded inside: packed [N, K / 2] by `nf4.repack`, absmax [N, K / 64] float32."""
+    (m, k), n = x_MK.shape, packed.shape[0]
+    y_MN = x_MK.new_empty(m, n)
+    if not m or not n:
+        return y_MN
+    x_MK = x_MK.contiguous()
+    bm = 16 if m <= 16 else 64
+    bn = 64 if m <= 16 or x_MK.dtype == torch.float32 else 128
+    rank = 1 if s_MR is None else s_MR.shape[1]
+    s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
+    with _on(x_MK):
+        nf4.lora_gemm_nf4[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
+            x_MK, packed, absmax, _levels(x_MK.device), s, b, x_MK if bias_N is None else bias_N, y_MN, m, n, k,
+            k, s.stride(0), *b.stride(), n,
+            RANK=rank, BR=min(64, _padded(rank)), LORA=s_MR is not None, BIAS=bias_N is not None,
+            PRECISION=_precision(x_MK), BM=bm, BN=bn, GROUP=8, num_warps=4 if bm == 16 else 8, num_stages=3,
+        )  # fmt: skip
+    return y_MN
+
+
+def decode_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """W [N, K] decoded into `out` (contiguous), a workspace that is used again for every layer."""
+    blocks = absmax.numel()
+    if blocks:
+        with _on(packed):
+            nf4.decode_nf4[(triton.cdiv(blocks, 64),)](
+                packed, absmax, _levels(packed.device), out, blocks, BLOCKS=64, num_warps=4
+            )
+    return out
+
+
+def _grads(
+    t_MC: torch.Tensor, v_MR: torch.Tensor, dtype: torch.dtype, *, u: torch.Tensor | None = None, c: float = 1.0,
+    p: float = 0.0, seed: int = 0, transposed: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given; see grads.py."""
+    (m, columns), rank = t_MC.shape, v_MR.shape[1]
+    shape = (rank, columns) if transposed else (columns, rank)
+    if not m or not columns:
+        return v_MR.new_zeros(shape, dtype=dtype), None if u is None else v_MR.new_zeros(m, rank)
+    target = dispatch.target_of(t_MC.device)
+    bm, bc, parts, stripes = grads_grid(target, t_MC.dtype, m, columns, rank, u is not None)
+    g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
+    ds = v_MR.new_empty(stripes, m, rank, dtype=v_MR.dtype if stripes == 1 else torch.float32)
+    if u is None:
+        ds = ds[:0]
+    with _on(t_MC):
+        grads_kernel.lora_grads[(stripes, parts)](
+            t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,
+            c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
+            *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
+            RANK=rank, RP=_padded(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=_precision(t_MC),
+            BM=bm, BC=bc, num_warps=8 if bc * _padded(rank) > 4096 else 4, num_stages=2,
+        )  # fmt: skip
+        g = g[0] if parts == 1 else _sum(g, 1.0, dtype)
+        if u is None:
+            return g, None
+        return g, ds[0] if stripes == 1 else _sum(ds, c, v_MR.dtype)
+
+
+def grads_grid(
+    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool
+) -> tuple[int, int, int, int]:
+    """(BM, BC, row parts, column stripes) of lora_grads.
+
+    About half a program for each SM: half the programs already keep the memory busy, and the bytes of the parts grow
+    with the root of their number. With dS the stripe is the one that costs the fewest bytes of parts; without, narrow.
+    """
+    padded = _padded(rank)
+    if target.name == "interpreter":
+        bm, widths = 16, [32]
+    elif dtype == torch.float32:
+        bm, widths = 32, [64]
+    else:
+        most = 512 if target.name in dispatch.WIDE_SHARED_MEMORY else 128
+        bm, widths = 64, [w for w in (128, 256, 512) if w <= most and w * padded <= 16384] or [64]
+    programs = max(1, target.units // 2)
+
+    def parts_of(width: int) -> int:
+        stripes = triton.cdiv(columns, width)
+        return max(1, min(round(programs / stripes), triton.cdiv(m, bm)))
+
+    def cost(width: int) -> int:
+        stripes, parts = triton.cdiv(columns, width), parts_of(width)
+        return (stripes * m if with_ds and stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
+
+    bc = min(widths, key=cost) if with_ds else widths[0]
+    parts = parts_of(bc)
+    parts = triton.cdiv(triton.cdiv(m, bm), triton.cdiv(triton.cdiv(m, bm), parts))  # no part is empty
+    return bm, bc, parts, triton.cdiv(columns, bc)
+
+
+def _sum(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bool = False) -> torch.Tensor:
+    """scale * the sum over the first dimension, in a fixed order."""
+    out = partials.new_empty(partials.shape[1:], dtype=dtype)
+    if out.numel():
+        reduce.sum_partials[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
+            partials, out, partials.shape[0], out.numel(), scale, ROOT=root, BLOCK=REDUCE_BLOCK, num_warps=4
+        )
+    return out
+
+
+def _padded(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))  # 16: the least that a matrix instruction reduces
+
+
+def _precision(x: torch.Tensor) -> str:
+    """Of float32 products: what torch's own would take (torch.set_float32_matmul_precision); no matter in 16 bits."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _levels(device: torch.device) -> torch.Tensor:
+    if device not in _LEVELS:
+        _LEVELS[device] = torch.tensor(nf4.LEVELS, dtype=torch.float32, device=device)
+    return _LEVELS[device]
+
+
+_LEVELS: dict[torch.device, torch.Tensor] = {}
+
+
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device; this makes it the tensor's."""
+    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return contextlib.nullcontext()
