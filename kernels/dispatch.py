@@ -153,6 +153,11 @@ def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = Tr
     return tuple(tiles for tiles in every if aligned or not tiles.descriptor)
 
 
+def unaligned(target: Target, dtype: torch.dtype) -> Tiles:
+    """Tiles for operands whose rows do not start at multiples of 16 elements: the pipeline of copies disappears."""
+    return (candidates(target, dtype, 1 << 30, aligned=False) if target.name == "interpreter" else SAFE_TILES)[0]
+
+
 def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> str:
     """The row of TABLE for a shape: tokens and rank count as the next power of two."""
     up = lambda value: 1 << max(4, math.ceil(math.log2(max(value, 1))))  # noqa: E731

@@ -45,7 +45,7 @@ def shrink_stacked(
     bm = next((b for b in (64, 32) if triton.cdiv(m, b) * 2 >= units), 16)
     if padded * count > 256:
         bm = min(bm, 32)
-    bk = 32 if x_MK.dtype == torch.float32 or padded * count > 128 else 64
+    bk = 32 if x_MK.dtype == torch.float32 or padded * count > 128 or (p and count > 1) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
     # parts so that the programs fill the GPU, each with at least four steps
@@ -130,8 +130,8 @@ def gemm(
         return y_MN, x_MK.new_zeros(m, dtype=torch.float32) if norms else None
     target = dispatch.target_of(x_MK.device)
     tiles = tiles or dispatch.candidates(target, x_MK.dtype, m)[0]
-    if tiles.descriptor and not describable(x_MK, w_NK):
-        tiles = dispatch.candidates(target, x_MK.dtype, m, aligned=False)[0]
+    if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
+        tiles = dispatch.unaligned(target, x_MK.dtype)
     lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
     bn = min(tiles.bn, 128) if p else tiles.bn  # the mask's random words need registers
     tiles_n = triton.cdiv(n, bn)
@@ -170,6 +170,11 @@ def describable(*matrices: torch.Tensor) -> bool:
         if size != 2 or inner != 1 or outer * size % 16 or matrix.data_ptr() % 16 or not matrix.numel():
             return False
     return matrices[0].stride(1) == 1
+
+
+def copyable(*matrices: torch.Tensor) -> bool:
+    """Whether tiles arrive in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
+    return all(1 in m.stride() and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def low_rank(

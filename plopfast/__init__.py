@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
     from .config import RunConfig as RunConfig, TrainConfig as TrainConfig
     from .data import read_jsonl as read_jsonl, tokenize as tokenize
-    from .errors import PlopfastError as PlopfastError
+    from .errors import BackendError as BackendError, PlopfastError as PlopfastError
     from .lora import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
     from .models import linear_modules as linear_modules, load_model as load_model
     from .nfn import NFNReport as NFNReport, score as score
-    from .ops import lora_linear as lora_linear
+    from .ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .placement import Placement as Placement, place as place
     from .train import Trainer as Trainer, TrainResult as TrainResult
 
@@ -33,8 +33,8 @@ _HOME = {
     name: module
     for module, names in {
         "checkpoint": "load_adapter save_adapter", "config": "RunConfig TrainConfig", "data": "read_jsonl tokenize",
-        "errors": "PlopfastError", "lora": "LoRALinear inject merge unload", "models": "linear_modules load_model",
-        "nfn": "NFNReport score", "ops": "lora_linear", "placement": "Placement place", "train": "Trainer TrainResult",
+        "errors": "BackendError PlopfastError", "lora": "LoRALinear inject merge unload", "models": "linear_modules load_model",
+        "nfn": "NFNReport score", "ops": "linear_norms lora_linear", "placement": "Placement place", "train": "Trainer TrainResult",
     }.items()
     for name in names.split()
 }  # fmt: skip

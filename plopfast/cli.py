@@ -12,7 +12,7 @@ from . import machine
 from .config import RunConfig, TrainConfig, load_settings
 from .errors import ConfigError, Interrupted, PlopfastError
 
-COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "threads")
+COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "backend", "threads")
 SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
 PLACING = ("rule", "k", "rank", "alpha")
 TRAINING = (*(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON), "rslora")

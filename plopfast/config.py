@@ -61,6 +61,11 @@ class RunConfig(TrainConfig):
     max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
     dtype: str = _option("float32", "dtype of the frozen weights", ("float32", "bfloat16", "float16"))
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
+    backend: str = _option(
+        "auto",
+        "auto (Triton where it runs, else torch), or one path for every module",
+        ("auto", "torch", "triton", "fused", "lora-first"),
+    )
     threads: int | None = _option(None, "CPU threads (default: torch's choice)", positive=True)
     score_prompts: int = _option(64, "training rows that are scored", positive=True)
     score_tokens: str = _option("all", "tokens that are scored", ("all", "prompt", "completion"))

@@ -15,7 +15,7 @@ from torch import nn
 
 from .errors import AdapterError, PlacementError
 from .models import is_linear, is_transposed
-from .ops import lora_linear
+from .ops import lora_linear, path
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -26,13 +26,26 @@ class LoRALinear(nn.Module):
 
     lora_A [rank, in] and lora_B [out, rank] are float32 whatever the base's dtype. Dropout draws one seed per call
     from torch's generator, so it is reproducible under `torch.manual_seed` and activation checkpointing; no mask is
-    stored. Raises PlacementError where the rank is below 1 or above the smaller side of the weight.
+    stored. `backend`: see `lora_linear`. Raises PlacementError where the rank is below 1 or above the smaller side of
+    the weight, and BackendError where `backend` cannot run.
     """
 
-    def __init__(self, base: nn.Module, rank: int, alpha: float, *, dropout: float = 0.0, rslora: bool = False) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        rank: int,
+        alpha: float,
+        *,
+        dropout: float = 0.0,
+        rslora: bool = False,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         _check_rank(base, rank)
+        path(base.weight.device, backend)  # type: ignore[union-attr, arg-type]
+        self.backend = backend
         self.base = base.requires_grad_(False)
+        self.transposed = is_transposed(base)
         n_out, n_in = self.weight_NK.shape
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
@@ -51,7 +64,7 @@ class LoRALinear(nn.Module):
 
     @property
     def weight_NK(self) -> torch.Tensor:
-        return self.weight.T if is_transposed(self.base) else self.weight
+        return self.weight.T if self.transposed else self.weight
 
     @property
     def scaling(self) -> float:
@@ -59,20 +72,30 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]"""
+        base = self.base
         if not self.enabled:
-            return self.base(x)
+            return base(x)
         p = self.dropout if self.training else 0.0
         # a torch draw, not a counter of our own: checkpointing restores the generator before it recomputes
-        seed = int(torch.randint(1 << 62, ())) if p else None
+        seed = torch.randint(1 << 62, ()) if p else None
+        weight: torch.Tensor = base.weight  # type: ignore[assignment]
         return lora_linear(
-            x, self.weight_NK, self.lora_A, self.lora_B, scaling=self.scaling, bias=self.bias, dropout_p=p, seed=seed
+            x,
+            weight.T if self.transposed else weight,
+            self.lora_A,
+            self.lora_B,
+            scaling=self.scaling,
+            bias=base.bias,  # type: ignore[arg-type]
+            dropout_p=p,
+            seed=seed,
+            backend=self.backend,
         )
 
     @torch.no_grad()
     def merged_weight(self) -> torch.Tensor:
         """W + s B A in the base's layout and dtype, summed in float32."""
         delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
-        delta = delta.T if is_transposed(self.base) else delta
+        delta = delta.T if self.transposed else delta
         return (self.weight.float() + delta).to(self.weight.dtype)
 
     def extra_repr(self) -> str:
@@ -80,12 +103,19 @@ class LoRALinear(nn.Module):
 
 
 def inject(
-    model: nn.Module, placement: "Placement", *, dropout: float = 0.0, rslora: bool = False, seed: int = 0
+    model: nn.Module,
+    placement: "Placement",
+    *,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    seed: int = 0,
+    backend: str = "auto",
 ) -> list[str]:
     """Freezes `model` and puts a LoRALinear in each of the placement's modules, in place; returns their names.
 
     Each lora_A is drawn from (seed, module name), so that it depends on nothing else. Raises PlacementError for
-    names the model does not have, and AdapterError where the model has adapters already.
+    names the model does not have, AdapterError where the model has adapters already, and BackendError where `backend`
+    cannot run on the modules' device.
     """
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
@@ -97,11 +127,12 @@ def inject(
                 "was it made for another model?"
             )
         _check_rank(modules[name], placement.modules[name][0], f"{name}: ")
+        path(modules[name].weight.device, backend)  # type: ignore[union-attr, arg-type]
     model.requires_grad_(False)
     for name, (rank, alpha) in placement.modules.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
-            wrapped = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora)
+            wrapped = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora, backend=backend)
         _replace(model, name, wrapped.train(modules[name].training))
     return list(adapters(model))
 

@@ -30,6 +30,7 @@ from .data import IGNORE, group_by_length
 from .errors import ConfigError, DataError, FileError, ModelError
 from .lora import adapters
 from .models import LinearInfo, body, device_of, linear_modules
+from .ops import row_norms
 from .progress import bar
 
 WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
@@ -103,7 +104,8 @@ class NFNState:
     `counted` [rows, tokens] is True for the tokens that count.
     """
 
-    def __init__(self, denominators: torch.Tensor) -> None:
+    def __init__(self, denominators: torch.Tensor, backend: str = "auto") -> None:
+        self.backend = backend
         self.scale = 1.0 / denominators  # [modules]
         self.squares = torch.zeros_like(self.scale)
         self.sums: list[torch.Tensor] = []  # of [modules, rows], one for each batch
@@ -117,9 +119,8 @@ class NFNState:
         def record(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             x = args[0]
             if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
-                self._input, self._input_norm = x, _norm(x)
-            # NFN concerns W alone; in float32, as a large bias would swallow W z in bfloat16
-            y_norm = _norm(output if bias is None else output.float() - bias.float())
+                self._input, self._input_norm = x, row_norms(x, backend=self.backend)
+            y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
             self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
 
         return record
@@ -181,6 +182,7 @@ def score(
     seed: int = 0,
     compat: str | None = None,
     batch_tokens: int | None = None,
+    backend: str = "auto",
     progress: bool = False,
 ) -> NFNReport:
     """NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, equation 2).
@@ -190,7 +192,7 @@ def score(
     anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384).
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
-    mean does not depend on z). `compat="official"` follows the authors' code instead: see `_score_official`.
+    mean does not depend on z). `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
 
     Raises ModelError for a model without linear modules and for NaN or infinity, naming module, batch and row; DataError
     for batches that cannot be scored; ConfigError for unknown options.
@@ -218,7 +220,7 @@ def score(
                 bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
                 rows = _rows(batches, tokens, bos)
                 denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
-                report = _score(model, rows, denominators, include_head, batch_tokens, meter)
+                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter)
                 report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
                 if baseline == "monte-carlo":
                     report.settings |= {"mc_samples": mc_samples, "seed": seed}
@@ -263,11 +265,17 @@ def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> 
 
 
 def _score(
-    model: nn.Module, rows: Iterator[_Row], denominators: Any, include_head: bool, batch_tokens: int | None, meter: Any
+    model: nn.Module,
+    rows: Iterator[_Row],
+    denominators: Any,
+    include_head: bool,
+    batch_tokens: int | None,
+    backend: str,
+    meter: Any,
 ) -> NFNReport:
     infos = linear_modules(model, include_head)
     device = device_of(model)
-    state = NFNState(_checked(denominators(infos), infos).to(device))
+    state = NFNState(_checked(denominators(infos), infos).to(device), backend)
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
     hooks = [state.hook(i, info.name, getattr(info.module, "bias", None)) for i, info in enumerate(infos)]
@@ -305,7 +313,7 @@ def _hooked(infos: Sequence[LinearInfo], hooks: Sequence[Any]) -> Iterator[None]
 def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
     """||W||_F / sqrt(n_in) for each module: E||W u|| of a random unit vector u, up to the gap in nfn's docstring."""
     first = infos[0].weight_NK.device
-    return torch.stack([_norm(i.weight_NK.flatten()).to(first) / i.n_in**0.5 for i in infos])
+    return torch.stack([row_norms(i.weight_NK.flatten()).to(first) / i.n_in**0.5 for i in infos])
 
 
 def _monte_carlo(samples: int, seed: int) -> Any:
@@ -350,11 +358,6 @@ def _collect(state: NFNState, infos: Sequence[LinearInfo], order: Sequence[_Row]
         std = math.sqrt(max(0.0, float(squares[i] / counts[i]) - mean**2))
         result[info.name] = ModuleScore(mean, std, int(counts[i]), info.type, info.layer, info.n_in, info.n_out)
     return result
-
-
-def _norm(x: torch.Tensor) -> torch.Tensor:
-    """Norms over the last dimension, accumulated in float32 at least."""
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, meter: Any) -> NFNReport:

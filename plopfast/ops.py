@@ -54,7 +54,7 @@ def lora_linear(
     if isinstance(seed, int):
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed)
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
-    x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+    x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
     arguments = (x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend)
     if autocast:
         with torch.autocast(kind, enabled=False):
@@ -81,6 +81,16 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
     with torch.no_grad():
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
         return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
+
+
+def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto") -> torch.Tensor:
+    """||y - bias|| over the last dimension: y [..., N], bias [N] -> [...] in float32 (float64 for float64).
+
+    One read of y where Triton runs, and no float32 copy of it. No gradient. Raises BackendError where `backend` cannot run.
+    """
+    path(y.device, backend)
+    with torch.no_grad():
+        return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
 
 def path(device: torch.device, backend: str) -> str:
@@ -117,6 +127,34 @@ class _LoRALinear(torch.autograd.Function):
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+    """Raises ValueError for what cannot work; what can work passes in one expression, as small models feel each call."""
+    dtype, device, n_in = x.dtype, x.device, x.shape[-1] if x.dim() else -1
+    a_shape, b_shape, w_shape = lora_A.shape, lora_B.shape, weight.shape
+    if not (
+        len(w_shape) == len(a_shape) == len(b_shape) == 2
+        and w_shape[1] == a_shape[1] == n_in
+        and w_shape[0] == b_shape[0]
+        and a_shape[0] == b_shape[1] >= 1
+        and weight.dtype == dtype
+        and dtype.is_floating_point
+        and (lora_A.dtype == dtype or lora_A.dtype == torch.float32)
+        and (lora_B.dtype == dtype or lora_B.dtype == torch.float32)
+        and weight.device == lora_A.device == lora_B.device == device
+        and not weight.requires_grad
+        and (
+            bias is None
+            or (
+                bias.shape == w_shape[:1] and bias.dtype == dtype and bias.device == device and not bias.requires_grad
+            )
+        )
+        and math.isfinite(scaling)
+        and 0.0 <= dropout_p < 1.0
+        and (seed is not None or not dropout_p)
+    ):
+        _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+
+
+def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "
@@ -151,5 +189,4 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    if dropout_p and seed is None:
-        raise ValueError("dropout_p > 0 needs a seed: the mask is a function of (seed, row, column)")
+    raise ValueError("dropout_p > 0 needs a seed: the mask is a function of (seed, row, column)")

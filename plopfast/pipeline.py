@@ -171,6 +171,7 @@ def run_score(run: Run) -> NFNReport:
     rows, config = run.examples("train"), run.config
     sample = random.Random(config.seed).sample(rows, min(config.score_prompts, len(rows)))
     how: dict[str, Any] = {"tokens": config.score_tokens, "baseline": config.baseline, "compat": config.compat}
+    how["backend"] = config.backend
     with run.stage("score"):
         report = score(run.model, batches_of(sample, SCORE_ROWS), seed=config.seed, progress=run.progress, **how)
     report.save(run.file("score"))
@@ -197,7 +198,7 @@ def run_train(run: Run) -> TrainResult:
     run.begin("train")
     train, valid = run.examples("train"), run.examples("valid")
     unload(run.model)
-    inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed)
+    inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed, backend=config.backend)
     trainer = Trainer(run.model, config, train, valid, out=run.folder, progress=run.progress)
     with run.stage("train"):
         try:

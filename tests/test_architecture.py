@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "errors": set(), "config": {"errors", "files"}, "files": {"errors"}, "machine": set(), "progress": set(),
     "data": {"errors"}, "models": LEAVES, "ops": {"errors", "kernels"},
     "lora": LEAVES | {"models", "ops"},
-    "nfn": LEAVES | {"data", "models", "lora"},
+    "nfn": LEAVES | {"data", "models", "ops", "lora"},
     "placement": LEAVES | {"nfn"},
     "checkpoint": LEAVES | {"models", "lora", "placement"},
     "evaluate": LEAVES | {"data", "models"},

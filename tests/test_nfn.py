@@ -235,7 +235,7 @@ def test_bfloat16_accumulates_in_float32(llama):
     got = pf.score(llama.bfloat16(), batches).modules
     assert got == pytest.approx(want, rel=0.02)
     x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
-    assert nfn._norm(x).dtype == torch.float32 and nfn._norm(x).item() == 64.0
+    assert nfn.row_norms(x).dtype == torch.float32 and nfn.row_norms(x).item() == 64.0
 
 
 def test_head_and_cache_are_left_out(llama):
@@ -251,8 +251,8 @@ def test_head_and_cache_are_left_out(llama):
 
 def test_shared_inputs_are_measured_once(llama, monkeypatch):
     counted = []
-    norm = nfn._norm
-    monkeypatch.setattr(nfn, "_norm", lambda x: counted.append(x.dim()) or norm(x))
+    norm = nfn.row_norms
+    monkeypatch.setattr(nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options))
     pf.score(llama, random_batches(count=1))
     # per layer 7 outputs and 4 inputs (qkv, o, gate/up, down), 3 layers; 21 weights
     assert counted.count(3) == 3 * (7 + 4) and counted.count(1) == 21
