@@ -34,9 +34,9 @@ def add_low_rank(
 ):  # fmt: skip
     """acc + S B^T for rows clamped to the matrix, in chunks of BR ranks: any rank from 1 on."""
     inside_N = rn < N
-    for r0 in tl.static_range(0, RANK, BR):
+    for r0 in tl.range(0, RANK, BR, num_stages=1):  # not unrolled: at rank 256 that would spill
         rank = r0 + tl.arange(0, BR)
-        if r0 + BR <= RANK:
+        if RANK % BR == 0:
             s_MR = tl.load(s + row_M[:, None] * ssm + rank[None, :])
             b_RN = tl.load(b + rn[None, :] * sbn + rank[:, None] * sbr, mask=inside_N[None, :], other=0.0)
         else:

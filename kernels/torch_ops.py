@@ -22,8 +22,7 @@ def forward(
     x_MK: torch.Tensor, s_MR: torch.Tensor, w_NK: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None
 ) -> torch.Tensor:
     """Y = (S B^T + bias) + X W^T"""
-    b_RN = b_NR.to(x_MK.dtype).T
-    y_MN = s_MR @ b_RN if bias_N is None else torch.addmm(bias_N, s_MR, b_RN)
+    y_MN = torch.nn.functional.linear(s_MR, b_NR.to(x_MK.dtype), bias_N)
     return y_MN.addmm_(x_MK, w_NK.T)
 
 

@@ -41,10 +41,11 @@ def shrink_stacked(
     if not m:
         return x_MK.new_empty(count, m, rank), x_MK.new_empty(m, dtype=torch.float32) if norms else None
     padded = _padded(rank)
+    if padded * count > 128 and count > 1:  # their accumulators together would spill: one read of X each
+        parts = [shrink_stacked(x_MK, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
+        return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
     units = dispatch.target_of(x_MK.device).units
     bm = next((b for b in (64, 32) if triton.cdiv(m, b) * 2 >= units), 16)
-    if padded * count > 256:
-        bm = min(bm, 32)
     bk = 32 if x_MK.dtype == torch.float32 or padded * count > 128 or (p and count > 1) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
@@ -61,7 +62,7 @@ def shrink_stacked(
             x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
             philox.threshold(p), *x_MK.stride(), *a0.stride(),
             RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=_precision(x_MK), BM=bm, BK=bk,
-            num_warps=4, num_stages=3,
+            num_warps=8 if padded * count > 128 else 4, num_stages=3,
         )  # fmt: skip
         s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)
         return s, _sum(squares, 1.0, torch.float32, root=True) if squares is not None else None
@@ -139,7 +140,7 @@ def gemm(
     s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
     bias = x_MK if bias_N is None else bias_N
     options = {
-        "RANK": rank, "BR": min(64, _padded(rank)), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
+        "RANK": rank, "BR": _chunk(rank), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
         "NORMS": norms, "STORE": store, "PRECISION": _precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
         "GROUP": tiles.group, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -190,7 +191,7 @@ def low_rank(
         expand.lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
             s_MR, b_NR, s_MR if bias_N is None else bias_N, y_MN, m, n, seed, philox.threshold(p),
             s_MR.stride(0), *b_NR.stride(), n,
-            RANK=rank, BR=min(64, _padded(rank)), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
+            RANK=rank, BR=_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
             BM=bm, BN=bn, num_warps=4, num_stages=2,
         )  # fmt: skip
     return y_MN
@@ -236,7 +237,7 @@ def gemm_nf4(
         nf4.lora_gemm_nf4[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
             x_MK, packed, absmax, _levels(x_MK.device), s, b, x_MK if bias_N is None else bias_N, y_MN, m, n, k,
             k, s.stride(0), *b.stride(), n,
-            RANK=rank, BR=min(64, _padded(rank)), LORA=s_MR is not None, BIAS=bias_N is not None,
+            RANK=rank, BR=_chunk(rank), LORA=s_MR is not None, BIAS=bias_N is not None,
             PRECISION=_precision(x_MK), BM=bm, BN=bn, GROUP=8, num_warps=4 if bm == 16 else 8, num_stages=3,
         )  # fmt: skip
     return y_MN
@@ -297,7 +298,7 @@ def grads_grid(
         bm, widths = 32, [64]
     else:
         most = 512 if target.name in dispatch.WIDE_SHARED_MEMORY else 128
-        bm, widths = 64, [w for w in (128, 256, 512) if w <= most and w * padded <= 16384] or [64]
+        bm, widths = 32 if padded > 128 else 64, [w for w in (128, 256, 512) if w <= most and w * padded <= 16384] or [64]
     programs = max(1, target.units // 2)
 
     def parts_of(width: int) -> int:
@@ -326,6 +327,11 @@ def _sum(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bool = 
 
 def _padded(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))  # 16: the least that a matrix instruction reduces
+
+
+def _chunk(rank: int) -> int:
+    """Ranks that an epilogue adds at once; 64 in a loop would spill beside a 128 x 128 accumulator."""
+    return min(64, _padded(rank)) if rank <= 64 else 32
 
 
 def _precision(x: torch.Tensor) -> str:
