@@ -72,7 +72,7 @@ _NARROW = (Tiles(128, 128, 32, 4, 3), Tiles(128, 128, 32, 8, 3))  # 99 KiB of sh
 _AMD = (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2))  # 64 KiB
 _HOPPER = (Tiles(128, 256, 64, 8, 4, descriptor=True), Tiles(128, 128, 64, 8, 3))
 GEMM_TILES: dict[str, tuple[Tiles, ...]] = {
-    "sm_80": _WIDE, "sm_86": _NARROW, "sm_89": _NARROW, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _NARROW,
+    "sm_80": _WIDE, "sm_86": _NARROW, "sm_89": _NARROW, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _NARROW[1:],
     "gfx90a": _AMD, "gfx942": _AMD, "gfx1100": _AMD,
     "interpreter": (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1, descriptor=True)),
 }  # fmt: skip

@@ -46,7 +46,7 @@ def shrink_stacked(
         return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
     units = dispatch.target_of(x_MK.device).units
     bm = next((b for b in (64, 32) if triton.cdiv(m, b) * 2 >= units), 16)
-    bk = 32 if x_MK.dtype == torch.float32 or padded * count > 128 or (p and count > 1) else 64
+    bk = 32 if x_MK.dtype == torch.float32 or padded * count > (32 if p else 64) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
     # parts so that the programs fill the GPU, each with at least four steps
@@ -297,8 +297,9 @@ def grads_grid(
     elif dtype == torch.float32:
         bm, widths = 32, [64]
     else:
-        most = 512 if target.name in dispatch.WIDE_SHARED_MEMORY else 128
-        bm, widths = 32 if padded > 128 else 64, [w for w in (128, 256, 512) if w <= most and w * padded <= 16384] or [64]
+        most, budget = (512, 16384) if target.name in dispatch.WIDE_SHARED_MEMORY else (128, 8192)
+        bm, widths = 32 if padded > 128 else 64, [w for w in (128, 256, 512) if w <= most and w * padded <= budget]
+        widths = widths or [budget // padded]
     programs = max(1, target.units // 2)
 
     def parts_of(width: int) -> int:
@@ -330,8 +331,8 @@ def _padded(rank: int) -> int:
 
 
 def _chunk(rank: int) -> int:
-    """Ranks that an epilogue adds at once; 64 in a loop would spill beside a 128 x 128 accumulator."""
-    return min(64, _padded(rank)) if rank <= 64 else 32
+    """Ranks that an epilogue adds at once; 64 would spill beside a 128 x 128 accumulator."""
+    return min(32, _padded(rank))
 
 
 def _precision(x: torch.Tensor) -> str:
