@@ -25,7 +25,9 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("one self-contained page from the run's files: report.html", ()),
     "merge": ("write the model with its adapter merged in: merged/", ()),
     "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
+    "doctor": ("check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong", ()),
 }
+BENCH = "time the kernels and a layer against PEFT on this GPU; --tune: measure which path each shape should take"
 DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
 plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
@@ -62,13 +64,24 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--config", type=Path, metavar="FILE", help="JSON file of settings, named as the options are"
         )
-        if name != "info":
+        if name == "doctor":
+            command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
+        if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
             command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
             command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
         _add_settings(command, (*COMMON, *own))
+    bench = commands.add_parser("bench", help=BENCH, description=BENCH)
+    bench.add_argument("--out", type=Path, help="folder of bench.jsonl and bench.png (default: a new one, bench-DATE-TIME)")
+    bench.add_argument("--overwrite", action="store_true", help="replace results that exist")
+    bench.add_argument("--tune", action="store_true", help="fill the tuning table in the user's cache instead")
+    bench.add_argument("--shapes", default="all", choices=("all", "llama-8b", "smollm2"), help="(default: all)")
+    bench.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)")
+    bench.add_argument("--repeats", type=int, default=30, help="of each measurement (default: 30)")
+    bench.add_argument("--seconds", type=float, default=540.0, help="then repeats and cases are left out (default: 540)")
+    bench.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: a test of the program, no measurement")
     return parser
 
 
@@ -108,6 +121,8 @@ def settings_of(arguments: argparse.Namespace) -> RunConfig:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.command == "bench":
+        return _bench(arguments)
     config = settings_of(arguments)
     from . import pipeline  # torch and transformers are loaded only once the options are known to be right
 
@@ -117,6 +132,14 @@ def _run(arguments: argparse.Namespace) -> int:
         print(machine.describe(), flush=True)
         print(info(config))
         return 0
+    if command == "doctor":
+        import torch
+
+        from .doctor import examine
+
+        dtype = getattr(torch, config.dtype)
+        settings = config.model, config.device, config.backend, dtype
+        return 0 if examine(*settings, seconds=arguments.seconds, rank=config.rank) else 1
     if arguments.out is None:
         if command in ("place", "train", "report") or (command in ("eval", "merge") and not arguments.adapter):
             raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
@@ -143,23 +166,42 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from . import benchmark
+
+    how = {
+        "shapes": arguments.shapes, "dtype": arguments.dtype, "repeats": arguments.repeats,
+        "budget_s": arguments.seconds, "dry": arguments.dry, "progress": True,
+    }  # fmt: skip
+    if arguments.tune:
+        print(benchmark.tune(**how)[1])
+        return 0
+    out = arguments.out or Path("bench-" + time.strftime("%Y%m%d-%H%M%S"))
+    print(benchmark.run(out, overwrite=arguments.overwrite, **how)[1])
+    return 0
+
+
 def info(config: RunConfig) -> str:
-    """The model's linear modules by type, with the path that each one takes."""
-    from .models import linear_modules, load_model
+    """The model's linear modules by type, with the path that each one takes and why."""
+    import torch
+
+    from . import tuning
+    from .doctor import module_paths
+    from .models import load_model
+    from .ops import path
     from .pipeline import device_for
 
+    device = device_for(config.device)
+    lines = [tuning.describe()]
+    if path(device, config.backend) != "torch":
+        lines.append(tuning.load())
     model, _ = load_model(config.model)
-    lines = [f"model: {model.name_or_path}"]
-    by_type: dict[str, list[Any]] = {}
-    for module in linear_modules(model):
-        by_type.setdefault(module.type, []).append(module)
-    lines.append(f"{'module type':<16} {'modules':>7}  {'in -> out':<14} path on {device_for(config.device)}")
-    for type_, modules in by_type.items():
-        shapes = sorted({f"{m.n_in} -> {m.n_out}" for m in modules})
-        lines.append(
-            f"{type_:<16} {len(modules):>7}  {', '.join(shapes):<14} torch, LoRA-first (the only backend so far)"
-        )
-    return "\n".join(lines)
+    lines.append(f"model: {model.name_or_path}")
+    lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")
+    dtype = getattr(torch, config.dtype)
+    for number, type_, shape, plan in module_paths(model, device, dtype, 1024, config.rank, config.backend):
+        lines.append(f"{number:>7} {type_:<16} {shape:<14} {plan}")
+    return "\n".join(line for line in lines if line)
 
 
 if __name__ == "__main__":

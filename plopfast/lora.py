@@ -7,12 +7,14 @@ rsLoRA (arXiv 2312.03732) scales by alpha / sqrt(rank) instead.
 import contextlib
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from . import tuning
 from .errors import AdapterError, PlacementError
 from .models import is_linear, is_transposed
 from .ops import lora_linear, path
@@ -119,7 +121,7 @@ def inject(
     """
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
-    modules = dict(model.named_modules())
+    modules, on_gpu = dict(model.named_modules()), False
     for name in placement.modules:
         if name not in modules or not is_linear(modules[name]):
             raise PlacementError(
@@ -127,7 +129,10 @@ def inject(
                 "was it made for another model?"
             )
         _check_rank(modules[name], placement.modules[name][0], f"{name}: ")
-        path(modules[name].weight.device, backend)  # type: ignore[union-attr, arg-type]
+        if path(modules[name].weight.device, backend) != "torch":  # type: ignore[union-attr, arg-type]
+            on_gpu = True
+    if on_gpu and (note := tuning.load()):
+        warnings.warn(note, stacklevel=2)
     model.requires_grad_(False)
     for name, (rank, alpha) in placement.modules.items():
         with torch.random.fork_rng(devices=[]):

@@ -14,7 +14,8 @@ LEAVES = {"errors", "config", "files", "machine", "progress"}
 MAY_IMPORT = {
     "errors": set(), "config": {"errors", "files"}, "files": {"errors"}, "machine": set(), "progress": set(),
     "data": {"errors"}, "models": LEAVES, "ops": {"errors", "kernels"},
-    "lora": LEAVES | {"models", "ops"},
+    "tuning": LEAVES | {"kernels", "models"},
+    "lora": LEAVES | {"models", "ops", "tuning"},
     "nfn": LEAVES | {"data", "models", "ops", "lora"},
     "placement": LEAVES | {"nfn"},
     "checkpoint": LEAVES | {"models", "lora", "placement"},
@@ -22,7 +23,9 @@ MAY_IMPORT = {
     "train": LEAVES | {"data", "models", "checkpoint", "evaluate"},
     "report": LEAVES | {"nfn", "placement"},
     "pipeline": LEAVES | {"data", "models", "lora", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
-    "cli": LEAVES | {"models", "pipeline"},
+    "benchmark": LEAVES | {"kernels", "lora", "tuning"},
+    "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
+    "cli": LEAVES | {"models", "ops", "tuning", "pipeline", "doctor", "benchmark"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 
