@@ -123,10 +123,9 @@ def _cases(shapes: Shapes, dry: bool) -> list[Case]:
         if dry or shapes in (model, "all"):
             sides = {"q/o": (h, h), "k/v": (h // heads * kv, h), "gate/up": (mlp, h), "down": (h, mlp)}
             linears = [Case("linear", f"{model} {name}", many, n, k, rank) for name, (n, k) in sides.items()]
-            layer = (
-                [Case("layer", f"{model} layer", many, h, h, rank)] if importlib.util.find_spec("transformers") else []
-            )
-            cases += [*linears, linears[0]._replace(m=few), linears[0]._replace(rank=4 * rank), *layer]
+            cases += [*linears, linears[0]._replace(m=few), linears[0]._replace(rank=4 * rank)]
+            if importlib.util.find_spec("transformers"):
+                cases.append(Case("layer", f"{model} layer", many, h, h, rank))
             cases += [case._replace(kind="ops") for case in linears]
     return cases
 
@@ -377,7 +376,8 @@ class _Bench:
                 **self.origin, "case": case.label, "op": op, "variant": name,
                 "tiles": str(tiles) if name in ("fused", "triton") else "",
                 "M": case.m, "N": case.n, "K": case.k, "R": case.rank,
-                "median_ms": median, "q20_ms": low, "q80_ms": high, "repeats": len(ms), "peak_mib": _peak_mib(calls[name]) if self.flush is not None else None,
+                "median_ms": median, "q20_ms": low, "q80_ms": high, "repeats": len(ms),
+                "peak_mib": None if self.flush is None else _peak_mib(calls[name]),
                 "tflops": flops / median / 1e9 or None, "gbytes_per_s": moved / median / 1e6 or None,
                 "relative": median / statistics.median(times[base]), "relative_to": base,
             }  # fmt: skip

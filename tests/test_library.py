@@ -173,7 +173,7 @@ def test_what_triton_has_no_kernel_for_goes_to_torch_and_says_so(gpu):
 
 def test_a_measured_row_decides(gpu):
     device = gpu("sm_90")
-    row = ("fused", dispatch.GEMM_TILES["sm_90"][1])
+    row = ("fused", dispatch.SAFE_TILES[0])
     try:
         dispatch.use_table({dispatch.key(dispatch.target_of(device), torch.bfloat16, 5000, 4096, 4096, 13): row})
         plan = dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16)

@@ -1,0 +1,217 @@
+"""What ships, compiled for every target: launchers under shapes of an 8-billion model, and what their kernels must be.
+
+M tokens, K in, N out, R rank.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
+
+from plopfast.kernels import dispatch, triton_ops
+
+SEED = 1 << 40  # seeds are 64-bit hashes: another argument type than a small number's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expect:
+    """What a kernel is meant to contain."""
+
+    matrix: str = ""  # "any" matrix instruction, or the one of "large" tiles
+    loads: bool = False  # most bytes come 16 at a time, or by TMA
+    stores: bool = False  # most bytes go in the widest stores that the target's accumulators allow
+
+
+@dataclass(frozen=True)
+class Job:
+    """`build(target)` calls launchers as shipped; `expect` goes by the name of the kernel."""
+
+    build: Callable[[str], Any]
+    expect: dict[str, Expect] = field(default_factory=dict)
+    targets: tuple[str, ...] = tuple(LIMITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """One kernel of a job, or the job's failure; `wrong` is empty where all is well."""
+
+    job: str
+    target: str
+    launch: Launch | None = None
+    resources: Resources | None = None
+    wrong: list[str] = field(default_factory=list)
+
+
+def operands(m: int = 8192, n: int = 4096, k: int = 4096, r: int = 16, dtype: torch.dtype = torch.bfloat16) -> Any:
+    """Tensors of one linear on meta, its adapters in float32 as they train."""
+
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    return SimpleNamespace(
+        x=empty(m, k), w=empty(n, k), s=empty(m, r), dy=empty(m, n), bias=empty(n),
+        a=empty(r, k, dtype=torch.float32), b=empty(n, r, dtype=torch.float32),
+        packed=empty(n, k // 2, dtype=torch.uint8), absmax=empty(n, k // 64, dtype=torch.float32),
+    )  # fmt: skip
+
+
+def _forward(target: str, tiles: dispatch.Tiles | None = None, norms: bool = True, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.gemm(o.x, o.w, o.s, o.b, o.bias, norms=norms, tiles=tiles)
+
+
+def _grad_x(target: str, tiles: dispatch.Tiles | None = None, p: float = 0.0, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.gemm(o.dy, o.w.T, o.s, o.a.T, p=p, seed=SEED, tiles=tiles)
+
+
+def _every_tile(target: str) -> None:
+    for tiles in dispatch.GEMM_TILES[target]:
+        _forward(target, tiles)
+        _grad_x(target, tiles)
+    _grad_x(target, p=0.1)
+
+
+def _shrink(target: str, count: int = 1, p: float = 0.0, norms: bool = False, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.shrink_stacked(o.x, (o.a,) * count, 2.0, p, (SEED,) * 3, norms=norms)
+
+
+def _low_rank(target: str, p: float = 0.0, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.low_rank(o.s, o.b, o.bias)
+    triton_ops.low_rank(o.s, o.a.T, p=p, seed=SEED)
+
+
+def _grads(target: str, p: float = 0.0, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.grad_s_and_b(o.dy, o.s, o.b, 2.0)
+    triton_ops.grad_a(o.s, o.x, p, SEED, o.a.dtype)
+
+
+def _rank_256(target: str) -> None:
+    _forward(target, r=256)
+    _grad_x(target, p=0.1, r=256)
+    _shrink(target, p=0.1, r=256)
+    _grads(target, p=0.1, r=256)
+
+
+def _frozen_norms(target: str) -> None:
+    triton_ops.frozen_norms((o := operands()).x, o.w)
+
+
+def _row_norms(target: str) -> None:
+    triton_ops.row_norms((o := operands()).dy, o.bias)
+
+
+def _nf4(target: str, **shape: Any) -> None:
+    o = operands(**shape)
+    triton_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
+
+
+def _decode_nf4(target: str) -> None:
+    triton_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
+
+
+def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None]:
+    return lambda target: function(target, **arguments)
+
+
+_LARGE = {name: Expect(matrix="large", loads=True, stores=True) for name in ("lora_gemm", "lora_gemm_tma")}
+_NORMS = {name: Expect(matrix="large", loads=True) for name in _LARGE}
+_SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_nf4")}
+_READ = {name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads")}
+_MIXED = {"lora_shrink": Expect(matrix="any")}  # three A in float32 outweigh X's tile
+_ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")  # kind of matrix unit
+JOBS = {
+    "gemm": Job(_every_tile, _LARGE),
+    "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH),
+    "gemm, 64 tokens": Job(_of(_forward, m=64, norms=False), _SMALL),
+    "gemm, 1 token": Job(_of(_forward, m=1, norms=False), _SMALL),
+    "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH),
+    "gemm, float32": Job(_of(_forward, dtype=torch.float32), {}, _ONE_OF_EACH),
+    "frozen norms": Job(_frozen_norms, _NORMS),
+    "shrink": Job(_shrink, _READ),
+    "shrink, 3 with norms and dropout": Job(_of(_shrink, count=3, p=0.1, norms=True), _MIXED),
+    "expand": Job(_of(_low_rank, p=0.1), {"lora_expand": Expect(matrix="any", stores=True)}),
+    "grads": Job(_of(_grads, p=0.1), _READ),
+    "grads, rank 64": Job(_of(_grads, r=64), _READ, _ONE_OF_EACH),
+    "rank 256": Job(_rank_256, {}, _ONE_OF_EACH),
+    "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
+    "nf4": Job(_nf4, _SMALL),
+    "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
+    "nf4, decode": Job(_decode_nf4),
+}
+
+
+def problems(found: Resources, target: str, expect: Expect) -> list[str]:
+    """Why a kernel cannot launch, or would not run as meant."""
+    limits, count = LIMITS[target], found.instructions
+    matrix = limits.matrix[:1] if expect.matrix == "large" else limits.matrix
+    few_wide_loads = not count["tma load"] and _share(found.loads, 16) < 0.5
+    few_wide_stores = not count["tma store"] and _share(found.stores, limits.wide_store) < 0.5
+    checks = {
+        f"shared memory: {found.shared} of {limits.shared_per_block} bytes": found.shared > limits.shared_per_block,
+        f"tensor memory: {found.tensor_memory} of {TENSOR_MEMORY} columns": found.tensor_memory > TENSOR_MEMORY,
+        f"no block fits one sm, for its {found.occupancy[1]}": not found.occupancy[0],
+        f"spills: {found.spills} {'bytes' if limits.gpu.backend == 'cuda' else 'registers'}": found.spills,
+        f"stack: {found.stack} bytes": found.stack,
+        "nothing is stored: a stub": not (found.stores or count["tma store"] or count["atomic"]),
+        "wgmma serialized": found.serialized,
+        f"no {' or '.join(matrix)}": expect.matrix and not any(count[name] for name in matrix),
+        f"narrow loads, {{bytes: count}} {found.loads}": expect.loads and few_wide_loads,
+        f"narrow stores, {{bytes: count}} {found.stores}": expect.stores and few_wide_stores,
+    }
+    return [text for text, wrong in checks.items() if wrong]
+
+
+def _share(counts: dict[int, int], width: int) -> float:
+    """The share of the bytes that moves at least `width` at a time."""
+    moved = {size: size * count for size, count in counts.items()}
+    return sum(moved[size] for size in moved if size >= width) / max(sum(moved.values()), 1)
+
+
+def build(job: str, target: str) -> list[Built]:
+    """Every kernel that the job launches on the target."""
+    failed = []
+    with compiling(target) as launches:
+        try:
+            JOBS[job].build(target)
+        except Exception as error:  # the compiler raises whatever it likes; the other jobs go on
+            failed = [Built(job=job, target=target, wrong=[f"{type(error).__name__}: {error}"])]
+    built = []
+    for launch in launches:
+        found = resources(launch)
+        wrong = problems(found, target, JOBS[job].expect.get(launch.kernel, Expect()))
+        # what Triton made stays in the process that made it; constants may hold its types
+        carried = replace(launch, compiled=None, constants={name: str(v) for name, v in launch.constants.items()})
+        built.append(Built(job=job, target=target, launch=carried, resources=found, wrong=wrong))
+    return built + failed
+
+
+def _use_cache(root: str) -> None:
+    os.environ["TRITON_CACHE_DIR"] = root
+
+
+def build_all(pairs: Iterable[tuple[str, str]], processes: int = 2) -> list[Built]:
+    """Builds (job, target) pairs in worker processes: Triton holds the interpreter lock while it compiles."""
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(processes, context, _use_cache, (cache_root(),)) as workers:
+        pending = [(pair, workers.submit(build, *pair)) for pair in pairs]
+        built = []
+        for (job, target), future in pending:
+            try:
+                built += future.result()
+            except BrokenExecutor:
+                built.append(Built(job=job, target=target, wrong=["a compiler's process died, here or in another job"]))
+        return built
+
+
+def every_pair() -> list[tuple[str, str]]:
+    return [(name, target) for target in LIMITS for name, job in JOBS.items() if target in job.targets]

@@ -1,0 +1,80 @@
+"""Every shipped kernel compiles for every target, fits it, and is made of what the target is fast with. Needs no GPU."""
+
+import aot
+import aot_jobs
+import pytest
+import torch
+import triton
+
+from plopfast.kernels import dispatch, triton_ops
+
+# registers are the compiler's choice: the tiles were chosen with Triton 3.9, older ones spill a few in places
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+PERFORMANCE = ("spills", "stack", "wgmma serialized", "narrow")
+
+
+@pytest.fixture(scope="session")
+def built():
+    found = {}
+    for one in aot_jobs.build_all(aot_jobs.every_pair()):
+        found.setdefault((one.job, one.target), []).append(one)
+    return found
+
+
+@pytest.mark.parametrize("target", aot.LIMITS)
+@pytest.mark.parametrize("job", aot_jobs.JOBS)
+def test_shipped(job, target, built):
+    if (job, target) not in built:
+        assert target not in aot_jobs.JOBS[job].targets
+        return
+    for one in built[job, target]:
+        wrong = [text for text in one.wrong if not (OLDER and text.startswith(PERFORMANCE))]
+        assert not wrong, f"{one.launch and one.launch.kernel} {one.launch and one.launch.constants}: {wrong}"
+        assert one.resources.instructions["atomic"] == 0, "sums must not depend on the order of programs"
+        assert one.launch.stream_reads == 1, "the current stream is read at each launch"
+    kernels = {one.launch.kernel for one in built[job, target]}
+    assert set(aot_jobs.JOBS[job].expect) & kernels or not aot_jobs.JOBS[job].expect
+
+
+def test_hopper_and_blackwell_take_tiles_by_tma_and_the_others_by_copies(built):
+    for (job, target), found in built.items():
+        if job == "gemm":
+            for one in found:
+                count = one.resources.instructions
+                if one.launch.kernel == "lora_gemm_tma":
+                    assert target in ("sm_90", "sm_100") and count["tma load"] >= 2
+                elif one.launch.kernel == "lora_gemm" and target.startswith("sm_"):
+                    assert set(one.resources.copies) == {16} and count["cp.async"] > 0
+
+
+def refuse(target, tiles, **shape):
+    """What is wrong with a configuration that does not ship."""
+    with aot.compiling(target) as launches:
+        o = aot_jobs.operands(**shape)
+        triton_ops.gemm(o.x, o.w, o.s, o.b, o.bias, tiles=tiles)
+    return aot_jobs.problems(aot.resources(launches[0]), target, aot_jobs.Expect(matrix="large", loads=True, stores=True))
+
+
+def test_the_checks_see_what_they_look_for():
+    assert any("shared memory" in text for text in refuse("sm_86", dispatch.Tiles(128, 128, 64, 8, 5)))
+    assert any("spills" in text for text in refuse("sm_80", dispatch.Tiles(128, 256, 32, 4, 3)))
+    assert any("narrow loads" in text for text in refuse("sm_80", dispatch.Tiles(64, 64, 32, 4, 2), k=4099))
+    assert any("no mma.sync" in text for text in refuse("sm_80", dispatch.FLOAT32_TILES, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_more_than_2_to_the_31_elements_are_addressed_in_64_bits(target):
+    x = torch.empty(1 << 20, 4096, dtype=torch.bfloat16, device="meta")  # 2^32 elements
+    with aot.compiling(target) as launches:
+        triton_ops.row_norms(x)
+        triton_ops.gemm(x, x[:64])
+    assert all(not aot_jobs.problems(aot.resources(one), target, aot_jobs.Expect()) for one in launches)
+
+
+def test_an_unknown_gpu_gets_tiles_that_fit_every_known_one():
+    for target, limits in aot.LIMITS.items():
+        with aot.compiling(target) as launches:
+            o = aot_jobs.operands()
+            triton_ops.gemm(o.x, o.w, o.s, o.b, tiles=dispatch.SAFE_TILES[0])
+        found = aot.resources(launches[0])
+        assert found.shared <= min(65536, limits.shared_per_block) and not found.spills
