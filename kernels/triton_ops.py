@@ -62,7 +62,7 @@ def shrink_stacked(
             x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
             philox.threshold(p), *x_MK.stride(), *a0.stride(),
             RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=_precision(x_MK), BM=bm, BK=bk,
-            num_warps=8 if padded * count > 128 else 4, num_stages=3,
+            num_warps=8 if padded * count > 128 else 4, num_stages=3 if padded <= 128 else 2,
         )  # fmt: skip
         s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)
         return s, _sum(squares, 1.0, torch.float32, root=True) if squares is not None else None
@@ -264,18 +264,22 @@ def _grads(
     if not m or not columns:
         return v_MR.new_zeros(shape, dtype=dtype), None if u is None else v_MR.new_zeros(m, rank)
     target = dispatch.target_of(t_MC.device)
-    bm, bc, parts, stripes = grads_grid(target, t_MC.dtype, m, columns, rank, u is not None)
+    bm, bc, tiles, parts, stripes = grads_grid(target, t_MC.dtype, m, columns, rank, u is not None)
     g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
     ds = v_MR.new_empty(stripes, m, rank, dtype=v_MR.dtype if stripes == 1 else torch.float32)
     if u is None:
         ds = ds[:0]
+    stages = 3 if u is None and rank <= 64 else 2
+    if target.name == "sm_90" and bc * tiles > 512:
+        stages = 1  # with copies in flight it spills there
     with _on(t_MC):
         grads_kernel.lora_grads[(stripes, parts)](
             t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,
             c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
             *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
             RANK=rank, RP=_padded(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=_precision(t_MC),
-            BM=bm, BC=bc, num_warps=8 if bc * _padded(rank) > 4096 else 4, num_stages=2,
+            BM=bm, BC=bc, TILES=tiles, num_warps=8 if bc * tiles * _padded(rank) >= 4096 else 4,
+            num_stages=stages,
         )  # fmt: skip
         g = g[0] if parts == 1 else _sum(g, 1.0, dtype)
         if u is None:
@@ -285,35 +289,44 @@ def _grads(
 
 def grads_grid(
     target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool
-) -> tuple[int, int, int, int]:
-    """(BM, BC, row parts, column stripes) of lora_grads.
+) -> tuple[int, int, int, int, int]:
+    """(BM, BC, tiles in a stripe, row parts, column stripes) of lora_grads.
 
     About half a program for each SM: half the programs already keep the memory busy, and the bytes of the parts grow
     with the root of their number. With dS the stripe is the one that costs the fewest bytes of parts; without, narrow.
     """
-    padded = _padded(rank)
-    if target.name == "interpreter":
-        bm, widths = 16, [32]
+    padded, name = _padded(rank), target.name
+    if name == "interpreter":
+        widths = [32, 64]
     elif dtype == torch.float32:
-        bm, widths = 32, [64]
+        widths = [64]
     else:
-        most, budget = (512, 16384) if target.name in dispatch.WIDE_SHARED_MEMORY else (128, 8192)
-        bm, widths = 32 if padded > 128 else 64, [w for w in (128, 256, 512) if w <= most and w * padded <= budget]
-        widths = widths or [budget // padded]
-    programs = max(1, target.units // 2)
+        wide = name in dispatch.WIDE_SHARED_MEMORY
+        most = 1024 if wide else 512 if name in ("sm_86", "sm_89", "sm_120") else 256
+        most = min(most, (16384 if wide else 8192) // padded)
+        widths = [width for width in (128, 256, 512, 1024) if width <= most] or [most]
+    programs, blocks = max(1, target.units // 2), triton.cdiv(m, 16)
 
-    def parts_of(width: int) -> int:
+    def split(width: int) -> tuple[int, int]:
         stripes = triton.cdiv(columns, width)
-        return max(1, min(round(programs / stripes), triton.cdiv(m, bm)))
+        return max(1, min(round(programs / stripes), blocks)), stripes
 
     def cost(width: int) -> int:
-        stripes, parts = triton.cdiv(columns, width), parts_of(width)
-        return (stripes * m if with_ds and stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
+        parts, stripes = split(width)
+        return (stripes * m if stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
 
-    bc = min(widths, key=cost) if with_ds else widths[0]
-    parts = parts_of(bc)
-    parts = triton.cdiv(triton.cdiv(m, bm), triton.cdiv(triton.cdiv(m, bm), parts))  # no part is empty
-    return bm, bc, parts, triton.cdiv(columns, bc)
+    width = min(widths, key=cost) if with_ds else widths[0]
+    tiles = 2 if with_ds and width >= (64 if name == "interpreter" else 512) else 1
+    if name == "interpreter":
+        bm = 16
+    else:
+        roomy = width == 128 or (name in dispatch.WIDE_SHARED_MEMORY and width <= 512)
+        roomy = roomy and padded <= 128 or name == "sm_90" and width == 64  # 32 rows would serialise wgmma there
+        bm = 64 if roomy and dtype != torch.float32 else 32
+    parts, stripes = split(width)
+    blocks = triton.cdiv(m, bm)
+    parts = triton.cdiv(blocks, triton.cdiv(blocks, min(parts, blocks)))  # no part is empty
+    return bm, width // tiles, tiles, parts, stripes
 
 
 def _sum(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bool = False) -> torch.Tensor:

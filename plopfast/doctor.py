@@ -30,7 +30,7 @@ SHAPES = (
 )  # M, N, K, R  # fmt: skip
 VARIANTS = ((0.0, False, False), (0.3, True, True), (0.0, True, True), (0.3, False, False))  # dropout, bias, views
 CASES = [(*shape, *VARIANTS[(turn + i) % 4]) for turn in range(4) for i, shape in enumerate(SHAPES)]
-SCALING, SEED = 3, (1 << 64) - 3
+SCALING, SEED = 3, (1 << 64) - 3  # no power of two, which would never round; a seed that needs all 64 bits
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, lora_A, lora_B) -> y
 Measures = dict[str, tuple[float, float]]  # result -> our error over the allowed one, relative difference from theirs
 
@@ -45,17 +45,17 @@ def examine(
     each strategy and dtype in any case. Paths are those of `tokens` rows and adapters of `rank`. Whatever goes wrong is
     a failed check, except that a device which this machine does not have raises ConfigError.
     """
-    where, start, passed, failed = device_for(device), time.monotonic(), list[str](), list[str]()
+    where, start, names, failed = device_for(device), time.monotonic(), list[str](), list[str]()
 
     def check(name: str, function: Callable[..., Any], *arguments: Any, show: Callable[[Any], str] = str) -> Any:
+        names.append(name)
         try:
             result = function(*arguments)
             out(f"ok      {name}: {show(result)}")
+            return result
         except Exception as error:  # whatever one check runs into, the others are still worth having
             failed.append(name)
-            return out(f"FAILED  {name}: {_reason(error)}")
-        passed.append(name)
-        return result
+            out(f"FAILED  {name}: {_reason(error)}")
 
     def resolved(name: str) -> str:
         return f"{name} is {path(where, name)} on {where}: {dispatch.cannot_run(where) or dispatch.target_of(where)}"
@@ -66,13 +66,20 @@ def examine(
         middle = infos[len(infos) // 2].layer
         return loaded, list({info.type: info for info in infos if info.layer == middle}.values())  # one of each type
 
+    def table(rows: list[tuple[int, str, str, str]]) -> str:
+        lines = ["\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows]
+        return f"for {tokens} tokens and rank {rank}{''.join(lines)}"
+
     check("versions", lambda: " ".join(f"{name} {version}" for name, version in machine.versions().items()))
-    check("machine", lambda: f"{machine.describe()}, {torch.cuda.device_count()} GPUs that torch can use")
+    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    check("machine", lambda: f"{machine.describe()}; GPUs: {', '.join(gpus) or 'none that torch can use'}")
     if not check("backend", resolved, backend):
         backend = "auto"
         out(f"        what follows is checked with backend {resolved(backend)}")
     strategies = ("torch",) if path(where, backend) == "torch" else ("fused", "lora-first", "torch")
-    kinds = [(strategy, t) for strategy in strategies for t in dict.fromkeys((dtype, torch.bfloat16, torch.float32))]
+    # Triton's interpreter multiplies the bits of bfloat16 as integers
+    narrow = () if "fused" in strategies and where.type == "cpu" else (torch.bfloat16,)
+    kinds = [(strategy, t) for strategy in strategies for t in dict.fromkeys((dtype, *narrow, torch.float32))]
     for i, kind in enumerate(kinds):  # each has its share of the time that is left
         share = (start + seconds - time.monotonic()) / (len(kinds) - i)
         check(f"{kind[0]} kernels in {kind[1]}", _kernels, where, *kind, share)
@@ -80,10 +87,9 @@ def examine(
     if loaded is not None:
         for info in layer:
             check(info.name, _layer, info, backend, rank)
-        rows = lambda found: "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in found)  # noqa: E731
-        check(f"paths of {tokens} tokens", module_paths, loaded, where, dtype, tokens, rank, backend, show=rows)
-    verdict = f"NOT healthy: {len(failed)} checks failed: {'; '.join(failed)}" if failed else "healthy: no check failed"
-    out(f"{verdict} ({len(passed)} passed, {time.monotonic() - start:.0f} s)")
+        check("paths", module_paths, loaded, where, dtype, tokens, rank, backend, show=table)
+    bad = f"NOT healthy: {len(failed)} of {len(names)} checks failed: {'; '.join(failed)}"
+    out(f"{bad if failed else f'healthy: {len(names)} checks passed'} ({time.monotonic() - start:.0f} s)")
     return not failed
 
 
@@ -107,7 +113,7 @@ def module_paths(
 
 
 def _kernels(device: torch.device, strategy: str, dtype: torch.dtype, seconds: float) -> str:
-    """Begins cases for so long, one in any case, and says how many and the worst. Raises ArithmeticError for wrong ones."""
+    """Begins cases for so long, one at least; says how many, and the worst. Raises ArithmeticError if any is wrong."""
     deadline, found = time.monotonic() + seconds, list[tuple[float, str]]()
     for case in CASES:
         where = "M={} N={} K={} R={} dropout={} bias={} views={}".format(*case)
@@ -125,7 +131,7 @@ def _kernels(device: torch.device, strategy: str, dtype: torch.dtype, seconds: f
 
 
 def _case(device: torch.device, strategy: str, dtype: torch.dtype, m, n, k, r, p, with_bias, views) -> Measures:
-    """`views`: operands lie in buffers of NaN, so that a read outside them shows."""
+    """Measures of x [m, k] through W [n, k] at rank r; `views`: into buffers of NaN, so that a read outside shows."""
     generator = torch.Generator().manual_seed(m + n + k + r)
 
     def draw(rows: int, columns: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
@@ -144,7 +150,7 @@ def _case(device: torch.device, strategy: str, dtype: torch.dtype, m, n, k, r, p
         ("row_norms", row_norms(dy_MN, bias_N, backend=strategy), dy_MN.float() - shift_N, _f64(dy_MN) - _f64(shift_N)),
     ):  # fmt: skip
         found[name] = _measure(got, plain.float().norm(dim=1), exact.norm(dim=1))
-    if p:  # unit adapters and no W: y and the gradients are zero just where the mask drops
+    if p:  # unit adapters and no W: y and the gradients are zero just where the mask drops; 72 is no whole tile
         one, eye, want = torch.ones(72, 72).to(x_MK), torch.eye(72).to(x_MK), philox.keep_mask(SEED, 72, 72, p)
         masked = lambda x, a, b: lora_linear(x, one * 0, a, b, **how)  # noqa: E731
         masks = _results(masked, one, eye, eye, eye) | {"x": _results(masked, one, eye, eye, one)["x"]}
@@ -158,13 +164,9 @@ def _layer(info: LinearInfo, backend: str, rank: int) -> str:
     base, w_NK, generator = info.module, info.weight_NK, torch.Generator().manual_seed(0)
     bias_N: Any = base.bias
     rank = min(rank, info.n_in, info.n_out)
-    sizes = (
-        (64, info.n_in, 1.0),
-        (rank, info.n_in, info.n_in**-0.5),
-        (info.n_out, rank, rank**-0.5),
-        (64, info.n_out, 1.0),
-    )
-    x_MK, a_RK, b_NR, dy_MN = ((torch.randn(r, c, generator=generator) * scale).to(w_NK) for r, c, scale in sizes)
+    shapes = (96, info.n_in), (96, info.n_out), (rank, info.n_in), (info.n_out, rank)
+    x_MK, dy_MN, a_RK, b_NR = (torch.randn(*shape, generator=generator).to(w_NK) for shape in shapes)
+    operands = x_MK, a_RK.float() / info.n_in**0.5, b_NR.float() / rank**0.5, dy_MN
     module, theirs, whose = LoRALinear(base, rank, SCALING * rank, backend=backend), None, "PEFT's"
     ours = lambda x, a, b: functional_call(module, {"lora_A": a, "lora_B": b}, (x,))  # noqa: E731
     try:
@@ -176,10 +178,10 @@ def _layer(info: LinearInfo, backend: str, rank: int) -> str:
         theirs = lambda x, a, b: functional_call(peft, {at("A"): a.to(x.dtype), at("B"): b.to(x.dtype)}, (x,))  # noqa: E731
     except ImportError as error:
         whose = f"plain torch's ({error}; to compare with PEFT's: pip install peft)"
-    measures = _compare(ours, theirs, (x_MK, a_RK.float(), b_NR.float(), dy_MN), w_NK, bias_N, 0.0)
+    measures = _compare(ours, theirs, operands, w_NK, bias_N, 0.0)
     figures = f"relative difference from {whose}: " + ", ".join(f"{name} {d:.1e}" for name, (_, d) in measures.items())
     if any(ratio > 1 for ratio, _ in measures.values()):
-        raise ArithmeticError(figures)
+        raise ArithmeticError(f"the error is too large; {figures}")
     return figures
 
 
@@ -203,11 +205,11 @@ def _compare(
 
 
 def _results(linear: Linear, x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, dy_MN: Tensor) -> dict[str, Tensor]:
+    """y [M, N], and under the names of their tensors the gradients."""
     leaves = [t.detach().requires_grad_() for t in (x_MK, a_RK, b_NR)]
     y_MN = linear(*leaves)
-    return dict(zip(("x", "lora_A", "lora_B"), torch.autograd.grad(y_MN, leaves, dy_MN), strict=True)) | {
-        "y": y_MN.detach()
-    }
+    dx_MK, da_RK, db_NR = torch.autograd.grad(y_MN, leaves, dy_MN)
+    return {"y": y_MN.detach(), "x": dx_MK, "lora_A": da_RK, "lora_B": db_NR}
 
 
 def _measure(got: Tensor, other: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -222,4 +224,5 @@ def _f64(tensor: Tensor) -> Tensor:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+    kind = "" if type(error) is ArithmeticError else f"{type(error).__name__}: "  # ours speak for themselves
+    return kind + " ".join(str(error).split())[:600]

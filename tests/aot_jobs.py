@@ -141,6 +141,7 @@ JOBS = {
     "shrink, 3 with norms and dropout": Job(_of(_shrink, count=3, p=0.1, norms=True), _MIXED),
     "expand": Job(_of(_low_rank, p=0.1), {"lora_expand": Expect(matrix="any", stores=True)}),
     "grads": Job(_of(_grads, p=0.1), _READ),
+    "grads, wide": Job(_of(_grads, m=16384, n=14336), _READ),
     "grads, rank 64": Job(_of(_grads, r=64), _READ, _ONE_OF_EACH),
     "rank 256": Job(_rank_256, {}, _ONE_OF_EACH),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),

@@ -129,7 +129,7 @@ def test_without_splits_of_its_own(base, tmp_path):
 def test_info(model_folder, capsys):
     assert plopfast("info", "--model", model_folder) == 0
     text = capsys.readouterr().out
-    for word in ("torch", "q_proj", "32 -> 48", "LoRA-first", "threads"):
+    for word in ("torch", "q_proj", "32 -> 48", "lora-first", "threads"):
         assert word in text
 
 
