@@ -43,7 +43,9 @@ def main() -> None:
         micros = {name: sorted(values)[len(values) // 2] / CALLS * 1e6 for name, values in seconds.items()}
         figures[what] = {"median_us": micros, "plopfast / peft": measure.ratios(seconds, "plopfast", "peft")}
     for name in modules:
-        lines.append(f"{name:<10}{figures['call']['median_us'][name]:>10.1f}{figures['step']['median_us'][name]:>22.1f}")
+        lines.append(
+            f"{name:<10}{figures['call']['median_us'][name]:>10.1f}{figures['step']['median_us'][name]:>22.1f}"
+        )
     for what in figures:
         median, low, high = figures[what]["plopfast / peft"]
         lines.append(f"{what}: plopfast / peft {median:.2f} ({low:.2f} to {high:.2f})")

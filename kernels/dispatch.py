@@ -22,7 +22,7 @@ STRATEGIES = ("fused", "lora-first")
 MAX_RANK = 256
 
 
-class Unsupported(RuntimeError):
+class UnsupportedError(RuntimeError):
     """A backend that cannot run here; the message says why."""
 
 
@@ -90,16 +90,16 @@ def interpreting() -> bool:
 
 
 def resolve(device: torch.device, backend: str = "auto") -> str:
-    """ "torch", or "triton" / "fused" / "lora-first" where Triton can run. Raises Unsupported with the reason."""
+    """ "torch", or "triton" / "fused" / "lora-first" where Triton can run. Raises UnsupportedError with the reason."""
     if backend == "torch":
         return backend
     reason = cannot_run(device)
     if backend == "auto":
         return "torch" if reason or interpreting() else "triton"
     if backend not in BACKENDS:
-        raise Unsupported(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        raise UnsupportedError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if reason:
-        raise Unsupported(f"backend {backend!r} cannot run on {device}: {reason}")
+        raise UnsupportedError(f"backend {backend!r} cannot run on {device}: {reason}")
     return backend
 
 
@@ -167,15 +167,17 @@ def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -
 @functools.lru_cache(maxsize=4096)
 def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank: int, backend: str = "auto",
          aligned: bool = True) -> Plan:  # fmt: skip
-    """The path of a linear of this shape. Raises Unsupported where `backend` cannot run."""
+    """The path of a linear of this shape. Raises UnsupportedError where `backend` cannot run."""
     chosen = resolve(device, backend)
     if chosen == "torch":
-        return Plan("torch", "lora-first", None, "chosen" if backend == "torch" else cannot_run(device) or "interpreter")
+        return Plan(
+            "torch", "lora-first", None, "chosen" if backend == "torch" else cannot_run(device) or "interpreter"
+        )
     beyond = f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else f"{dtype} has no Triton kernels"
     if rank > MAX_RANK or dtype not in (torch.float32, torch.float16, torch.bfloat16):
         if backend == "auto":
             return Plan("torch", "lora-first", None, beyond)
-        raise Unsupported(f"backend {backend!r}: {beyond}; choose 'torch', or 'auto'")
+        raise UnsupportedError(f"backend {backend!r}: {beyond}; choose 'torch', or 'auto'")
     target = target_of(device)
     tiles = candidates(target, dtype, m, aligned)[0]
     row = TABLE.get(key(target, dtype, m, n, k, rank))

@@ -45,7 +45,9 @@ def lora_shrink(
         if NORMS:
             x_float = x_MK.to(tl.float32)
             squares += tl.sum(x_float * x_float, axis=1)
-        acc0 = _one(acc0, x_MK, a0, rank, rk, K, sar, sak, seed0, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION)
+        acc0 = _one(
+            acc0, x_MK, a0, rank, rk, K, sar, sak, seed0, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
+        )
         if ADAPTERS > 1:
             acc1 = _one(
                 acc1, x_MK, a1, rank, rk, K, sar, sak, seed1, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION

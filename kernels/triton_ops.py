@@ -13,8 +13,14 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import dispatch, expand, gemm as gemm_kernel, gemm_tma, grads as grads_kernel, nf4, philox, reduce, shrink as s_kernel
+from . import dispatch, nf4, philox
 from .dispatch import Plan, Tiles
+from .expand import lora_expand
+from .gemm import lora_gemm
+from .gemm_tma import lora_gemm_tma
+from .grads import lora_grads
+from .reduce import row_norms as row_norms_kernel, sum_partials
+from .shrink import lora_shrink
 
 MAX_STACKED = 3
 REDUCE_BLOCK = 1024
@@ -58,7 +64,7 @@ def shrink_stacked(
     a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
     seed0, seed1, seed2 = (*seeds, 0, 0)[:3]
     with _on(x_MK):
-        s_kernel.lora_shrink[(rows, splits)](
+        lora_shrink[(rows, splits)](
             x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
             philox.threshold(p), *x_MK.stride(), *a0.stride(),
             RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=_precision(x_MK), BM=bm, BK=bk,
@@ -69,7 +75,12 @@ def shrink_stacked(
 
 
 def forward(
-    x_MK: torch.Tensor, s_MR: torch.Tensor, w_NK: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None, plan: Plan
+    x_MK: torch.Tensor,
+    s_MR: torch.Tensor,
+    w_NK: torch.Tensor,
+    b_NR: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    plan: Plan,
 ) -> torch.Tensor:
     """Y = X W^T + S B^T + bias"""
     if plan.strategy == "fused":
@@ -153,11 +164,25 @@ def gemm(
             x_desc = TensorDescriptor.from_tensor(x_MK, [tiles.bm, tiles.bk])
             w_desc = TensorDescriptor.from_tensor(*((w_NK, [bn, tiles.bk]) if nk else (w_NK.T, [tiles.bk, bn])))
             programs = min(count, target.units)
-            gemm_tma.lora_gemm_tma[(programs,)](
-                x_desc, w_desc, s, b, bias, y_MN, parts, m, n, k, *drop, *strides, W_IS_NK=nk, PROGRAMS=programs, **options
+            lora_gemm_tma[(programs,)](
+                x_desc,
+                w_desc,
+                s,
+                b,
+                bias,
+                y_MN,
+                parts,
+                m,
+                n,
+                k,
+                *drop,
+                *strides,
+                W_IS_NK=nk,
+                PROGRAMS=programs,
+                **options,
             )
         else:
-            gemm_kernel.lora_gemm[(count,)](
+            lora_gemm[(count,)](
                 x_MK, w_NK, s, b, bias, y_MN, parts, m, n, k, *drop, *x_MK.stride(), *w_NK.stride(), *strides,
                 EVEN_K=k % tiles.bk == 0, **options,
             )  # fmt: skip
@@ -188,7 +213,7 @@ def low_rank(
         return y_MN
     bm, bn = (32, 64) if s_MR.dtype == torch.float32 else (64, 128)
     with _on(s_MR):
-        expand.lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
+        lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
             s_MR, b_NR, s_MR if bias_N is None else bias_N, y_MN, m, n, seed, philox.threshold(p),
             s_MR.stride(0), *b_NR.stride(), n,
             RANK=rank, BR=_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
@@ -212,7 +237,7 @@ def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.T
         bn = min(1024, max(64, triton.next_power_of_2(n)))
         bm = max(1, 2048 // bn)
         with _on(y_MN):
-            reduce.row_norms[(triton.cdiv(m, bm),)](
+            row_norms_kernel[(triton.cdiv(m, bm),)](
                 y_MN, y_MN if bias_N is None else bias_N, norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
                 BM=bm, BN=bn, num_warps=4,
             )  # fmt: skip
@@ -273,7 +298,7 @@ def _grads(
     if target.name == "sm_90" and bc * tiles > 512:
         stages = 1  # with copies in flight it spills there
     with _on(t_MC):
-        grads_kernel.lora_grads[(stripes, parts)](
+        lora_grads[(stripes, parts)](
             t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,
             c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
             *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
@@ -333,7 +358,7 @@ def _sum(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bool = 
     """scale * the sum over the first dimension, in a fixed order."""
     out = partials.new_empty(partials.shape[1:], dtype=dtype)
     if out.numel():
-        reduce.sum_partials[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
+        sum_partials[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
             partials, out, partials.shape[0], out.numel(), scale, ROOT=root, BLOCK=REDUCE_BLOCK, num_warps=4
         )
     return out

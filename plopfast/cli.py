@@ -25,7 +25,10 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "report": ("one self-contained page from the run's files: report.html", ()),
     "merge": ("write the model with its adapter merged in: merged/", ()),
     "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
-    "doctor": ("check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong", ()),
+    "doctor": (
+        "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
+        (),
+    ),
 }
 BENCH = "time the kernels and a layer against PEFT on this GPU; --tune: measure which path each shape should take"
 DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
@@ -74,14 +77,22 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
         _add_settings(command, (*COMMON, *own))
     bench = commands.add_parser("bench", help=BENCH, description=BENCH)
-    bench.add_argument("--out", type=Path, help="folder of bench.jsonl and bench.png (default: a new one, bench-DATE-TIME)")
+    bench.add_argument(
+        "--out", type=Path, help="folder of bench.jsonl and bench.png (default: a new one, bench-DATE-TIME)"
+    )
     bench.add_argument("--overwrite", action="store_true", help="replace results that exist")
     bench.add_argument("--tune", action="store_true", help="fill the tuning table in the user's cache instead")
     bench.add_argument("--shapes", default="all", choices=("all", "llama-8b", "smollm2"), help="(default: all)")
-    bench.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)")
+    bench.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)"
+    )
     bench.add_argument("--repeats", type=int, default=30, help="of each measurement (default: 30)")
-    bench.add_argument("--seconds", type=float, default=540.0, help="then repeats and cases are left out (default: 540)")
-    bench.add_argument("--dry", action="store_true", help="tiny shapes on the CPU: a test of the program, no measurement")
+    bench.add_argument(
+        "--seconds", type=float, default=540.0, help="then repeats and cases are left out (default: 540)"
+    )
+    bench.add_argument(
+        "--dry", action="store_true", help="tiny shapes on the CPU: a test of the program, no measurement"
+    )
     return parser
 
 

@@ -106,7 +106,7 @@ def module_paths(
         w_NK = torch.empty_strided((info.n_out, info.n_in), info.weight_NK.stride(), dtype=dtype, device="meta")
         try:
             plan = library.plan_of(x_MK, w_NK, rank, backend)
-        except dispatch.Unsupported as error:
+        except dispatch.UnsupportedError as error:
             raise BackendError(str(error)) from None
         rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
     return [(number, *row) for row, number in rows.items()]

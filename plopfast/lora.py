@@ -44,7 +44,7 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         _check_rank(base, rank)
-        path(base.weight.device, backend)  # type: ignore[union-attr, arg-type]
+        path(base.weight.device, backend)  # type: ignore[arg-type]
         self.backend = backend
         self.base = base.requires_grad_(False)
         self.transposed = is_transposed(base)
@@ -129,7 +129,7 @@ def inject(
                 "was it made for another model?"
             )
         _check_rank(modules[name], placement.modules[name][0], f"{name}: ")
-        if path(modules[name].weight.device, backend) != "torch":  # type: ignore[union-attr, arg-type]
+        if path(modules[name].weight.device, backend) != "torch":
             on_gpu = True
     if on_gpu and (note := tuning.load()):
         warnings.warn(note, stacklevel=2)

@@ -97,7 +97,7 @@ def path(device: torch.device, backend: str) -> str:
     """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
     try:
         return dispatch.resolve(device, backend)
-    except dispatch.Unsupported as error:
+    except dispatch.UnsupportedError as error:
         raise BackendError(str(error)) from None
 
 
@@ -119,9 +119,7 @@ class _LoRALinear(torch.autograd.Function):
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
         op = library.lora_backward if _direct(dy_MN) else torch.ops.plopfast.lora_backward.default
-        dx_MK, da_RK, db_NR = op(
-            dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b
-        )
+        dx_MK, da_RK, db_NR = op(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
         return (
             dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None,
             None, None, None, None, None,
@@ -150,9 +148,7 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
         and not weight.requires_grad
         and (
             bias is None
-            or (
-                bias.shape == w_shape[:1] and bias.dtype == dtype and bias.device == device and not bias.requires_grad
-            )
+            or (bias.shape == w_shape[:1] and bias.dtype == dtype and bias.device == device and not bias.requires_grad)
         )
         and math.isfinite(scaling)
         and 0.0 <= dropout_p < 1.0

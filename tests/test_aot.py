@@ -52,7 +52,9 @@ def refuse(target, tiles, **shape):
     with aot.compiling(target) as launches:
         o = aot_jobs.operands(**shape)
         triton_ops.gemm(o.x, o.w, o.s, o.b, o.bias, tiles=tiles)
-    return aot_jobs.problems(aot.resources(launches[0]), target, aot_jobs.Expect(matrix="large", loads=True, stores=True))
+    return aot_jobs.problems(
+        aot.resources(launches[0]), target, aot_jobs.Expect(matrix="large", loads=True, stores=True)
+    )
 
 
 def test_the_checks_see_what_they_look_for():

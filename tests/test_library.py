@@ -167,7 +167,7 @@ def test_what_triton_has_no_kernel_for_goes_to_torch_and_says_so(gpu):
     assert dispatch.plan(device, torch.float64, 8, 8, 8, 4).why == "torch.float64 has no Triton kernels"
     assert dispatch.plan(device, torch.bfloat16, 8, 512, 512, 257).why == "rank 257 is above 256"
     for dtype, rank in ((torch.float64, 4), (torch.bfloat16, 257)):
-        with pytest.raises(dispatch.Unsupported, match="choose 'torch'"):
+        with pytest.raises(dispatch.UnsupportedError, match="choose 'torch'"):
             dispatch.plan(device, dtype, 8, 512, 512, rank, "fused")
 
 
@@ -190,6 +190,6 @@ def test_old_gpus_are_refused_with_the_reason(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
     device = torch.device("cuda", 5)
     assert dispatch.resolve(device, "auto") == "torch"
-    with pytest.raises(dispatch.Unsupported, match="Tesla T4 has compute capability 7.5; 8.0 is the lowest"):
+    with pytest.raises(dispatch.UnsupportedError, match="Tesla T4 has compute capability 7.5; 8.0 is the lowest"):
         dispatch.resolve(device, "triton")
     dispatch.cannot_run.cache_clear()

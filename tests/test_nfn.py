@@ -252,7 +252,9 @@ def test_head_and_cache_are_left_out(llama):
 def test_shared_inputs_are_measured_once(llama, monkeypatch):
     counted = []
     norm = nfn.row_norms
-    monkeypatch.setattr(nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options))
+    monkeypatch.setattr(
+        nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options)
+    )
     pf.score(llama, random_batches(count=1))
     # per layer 7 outputs and 4 inputs (qkv, o, gate/up, down), 3 layers; 21 weights
     assert counted.count(3) == 3 * (7 + 4) and counted.count(1) == 21
