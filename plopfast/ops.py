@@ -8,6 +8,7 @@ elements and leaves the factor 1 / (1 - p) to c, which is applied in float32 bef
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -50,7 +51,8 @@ def lora_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     if backend != "auto":
-        path(x.device, backend)
+        rows = x.numel() // max(x.shape[-1], 1)
+        _or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
     if isinstance(seed, int):
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed)
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
@@ -77,7 +79,7 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
         )
     if x.device != weight.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them to one device")
-    path(x.device, backend)
+    _or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
     with torch.no_grad():
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
         return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
@@ -88,15 +90,19 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
 
     One read of y where Triton runs, and no float32 copy of it. No gradient. Raises BackendError where `backend` cannot run.
     """
-    path(y.device, backend)
+    _or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
     with torch.no_grad():
         return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
 
 def path(device: torch.device, backend: str) -> str:
     """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
+    return _or_backend_error(dispatch.resolve, device, backend)
+
+
+def _or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
     try:
-        return dispatch.resolve(device, backend)
+        return function(*arguments)
     except dispatch.UnsupportedError as error:
         raise BackendError(str(error)) from None
 
