@@ -1,0 +1,106 @@
+"""Operands, yardsticks and the rule of errors that the tests of the kernels share.
+
+M tokens, K in, N out, R rank.
+"""
+
+from types import SimpleNamespace
+
+import torch
+
+from plopfast.kernels import dispatch, philox
+
+DEVICE = torch.device("cpu" if dispatch.interpreting() else "cuda")
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def view(value, layout):
+    """`value` as a view with a layout of its own, inside a buffer of NaN: a read outside of it shows.
+
+    aligned: rows start at multiples of 16 elements; odd: every second row, and rows start anywhere; columns: an aligned
+    buffer's transpose; sparse: no stride is 1.
+    """
+    if layout == "dense":
+        return value
+    if layout == "columns":
+        return view(value.T, "aligned").T
+    if value.dim() == 1:
+        buffer = value.new_full((value.shape[0] + 5,), float("nan"))
+        return buffer[3:-2].copy_(value)
+    rows, columns = value.shape
+    if layout == "aligned":
+        buffer = value.new_full((rows + 2, -(-columns // 16) * 16 + 32), float("nan"))
+        return buffer[1 : 1 + rows, 16 : 16 + columns].copy_(value)
+    if layout == "odd":
+        buffer = value.new_full((2 * rows + 3, columns + 5), float("nan"))
+        return buffer[1 : 1 + 2 * rows : 2, 3 : 3 + columns].copy_(value)
+    assert layout == "sparse"
+    buffer = value.new_full((2 * rows + 3, 3 * columns + 5), float("nan"))
+    return buffer[1 : 1 + 2 * rows : 2, 2 : 2 + 3 * columns : 3].copy_(value)
+
+
+def far(value, stride):
+    """`value` with `stride` elements from row to row: memory that nothing touches is never backed, nor filled."""
+    if dispatch.interpreting():
+        from checked_interpreter import far_apart
+
+        return far_apart(value.shape, (stride, 1), value.dtype).copy_(value)
+    buffer = torch.empty((value.shape[0] - 1) * stride + value.shape[1], dtype=value.dtype, device=value.device)
+    return buffer.as_strided(value.shape, (stride, 1)).copy_(value)
+
+
+FAR = (1 << 29) + 16  # elements from row to row: an int32, as is each row's number, but not their product
+
+
+def normal(*shape, dtype=FP32, scale=1.0, seed=0, layout="dense"):
+    """The same numbers on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    value = (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
+    return view(value, layout)
+
+
+def operands(m, n, k, r, dtype=FP32, adapter_dtype=None, layout="dense"):
+    """All tensors of one LoRA linear and of its backward pass; `adapter_dtype`: of A and B."""
+    wide = adapter_dtype or dtype
+    return SimpleNamespace(
+        x=normal(m, k, dtype=dtype, seed=1, layout=layout),
+        w=normal(n, k, dtype=dtype, scale=max(k, 1) ** -0.5, seed=2, layout=layout),
+        a=normal(r, k, dtype=wide, scale=max(k, 1) ** -0.5, seed=3, layout=layout),
+        b=normal(n, r, dtype=wide, scale=r**-0.5, seed=4, layout=layout),
+        s=normal(m, r, dtype=dtype, seed=5, layout="dense" if layout == "dense" else "odd"),
+        dy=normal(m, n, dtype=dtype, scale=max(n, 1) ** -0.5, seed=6, layout=layout),
+        bias=normal(n, dtype=dtype, seed=7, layout="dense" if layout == "dense" else "odd"),
+    )
+
+
+def keep_of(p, seed, rows, columns):
+    """The mask and 1 / (1 - p), or None and 1."""
+    return (philox.keep_mask(seed, rows, columns, p, DEVICE), philox.inverse_keep(p)) if p else (None, 1.0)
+
+
+def product(*matrices):
+    """What torch makes of it in the operands' own dtype; its products want dense operands in bfloat16 on the CPU."""
+    left, right = (matrix.contiguous() for matrix in matrices)
+    return left @ right
+
+
+def assert_no_worse(got, same_dtype, exact, factor=2.0):
+    """Our error is at most `factor` times that of plain torch in the same dtype, plus one rounding of the output.
+
+    The worst element too, as one wrong number among thousands hides in a norm; it may be rounded thrice, as S, as the
+    sum and as Y.
+    """
+    assert got.shape == same_dtype.shape == exact.shape and got.dtype == same_dtype.dtype
+    if not exact.numel():
+        return
+    assert got.isfinite().all()
+    for name, size, roundings in (("norm", torch.linalg.vector_norm, 1), ("maximum", lambda t: t.abs().max(), 3)):
+        ours, theirs = (size(t.double() - exact) for t in (got, same_dtype))
+        floor = roundings * torch.finfo(got.dtype).eps * size(exact)
+        assert ours <= factor * theirs + floor, f"{name} of the error: {ours:.3e}, plain torch {theirs:.3e}"
+
+
+def name_of(value):
+    """A short id of a parametrised case."""
+    if isinstance(value, tuple):
+        return " ".join(map(name_of, value))
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,99 @@
+"""Tests of the Triton kernels: on the CPU in the checked interpreter (TRITON_INTERPRET=1), on a GPU as they ship.
+
+    TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest --confcutdir=tests/gpu tests/gpu
+
+With neither an interpreter nor a GPU nothing here is collected; tests/test_triton_interpreted.py starts the former.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+if INTERPRETED:
+    collect_ignore_glob = []
+elif torch.cuda.is_available():
+    collect_ignore_glob = ["test_checked_interpreter.py", "test_traffic.py"]  # of the interpreter itself
+else:
+    collect_ignore_glob = ["test_*.py"]
+
+
+def pytest_plugin_registered(plugin, manager):
+    """All conftests are called `conftest`: hands the name back to the parent's, which tests/test_*.py import from."""
+    if plugin is sys.modules.get(__name__):
+        parent = manager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
+        if parent is not None:
+            sys.modules[__name__] = parent
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Launchers get their outputs from `new_empty`: what no kernel writes shows as NaN."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned_empty(self, *shape, **options):
+        empty = new_empty(self, *shape, **options)
+        return empty.fill_(float("nan")) if empty.is_floating_point() else empty
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
+
+
+@pytest.fixture
+def watched():
+    """`with watched("y", seed=1) as check:` all launches in the checked interpreter, where there is no GPU.
+
+    The names are the kernels' outputs: a load of what was not stored raises, and in the end all of them must be
+    stored, without atomics. On a GPU nothing is watched and `check` is None.
+    """
+
+    @contextlib.contextmanager
+    def watch(*out, seed=0, **options):
+        if not INTERPRETED:
+            yield None
+            return
+        from checked_interpreter import checked
+
+        with checked(out=out, seed=seed, **options) as check:
+            yield check
+        check.out &= {
+            name for launch in check.launches for name in launch.parameters
+        }  # a sum of one part has no kernel
+        share = check.coverage()
+        assert set(share.values()) <= {1.0}, f"shares of the outputs that were written: {share}"
+        assert not check.atomics()
+
+    return watch
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of what computes, in order: Triton kernels, and torch's own matrix products as "torch.addmm_" and so on."""
+    from triton.runtime.jit import KernelInterface
+
+    names, launcher_of = [], KernelInterface.__getitem__
+    monkeypatch.setattr(
+        KernelInterface, "__getitem__", lambda kernel, grid: names.append(kernel.__name__) or launcher_of(kernel, grid)
+    )
+    products = ["addmm", "addmm_", "mm", "matmul", "__matmul__", "addbmm", "baddbmm", "bmm", "mv", "dot"]
+    for owner, found in {torch.Tensor: products, torch: products, torch.nn.functional: ["linear"]}.items():
+        for name in found:
+            if hasattr(owner, name):
+                monkeypatch.setattr(owner, name, _recorded(getattr(owner, name), f"torch.{name.strip('_')}", names))
+    return names
+
+
+def _recorded(function, name, names):
+    def recorded(*arguments, **options):
+        names.append(name)
+        return function(*arguments, **options)
+
+    return recorded
