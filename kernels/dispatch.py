@@ -60,9 +60,12 @@ class Plan:
     strategy: str
     tiles: Tiles | None
     why: str
+    expand: tuple[int, int] | None = None  # lora_expand's tile
 
     def __str__(self) -> str:
-        tiles = f", {self.tiles}" if self.tiles and self.strategy == "fused" else ""
+        tiles = ", expand {}x{} and the vendor's GEMM".format(*self.expand) if self.expand else ""
+        if self.strategy == "fused":
+            tiles = f", {self.tiles}"
         return f"{self.backend}, {self.strategy}{tiles} ({self.why})"
 
 
@@ -114,6 +117,14 @@ def cannot_run(device: torch.device) -> str:
         return "Triton needs an NVIDIA GPU from compute capability 8.0 on, or an AMD GPU from gfx90a on"
     if torch.version.hip is None and (found := torch.cuda.get_device_capability(device)) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} has compute capability {found[0]}.{found[1]}; 8.0 is the lowest"
+    if torch.version.hip is not None:
+        name = str(torch.cuda.get_device_properties(device).gcnArchName)
+        if not name.startswith(("gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")):
+            return f"{name} has no matrix instructions that Triton uses; gfx90a is the lowest"
+    try:
+        target_of(device)
+    except Exception as error:  # a driver that does not start says so in its own ways
+        return f"Triton's driver does not start: {type(error).__name__}: {error}"
     return ""
 
 
@@ -153,15 +164,18 @@ def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = Tr
     return tuple(tiles for tiles in every if aligned or not tiles.descriptor) or SAFE_TILES
 
 
-def unaligned(target: Target, dtype: torch.dtype) -> Tiles:
+def unaligned(target: Target) -> Tiles:
     """Tiles for operands whose rows do not start at multiples of 16 elements: the pipeline of copies disappears."""
     return GEMM_TILES["interpreter"][0] if target.name == "interpreter" else SAFE_TILES[0]
 
 
 def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> str:
     """The row of TABLE for a shape: tokens and rank count as the next power of two."""
-    up = lambda value: 1 << max(4, math.ceil(math.log2(max(value, 1))))  # noqa: E731
-    return f"{target.gpu or target.name} {str(dtype).removeprefix('torch.')} M{up(m)} N{n} K{k} R{up(rank)}"
+    return f"{target.gpu or target.name} {str(dtype).removeprefix('torch.')} M{_up(m)} N{n} K{k} R{_up(rank)}"
+
+
+def _up(value: int) -> int:
+    return 1 << max(4, math.ceil(math.log2(max(value, 1))))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -179,16 +193,30 @@ def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank:
             return Plan("torch", "lora-first", None, beyond)
         raise UnsupportedError(f"backend {backend!r}: {beyond}; choose 'torch', or 'auto'")
     target = target_of(device)
-    tiles = candidates(target, dtype, m, aligned)[0]
-    row = TABLE.get(key(target, dtype, m, n, k, rank))
+    tiles, expand = candidates(target, dtype, m, aligned)[0], expand_tiles(dtype)
+    row = measured(target, dtype, m, n, k, rank)
     if row and (aligned or not row[1].descriptor):
         tiles = row[1]
     if chosen in STRATEGIES:
-        return Plan("triton", chosen, tiles, "chosen")
+        return Plan("triton", chosen, tiles, "chosen", expand)
     if row:
-        return Plan("triton", row[0], tiles, "measured on this GPU")
+        return Plan("triton", row[0], tiles, "measured on this GPU", expand)
     known = "" if target.name in GEMM_TILES else f"; {target.name} is unknown: safe tiles"
-    return Plan("triton", "lora-first", tiles, f"default: not measured for this shape{known}")
+    return Plan("triton", "lora-first", tiles, f"default: not measured for this shape{known}", expand)
+
+
+def measured(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> tuple[str, Tiles] | None:
+    """The measured row of this shape, or else of the nearest number of tokens that was measured."""
+    at = _up(m)
+    for step in range(25):
+        for tokens in (at << step, at >> step):
+            if row := TABLE.get(key(target, dtype, tokens, n, k, rank)):
+                return row
+    return None
+
+
+def expand_tiles(dtype: torch.dtype) -> tuple[int, int]:
+    return (32, 64) if dtype == torch.float32 else (64, 128)
 
 
 def use_table(rows: dict[str, tuple[str, Tiles]]) -> None:

@@ -18,12 +18,12 @@ def lora_gemm_tma(
     x_desc, w_desc, s, b, bias, y, norms, M, N, K, seed, threshold, ssm, sbn, sbr, sym,
     RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     NORMS: tl.constexpr, STORE: tl.constexpr, W_IS_NK: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PROGRAMS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """x_desc [M, K] in blocks [BM, BK]; w_desc [N, K] in blocks [BN, BK], or [K, N] in [BK, BN] if not W_IS_NK."""
     dtype: tl.constexpr = y.dtype.element_ty
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
         tile_m, tile_n = tile_of(tile, M, N, BM, BN, GROUP)
         rm = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
         row_M = tl.where(rm < M, rm, 0)

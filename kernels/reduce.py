@@ -31,6 +31,5 @@ def row_norms(y, bias, norms, M, N, sym, syn, BIAS: tl.constexpr, BM: tl.constex
         y_MN = tl.load(y + rm[:, None] * sym + rn[None, :] * syn, mask=inside, other=0.0).to(tl.float32)
         if BIAS:
             y_MN -= tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
-            y_MN = tl.where(inside, y_MN, 0.0)
         squares += y_MN * y_MN
     tl.store(norms + rm, tl.sqrt(tl.sum(squares, axis=1)), mask=rm < M)

@@ -51,7 +51,7 @@ def shrink_stacked(
         parts = [shrink_stacked(x_MK, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
         return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
     units = dispatch.target_of(x_MK.device).units
-    bm = next((b for b in (64, 32) if triton.cdiv(m, b) * 2 >= units), 16)
+    bm = next((b for b in (64, 32) if triton.cdiv(m, b) >= units), 16)
     bk = 32 if x_MK.dtype == torch.float32 or padded * count > (32 if p else 64) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
@@ -100,7 +100,9 @@ def grad_x(
 def grad_s_and_b(
     dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = c dY B in dY's dtype and dB = dY^T S in B's, from one read of dY."""
+    """dS = c dY B in dY's dtype and dB = dY^T S in B's, from one read of dY (two where the rank is high)."""
+    if not stripe_widths(dispatch.target_of(dy_MN.device), dy_MN.dtype, s_MR.shape[1], with_ds=True):
+        return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, b_NR.dtype)
     db_NR, ds_MR = _grads(dy_MN, s_MR, b_NR.dtype, u=b_NR, c=c)
     assert ds_MR is not None
     return ds_MR, db_NR
@@ -136,20 +138,20 @@ def gemm(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Y = X W^T + mask (S B^T) + bias (the mask if p > 0), and ||x W^T|| [M] if `norms`; Y is empty unless `store`."""
     (m, k), n = x_MK.shape, w_NK.shape[0]
-    assert not (p and norms)
+    assert not p or (s_MR is not None and not norms)
     y_MN = x_MK.new_empty(m, n) if store else x_MK.new_empty(0, 1)
     if not m or not n:
         return y_MN, x_MK.new_zeros(m, dtype=torch.float32) if norms else None
     target = dispatch.target_of(x_MK.device)
     tiles = tiles or dispatch.candidates(target, x_MK.dtype, m)[0]
     if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
-        tiles = dispatch.unaligned(target, x_MK.dtype)
+        tiles = dispatch.unaligned(target)
     lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
     bn = min(tiles.bn, 128) if p else tiles.bn  # the mask's random words need registers
     tiles_n = triton.cdiv(n, bn)
     parts = x_MK.new_empty(tiles_n, m, dtype=torch.float32) if norms else y_MN
-    s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
-    bias = x_MK if bias_N is None else bias_N
+    s, b = (s_MR, _near(b_NR)) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
+    bias = x_MK if bias_N is None else bias_N.contiguous()
     options = {
         "RANK": rank, "BR": _chunk(rank), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
         "NORMS": norms, "STORE": store, "PRECISION": _precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
@@ -163,24 +165,9 @@ def gemm(
             nk = w_NK.stride(1) == 1
             x_desc = TensorDescriptor.from_tensor(x_MK, [tiles.bm, tiles.bk])
             w_desc = TensorDescriptor.from_tensor(*((w_NK, [bn, tiles.bk]) if nk else (w_NK.T, [tiles.bk, bn])))
-            programs = min(count, target.units)
-            lora_gemm_tma[(programs,)](
-                x_desc,
-                w_desc,
-                s,
-                b,
-                bias,
-                y_MN,
-                parts,
-                m,
-                n,
-                k,
-                *drop,
-                *strides,
-                W_IS_NK=nk,
-                PROGRAMS=programs,
-                **options,
-            )
+            lora_gemm_tma[(min(count, target.units),)](
+                x_desc, w_desc, s, b, bias, y_MN, parts, m, n, k, *drop, *strides, W_IS_NK=nk, **options
+            )  # fmt: skip
         else:
             lora_gemm[(count,)](
                 x_MK, w_NK, s, b, bias, y_MN, parts, m, n, k, *drop, *x_MK.stride(), *w_NK.stride(), *strides,
@@ -211,10 +198,11 @@ def low_rank(
     y_MN = s_MR.new_empty(m, n)
     if not m or not n:
         return y_MN
-    bm, bn = (32, 64) if s_MR.dtype == torch.float32 else (64, 128)
+    bm, bn = dispatch.expand_tiles(s_MR.dtype)
+    b_NR = _near(b_NR)
     with _on(s_MR):
         lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
-            s_MR, b_NR, s_MR if bias_N is None else bias_N, y_MN, m, n, seed, philox.threshold(p),
+            s_MR, b_NR, s_MR if bias_N is None else bias_N.contiguous(), y_MN, m, n, seed, philox.threshold(p),
             s_MR.stride(0), *b_NR.stride(), n,
             RANK=rank, BR=_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
             BM=bm, BN=bn, num_warps=4, num_stages=2,
@@ -238,7 +226,7 @@ def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.T
         bm = max(1, 2048 // bn)
         with _on(y_MN):
             row_norms_kernel[(triton.cdiv(m, bm),)](
-                y_MN, y_MN if bias_N is None else bias_N, norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
+                y_MN, y_MN if bias_N is None else bias_N.contiguous(), norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
                 BM=bm, BN=bn, num_warps=4,
             )  # fmt: skip
     return norms
@@ -260,7 +248,7 @@ def gemm_nf4(
     s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
     with _on(x_MK):
         nf4.lora_gemm_nf4[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            x_MK, packed, absmax, _levels(x_MK.device), s, b, x_MK if bias_N is None else bias_N, y_MN, m, n, k,
+            x_MK, packed, absmax, _levels(x_MK.device), s, b, x_MK if bias_N is None else bias_N.contiguous(), y_MN, m, n, k,
             k, s.stride(0), *b.stride(), n,
             RANK=rank, BR=_chunk(rank), LORA=s_MR is not None, BIAS=bias_N is not None,
             PRECISION=_precision(x_MK), BM=bm, BN=bn, GROUP=8, num_warps=4 if bm == 16 else 8, num_stages=3,
@@ -291,9 +279,8 @@ def _grads(
     target = dispatch.target_of(t_MC.device)
     bm, bc, tiles, parts, stripes = grads_grid(target, t_MC.dtype, m, columns, rank, u is not None)
     g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
-    ds = v_MR.new_empty(stripes, m, rank, dtype=v_MR.dtype if stripes == 1 else torch.float32)
-    if u is None:
-        ds = ds[:0]
+    shape_ds = (stripes, m, rank) if u is not None else (0,)
+    ds = v_MR.new_empty(shape_ds, dtype=v_MR.dtype if stripes == 1 else torch.float32)
     stages = 3 if u is None and rank <= 64 else 2
     if target.name == "sm_90" and bc * tiles > 512:
         stages = 1  # with copies in flight it spills there
@@ -312,24 +299,32 @@ def _grads(
         return g, ds[0] if stripes == 1 else _sum(ds, c, v_MR.dtype)
 
 
-def grads_grid(
-    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool
-) -> tuple[int, int, int, int, int]:
-    """(BM, BC, tiles in a stripe, row parts, column stripes) of lora_grads.
+def stripe_widths(target: dispatch.Target, dtype: torch.dtype, rank: int, with_ds: bool) -> list[int]:
+    """Widths of a column stripe that lora_grads may take; none where dS had better be a kernel of its own.
 
-    About half a program for each SM: half the programs already keep the memory busy, and the bytes of the parts grow
-    with the root of their number. With dS the stripe is the one that costs the fewest bytes of parts; without, narrow.
+    The parts of dS cost 4 R / width of what T does: from a quarter of the width on, T is better read twice.
     """
     padded, name = _padded(rank), target.name
     if name == "interpreter":
-        widths = [32, 64]
-    elif dtype == torch.float32:
-        widths = [64]
+        return [32, 64] if padded <= 64 or not with_ds else []
+    if dtype == torch.float32:
+        widths = [64] if padded < 128 else [32]
     else:
         wide = name in dispatch.WIDE_SHARED_MEMORY
         most = 1024 if wide else 512 if name in ("sm_86", "sm_89", "sm_120") else 256
         most = min(most, (16384 if wide else 8192) // padded)
         widths = [width for width in (128, 256, 512, 1024) if width <= most] or [most]
+    return [width for width in widths if 4 * padded <= width] if with_ds else widths[:1]
+
+
+def grads_grid(
+    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool
+) -> tuple[int, int, int, int, int]:
+    """(BM, BC, tiles in a stripe, row parts, column stripes) of lora_grads.
+
+    About half a program for each SM: the bytes of the parts grow with the root of the programs' number. With dS the
+    stripe is the one that costs the fewest bytes of parts.
+    """
     programs, blocks = max(1, target.units // 2), triton.cdiv(m, 16)
 
     def split(width: int) -> tuple[int, int]:
@@ -338,15 +333,15 @@ def grads_grid(
 
     def cost(width: int) -> int:
         parts, stripes = split(width)
-        return (stripes * m if stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
+        return (stripes * m if with_ds and stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
 
+    widths = stripe_widths(target, dtype, rank, with_ds)
     width = min(widths, key=cost) if with_ds else widths[0]
-    tiles = 2 if with_ds and width >= (64 if name == "interpreter" else 512) else 1
-    if name == "interpreter":
-        bm = 16
+    if target.name == "interpreter":
+        bm, tiles = 16, 1 + (with_ds and width == 64)
     else:
-        roomy = width == 128 or (name in dispatch.WIDE_SHARED_MEMORY and width <= 512)
-        roomy = roomy and padded <= 128 or name == "sm_90" and width == 64  # 32 rows would serialise wgmma there
+        tiles = 1 + (with_ds and width >= 512)
+        roomy = width == 128 or (target.name in dispatch.WIDE_SHARED_MEMORY and width <= 512 and rank <= 128)
         bm = 64 if roomy and dtype != torch.float32 else 32
     parts, stripes = split(width)
     blocks = triton.cdiv(m, bm)
@@ -374,8 +369,16 @@ def _chunk(rank: int) -> int:
 
 
 def _precision(x: torch.Tensor) -> str:
-    """Of float32 products: what torch's own would take (torch.set_float32_matmul_precision); no matter in 16 bits."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    """What torch's own float32 products take; "ieee", which no target lacks, where there is no choice."""
+    name = dispatch.target_of(x.device).name
+    chosen = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if chosen and (name.startswith("sm_") or name in ("gfx942", "interpreter")) else "ieee"
+
+
+def _near(b_NR: torch.Tensor) -> torch.Tensor:
+    """B as the epilogue reads it: offsets in 32 bits, to save registers."""
+    reach = sum((size - 1) * stride for size, stride in zip(b_NR.shape, b_NR.stride(), strict=True))
+    return b_NR if reach < 2**31 else b_NR.contiguous()
 
 
 def _levels(device: torch.device) -> torch.Tensor:

@@ -84,7 +84,9 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(lasts) if exact else sorted(names)
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True) -> list[str]:
+def load_adapter(
+    model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto"
+) -> list[str]:
     """Injects a LoRA adapter in PEFT's format, ours or PEFT's own, into `model`; returns the modules' names.
 
     Raises AdapterError for files that are missing, truncated or of another kind, for PEFT features that plopfast does
@@ -116,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True)
     placement = Placement({name: (rank, _alpha(config, name)) for name, rank in ranks.items()}, [], "adapter", 0)
     dropout, rslora = float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora"))
     try:
-        names = inject(model, placement, dropout=dropout, rslora=rslora)
+        names = inject(model, placement, dropout=dropout, rslora=rslora, backend=backend)
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     saved = metadata.get("plopfast_base")

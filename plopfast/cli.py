@@ -83,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     bench.add_argument("--overwrite", action="store_true", help="replace results that exist")
     bench.add_argument("--tune", action="store_true", help="fill the tuning table in the user's cache instead")
     bench.add_argument("--shapes", default="all", choices=("all", "llama-8b", "smollm2"), help="(default: all)")
+    bench.add_argument("--model", help="take the shapes of this model's linear modules instead")
     bench.add_argument(
         "--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"), help="(default: bfloat16)"
     )
@@ -149,6 +150,12 @@ def _run(arguments: argparse.Namespace) -> int:
         from .doctor import examine
 
         dtype = getattr(torch, config.dtype)
+        from . import tuning
+        from .ops import path
+        from .pipeline import device_for
+
+        if path(device_for(config.device), "auto") != "torch":
+            print(tuning.load() or tuning.describe())
         settings = config.model, config.device, config.backend, dtype
         return 0 if examine(*settings, seconds=arguments.seconds, rank=config.rank) else 1
     if arguments.out is None:
@@ -180,8 +187,13 @@ def _run(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from . import benchmark
 
+    shapes = arguments.shapes
+    if arguments.model:
+        from .models import linear_modules, load_model
+
+        shapes = sorted({(info.n_in, info.n_out) for info in linear_modules(load_model(arguments.model)[0])})
     how = {
-        "shapes": arguments.shapes, "dtype": arguments.dtype, "repeats": arguments.repeats,
+        "shapes": shapes, "dtype": arguments.dtype, "repeats": arguments.repeats,
         "budget_s": arguments.seconds, "dry": arguments.dry, "progress": True,
     }  # fmt: skip
     if arguments.tune:
@@ -205,7 +217,7 @@ def info(config: RunConfig) -> str:
     device = device_for(config.device)
     lines = [tuning.describe()]
     if path(device, config.backend) != "torch":
-        lines.append(tuning.load())
+        tuning.load()
     model, _ = load_model(config.model)
     lines.append(f"model: {model.name_or_path}")
     lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")

@@ -25,10 +25,10 @@ from .ops import linear_norms, lora_linear, path, row_norms
 from .pipeline import device_for
 
 SHAPES = (
-    (63, 507, 123, 5), (96, 256, 192, 16), (1, 64, 64, 8), (33, 96, 80, 256), (17, 33, 65, 3), (0, 64, 64, 8),
-    (200, 304, 256, 64), (40, 48, 128, 1), (257, 576, 1536, 16),
-)  # M, N, K, R  # fmt: skip
-VARIANTS = ((0.0, False, False), (0.3, True, True), (0.0, True, True), (0.3, False, False))  # dropout, bias, views
+    (320, 576, 1536, 16), (63, 507, 123, 5), (96, 256, 192, 16), (1, 64, 64, 8), (33, 96, 80, 256), (17, 33, 65, 3),
+    (0, 64, 64, 8), (200, 304, 256, 64), (40, 48, 128, 1),
+)  # M, N, K, R; the first takes the tiles of real models  # fmt: skip
+VARIANTS = ((0.3, True, False), (0.0, False, True), (0.0, True, False), (0.3, False, True))  # dropout, bias, views
 CASES = [(*shape, *VARIANTS[(turn + i) % 4]) for turn in range(4) for i, shape in enumerate(SHAPES)]
 SCALING, SEED = 3, (1 << 64) - 3  # no power of two, which would never round; a seed that needs all 64 bits
 Linear = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, lora_A, lora_B) -> y
@@ -215,7 +215,8 @@ def _results(linear: Linear, x_MK: Tensor, a_RK: Tensor, b_NR: Tensor, dy_MN: Te
 def _measure(got: Tensor, other: Tensor, exact: Tensor) -> tuple[float, float]:
     """Our error over the allowed one (infinite for NaN), and our relative difference from the other."""
     ours, theirs, apart = ((_f64(one) - _f64(two)).norm() for one, two in ((got, exact), (other, exact), (got, other)))
-    ratio = float(ours / (2 * theirs + torch.finfo(got.dtype).eps * exact.norm())) if ours else 0.0
+    roundings = 8 if got.dtype == torch.float32 else 1  # a library may split a long float32 sum where we go in order
+    ratio = float(ours / (2 * theirs + roundings * torch.finfo(got.dtype).eps * exact.norm())) if ours else 0.0
     return ratio if math.isfinite(ratio) else math.inf, float(apart / exact.norm())
 
 

@@ -79,7 +79,7 @@ class LoRALinear(nn.Module):
             return base(x)
         p = self.dropout if self.training else 0.0
         # a torch draw, not a counter of our own: checkpointing restores the generator before it recomputes
-        seed = torch.randint(1 << 62, ()) if p else None
+        seed = torch.randint(1 << 62, (), device="cpu") if p else None
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
         return lora_linear(
             x,

@@ -313,7 +313,7 @@ def _hooked(infos: Sequence[LinearInfo], hooks: Sequence[Any]) -> Iterator[None]
 def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
     """||W||_F / sqrt(n_in) for each module: E||W u|| of a random unit vector u, up to the gap in nfn's docstring."""
     first = infos[0].weight_NK.device
-    return torch.stack([row_norms(i.weight_NK.flatten()).to(first) / i.n_in**0.5 for i in infos])
+    return torch.stack([row_norms(i.weight_NK).norm().to(first) / i.n_in**0.5 for i in infos])
 
 
 def _monte_carlo(samples: int, seed: int) -> Any:

@@ -50,11 +50,11 @@ def lora_linear(
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-    if backend != "auto":
+    if backend != "auto" and not torch.compiler.is_compiling():
         rows = x.numel() // max(x.shape[-1], 1)
         _or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
     if isinstance(seed, int):
-        seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed)
+        seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
     x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
     arguments = (x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend)
@@ -158,12 +158,18 @@ def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
         )
         and math.isfinite(scaling)
         and 0.0 <= dropout_p < 1.0
-        and (seed is not None or not dropout_p)
+        and (not dropout_p or _is_seed(seed))
     ):
-        _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+        _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
 
 
-def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> None:
+def _is_seed(seed) -> bool:
+    if isinstance(seed, torch.Tensor):
+        return seed.numel() == 1 and not seed.dtype.is_floating_point
+    return isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64
+
+
+def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "
@@ -198,4 +204,6 @@ def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p) -> None:
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
-    raise ValueError("dropout_p > 0 needs a seed: the mask is a function of (seed, row, column)")
+    if seed is None:
+        raise ValueError("dropout_p > 0 needs a seed: the mask is a function of (seed, row, column)")
+    raise ValueError(f"seed: expected a 64-bit integer or a tensor of one, got {seed}")

@@ -219,7 +219,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     run.begin("eval")
     examples = run.examples("test")
     if not adapters(run.model):
-        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
+        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=run.config.backend)
     choices = choices_of(examples, run.tokenizer)
     with run.stage("eval"):
         with disabled(run.model):
@@ -240,7 +240,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> 
     """The model with its adapter merged in, in the config's dtype, as Hugging Face writes it: the folder's `merged`."""
     target = run.folder / "merged"
     files.refuse_existing(target, run.overwrite)
-    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
+    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=run.config.backend)
     merge(run.model)
     with files.replacing(target) as scratch:
         run.model.save_pretrained(scratch)

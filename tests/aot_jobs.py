@@ -96,10 +96,21 @@ def _grads(target: str, p: float = 0.0, **shape: Any) -> None:
 
 
 def _rank_256(target: str) -> None:
-    _forward(target, r=256)
-    _grad_x(target, p=0.1, r=256)
-    _shrink(target, p=0.1, r=256)
-    _grads(target, p=0.1, r=256)
+    _everything(target, r=256)
+
+
+def _few_tokens(target: str) -> None:
+    """dX with its mask, S from K in parts, dS by itself."""
+    _grad_x(target, p=0.1, m=64)
+    _shrink(target, m=64)
+    triton_ops.grad_s((o := operands()).dy, o.b, 2.0)
+
+
+def _everything(target: str, **shape: Any) -> None:
+    _forward(target, **shape)
+    _grad_x(target, p=0.1, **shape)
+    _shrink(target, p=0.1, **shape)
+    _grads(target, p=0.1, **shape)
 
 
 def _frozen_norms(target: str) -> None:
@@ -133,9 +144,11 @@ JOBS = {
     "gemm": Job(_every_tile, _LARGE),
     "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH),
     "gemm, 64 tokens": Job(_of(_forward, m=64, norms=False), _SMALL),
+    "64 tokens": Job(_few_tokens, {"lora_gemm": Expect(matrix="any")}, _ONE_OF_EACH),
     "gemm, 1 token": Job(_of(_forward, m=1, norms=False), _SMALL),
     "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH),
-    "gemm, float32": Job(_of(_forward, dtype=torch.float32), {}, _ONE_OF_EACH),
+    "float32": Job(_of(_everything, dtype=torch.float32), {}, (*_ONE_OF_EACH, "sm_86")),
+    "float16": Job(_of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942")),
     "frozen norms": Job(_frozen_norms, _NORMS),
     "shrink": Job(_shrink, _READ),
     "shrink, 3 with norms and dropout": Job(_of(_shrink, count=3, p=0.1, norms=True), _MIXED),

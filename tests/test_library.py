@@ -178,7 +178,9 @@ def test_a_measured_row_decides(gpu):
         dispatch.use_table({dispatch.key(dispatch.target_of(device), torch.bfloat16, 5000, 4096, 4096, 13): row})
         plan = dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16)
         assert (plan.strategy, plan.tiles, plan.why) == (*row, "measured on this GPU")
-        assert dispatch.plan(device, torch.bfloat16, 8193, 4096, 4096, 16).strategy == "lora-first"
+        assert dispatch.plan(device, torch.bfloat16, 100, 4096, 4096, 16).strategy == "fused", "the nearest bucket"
+        assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 17).strategy == "lora-first"
+        assert dispatch.plan(device, torch.float16, 8192, 4096, 4096, 16).strategy == "lora-first"
         assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16, "lora-first").strategy == "lora-first"
     finally:
         dispatch.use_table({})

@@ -42,8 +42,8 @@ def test_a_stored_row_decides_the_path(monkeypatch, strategy):
         plan = path_of(m, rank)
         assert (plan.strategy, plan.tiles, plan.why) == (strategy, TILES, "measured on this GPU")
     assert path_of(8192, backend="fused").tiles == TILES
-    for m, rank in ((4096, 16), (8192, 17)):  # other buckets
-        assert "not measured" in path_of(m, rank).why
+    assert path_of(300).strategy == strategy, "the nearest number of tokens that was measured"
+    assert "not measured" in path_of(8192, 17).why
 
 
 def test_file_is_plain_json_with_a_version_key(cache):

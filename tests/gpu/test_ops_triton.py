@@ -376,3 +376,27 @@ if DEVICE.type == "cuda":
         assert not stream.query()
         stream.synchronize()
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("backend", ["fused", "lora-first"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_opcheck_of_the_triton_branch(p, backend):
+    o = operands(6, 10, 16, 3, FP32)
+    seed = torch.tensor(7) if p else None
+    ops = torch.ops.plopfast
+    torch.library.opcheck(ops.lora_forward.default, (o.x, o.w, o.a, o.b, o.bias, S, p, seed, backend))
+    s = ops.lora_forward(o.x, o.w, o.a, o.b, None, S, p, seed, backend)[1]
+    torch.library.opcheck(
+        ops.lora_backward.default, (o.dy, o.x, s, o.w, o.a, o.b, S, p, seed, backend, True, False, True)
+    )
+    torch.library.opcheck(ops.frozen_norms.default, (o.x, o.w, backend))
+    torch.library.opcheck(ops.row_norms.default, (o.dy, o.bias, backend))
+
+
+@pytest.mark.parametrize("backend", ["fused", "lora-first"])
+def test_a_bias_of_any_stride_is_read_as_it_lies(backend):
+    o = operands(5, 24, 16, 3, FP32)
+    for bias in (torch.randn(24, 2, device=DEVICE)[:, 0], torch.randn(1, device=DEVICE).expand(24)):
+        o.bias = bias
+        exact = reference.lora_linear(o.x, o.w, o.a, o.b, S, bias)
+        torch.testing.assert_close(linear((o.x, o.a, o.b), o, backend).double(), exact, rtol=1e-5, atol=1e-5)
