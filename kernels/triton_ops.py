@@ -281,6 +281,7 @@ def _grads(
     g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
     shape_ds = (stripes, m, rank) if u is not None else (0,)
     ds = v_MR.new_empty(shape_ds, dtype=v_MR.dtype if stripes == 1 else torch.float32)
+    warps = 8 if bc * tiles * _padded(rank) >= 4096 or (u is not None and t_MC.dtype == torch.float32) else 4
     stages = 3 if u is None and rank <= 64 else 2
     if target.name == "sm_90" and bc * tiles > 512:
         stages = 1  # with copies in flight it spills there
@@ -290,7 +291,7 @@ def _grads(
             c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
             *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
             RANK=rank, RP=_padded(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=_precision(t_MC),
-            BM=bm, BC=bc, TILES=tiles, num_warps=8 if bc * tiles * _padded(rank) >= 4096 else 4,
+            BM=bm, BC=bc, TILES=tiles, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
         g = g[0] if parts == 1 else _sum(g, 1.0, dtype)

@@ -127,7 +127,7 @@ def lora_grads(at: Launch) -> Cost:
     return Cost(
         loads, stores,
         useful=2 * at.M * at.C * at.RANK * products,
-        executed=2 * _up(at.M, at.BM) * _up(at.C, at.BC) * at.RP * products,
+        executed=2 * _up(at.M, at.BM) * _up(at.C, at.BC * at.TILES) * at.RP * products,
     )  # fmt: skip
 
 
