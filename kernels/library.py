@@ -52,7 +52,9 @@ def lora_forward(
     from . import triton_ops  # only where it can run
 
     if p and x.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("LoRA dropout in a CUDA graph would replay one mask: set dropout 0, or leave it out of the graph")
+        raise RuntimeError(
+            "LoRA dropout in a CUDA graph would replay one mask: set dropout 0, or leave it out of the graph"
+        )
     s = triton_ops.shrink(x, a, c, p, number)
     return triton_ops.forward(x, s, w, b, bias, plan), s
 

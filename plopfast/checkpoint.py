@@ -84,9 +84,7 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     return sorted(lasts) if exact else sorted(names)
 
 
-def load_adapter(
-    model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto"
-) -> list[str]:
+def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
     """Injects a LoRA adapter in PEFT's format, ours or PEFT's own, into `model`; returns the modules' names.
 
     Raises AdapterError for files that are missing, truncated or of another kind, for PEFT features that plopfast does

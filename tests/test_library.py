@@ -22,16 +22,17 @@ def operands(m=6, n=10, k=8, r=3, dtype=torch.float32):
     return draw(m, k), draw(n, k), draw(r, k), draw(n, r), draw(n), draw(m, n)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("m", [6, 0, 1])
+@pytest.mark.parametrize(
+    "m, p, dtype",
+    [(6, 0.3, torch.float32), (6, 0.0, torch.bfloat16), (0, 0.3, torch.bfloat16), (1, 0.0, torch.float32)],
+)
 def test_opcheck(m, p, dtype):
     x, w, a, b, bias, dy = operands(m, dtype=dtype)
     seed = torch.tensor(7) if p else None
     for some_bias in (None, bias):
         torch.library.opcheck(OPS.lora_forward.default, (x, w, a, b, some_bias, S, p, seed, "auto"))
     s = OPS.lora_forward(x, w, a, b, None, S, p, seed, "auto")[1]
-    for needs in itertools.product([False, True], repeat=3):
+    for needs in itertools.product([False, True], repeat=3) if dtype == torch.float32 and p else [(True, False, True)]:
         torch.library.opcheck(OPS.lora_backward.default, (dy, x, s, w, a, b, S, p, seed, "auto", *needs))
     torch.library.opcheck(OPS.frozen_norms.default, (x, w, "auto"))
     for some_bias in (None, bias):
