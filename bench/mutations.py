@@ -105,7 +105,7 @@ def run_tests(root: Path, kernel: str) -> tuple[bool, str]:
     options = ["-x", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "--tb=line", "-rf"]
     command = [sys.executable, "-m", "pytest", *options, *files]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    said = re.findall(r"^(?:FAILED|ERROR) (\S+?)(?: - (.*))?$", done.stdout, re.M)
+    said = re.findall(r"^(?:FAILED|ERROR) (tests.*?)(?: - (.*))?$", done.stdout, re.M)
     name, message = said[0] if said else ("", "")
     return done.returncode == 0, f"{name.removeprefix('tests/gpu/')} {message}"[:150]
 
