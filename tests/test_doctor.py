@@ -1,5 +1,7 @@
 """The doctor calls a sound machine healthy, and names what is wrong with a sick one: every defect here is planted."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -9,7 +11,7 @@ from conftest import build
 import plopfast as pf
 from plopfast import doctor, machine
 from plopfast.errors import BackendError, ConfigError
-from plopfast.kernels import dispatch, philox, torch_ops
+from plopfast.kernels import philox, torch_ops
 
 SMALL = [case for case in doctor.CASES if case[0] * case[1] * case[2] < 4e6][:6]
 WITH_DROPOUT = [case for case in SMALL if case[4]][:1]
@@ -81,7 +83,7 @@ def test_one_bit_of_the_mask(examine, monkeypatch):
 
     monkeypatch.setattr(torch_ops, "_drop", flipped)
     text, failed = examine(cases=WITH_DROPOUT)
-    assert failed == KERNELS and "the dropout mask of y, lora_A, lora_B is not the CPU's at M=33 " in text
+    assert failed == KERNELS and "the dropout mask of y, lora_A, lora_B is not the CPU's at M=" in text
 
 
 def test_results_that_change_from_run_to_run(examine, monkeypatch):
@@ -150,7 +152,6 @@ def test_no_such_device(examine):
         examine(device="cuda:7")
 
 
-@pytest.mark.skipif(dispatch.interpreting(), reason="the interpreter runs Triton kernels on the CPU")
 @pytest.mark.parametrize("backend", ["triton", "fused", "lora-first"])
 def test_a_backend_that_cannot_run(examine, backend):
     text, failed = examine(backend=backend)
@@ -158,13 +159,18 @@ def test_a_backend_that_cannot_run(examine, backend):
     assert "what follows is checked with backend auto is torch on cpu" in text
 
 
-@pytest.mark.skipif(not dispatch.interpreting(), reason="needs TRITON_INTERPRET=1")
-def test_triton_under_the_interpreter(examine):
-    text, failed = examine(cases=SMALL[2:4], backend="triton")
-    assert not failed, text
-    for strategy in ("fused", "lora-first", "torch"):
-        assert f"ok      {strategy} kernels in torch.float32: 2 of 2 cases" in text
-    assert "triton, lora-first" in text and "bfloat16" not in text
+def test_triton_kernels_under_the_interpreter():
+    code = f"""
+import torch
+from plopfast import doctor
+doctor.CASES = {SMALL[2:4]}
+for strategy in ("fused", "lora-first"):
+    print(doctor._kernels(torch.device("cpu"), strategy, torch.float32, 60))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 2 cases; the worst: ") == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -183,6 +189,5 @@ def test_module_paths(llama):
         (3, "gate_proj", "32 -> 48"), (3, "up_proj", "32 -> 48"), (3, "down_proj", "48 -> 32"),
     ]  # fmt: skip
     assert {row[3] for row in rows} == {"torch, lora-first (chosen)"}
-    if not dispatch.interpreting():
-        with pytest.raises(BackendError, match="'fused' cannot run on cpu: "):
-            doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="fused")
+    with pytest.raises(BackendError, match="'fused' cannot run on cpu: "):
+        doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="fused")
