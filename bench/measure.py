@@ -5,7 +5,6 @@ import datetime
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -52,12 +51,10 @@ def peak_mib(run: Callable[[], Any]) -> float:
 
 def save(name: str, table: str, figures: dict[str, Any]) -> None:
     """Prints the table and writes bench/results/NAME.json with command, machine, versions and commit."""
-    root = Path(__file__).parent.parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True).stdout
     value = {
         "command": "python " + " ".join(sys.argv),
         "date": datetime.date.today().isoformat(),
-        "commit": commit.strip(),
+        "commit": machine.commit(),
         "machine": machine.describe(),
         "versions": machine.versions(),
         "table": table.splitlines(),

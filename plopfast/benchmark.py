@@ -13,9 +13,7 @@ import copy
 import datetime
 import importlib.util
 import json
-import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,7 +28,7 @@ from torch import nn
 from . import files, machine, tuning
 from .errors import BackendError, ConfigError
 from .kernels import dispatch, reference
-from .lora import LoRALinear
+from .lora import LoRALinear, replace_module
 from .progress import bar
 
 MODELS = {"llama-8b": (4096, 14336, 32, 8), "smollm2": (576, 1536, 9, 3)}  # hidden, MLP, heads, key-value heads
@@ -186,8 +184,7 @@ def _adapted(base: nn.Module, kind: type[LoRALinear] | str, rank: int, backend: 
         root.to(next(base.parameters()).dtype)
     else:
         for name, module in linears.items():
-            parent, _, child = name.rpartition(".")
-            setattr(root.get_submodule(parent), child, kind(module, rank, C * rank, backend=backend))
+            replace_module(root, name, kind(module, rank, C * rank, backend=backend))
     generator = torch.Generator().manual_seed(0)
     for p in _adapters(root):
         p.data.copy_((torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5).bfloat16())
@@ -227,7 +224,7 @@ class _Bench:
             self.note("" if importlib.util.find_spec(package) else f"{what} left out: {package} is not installed")
         self.origin = {
             "dry": dry, "gpu": "" if dry else torch.cuda.get_device_name(),
-            "target": self.target.name if self.kernels else "", "commit": _commit(),
+            "target": self.target.name if self.kernels else "", "commit": machine.commit(),
             "versions": machine.versions() | tuning.version() | {"cuda": torch.version.cuda, "hip": torch.version.hip},
             "date": datetime.date.today().isoformat(), "dtype": dtype,
         }  # fmt: skip
@@ -428,12 +425,3 @@ def _plot(steps: list[dict[str, Any]], title: str) -> Any:
     axes.set(title=title, xlabel=f"time of a step relative to {steps[0]['relative_to']}")
     axes.legend()
     return figure
-
-
-def _commit() -> str | None:
-    """The checkout's commit, or None where plopfast is installed."""
-    root = Path(__file__).parent.parent
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
-    if not (root / ".git").exists() or not shutil.which("git"):
-        return None
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None

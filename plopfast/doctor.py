@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from . import machine
-from .errors import BackendError
 from .kernels import dispatch, library, philox, reference
 from .lora import LoRALinear
 from .models import LinearInfo, linear_modules, load_model
-from .ops import linear_norms, lora_linear, path, row_norms
+from .ops import linear_norms, lora_linear, or_backend_error, path, row_norms
 from .pipeline import device_for
 
 SHAPES = (
@@ -104,10 +103,7 @@ def module_paths(
     for info in linear_modules(model):
         x_MK = torch.empty(1, 1, dtype=dtype, device=device).expand(tokens, info.n_in)
         w_NK = torch.empty_strided((info.n_out, info.n_in), info.weight_NK.stride(), dtype=dtype, device="meta")
-        try:
-            plan = library.plan_of(x_MK, w_NK, rank, backend)
-        except dispatch.UnsupportedError as error:
-            raise BackendError(str(error)) from None
+        plan = or_backend_error(library.plan_of, x_MK, w_NK, rank, backend)
         rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
     return [(number, *row) for row, number in rows.items()]
 

@@ -138,7 +138,7 @@ def inject(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
             wrapped = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora, backend=backend)
-        _replace(model, name, wrapped.train(modules[name].training))
+        replace_module(model, name, wrapped.train(modules[name].training))
     return list(adapters(model))
 
 
@@ -180,10 +180,10 @@ def unload(model: nn.Module) -> list[str]:
     """Takes the adapters out and puts the plain modules back, weights untouched; returns their names."""
     removed = adapters(model)
     for name, module in removed.items():
-        _replace(model, name, module.base)
+        replace_module(model, name, module.base)
     return list(removed)
 
 
-def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

@@ -4,6 +4,8 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +18,15 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
+
+
+def commit() -> str | None:
+    """The checkout's commit, or None where plopfast is installed without one."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 
 def describe() -> str:

@@ -52,7 +52,7 @@ def lora_linear(
     _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     if backend != "auto" and not torch.compiler.is_compiling():
         rows = x.numel() // max(x.shape[-1], 1)
-        _or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
+        or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
     if isinstance(seed, int):
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
@@ -79,7 +79,7 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
         )
     if x.device != weight.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them to one device")
-    _or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
+    or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
     with torch.no_grad():
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
         return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
@@ -90,17 +90,18 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
 
     One read of y where Triton runs, and no float32 copy of it. No gradient. Raises BackendError where `backend` cannot run.
     """
-    _or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
+    or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
     with torch.no_grad():
         return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
 
 def path(device: torch.device, backend: str) -> str:
     """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
-    return _or_backend_error(dispatch.resolve, device, backend)
+    return or_backend_error(dispatch.resolve, device, backend)
 
 
-def _or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
+def or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`; the kernels' UnsupportedError becomes the BackendError that users see."""
     try:
         return function(*arguments)
     except dispatch.UnsupportedError as error:

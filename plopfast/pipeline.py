@@ -240,7 +240,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> 
     """The model with its adapter merged in, in the config's dtype, as Hugging Face writes it: the folder's `merged`."""
     target = run.folder / "merged"
     files.refuse_existing(target, run.overwrite)
-    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=run.config.backend)
+    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
     merge(run.model)
     with files.replacing(target) as scratch:
         run.model.save_pretrained(scratch)

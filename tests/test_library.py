@@ -11,6 +11,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import plopfast as pf
 from plopfast.kernels import dispatch
+from plopfast.lora import replace_module
 
 OPS = pf.lora_linear and torch.ops.plopfast  # the lookup registers the ops
 S = 1.7
@@ -69,10 +70,9 @@ def block(dropout=0.0):
     layer = LlamaDecoderLayer(config, 0)
     for name, module in list(layer.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            parent, _, child = name.rpartition(".")
             wrapped = pf.LoRALinear(module, 4, 8, dropout=dropout)
             torch.nn.init.normal_(wrapped.lora_B, std=0.1)
-            setattr(layer.get_submodule(parent), child, wrapped)
+            replace_module(layer, name, wrapped)
     for parameter_name, parameter in layer.named_parameters():
         parameter.requires_grad_("lora_" in parameter_name)
     x = torch.randn(2, 9, 32)

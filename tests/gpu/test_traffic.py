@@ -3,20 +3,14 @@
 What the formulas then say of real shapes, which are too large to count, is as good as counted.
 """
 
+import peft_path
 import pytest
 import torch
-
-from plopfast.kernels import dispatch, triton_ops
-
-if not dispatch.interpreting():
-    pytest.skip("bytes are counted in the interpreter: TRITON_INTERPRET=1", allow_module_level=True)
-
-import peft_path
 from cases import BF16, FP32, operands as random_operands
 from checked_interpreter import checked
 from traffic import FORMULAS, PATHS, SEED, SMALL, cost, launches_of, operands, recorded, table_bytes
 
-from plopfast.kernels import reference
+from plopfast.kernels import dispatch, reference, triton_ops
 
 H100, A100 = dispatch.Target("sm_90", 132), dispatch.Target("sm_80", 108)
 MANY = dispatch.Target("interpreter", 64)  # as many programs as make parts of dS and of dB, and of S
