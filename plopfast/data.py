@@ -1,8 +1,9 @@
-"""Task data: JSONL rows -> token sequences with a label range -> length-grouped batches.
+"""Task data: JSONL rows or plain text -> token sequences with a label range -> padded or packed batches.
 
 Rows follow TRL's conventions: {"prompt", "completion"} as strings or message lists, {"messages"}, or {"text"}.
 """
 
+import bisect
 import json
 import random
 from collections.abc import Iterator, Sequence
@@ -156,6 +157,28 @@ def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: A
     return {key: value.to(device) for key, value in batch.items()}
 
 
+def collate_packed(
+    sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """int64 `input_ids`, `position_ids` and `labels`, each [1, tokens]: the sequences end to end, without padding.
+
+    Positions restart at 0 with each sequence, and its first token has no label, as the token before it is another
+    sequence's. There is no attention mask on purpose: without one (and without a cache) transformers takes the
+    sequences' borders from the positions, in every layer's mask (full or sliding; sdpa, eager, flex) and as
+    cu_seqlens of flash attention. `models.check_packing` tells whether a model does.
+    """
+    rows = [torch.tensor(tokens) for tokens in sequences]
+    labels = [row.clone() for row in rows]
+    for label, start in zip(labels, starts, strict=True):
+        label[: max(start, 1)] = IGNORE
+    batch = {
+        "input_ids": torch.cat(rows),
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
+        "labels": torch.cat(labels),
+    }
+    return {key: value.unsqueeze(0).to(device) for key, value in batch.items()}
+
+
 def batches_of(examples: Sequence[Example], rows: int) -> list[dict[str, torch.Tensor]]:
     """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them."""
     chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
@@ -186,6 +209,43 @@ def group_by_length(
     if seed is not None:
         rng.shuffle(groups)
     return groups
+
+
+def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024) -> list[list[int]]:
+    """Index groups whose summed length stays within `budget` tokens; every index appears once.
+
+    Best fit decreasing within windows: each row, longest first, joins the fullest group that has room for it. Indices
+    are shuffled before, and the groups after, when there is a `seed`. Raises DataError for a row above the budget.
+    """
+    above = [length for length in lengths if length > budget]
+    if above:
+        raise DataError(
+            f"{len(above)} of {len(lengths)} rows do not fit a packed batch of {budget} tokens (the longest has "
+            f"{max(above)}): allow {max(above)} tokens a batch, or shorten or split these rows"
+        )
+    order = list(range(len(lengths)))
+    rng = random.Random(seed)
+    if seed is not None:
+        rng.shuffle(order)
+    groups: list[list[int]] = []
+    for begin in range(0, len(order), window):
+        rooms: list[tuple[int, int]] = []  # (free tokens, number of the group), ascending
+        for index in sorted(order[begin : begin + window], key=lambda i: -lengths[i]):
+            at = bisect.bisect_left(rooms, (lengths[index], 0))
+            free, number = rooms.pop(at) if at < len(rooms) else (budget, len(groups))
+            if number == len(groups):
+                groups.append([])
+            groups[number].append(index)
+            bisect.insort(rooms, (free - lengths[index], number))
+    if seed is not None:
+        rng.shuffle(groups)
+    return groups
+
+
+def padding_share(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
+    """The share of positions that `collate` would pad in these groups."""
+    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
+    return 1.0 - sum(lengths[i] for group in groups for i in group) / padded if padded else 0.0
 
 
 def epochs_of_batches(lengths: Sequence[int], budget: int, seed: int) -> Iterator[list[int]]:

@@ -130,6 +130,35 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
     return logits[0]
 
 
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raises ModelError unless the model keeps the sequences of a packed batch (`data.collate_packed`) apart.
+
+    Two forward passes of two short sequences: other tokens in the first one must not move the logits of the second.
+    """
+    device, training = device_of(model), model.training
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    model.eval()  # dropout would move them too
+    try:
+        one, two = (
+            model(
+                input_ids=torch.tensor([[*first, 9, 8, 7, 6]], device=device), position_ids=positions, use_cache=False
+            )
+            .logits[0, 4:]
+            .float()
+            for first in ((1, 2, 3, 4), (9, 5, 8, 7))
+        )
+    except TypeError as error:
+        raise ModelError(f"{type(model).__name__} takes no position_ids ({error}): train it without packing") from error
+    finally:
+        model.train(training)
+    if not (one - two).norm() <= 0.01 * one.norm():  # 0 in dense models; rounding where experts share a batch
+        raise ModelError(
+            f"{type(model).__name__} mixes the sequences of a packed batch (its attention does not follow position_ids, "
+            "or a recurrent state runs through them): train it without packing"
+        )
+
+
 def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
