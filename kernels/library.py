@@ -43,20 +43,43 @@ def lora_forward(
     seed: torch.Tensor | None,
     backend: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Y = X W^T + S B^T + bias [M, N] and S = scaling / (1 - p) drop(X) A^T [M, R]; `seed` a 0-d int64 CPU tensor."""
-    plan = plan_of(x, w, a.shape[0], backend)
+    """Y = X W^T + S B^T + bias [M, N] and S [M, R]; `seed` a 0-d int64 CPU tensor."""
+    s = shrink(x, w, a, scaling, p, seed, backend)
+    return forward(x, s, w, b, bias, backend), s
+
+
+def shrink(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    a: torch.Tensor,
+    scaling: float,
+    p: float,
+    seed: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor:
+    """S = scaling / (1 - p) drop(X) A^T [M, R]; `a` may be the adapters of several modules that share X, stacked."""
     c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
-    if plan.backend == "torch":
-        s = torch_ops.shrink(x, a, c, p, number)
-        return torch_ops.forward(x, s, w, b, bias), s
+    if plan_of(x, w, a.shape[0], backend).backend == "torch":
+        return torch_ops.shrink(x, a, c, p, number)
     from . import triton_ops  # only where it can run
 
     if p and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "LoRA dropout in a CUDA graph would replay one mask: set dropout 0, or leave it out of the graph"
         )
-    s = triton_ops.shrink(x, a, c, p, number)
-    return triton_ops.forward(x, s, w, b, bias, plan), s
+    return triton_ops.shrink(x, a, c, p, number)
+
+
+def forward(
+    x: torch.Tensor, s: torch.Tensor, w: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, backend: str
+) -> torch.Tensor:
+    """Y = X W^T + S B^T + bias [M, N]"""
+    plan = plan_of(x, w, s.shape[1], backend)
+    if plan.backend == "torch":
+        return torch_ops.forward(x, s, w, b, bias)
+    from . import triton_ops
+
+    return triton_ops.forward(x, s, w, b, bias, plan)
 
 
 def lora_backward(
@@ -73,31 +96,35 @@ def lora_backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    a_dtype: torch.dtype | None = None,
+    b_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dX [M, K], dA [R, K], dB [N, R]; each one that is not needed is empty and costs nothing."""
+    """dX [M, K], dA [R, K], dB [N, R]; each one that is not needed is empty and costs nothing. `a_dtype` and `b_dtype`
+    are those of dA and dB where `a` and `b` are narrower copies of the parameters."""
     plan = plan_of(x, w, a.shape[0], backend)
     c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
+    a_dtype, b_dtype = a_dtype or a.dtype, b_dtype or b.dtype
     dx, da, db = (dy.new_empty(0) for _ in range(3))
     if plan.backend == "torch":
         if need_b:
-            db = torch_ops.grad_b(dy, s).to(b.dtype)
+            db = torch_ops.grad_b(dy, s).to(b_dtype)
         if need_a or need_x:
             ds = torch_ops.grad_s(dy, b, c)
         if need_a:
-            da = torch_ops.grad_a(ds, x, p, number).to(a.dtype)
+            da = torch_ops.grad_a(ds, x, p, number).to(a_dtype)
         if need_x:
             dx = torch_ops.grad_x(dy, ds, w, a, p, number)
         return dx, da, db
     from . import triton_ops
 
     if need_b and (need_a or need_x):
-        ds, db = triton_ops.grad_s_and_b(dy, s, b, c)
+        ds, db = triton_ops.grad_s_and_b(dy, s, b, c, b_dtype)
     elif need_b:
-        db = triton_ops.grad_b(dy, s, b.dtype)
+        db = triton_ops.grad_b(dy, s, b_dtype)
     elif need_a or need_x:
         ds = triton_ops.grad_s(dy, b, c)
     if need_a:
-        da = triton_ops.grad_a(ds, x, p, number, a.dtype)
+        da = triton_ops.grad_a(ds, x, p, number, a_dtype)
     if need_x:
         dx = triton_ops.grad_x(dy, ds, w, a, p, number, plan)
     return dx, da, db

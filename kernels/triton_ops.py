@@ -98,12 +98,13 @@ def grad_x(
 
 
 def grad_s_and_b(
-    dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float
+    dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = c dY B in dY's dtype and dB = dY^T S in B's, from one read of dY (two where the rank is high)."""
+    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (B's), from one read of dY (two where the rank is high)."""
+    dtype = dtype or b_NR.dtype
     if not stripe_widths(dispatch.target_of(dy_MN.device), dy_MN.dtype, s_MR.shape[1], with_ds=True):
-        return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, b_NR.dtype)
-    db_NR, ds_MR = _grads(dy_MN, s_MR, b_NR.dtype, u=b_NR, c=c)
+        return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, dtype)
+    db_NR, ds_MR = _grads(dy_MN, s_MR, dtype, u=b_NR, c=c)
     assert ds_MR is not None
     return ds_MR, db_NR
 

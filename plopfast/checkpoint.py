@@ -1,7 +1,10 @@
 """Adapters in PEFT's format, and the resumable state of a training run: safetensors and JSON, written atomically."""
 
 import json
+import os
 import re
+import shutil
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -168,16 +171,41 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise AdapterError(f"{path}: truncated or not a safetensors file ({error})") from error
 
 
-def save_state(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
-    """One file with a training run's tensors and JSON facts, so that a torn write can leave no half of it."""
+def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> Path:
+    """Writes a training run's tensors and JSON facts as one file, step-N.safetensors, so that a torn write leaves no
+    half of it, and then removes all but the newest `keep` checkpoints. Raises FileError; earlier ones are intact then."""
+    path = folder / f"step-{step:08d}.safetensors"
     with files.replacing(path) as scratch:
         save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, scratch, {"facts": json.dumps(facts)})
+        with scratch.open("rb") as file:
+            os.fsync(file.fileno())  # the rename must not reach the disk before the data does
+    for old in checkpoints(folder)[keep:]:
+        old.unlink(missing_ok=True)
+    return path
 
 
-def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """What `save_state` wrote. Raises FileError where there is none or it is damaged."""
-    try:
-        tensors, metadata = _read(path)
-        return tensors, json.loads(metadata["facts"])
-    except (AdapterError, KeyError, json.JSONDecodeError) as error:
-        raise FileError(f"{path}: not a readable training checkpoint ({error}); start anew without --resume") from None
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, newest first."""
+    return sorted(folder.glob("step-*.safetensors"), reverse=True)
+
+
+def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
+    """The newest good checkpoint that `save_state` wrote, and its path; one that is damaged is passed over with a warning.
+
+    What writes that were killed left behind is removed. Raises FileError where there is no good one.
+    """
+    for scratch in folder.glob(".step-*"):
+        shutil.rmtree(scratch, ignore_errors=True)
+    problems = []
+    for path in checkpoints(folder):
+        try:
+            tensors, metadata = _read(path)
+            facts = json.loads(metadata["facts"])
+        except (AdapterError, KeyError, json.JSONDecodeError) as error:
+            problems.append(f"{path}: not a readable training checkpoint ({error})")
+            continue
+        for problem in problems:
+            warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
+        return tensors, facts, path
+    found = "; ".join(problems) or f"{folder}: no training checkpoint"
+    raise FileError(f"{found}; start anew without --resume")

@@ -12,10 +12,17 @@ from .errors import ConfigError
 
 
 def _option(
-    default: Any, help: str, choices: tuple[str, ...] = (), *, positive: bool = False, below: float = math.inf
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    positive: bool = False,
+    below: float = math.inf,
+    free: bool = False,
 ) -> Any:
-    """A setting; numbers are at least 0 (above 0 if `positive`) and `below` a bound."""
-    rules = {"help": help, "choices": choices, "positive": positive, "below": below}
+    """A setting; numbers are at least 0 (above 0 if `positive`) and `below` a bound. A `free` one may change when a run
+    is resumed, as no result depends on it."""
+    rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free}
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -26,17 +33,38 @@ class TrainConfig:
     lr: float = _option(1e-3, "peak learning rate of AdamW", positive=True)
     schedule: str = _option("cosine", "learning rate after the warmup", ("cosine", "linear", "constant"))
     warmup: float = _option(0.1, "share of the steps over which the learning rate rises", below=1)
+    lora_plus: float = _option(1.0, "learning rate of lora_B over lora_A's (LoRA+ proposes 16)", positive=True)
     weight_decay: float = _option(0.0, "AdamW's weight decay on the adapters")
     clip: float = _option(1.0, "largest gradient norm; 0 for no clipping")
-    batch_tokens: int | None = _option(
-        None, "padded tokens in a micro-batch (default: 1024; 160 on the demo data)", positive=True
+    ema: float = _option(
+        0.0, "decay of a moving average of the adapters, which is validated and kept; 0 for none", below=1
     )
+    neftune: float = _option(0.0, "NEFTune's alpha: uniform noise on the embeddings; 0 for none")
+    batch_tokens: int | None = _option(
+        None, "padded tokens in a micro-batch (default: 1024 or the longest row; 160 on the demo data)", positive=True
+    )
+    packing: bool = _option(False, "micro-batches are one row of whole examples that cannot see each other")
     accumulate: int = _option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
     max_steps: int | None = _option(None, "training steps (default: one epoch; 60 on the demo data)", positive=True)
     eval_every: int = _option(30, "steps between two looks at the validation loss", positive=True)
     eval_rows: int = _option(128, "validation rows looked at each time (the first ones)", positive=True)
     patience: int = _option(3, "looks without a better validation loss before training stops", positive=True)
     dropout: float = _option(0.0, "LoRA dropout", below=1)
+    unlabeled_share: float = _option(
+        0.0,
+        "share of the micro-batches that hold --unlabeled text; 0: one pass over it before the labelled rows",
+        below=1,
+    )
+    nonfinite: str = _option("stop", "what a loss or gradient that is not finite does", ("stop", "skip"))
+    save_every: int | None = _option(
+        None, "steps between two checkpoints (default: eval_every)", positive=True, free=True
+    )
+    keep: int = _option(2, "newest checkpoints kept while training", positive=True, free=True)
+    checkpointing: bool = _option(False, "compute activations again in the backward pass, block by block", free=True)
+    offload: bool = _option(False, "keep activations in CPU memory until the backward pass (GPU)", free=True)
+    compile: bool = _option(False, "torch.compile each block: slow to start, then faster elementwise work")
+    liger: bool = _option(True, "liger-kernel's norm, SwiGLU and RoPE on a GPU where it is installed")
+    log_to: str = _option("none", "tensorboard, wandb or both with a comma, beside metrics.jsonl", free=True)
     seed: int = _option(0, "seed of sampling, initialisation, batch order and dropout", below=2**63)
 
     def __post_init__(self) -> None:
@@ -50,6 +78,9 @@ class TrainConfig:
                     raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
 
 
+FREE = {"device", "threads"} | {item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(TrainConfig):
     """Everything a run depends on; resolved values are kept in the run folder's config.json."""
@@ -58,6 +89,7 @@ class RunConfig(TrainConfig):
     train: str | None = _option(None, "training rows, JSONL (default: the WordNet demo)")
     valid: str | None = _option(None, "validation rows, JSONL (default with --train: every 20th training row)")
     test: str | None = _option(None, "held-out rows, JSONL (default with --train: the validation rows)")
+    unlabeled: str | None = _option(None, "plain text of the domain, UTF-8 .txt, learned beside the rows")
     max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
     dtype: str = _option("float32", "dtype of the frozen weights", ("float32", "bfloat16", "float16"))
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
@@ -76,6 +108,19 @@ class RunConfig(TrainConfig):
     rank: int = _option(16, "LoRA rank", positive=True)
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
+    full: bool = _option(False, "train all weights instead of adapters, the baseline one compares with")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.full:
+            plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False}
+            given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]
+            if given:
+                raise ConfigError(
+                    f"--full trains no adapters, so {', '.join(given)} cannot apply: leave one of them out"
+                )
+        if self.unlabeled_share and not self.unlabeled:
+            raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

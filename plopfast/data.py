@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -242,15 +243,41 @@ def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: i
     return groups
 
 
-def padding_share(groups: Sequence[Sequence[int]], lengths: Sequence[int]) -> float:
-    """The share of positions that `collate` would pad in these groups."""
-    padded = sum(len(group) * max(lengths[i] for i in group) for group in groups)
-    return 1.0 - sum(lengths[i] for group in groups for i in group) / padded if padded else 0.0
+def micro_batches(
+    lengths: Sequence[int], labelled: int, budget: int, seed: int, share: float = 0.0, packing: bool = False
+) -> Iterator[list[int]]:
+    """Endless index groups, epoch after epoch, each epoch in an order of its own: a pure function of the arguments, so
+    that a position in the data is a number of groups.
 
-
-def epochs_of_batches(lengths: Sequence[int], budget: int, seed: int) -> Iterator[list[int]]:
-    """Endless index groups, epoch after epoch, each epoch in an order of its own: a pure function of the seed."""
-    epoch = 0
+    Indices from `labelled` on are unlabelled rows: with `share` 0 they come once, before the others; else that share of
+    the groups holds them.
+    """
+    ours = _epochs(lengths[:labelled], 0, budget, seed, packing)
+    others: Iterator[list[int]] = iter(())
+    if labelled < len(lengths):
+        others = _epochs(lengths[labelled:], labelled, budget, seed, packing)
+        if not share:
+            yield from islice(others, groups_in_epoch(lengths[labelled:], budget, seed, packing))
+    owed = 0.0
     while True:
-        yield from group_by_length(lengths, budget, seed=seed * 1_000_003 + epoch)
-        epoch += 1
+        owed += share
+        if owed >= 1.0:
+            owed -= 1.0
+            yield next(others)
+        else:
+            yield next(ours)
+
+
+def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> int:
+    """Micro-batches in the first epoch."""
+    return len((pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, 0)))
+
+
+def _epochs(lengths: Sequence[int], first: int, budget: int, seed: int, packing: bool) -> Iterator[list[int]]:
+    for epoch in count():
+        for group in (pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, epoch)):
+            yield [first + index for index in group]
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch

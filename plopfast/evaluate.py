@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .data import IGNORE, Example, collate, group_by_length
+from .data import Example, collate, group_by_length
 from .errors import TrainingError
+from .loss import inputs_of, positions
 from .models import device_of, run_for_logits
 from .progress import bar
 
@@ -31,9 +32,8 @@ class Metrics:
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
-    where = torch.zeros_like(batch["labels"], dtype=torch.bool)
-    where[:, :-1] = batch["labels"][:, 1:] != IGNORE
-    logits = run_for_logits(model, {key: batch[key] for key in ("input_ids", "attention_mask")}, where)
+    where = positions(batch["labels"])
+    logits = run_for_logits(model, inputs_of(batch), where)
     targets = batch["labels"][:, 1:][where[:, :-1]]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
 

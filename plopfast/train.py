@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -17,26 +18,33 @@ import torch
 from torch import nn
 
 from . import files
+from .blocks import prepared_blocks
 from .checkpoint import load_state, save_state
-from .config import TrainConfig
-from .data import Example, collate, epochs_of_batches, group_by_length
-from .errors import Interrupted, TrainingError
-from .evaluate import evaluate, label_loss
+from .config import FREE, TrainConfig
+from .data import Example, collate, collate_packed, group_by_length, groups_in_epoch, micro_batches
+from .errors import ConfigError, FileError, Interrupted, TrainingError
+from .logs import open_log
+from .lora import find_shared_inputs, prepared
+from .loss import Objective
 from .models import device_of
 from .progress import bar
 
 BATCH_TOKENS = 1024
+SKIPS_IN_A_ROW = 10  # steps without a finite loss, one after the other, that end a training even if it skips them
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """`stopped` says why training ended; the model holds the parameters of `best_step`."""
+    """`stopped` says why training ended; the model holds the parameters of `best_step`. `tokens` are real ones,
+    `padding` is the share of the computed positions that were not."""
 
     steps: int
     best_step: int
     valid_loss: float | None
     stopped: str
     tokens: int
+    padding: float
     seconds: float
 
     @property
@@ -47,10 +55,13 @@ class TrainResult:
 class Trainer:
     """Trains the parameters of `model` that require a gradient (after `inject`, the adapters) on `train`.
 
-    Batches hold examples of like length up to `config.batch_tokens`; the loss of a step is the mean over all its label
-    tokens, however many micro-batches they came in. The parameters with the lowest validation loss are kept. With
-    `out` (a folder), metrics.jsonl and checkpoint.safetensors are written there, also on Ctrl-C, and `fit(resume=True)` goes on exactly
-    where it stopped (bit for bit on the CPU).
+    Micro-batches hold examples of like length up to `config.batch_tokens`; the loss of a step is the mean over all its
+    label tokens, however many micro-batches they came in. `unlabeled` examples come first, or mixed in as
+    `config.unlabeled_share` says. The parameters with the lowest validation loss are kept. With `out` (a folder),
+    metrics.jsonl and the newest `config.keep` checkpoints are written there, also on Ctrl-C, and `fit(resume=True)`
+    goes on exactly where the newest good one stopped (bit for bit on the CPU).
+
+    Raises ConfigError for a budget below the longest row, TrainingError where there is nothing to train.
     """
 
     def __init__(
@@ -60,10 +71,11 @@ class Trainer:
         train: Sequence[Example],
         valid: Sequence[Example] = (),
         *,
+        unlabeled: Sequence[Example] = (),
         out: str | Path | None = None,
         progress: bool = False,
     ) -> None:
-        self.model, self.config, self.train, self.progress = model, config, train, progress
+        self.model, self.config, self.progress = model, config, progress
         self.valid = valid[: config.eval_rows]
         self.out = Path(out) if out is not None else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -71,162 +83,284 @@ class Trainer:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
         if not train:
             raise TrainingError("nothing to train on: the training data is empty")
-        self.lengths = [len(example.tokens) for example in train]
-        self.batch_tokens = config.batch_tokens or BATCH_TOKENS
-        one_epoch = math.ceil(len(group_by_length(self.lengths, self.batch_tokens, config.seed)) / config.accumulate)
-        self.max_steps = config.max_steps or one_epoch
-        self.optimizer = torch.optim.AdamW(self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay)
-        self.step = self.tokens = self.worse = 0
+        self.rows, self.labelled = [*train, *unlabeled], len(train)
+        self.lengths = [len(example.tokens) for example in self.rows]
+        longest = max(self.rows, key=lambda example: len(example.tokens))
+        self.batch_tokens = config.batch_tokens or max(BATCH_TOKENS, len(longest.tokens))
+        if len(longest.tokens) > self.batch_tokens:
+            raise ConfigError(
+                f"batch_tokens: {self.batch_tokens} is below the longest row, {len(longest.tokens)} tokens "
+                f"({longest.where}): raise it, or shorten or split the row"
+            )
+        self.max_steps = config.max_steps or self._steps_in_epoch()
+        self.objective = Objective(model)
+        self.shared = find_shared_inputs(model)
+        self.optimizer = self._make_optimizer()
+        self.step = self.updates = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best = self._copy()
+        self.average = self._copy() if config.ema else {}
         self.history: list[dict[str, Any]] = []
+        self.log = open_log(None, "none", 0)
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the end, or until the validation loss has not improved `patience` times. Raises TrainingError for
         a loss that is not finite (the model then holds the best adapters so far), Interrupted after Ctrl-C."""
         torch.manual_seed(self.config.seed)
-        if resume:
-            self._resume()
-        began, before = time.perf_counter(), self.tokens
-        batches = islice(
-            epochs_of_batches(self.lengths, self.batch_tokens, self.config.seed),
-            self.step * self.config.accumulate,
-            None,
-        )
-        stopped = "max_steps"
+        self._begin_log(resume)
+        began, before, computed = time.perf_counter(), self.tokens, self.positions
+        batches = islice(self._micro_batches(), self.step * self.config.accumulate, None)
         self.model.train()
-        try:
-            with self._interruptible() as interrupted, bar("train", self.max_steps, "steps", self.progress) as meter:
-                meter.update(self.step)
-                while self.step < self.max_steps and not interrupted:
-                    self._train_step([next(batches) for _ in range(self.config.accumulate)])
-                    meter.update()
-                    meter.set_postfix_str(f"loss {self.history[-1]['loss']:.3f}")
-                    if self.valid and (self.step % self.config.eval_every == 0 or self.step == self.max_steps):
-                        self._validate()
-                        if self.worse >= self.config.patience:
-                            stopped = "early: the validation loss stopped improving"
-                            break
-                if interrupted:
+        with contextlib.ExitStack() as stack:
+            self.log = open_log(self.out, self.config.log_to, self.step)
+            stack.callback(self.log.close)
+            stack.callback(self.model.eval)
+            self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
+            stack.enter_context(neftune(self.model, self.config.neftune))
+            interrupted = stack.enter_context(self._interruptible())
+            meter = stack.enter_context(bar("train", self.max_steps, "steps", self.progress))
+            meter.update(self.step)
+            while self.step < self.max_steps and self.worse < self.config.patience and not interrupted:
+                self._train_step([next(batches) for _ in range(self.config.accumulate)])
+                rate = (self.tokens - before) / (time.perf_counter() - began)
+                meter.set_postfix_str(f"loss {self.last_loss:.3f}, {rate:.0f} tokens/s")
+                meter.update()
+                if self.valid and (self.step % self.config.eval_every == 0 or self.step == self.max_steps):
+                    self._validate()
+                if self.step % (self.config.save_every or self.config.eval_every) == 0 or self.step == self.max_steps:
                     self._save()
-                    where = f"; the state is in {self._checkpoint()}" if self.out else ""
-                    raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", interrupted[0])
-        finally:
-            self.model.eval()
-            self._write_metrics()
-        if self.valid:
-            self._take_best()
-        else:
+            if interrupted:
+                where = f"; the state is in {self._save()}" if self.out else ""
+                raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", interrupted[0])
+        self._take(self.best if self.valid else self.average)
+        if not self.valid:
             self.best_step = self.step
-        loss = self.best_loss if self.valid else None
-        return TrainResult(self.step, self.best_step, loss, stopped, self.tokens - before, time.perf_counter() - began)
+        early = "early: the validation loss stopped improving"
+        tokens, positions = self.tokens - before, self.positions - computed
+        return TrainResult(
+            steps=self.step,
+            best_step=self.best_step,
+            valid_loss=self.best_loss if self.valid else None,
+            stopped=early if self.worse >= self.config.patience else "max_steps",
+            tokens=tokens,
+            padding=1 - tokens / positions if positions else 0.0,
+            seconds=time.perf_counter() - began,
+        )
+
+    def paths(self) -> list[str]:
+        """How the steps are computed, a line each."""
+        loss = (
+            "chunks of logits" if self.objective.chunked else f"all label tokens' logits at once: {self.objective.why}"
+        )
+        lines = [f"loss: {loss}", *(f"one shrink for {', '.join(names)}" for names in self.shared[:1])]
+        if len(self.shared) > 1:
+            lines[-1] += f" and {len(self.shared) - 1} more such groups"
+        return lines
 
     def _train_step(self, groups: list[list[int]]) -> None:
         """One optimizer step: forward and backward of each micro-batch, clip, step, log."""
         began = time.perf_counter()
-        examples = [[self.train[i] for i in group] for group in groups]
+        examples = [[self.rows[i] for i in group] for group in groups]
         label_tokens = sum(len(e.tokens) - e.start for group in examples for e in group)
         lr = self.config.lr * lr_factor(self.step, self.max_steps, self.config.warmup, self.config.schedule)
         for settings in self.optimizer.param_groups:
-            settings["lr"] = lr
+            settings["lr"] = lr * settings["ratio"]
         self.optimizer.zero_grad(set_to_none=True)
-        loss = 0.0
-        for group in examples:
-            batch = collate([e.tokens for e in group], [e.start for e in group], device_of(self.model))
-            losses, _, _ = label_loss(self.model, batch)
-            part = losses.sum() / label_tokens
-            part.backward()
-            loss += float(part.detach())
+        total = torch.zeros((), device=device_of(self.model))
+        positions = 0
+        with prepared(self.model):
+            for group in examples:
+                batch = self._collate(group)
+                positions += batch["input_ids"].numel()
+                loss = self.objective(batch) / label_tokens
+                loss.backward()
+                total += loss.detach()
         clip = self.config.clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), clip))
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            self._stop_not_finite(loss, grad_norm, examples)
-        self.optimizer.step()
+        self.last_loss = float(total)
+        finite = math.isfinite(self.last_loss) and math.isfinite(grad_norm)
+        if not finite:
+            self._not_finite(self.last_loss, grad_norm, examples)
+        else:
+            self.optimizer.step()
+            self.updates, self.skipped = self.updates + 1, 0
+            if self.average:
+                torch._foreach_lerp_(
+                    list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - self.config.ema
+                )
         tokens = sum(len(e.tokens) for group in examples for e in group)
         self.step += 1
         self.tokens += tokens
-        self.history.append({
-            "step": self.step, "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens": tokens,
-            "seconds": round(time.perf_counter() - began, 4),
+        self.positions += positions
+        self._record({
+            "step": self.step, "loss": self.last_loss if finite else None, "lr": lr,
+            "grad_norm": grad_norm if finite else None, "tokens": tokens, "positions": positions,
+            "seconds": round(time.perf_counter() - began, 4), **({} if finite else {"skipped": True}),
         })  # fmt: skip
 
     def _validate(self) -> None:
-        metrics = evaluate(self.model, self.valid)
-        self.history.append({"step": self.step, "valid_loss": metrics.loss, "seconds": round(metrics.seconds, 4)})
-        if metrics.loss < self.best_loss:
-            self.best_loss, self.best_step, self.worse = metrics.loss, self.step, 0
-            self.best = self._copy()
-        else:
-            self.worse += 1
-        self._save()
-
-    def _stop_not_finite(self, loss: float, grad_norm: float, examples: list[list[Example]]) -> None:
-        if self.best_step:  # nothing since then was checked; the checkpoint on disk is from then too
-            self._take_best()
-        rows = ", ".join(e.where for group in examples for e in group[:2])
-        raise TrainingError(
-            f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}: training stopped, the adapters are those of "
-            f"step {self.best_step or self.step}. Start anew with --overwrite and a lower --lr, or look at the rows of this "
-            f"step ({rows}, ...)"
-        )
+        began = time.perf_counter()
+        with self._averaged():
+            loss = self._valid_loss()
+            if not math.isfinite(loss):
+                self._stop(f"step {self.step}: validation loss {loss}")
+            if loss < self.best_loss:
+                self.best_loss, self.best_step, self.worse = loss, self.step, 0
+                self.best = self._copy()
+            else:
+                self.worse += 1
+        self._record({"step": self.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
 
     @torch.no_grad()
-    def _take_best(self) -> None:
-        for name, parameter in self.parameters.items():
-            parameter.copy_(self.best[name])
+    def _valid_loss(self) -> float:
+        self.model.eval()
+        total, labels = 0.0, sum(len(e.tokens) - e.start for e in self.valid)
+        for group in group_by_length([len(e.tokens) for e in self.valid], self.batch_tokens):
+            rows = [self.valid[i] for i in group]
+            total += float(self.objective(self._collate(rows, packed=False)))
+        self.model.train()
+        return total / labels
+
+    def _not_finite(self, loss: float, grad_norm: float, examples: list[list[Example]]) -> None:
+        rows = ", ".join(e.where for group in examples for e in group[:2])
+        what = f"step {self.step + 1}: loss {loss}, gradient norm {grad_norm}"
+        self.skipped += 1
+        if self.config.nonfinite == "stop" or self.skipped >= SKIPS_IN_A_ROW:
+            self._stop(what, f", or look at the rows of this step ({rows}, ...)")
+
+    def _stop(self, what: str, remedy: str = "") -> None:
+        if self.best_step:  # nothing since then was checked
+            self._take(self.best)
+        raise TrainingError(
+            f"{what}: training stopped, the adapters are those of step {self.best_step or self.step}. Start anew with "
+            f"--overwrite and a lower --lr{remedy}"
+        )
+
+    def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
+        packed = self.config.packing if packed is None else packed
+        arrange = collate_packed if packed else collate
+        return arrange([e.tokens for e in rows], [e.start for e in rows], device_of(self.model))
+
+    def _micro_batches(self) -> Iterator[list[int]]:
+        config = self.config
+        return micro_batches(
+            self.lengths, self.labelled, self.batch_tokens, config.seed, config.unlabeled_share, config.packing
+        )
+
+    def _steps_in_epoch(self) -> int:
+        """Steps in which every labelled row comes once, and the unlabelled ones as the config says."""
+        config, parts = self.config, (self.lengths[: self.labelled], self.lengths[self.labelled :])
+        ours, others = (groups_in_epoch(n, self.batch_tokens, config.seed, config.packing) if n else 0 for n in parts)
+        groups = ours / (1 - config.unlabeled_share) if config.unlabeled_share else ours + others
+        return math.ceil(groups / config.accumulate)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW; with LoRA+ (Hayou et al., arXiv 2402.12354) the lora_B learn faster than the rest."""
+        in_b = {name: name.endswith("lora_B") for name in self.parameters}
+        groups = [
+            {"params": [p for name, p in self.parameters.items() if in_b[name] == is_b], "ratio": ratio}
+            for is_b, ratio in ((False, 1.0), (True, self.config.lora_plus))
+        ]
+        used = [group for group in groups if group["params"]]
+        fused = device_of(self.model).type in ("cpu", "cuda")
+        return torch.optim.AdamW(used, lr=self.config.lr, weight_decay=self.config.weight_decay, fused=fused)
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The moving average in the model's place, where there is one."""
+        now = self._copy() if self.average else {}
+        self._take(self.average)
+        try:
+            yield
+        finally:
+            self._take(now)
+
+    @torch.no_grad()
+    def _take(self, values: dict[str, torch.Tensor]) -> None:
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
 
     def _copy(self) -> dict[str, torch.Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
-    def _checkpoint(self) -> Path:
-        assert self.out is not None
-        return self.out / "checkpoint.safetensors"
-
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its resumption."""
-        config = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig)}
+        names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE]
         resolved = {"max_steps": self.max_steps, "batch_tokens": self.batch_tokens}
-        return {**config, **resolved, "examples": len(self.train), "tokens": sum(self.lengths)}
+        data = {"examples": self.labelled, "unlabeled": len(self.rows) - self.labelled, "tokens": sum(self.lengths)}
+        return {**{name: getattr(self.config, name) for name in names}, **resolved, **data}
 
-    def _save(self) -> None:
+    def _save(self) -> Path | None:
         if self.out is None:
-            return
+            return None
         tensors = {"rng": torch.get_rng_state()}
+        if device_of(self.model).type == "cuda":
+            tensors["rng_cuda"] = torch.cuda.get_rng_state(device_of(self.model))
         for name, parameter in self.parameters.items():
             tensors |= {f"now/{name}": parameter, f"best/{name}": self.best[name]}
+            if self.average:
+                tensors[f"average/{name}"] = self.average[name]
             state = self.optimizer.state.get(parameter, {})
             tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
-        facts = {key: getattr(self, key) for key in ("step", "tokens", "worse", "best_step", "best_loss")}
-        save_state(self._checkpoint(), tensors, {**facts, "identity": self._identity(), "history": self.history})
-        self._write_metrics()
+        facts = {"identity": self._identity(), **{key: getattr(self, key) for key in COUNTERS}}
+        return save_state(self.out / CHECKPOINTS, self.step, tensors, facts, self.config.keep)
 
     def _resume(self) -> None:
         if self.out is None:
-            raise TrainingError("resume needs the folder `out` that holds the checkpoint")
-        tensors, facts = load_state(self._checkpoint())
+            raise TrainingError("resume needs the folder `out` that holds the checkpoints")
+        tensors, facts, path = load_state(self.out / CHECKPOINTS)
         changed = {
             k: (facts["identity"].get(k), v) for k, v in self._identity().items() if facts["identity"].get(k) != v
         }
         if changed:
             what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
-            raise TrainingError(f"{self._checkpoint()}: belongs to another run: {what}; give the same options and data")
+            raise TrainingError(f"{path}: belongs to another run: {what}; give the same options and data")
         for name, parameter in self.parameters.items():
             if f"now/{name}" not in tensors or tensors[f"now/{name}"].shape != parameter.shape:
-                raise TrainingError(f"{self._checkpoint()}: belongs to another placement: no {name} of this shape")
-            with torch.no_grad():
-                parameter.copy_(tensors[f"now/{name}"])
-            self.best[name] = tensors[f"best/{name}"].to(parameter.device)
-            moments = {key: tensors.get(f"{key}/{name}") for key in ("exp_avg", "exp_avg_sq")}
-            if all(value is not None for value in moments.values()):
-                device_moments = {k: v.to(parameter.device) for k, v in moments.items() if v is not None}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(facts["step"])), **device_moments}
+                raise TrainingError(f"{path}: belongs to another placement: no {name} of this shape")
+            of = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in STATES if f"{key}/{name}" in tensors}
+            self._take({name: of["now"]})
+            self.best[name] = of["best"]
+            if self.average:
+                self.average[name] = of["average"]
+            if "exp_avg" in of:
+                moments = {key: of[key] for key in ("exp_avg", "exp_avg_sq")}
+                step = torch.tensor(float(facts["updates"]), device=parameter.device if parameter.is_cuda else "cpu")
+                self.optimizer.state[parameter] = {"step": step, **moments}
         torch.set_rng_state(tensors["rng"])
-        for key in ("step", "tokens", "worse", "best_step", "best_loss", "history"):
+        if "rng_cuda" in tensors and device_of(self.model).type == "cuda":
+            torch.cuda.set_rng_state(tensors["rng_cuda"], device_of(self.model))
+        for key in COUNTERS:
             setattr(self, key, facts[key])
 
-    def _write_metrics(self) -> None:
+    def _begin_log(self, resume: bool) -> None:
+        """Starts metrics.jsonl anew, or cuts it back to the checkpoint that is resumed."""
+        if resume:
+            self._resume()
+        self.history = []
+        if self.out is None:
+            return
+        path = self.out / "metrics.jsonl"
+        if not resume:
+            shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
+        elif path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # the last line may have been cut short by a kill
+                    self.history.append(json.loads(line))
+            self.history = [record for record in self.history if record["step"] <= self.step]
+        files.write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
+
+    def _record(self, record: dict[str, Any]) -> None:
+        self.history.append(record)
+        self.log.write(record)
         if self.out is not None:
-            files.write_text(self.out / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in self.history))
+            try:
+                with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise FileError(
+                    f"{self.out / 'metrics.jsonl'}: writing failed ({error}); make room and --resume"
+                ) from None
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[list[int]]:
@@ -252,6 +386,10 @@ class Trainer:
                 signal.signal(number, handler)
 
 
+COUNTERS = ("step", "updates", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
+STATES = ("now", "best", "average", "exp_avg", "exp_avg_sq")
+
+
 def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
     """The share of the peak learning rate at a step (from 0): linear warmup, then cosine, linear or constant."""
     rising = round(warmup * steps)
@@ -259,3 +397,22 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
         return (step + 1) / (rising + 1)
     done = (step - rising) / max(1, steps - rising)
     return {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[schedule]
+
+
+@contextlib.contextmanager
+def neftune(model: nn.Module, alpha: float) -> Iterator[None]:
+    """Uniform noise of at most alpha / sqrt(tokens x width) on the embeddings while training (Jain et al., NEFTune,
+    arXiv 2310.05914), tokens counted with padding as in Hugging Face's trainer."""
+    if not alpha:
+        yield
+        return
+
+    def add_noise(module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        bound = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
+        return output + torch.empty_like(output).uniform_(-bound, bound) if module.training else output
+
+    handle = model.get_input_embeddings().register_forward_hook(add_noise)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        handle.remove()

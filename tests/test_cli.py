@@ -63,7 +63,7 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
     for bar in ("score", "train", "base", "tuned"):
         assert re.search(rf"{bar} +: .*(/s|s/)", printed.err), f"{bar} shows its rate"
     assert all((out / name).exists() for name in STAGES)
-    assert not (out / "checkpoint.safetensors").exists(), "a finished training leaves none"
+    assert not (out / "checkpoints").exists(), "a finished training leaves none"
     config = json.loads((out / "config.json").read_text())
     assert (
         config["settings"]["max_steps"] == 4
@@ -270,7 +270,7 @@ def test_ctrl_c_and_resume(base, tmp_path):
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, seen + rest
     assert re.search(r"interrupted: stopped after step \d+ of 150.*--resume --out", rest), rest
-    assert (out / "checkpoint.safetensors").exists() and "Traceback" not in rest
+    assert list((out / "checkpoints").glob("step-*.safetensors")) and "Traceback" not in rest
     assert plopfast("run", *steps, "--out", out) == 2, "not overwritten"
     assert plopfast("run", *steps, "--out", out, "--resume") == 0
     assert plopfast("run", *steps, "--out", tmp_path / "whole") == 0

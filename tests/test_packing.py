@@ -5,7 +5,7 @@ import torch
 from conftest import CONFIGS, build
 
 import plopfast as pf
-from plopfast.data import collate, collate_packed, group_by_length, pack, padding_share
+from plopfast.data import collate, collate_packed, pack
 from plopfast.errors import DataError, ModelError
 from plopfast.lora import adapters
 from plopfast.models import check_packing
@@ -113,10 +113,3 @@ def test_packs_of_odd_sizes():
     assert pack([1] * 10, 4, window=4) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     with pytest.raises(DataError, match=r"2 of 4 rows do not fit a packed batch of 8 tokens \(the longest has 12\)"):
         pack([1, 9, 12, 8], 8)
-
-
-def test_padding_share(examples):
-    assert padding_share([[0, 1], [2]], [4, 2, 7]) == pytest.approx(2 / 15)
-    assert padding_share([], []) == 0.0
-    lengths = [len(e.tokens) for e in examples]
-    assert padding_share(group_by_length(lengths, 256), lengths) < padding_share(pack(lengths, 256), lengths)

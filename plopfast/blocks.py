@@ -1,0 +1,76 @@
+"""What a trainer may do to a model's repeated blocks: recompute, offload, compile, or run liger-kernel's operations."""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+from .errors import ConfigError
+from .models import blocks, device_of
+
+OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
+
+
+@contextlib.contextmanager
+def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]]:
+    """Puts the config's choices in force while it lasts, and yields a line for each one that is.
+
+    Raises ConfigError for choices that this model or device cannot take.
+    """
+    device, notes = device_of(model), []
+    if config.offload and device.type == "cpu":
+        raise ConfigError(
+            "offload moves activations from a GPU to CPU memory, but the model is on the CPU: leave it out"
+        )
+    if config.checkpointing:
+        if not getattr(model, "supports_gradient_checkpointing", False):
+            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        notes.append("each block's activations are computed again in the backward pass")
+    if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        # its losses stay out: ours needs no logits either, and knows the label positions
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        notes.append("norm, SwiGLU and RoPE by liger-kernel")
+    if config.compile:
+        for block in blocks(model).values():
+            block.compile(dynamic=True)
+        notes.append("blocks compiled by torch.compile")
+    if config.offload:
+        notes.append("activations kept in CPU memory until the backward pass")
+    try:
+        with offloaded(model) if config.offload else contextlib.nullcontext():
+            yield notes
+    finally:
+        if config.checkpointing:
+            model.gradient_checkpointing_disable()  # type: ignore[operator]
+        if config.compile:
+            for block in blocks(model).values():
+                block._compiled_call_impl = None
+
+
+def offloaded(model: nn.Module) -> Any:
+    """A context in which tensors that autograd saves go to CPU memory and come back when the backward pass asks.
+
+    Parameters and small tensors stay. The copies go to pinned memory without a wait: the stream keeps their order.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if tensor.nbytes < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return tensor.device, kept.copy_(tensor, non_blocking=True)
+
+    def unpack(packed: Any) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        device, kept = packed
+        return kept.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
