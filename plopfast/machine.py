@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 PACKAGES = ("plopfast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft")
@@ -39,9 +40,83 @@ def describe() -> str:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     if torch.cuda.is_available():
         name += f", {torch.cuda.get_device_name()}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = usable_cores()
     policy = os.environ.get("OMP_WAIT_POLICY", "default")
     return f"{name}, {cores} cores, {torch.get_num_threads()} threads (OMP_WAIT_POLICY {policy}), {platform.system()}"
+
+
+def _affinity() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def usable_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may keep busy: its affinity, and the whole cores of its cgroup's CPU quota (v1 or v2)."""
+    cores = len(_affinity())
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+                mount = root / "sys/fs/cgroup" / controllers
+                group = mount / path.lstrip("/")
+                for folder in (group, *group.parents):  # each level's quota binds those below it
+                    if folder.is_relative_to(mount) and (quota := _quota(folder)):
+                        cores = min(cores, max(1, int(quota)))
+    return cores
+
+
+def _quota(cgroup: Path) -> float:
+    """Cores that a cgroup's CPU quota is worth, 0 for no quota."""
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no number
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        return quota / period
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (int((cgroup / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return max(0, quota) / period  # -1 is no quota
+    return 0.0
+
+
+def busy_cores(root: Path = Path("/"), seconds: float = 0.2) -> float:
+    """Of the cores in this process's affinity, how many other processes keep busy, seen over `seconds`; 0.0 where the
+    system does not tell (not Linux)."""
+
+    def sample() -> list[tuple[int, int]]:
+        """(busy, all) ticks of each core; idle and waiting for a disk are not busy."""
+        lines = (line.split() for line in (root / "proc/stat").read_text().splitlines())
+        mine = {f"cpu{number}" for number in _affinity()}
+        ticks = [[int(field) for field in line[1:9]] for line in lines if line and line[0] in mine]
+        return [(sum(t) - t[3] - t[4], sum(t)) for t in ticks]
+
+    try:
+        before, own, began = sample(), time.process_time(), time.perf_counter()
+        time.sleep(seconds)
+        after, own, passed = sample(), time.process_time() - own, time.perf_counter() - began
+    except OSError:
+        return 0.0
+    busy = sum((b1 - b0) / (a1 - a0) for (b0, a0), (b1, a1) in zip(before, after, strict=True) if a1 > a0)
+    return max(0.0, busy - own / passed)
+
+
+def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[str]:
+    """What to change where `threads` (None: torch's) do not fit the cores that are free; empty when all is well.
+
+    Samples the machine for 0.2 s. Under half a core of others' work is let pass: /proc/stat counts in ticks of 10 ms.
+    """
+    import torch
+
+    threads = threads or torch.get_num_threads()
+    every, cores, others = len(_affinity()), usable_cores(root), busy_cores(root)
+    shared = others >= 0.5
+    free = max(1, min(cores, round(every - others))) if shared else cores
+    advice = []
+    if threads > free:
+        busy = f", and other processes keep {others:.1f} of {every} cores busy" if shared else ""
+        advice.append(f"{threads} CPU threads, but this process may use {cores} cores{busy}: pass --threads {free}")
+    if threads > 1 and (shared or threads > cores) and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+        advice.append(
+            "waiting CPU threads spin on shared cores and hold up those they wait for: set OMP_WAIT_POLICY=PASSIVE "
+            "before Python starts"
+        )
+    return advice
 
 
 def reset_peak() -> None:

@@ -10,10 +10,10 @@ import pytest
 import plopfast
 
 ROOT = Path(plopfast.__file__).parent
-LEAVES = {"errors", "config", "files", "machine", "progress"}
+LEAVES = {"errors", "config", "files", "logs", "machine", "progress"}
 MAY_IMPORT = {
     "errors": set(), "config": {"errors", "files"}, "files": {"errors"}, "machine": set(), "progress": set(),
-    "data": {"errors"}, "models": LEAVES, "ops": {"errors", "kernels"},
+    "logs": {"errors"}, "data": {"errors"}, "models": LEAVES, "ops": {"errors", "kernels"},
     "tuning": LEAVES | {"kernels", "models"},
     "lora": LEAVES | {"models", "ops", "tuning"},
     "nfn": LEAVES | {"data", "models", "ops", "lora"},
