@@ -15,13 +15,13 @@ from .errors import ConfigError, Interrupted, PlopfastError
 COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "backend", "threads")
 SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
 PLACING = ("rule", "k", "rank", "alpha")
-TRAINING = (*(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON), "rslora")
+TRAINING = (*(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON), "rslora", "unlabeled", "full")
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING)),
     "score": ("measure NFN of every linear module: scores.json", SCORING),
     "place": ("choose modules by their scores: placement.json", PLACING),
     "train": ("train adapters on the placement: adapter/", TRAINING),
-    "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ()),
+    "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full",)),
     "report": ("one self-contained page from the run's files: report.html", ()),
     "merge": ("write the model with its adapter merged in: merged/", ()),
     "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
@@ -113,7 +113,7 @@ def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> Non
         else:
             options |= {
                 "type": plain,
-                "metavar": "FILE" if name in ("train", "valid", "test") else plain.__name__.upper(),
+                "metavar": "FILE" if name in ("train", "valid", "test", "unlabeled") else plain.__name__.upper(),
             }
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}

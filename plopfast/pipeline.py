@@ -19,7 +19,7 @@ import torch
 from . import files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
-from .data import DEMO, Example, batches_of, read_jsonl, tokenize
+from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
 from .errors import ConfigError, FileError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
@@ -34,7 +34,7 @@ NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
 }  # fmt: skip
-OTHERS = ("metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure", "merged")
+OTHERS = ("model", "metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure", "merged")
 
 
 class Run:
@@ -71,7 +71,7 @@ class Run:
 
     @property
     def paths(self) -> dict[str, Path]:
-        given = {split: getattr(self.config, split) for split in DEMO}
+        given = {split: getattr(self.config, split) for split in (*DEMO, "unlabeled")}
         demo = DEMO if given["train"] is None else {}
         return demo | {split: Path(path) for split, path in given.items() if path}
 
@@ -79,7 +79,7 @@ class Run:
         """A split's rows as read. Without a file of its own, validation is every 20th training row (held out from
         training) and test is validation."""
         if not self._rows:
-            self._rows = {name: read_jsonl(path) for name, path in self.paths.items()}
+            self._rows = {name: read_jsonl(path) for name, path in self.paths.items() if name != "unlabeled"}
             if "valid" not in self._rows:
                 whole = self._rows["train"]
                 self._rows |= {"valid": whole[::20], "train": [row for i, row in enumerate(whole) if i % 20] or whole}
@@ -87,14 +87,20 @@ class Run:
         return self._rows[split]
 
     def examples(self, split: str) -> list[Example]:
-        """A split's rows, tokenised."""
+        """A split's rows, tokenised; "unlabeled" is the text, if any, in rows as long as max_length or 512 tokens."""
         if split not in self._examples:
             limits = [n for n in (self.config.max_length, context_length(self.model)) if n]
-            self._examples[split] = tokenize(self.rows(split), self.tokenizer, min(limits, default=None))
+            if split != "unlabeled":
+                self._examples[split] = tokenize(self.rows(split), self.tokenizer, min(limits, default=None))
+            elif self.config.unlabeled:
+                room = min([self.config.max_length or 512, *limits, self.config.batch_tokens or 512])
+                self._examples[split] = read_text(self.config.unlabeled, self.tokenizer, room)
+            else:
+                self._examples[split] = []
         return self._examples[split]
 
     def file(self, stage: str) -> Path:
-        return self.folder / STAGES[stage]
+        return self.folder / ("model" if stage == "train" and self.config.full else STAGES[stage])
 
     def say(self, text: str) -> None:
         if self.progress:
@@ -148,7 +154,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """The settings with the demo's own filled in and file names made absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {split: str(Path(value).resolve()) for split in DEMO if (value := getattr(config, split))}
+    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled") if (value := getattr(config, s))}
     return dataclasses.replace(config, **known)
 
 
@@ -191,42 +197,71 @@ def run_place(run: Run) -> Placement:
 
 
 def run_train(run: Run) -> TrainResult:
-    placement, config = Placement.load(run.file("place")), run.config
+    config = run.config
+    placement = None if config.full else Placement.load(run.file("place"))
     unfinished = checkpoints(run.folder / CHECKPOINTS)
     if unfinished and not (run.resume or run.overwrite):
         raise FileError(
             f"{unfinished[0]}: an unfinished training; pass --resume to go on, or --overwrite to start anew"
         )
     run.begin("train")
-    train, valid = run.examples("train"), run.examples("valid")
+    train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
     unload(run.model)
-    inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed, backend=config.backend)
-    trainer = Trainer(run.model, config, train, valid, out=run.folder, progress=run.progress)
+    if placement is None:
+        run.model.requires_grad_(True)
+    else:
+        inject(
+            run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed, backend=config.backend
+        )
+    trainer = Trainer(run.model, config, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress)
+    for line in (*trainer.paths(), *(machine.thread_advice() if run.model.device.type == "cpu" else ())):
+        run.say(line)
     with run.stage("train"):
         try:
             result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:
-            if trainer.best_step:  # the last good adapters are of use to somebody
+            if trainer.best_step and placement is not None:  # the last good adapters are of use to somebody
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
             raise
-    save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
+    if placement is None:
+        _save_model(run, run.file("train"))
+    else:
+        save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
     files.write_json(run.folder / "training.json", {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s})
     shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+    run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
     return result
 
 
+def _save_model(run: Run, target: Path) -> None:
+    """The model as Hugging Face writes it."""
+    with files.replacing(target) as scratch:
+        run.model.save_pretrained(scratch)
+        run.tokenizer.save_pretrained(scratch)
+
+
 def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> dict[str, Metrics]:
-    """Base and tuned on the test rows; the base is the same model with its adapters switched off."""
+    """Base and tuned on the test rows; the base is the same model with its adapters switched off, or loaded anew where
+    all weights were trained."""
     run.rows("test")
     run.begin("eval")
-    examples = run.examples("test")
-    if not adapters(run.model):
-        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=run.config.backend)
+    examples, config = run.examples("test"), run.config
     choices = choices_of(examples, run.tokenizer)
+
+    def measure(model: Any, who: str) -> Metrics:
+        return evaluate(model, examples, choices=choices, progress=who if run.progress else "")
+
     with run.stage("eval"):
-        with disabled(run.model):
-            base = evaluate(run.model, examples, choices=choices, progress="base" if run.progress else "")
-        tuned = evaluate(run.model, examples, choices=choices, progress="tuned" if run.progress else "")
+        if config.full:
+            how: dict[str, Any] = {"dtype": getattr(torch, config.dtype), "device": device_for(config.device)}
+            base = measure(load_model(config.model, **how)[0], "base")
+            tuned = measure(load_model(run.file("train"), **how)[0], "tuned")
+        else:
+            if not adapters(run.model):
+                load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=config.backend)
+            with disabled(run.model):
+                base = measure(run.model, "base")
+            tuned = measure(run.model, "tuned")
     files.write_json(run.file("eval"), {"base": dataclasses.asdict(base), "tuned": dataclasses.asdict(tuned)})
     return {"base": base, "tuned": tuned}
 
@@ -244,14 +279,13 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> 
     files.refuse_existing(target, run.overwrite)
     load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
     merge(run.model)
-    with files.replacing(target) as scratch:
-        run.model.save_pretrained(scratch)
-        run.tokenizer.save_pretrained(scratch)
+    _save_model(run, target)
     return target
 
 
 def run_all(run: Run) -> str:
-    """Every stage in order; with `resume`, those whose result lies in the folder already are left out."""
+    """Every stage in order (with `full`, training and evaluation alone); with `resume`, those whose result lies in the
+    folder already are left out."""
     from . import report  # noqa: F401  # a missing extra should stop the run before its work, not after
 
     if not run.resume and run.folder.is_dir():
@@ -260,7 +294,7 @@ def run_all(run: Run) -> str:
             files.refuse_existing(run.folder, False)
     run.rows("train")
     run.write_config()  # from here on an interrupted run can be resumed
-    for split in DEMO:  # a row that cannot be used should stop the run now, not after the training
+    for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
         run.examples(split)
     if run.overwrite and not run.resume:  # results of two runs must not mix
         for path in (run.folder / name for name in (*STAGES.values(), *OTHERS)):
@@ -268,6 +302,8 @@ def run_all(run: Run) -> str:
     for stage, do in (
         ("score", run_score), ("place", run_place), ("train", run_train), ("eval", run_eval), ("report", run_report),
     ):  # fmt: skip
+        if run.config.full and stage not in ("train", "eval"):
+            continue
         if run.resume and run.file(stage).exists():
             run.say(f"{stage}: already done")
             continue
@@ -277,13 +313,15 @@ def run_all(run: Run) -> str:
 
 def summary(folder: Path) -> str:
     """The short table that ends a run."""
-    scores = NFNReport.load(folder / STAGES["score"])
-    placement = Placement.load(folder / STAGES["place"])
+    what = "all weights trained"
+    if not (folder / "model").is_dir():
+        scores, placement = NFNReport.load(folder / STAGES["score"]), Placement.load(folder / STAGES["place"])
+        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
+        what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
     metrics = files.read_json(folder / STAGES["eval"], "plopfast eval")
     stages = files.read_json(folder / "stages.json", "plopfast")
-    chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
     rows = [
-        ("adapters", f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"),
+        ("adapters", what),
         *(
             (who, f"loss {m['loss']:.4f}, accuracy {m['accuracy']:.4f} ({m['metric']}, {m['examples']} rows)")
             for who, m in metrics.items()

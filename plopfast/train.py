@@ -23,10 +23,10 @@ from .checkpoint import load_state, save_state
 from .config import FREE, TrainConfig
 from .data import Example, collate, collate_packed, group_by_length, groups_in_epoch, micro_batches
 from .errors import ConfigError, FileError, Interrupted, TrainingError
-from .logs import open_log
+from .logs import Log, open_log
 from .lora import find_shared_inputs, prepared
 from .loss import Objective
-from .models import device_of
+from .models import check_packing, device_of
 from .progress import bar
 
 BATCH_TOKENS = 1024
@@ -92,6 +92,8 @@ class Trainer:
                 f"batch_tokens: {self.batch_tokens} is below the longest row, {len(longest.tokens)} tokens "
                 f"({longest.where}): raise it, or shorten or split the row"
             )
+        if config.packing:
+            check_packing(model)
         self.max_steps = config.max_steps or self._steps_in_epoch()
         self.objective = Objective(model)
         self.shared = find_shared_inputs(model)
@@ -101,7 +103,7 @@ class Trainer:
         self.best = self._copy()
         self.average = self._copy() if config.ema else {}
         self.history: list[dict[str, Any]] = []
-        self.log = open_log(None, "none", 0)
+        self.log = Log()
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the end, or until the validation loss has not improved `patience` times. Raises TrainingError for
@@ -112,7 +114,8 @@ class Trainer:
         batches = islice(self._micro_batches(), self.step * self.config.accumulate, None)
         self.model.train()
         with contextlib.ExitStack() as stack:
-            self.log = open_log(self.out, self.config.log_to, self.step)
+            name = self.out.name if self.out else None
+            self.log = open_log(self.out, self.config.log_to, name, self.step + 1)
             stack.callback(self.log.close)
             stack.callback(self.model.eval)
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
@@ -352,7 +355,7 @@ class Trainer:
 
     def _record(self, record: dict[str, Any]) -> None:
         self.history.append(record)
-        self.log.write(record)
+        self.log.write({key: value for key, value in record.items() if isinstance(value, int | float)})
         if self.out is not None:
             try:
                 with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:

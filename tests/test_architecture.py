@@ -21,7 +21,6 @@ MAY_IMPORT = {
     "checkpoint": LEAVES | {"models", "lora", "placement"},
     "loss": LEAVES | {"data", "models", "lora"},
     "blocks": LEAVES | {"models"},
-    "logs": LEAVES,
     "evaluate": LEAVES | {"data", "models", "loss"},
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "logs"},
     "report": LEAVES | {"nfn", "placement"},
