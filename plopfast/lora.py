@@ -168,6 +168,7 @@ class SharedInput:
         self.members = members
         self.stacked_A: torch.Tensor | None = None  # set while `prepared` lasts
         self._x: Callable[[], torch.Tensor | None] = lambda: None
+        self._version = 0  # of x, which could be changed in place
         self._parts: dict[LoRALinear, torch.Tensor] = {}
 
     def s_of(self, member: LoRALinear, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor | None:
@@ -176,13 +177,13 @@ class SharedInput:
             return None
         if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
             return None
-        if self._x() is not x or member not in self._parts:
+        if self._x() is not x or self._version != x._version or member not in self._parts:
             s_MR = shrink(x, weight_NK, self.stacked_A, member.scaling, member.backend)
             parts = s_MR.split([m.rank for m in self.members], dim=1)
             # contiguous: torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly
             self._parts = {m: part.contiguous() for m, part in zip(self.members, parts, strict=True)}
-            self._x = weakref.ref(x)
-        return self._parts.pop(member)  # once: a tensor that is changed in place and read again is computed again
+            self._x, self._version = weakref.ref(x), x._version
+        return self._parts.pop(member)
 
 
 @contextlib.contextmanager
