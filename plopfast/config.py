@@ -76,6 +76,11 @@ class RunConfig(TrainConfig):
     rank: int = _option(16, "LoRA rank", positive=True)
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
+    init: str = _option(
+        "kaiming",
+        "A at first; eva: the inputs' leading singular vectors, taken while scoring",
+        ("kaiming", "gaussian", "orthogonal", "eva"),
+    )
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
