@@ -15,10 +15,17 @@ from .errors import ConfigError, Interrupted, PlopfastError
 COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "backend", "threads")
 SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
 PLACING = ("rule", "k", "rank", "alpha")
-TRAINING = (*(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON), "rslora", "unlabeled", "full")
+EVA = ("init", "rank")  # what EVA vectors, taken while scoring, depend on
+TRAINING = (
+    *(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON),
+    "rslora",
+    "init",
+    "unlabeled",
+    "full",
+)
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING)),
-    "score": ("measure NFN of every linear module: scores.json", SCORING),
+    "score": ("measure NFN of every linear module: scores.json", (*SCORING, *EVA)),
     "place": ("choose modules by their scores: placement.json", PLACING),
     "train": ("train adapters on the placement: adapter/", TRAINING),
     "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full",)),

@@ -108,12 +108,17 @@ class RunConfig(TrainConfig):
     rank: int = _option(16, "LoRA rank", positive=True)
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
+    init: str = _option(
+        "kaiming",
+        "A at first; eva: the inputs' leading singular vectors, taken while scoring",
+        ("kaiming", "gaussian", "orthogonal", "eva"),
+    )
     full: bool = _option(False, "train all weights instead of adapters, the baseline one compares with")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.full:
-            plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False}
+            plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
             given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]
             if given:
                 raise ConfigError(

@@ -9,19 +9,21 @@ import hashlib
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from . import tuning
-from .errors import AdapterError, PlacementError
+from .errors import AdapterError, ConfigError, PlacementError
 from .models import body, device_of, is_linear, is_transposed
 from .ops import lora_linear, path, shrink
 
 if TYPE_CHECKING:
     from .placement import Placement
+
+INITS = ("kaiming", "gaussian", "orthogonal", "eva")
 
 
 class LoRALinear(nn.Module):
@@ -29,7 +31,7 @@ class LoRALinear(nn.Module):
 
     lora_A [rank, in] and lora_B [out, rank] are float32 whatever the base's dtype. Dropout draws one seed per call
     from torch's generator, so it is reproducible under `torch.manual_seed` and activation checkpointing; no mask is
-    stored. `backend`: see `lora_linear`. Raises PlacementError where the rank is below 1 or above the smaller side of
+    stored. `lora_A`: its first value (default: drawn Kaiming-uniform). `backend`: see `lora_linear`. Raises PlacementError where the rank is below 1 or above the smaller side of
     the weight, and BackendError where `backend` cannot run.
     """
 
@@ -42,6 +44,7 @@ class LoRALinear(nn.Module):
         dropout: float = 0.0,
         rslora: bool = False,
         backend: str = "auto",
+        lora_A: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         _check_rank(base, rank)
@@ -55,8 +58,7 @@ class LoRALinear(nn.Module):
         self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see prepared()
         self.shared: SharedInput | None = None
         device = self.weight_NK.device
-        lora_A = nn.init.kaiming_uniform_(torch.empty(rank, n_in), a=math.sqrt(5))  # on the CPU: alike on any device
-        self.lora_A = nn.Parameter(lora_A.to(device))
+        self.lora_A = nn.Parameter((_initial_A("kaiming", rank, n_in) if lora_A is None else lora_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
 
     @property
@@ -118,13 +120,24 @@ def inject(
     rslora: bool = False,
     seed: int = 0,
     backend: str = "auto",
+    init: str = "kaiming",
+    eva: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:
     """Freezes `model` and puts a LoRALinear in each of the placement's modules, in place; returns their names.
 
-    Each lora_A is drawn from (seed, module name), so that it depends on nothing else. Raises PlacementError for
-    names the model does not have, AdapterError where the model has adapters already, and BackendError where `backend`
-    cannot run on the modules' device.
+    B is zero at first. `init` says what A is: "kaiming" (uniform, as PEFT's default), "gaussian" (standard deviation
+    1 / rank, as PEFT's), "orthogonal" (random orthonormal rows; PEFT's draws A and B, both nonzero, with B A = 0, for
+    even ranks alone), or "eva" (arXiv 2410.07170: the leading input directions, the first rows of `eva`, which is
+    `report.eva` of `score(..., eva_rank=...)`). A random A is drawn from (seed, module name), so that it depends on
+    nothing else. Raises PlacementError for names the model does not have and vectors that do not fit it, ConfigError
+    for an `init` that is unknown or disagrees with `eva`, AdapterError where the model has adapters already, and
+    BackendError where `backend` cannot run on the modules' device.
     """
+    if init not in INITS:
+        raise ConfigError(f"init: expected one of {', '.join(INITS)}, got {init!r}")
+    if (init == "eva") != (eva is not None):
+        got = "no vectors" if eva is None else f"vectors with init={init!r}"
+        raise ConfigError(f"init='eva' and eva=score(..., eva_rank=...).eva go together, got {got}")
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
     modules, on_gpu = dict(model.named_modules()), False
@@ -135,6 +148,8 @@ def inject(
                 "was it made for another model?"
             )
         _check_rank(modules[name], placement.modules[name][0], f"{name}: ")
+        if eva is not None:
+            _check_vectors(eva.get(name), modules[name], name, placement.modules[name][0])
         if path(modules[name].weight.device, backend) != "torch":
             on_gpu = True
     if on_gpu and (note := tuning.load()):
@@ -143,9 +158,36 @@ def inject(
     for name, (rank, alpha) in placement.modules.items():
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
-            wrapped = LoRALinear(modules[name], rank, alpha, dropout=dropout, rslora=rslora, backend=backend)
+            n_in = modules[name].weight.shape[0 if is_transposed(modules[name]) else 1]
+            lora_A = _initial_A(init, rank, n_in) if eva is None else eva[name][:rank].float().clone()
+            wrapped = LoRALinear(
+                modules[name], rank, alpha, dropout=dropout, rslora=rslora, backend=backend, lora_A=lora_A
+            )
         replace_module(model, name, wrapped.train(modules[name].training))
     return list(adapters(model))
+
+
+def _initial_A(init: str, rank: int, n_in: int) -> torch.Tensor:
+    """A random A [rank, n_in], float32, drawn on the CPU: alike on any device."""
+    lora_A = torch.empty(rank, n_in)
+    if init == "gaussian":
+        return nn.init.normal_(lora_A, std=1 / rank)
+    if init == "orthogonal":
+        return nn.init.orthogonal_(lora_A)
+    return nn.init.kaiming_uniform_(lora_A, a=math.sqrt(5))
+
+
+def _check_vectors(vectors: torch.Tensor | None, base: nn.Module, name: str, rank: int) -> None:
+    n_in = base.weight.shape[0 if is_transposed(base) else 1]  # type: ignore[index]
+    if vectors is None or vectors.shape[1] != n_in:
+        got = "none" if vectors is None else str(list(vectors.shape))
+        raise PlacementError(
+            f"{name}: expected EVA vectors [rank, {n_in}], got {got}; were they made for another model?"
+        )
+    if len(vectors) < rank:
+        raise PlacementError(
+            f"{name}: rank {rank} needs as many EVA vectors, got {len(vectors)}; score with eva_rank={rank}"
+        )
 
 
 def _check_rank(base: nn.Module, rank: int, where: str = "") -> None:

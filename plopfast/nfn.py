@@ -16,7 +16,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from . import files
 from .data import IGNORE, group_by_length
 from .errors import ConfigError, DataError, FileError, ModelError
+from .eva import InputSketch
 from .lora import adapters
 from .models import LinearInfo, body, device_of, linear_modules
 from .ops import row_norms
@@ -52,7 +53,11 @@ class ModuleScore:
 
 @dataclass
 class NFNReport:
-    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers."""
+    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers.
+
+    With `eva_rank`, `eva` holds each module's vectors [eva_rank, n_in] and `eva_ratios` the shares that they explain
+    [eva_rank] (`InputSketch.vectors`); these stay out of the JSON file: `eva.save` writes them.
+    """
 
     scores: dict[str, ModuleScore]
     tokens: int
@@ -60,6 +65,8 @@ class NFNReport:
     seconds: float
     model: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    eva: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    eva_ratios: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def modules(self) -> dict[str, float]:
@@ -84,7 +91,9 @@ class NFNReport:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON, atomically."""
-        files.write_json(Path(path), {"plopfast": "scores", "types": self.types, **asdict(self)})
+        value = asdict(replace(self, eva={}, eva_ratios={}))
+        del value["eva"], value["eva_ratios"]
+        files.write_json(Path(path), {"plopfast": "scores", "types": self.types, **value})
 
     @classmethod
     def load(cls, path: str | Path) -> "NFNReport":
@@ -101,11 +110,11 @@ class NFNState:
     """Running sums of the token ratios ||W z|| / (||z|| denominator), per module and prompt, on the device.
 
     `hook(index, name, bias)` is put on a module; `open(counted)` and `close()` enclose the forward pass of one batch, where
-    `counted` [rows, tokens] is True for the tokens that count.
+    `counted` [rows, tokens] is True for the tokens that count. `sketch`, if given, takes the inputs too.
     """
 
-    def __init__(self, denominators: torch.Tensor, backend: str = "auto") -> None:
-        self.backend = backend
+    def __init__(self, denominators: torch.Tensor, backend: str = "auto", sketch: InputSketch | None = None) -> None:
+        self.backend, self.sketch = backend, sketch
         self.scale = 1.0 / denominators  # [modules]
         self.squares = torch.zeros_like(self.scale)
         self.sums: list[torch.Tensor] = []  # of [modules, rows], one for each batch
@@ -120,6 +129,11 @@ class NFNState:
             x = args[0]
             if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
                 self._input, self._input_norm = x, row_norms(x, backend=self.backend)
+                if self.sketch is not None:
+                    counted = self._spread(*self._layout(name, self._input_norm))
+                    self.sketch.add(name, x, self._input_norm, counted)
+            elif self.sketch is not None:
+                self.sketch.share(name)
             y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
             self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
 
@@ -141,6 +155,11 @@ class NFNState:
             "padding cannot be told apart (routed experts are not supported yet)"
         )
 
+    def _spread(self, extra: int, inner: bool) -> torch.Tensor:
+        """`counted` for a module's rows: [rows, tokens * extra]."""
+        assert self._counted is not None
+        return self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
+
     def open(self, counted: torch.Tensor) -> None:
         self._counted = counted
         self._calls = []
@@ -155,7 +174,7 @@ class NFNState:
         for i, x_norm, y_norm, extra, inner in self._calls:
             groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
         for (extra, inner), calls in groups.items():
-            counted = self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
+            counted = self._spread(extra, inner)
             index = torch.tensor([call[0] for call in calls], device=self.scale.device)
             x_CRT = torch.stack([call[1].to(sums.device) for call in calls])
             y_CRT = torch.stack([call[2].to(sums.device) for call in calls])
@@ -181,6 +200,7 @@ def score(
     mc_samples: int = 1024,
     seed: int = 0,
     compat: str | None = None,
+    eva_rank: int | None = None,
     batch_tokens: int | None = None,
     backend: str = "auto",
     progress: bool = False,
@@ -193,6 +213,8 @@ def score(
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
     mean does not depend on z). `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
+    `eva_rank`: also take that many EVA vectors of each module's inputs from the same passes (`report.eva`, for
+    `inject(init="eva")`); `seed` draws their sketch.
 
     Raises ModelError for a model without linear modules and for NaN or infinity, naming module, batch and row; DataError
     for batches that cannot be scored; ConfigError for unknown options.
@@ -205,6 +227,8 @@ def score(
         raise ConfigError(f"compat: expected official or nothing, got {compat!r}")
     if compat and (tokens, skip_bos, include_head, baseline) != ("all", True, False, "closed-form"):
         raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
+    if compat and eva_rank is not None:
+        raise ConfigError("compat='official' counts padding, EVA does not: leave out compat, or eva_rank (init 'eva')")
     if adapters(model):
         raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
     began = time.perf_counter()
@@ -220,8 +244,11 @@ def score(
                 bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
                 rows = _rows(batches, tokens, bos)
                 denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
-                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter)
+                eva = None if eva_rank is None else (eva_rank, seed)
+                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter, eva)
                 report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
+                if eva:
+                    report.settings |= {"eva_rank": eva_rank, "seed": seed}
                 if baseline == "monte-carlo":
                     report.settings |= {"mc_samples": mc_samples, "seed": seed}
     finally:
@@ -272,10 +299,12 @@ def _score(
     batch_tokens: int | None,
     backend: str,
     meter: Any,
+    eva: tuple[int, int] | None = None,
 ) -> NFNReport:
     infos = linear_modules(model, include_head)
     device = device_of(model)
-    state = NFNState(_checked(denominators(infos), infos).to(device), backend)
+    sketch = InputSketch(eva[0], infos, eva[1]) if eva else None
+    state = NFNState(_checked(denominators(infos), infos).to(device), backend, sketch)
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
     hooks = [state.hook(i, info.name, getattr(info.module, "bias", None)) for i, info in enumerate(infos)]
@@ -297,7 +326,12 @@ def _score(
                 meter.update(len(chosen))
     if not tokens:
         raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
-    return NFNReport(_collect(state, infos, order), tokens, len(order), 0.0)
+    if sketch and tokens < sketch.rank:
+        raise DataError(f"eva_rank {sketch.rank}: expected at most {tokens}, the tokens scored; score more prompts")
+    report = NFNReport(_collect(state, infos, order), tokens, len(order), 0.0)
+    if sketch:
+        report.eva, report.eva_ratios = sketch.vectors()
+    return report
 
 
 @contextlib.contextmanager

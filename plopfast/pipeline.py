@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import files, machine
+from . import eva, files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
@@ -34,7 +34,17 @@ NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
 }  # fmt: skip
-OTHERS = ("model", "metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure", "merged")
+EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
+OTHERS = (
+    EVA,
+    "model",
+    "metrics.jsonl",
+    "training.json",
+    CHECKPOINTS,
+    "tensorboard",
+    "adapter-before-failure",
+    "merged",
+)
 
 
 class Run:
@@ -177,9 +187,13 @@ def run_score(run: Run) -> NFNReport:
     rows, config = run.examples("train"), run.config
     sample = random.Random(config.seed).sample(rows, min(config.score_prompts, len(rows)))
     how: dict[str, Any] = {"tokens": config.score_tokens, "baseline": config.baseline, "compat": config.compat}
-    how["backend"] = config.backend
+    how |= {"backend": config.backend, "eva_rank": config.rank if config.init == "eva" else None}
     with run.stage("score"):
         report = score(run.model, batches_of(sample, SCORE_ROWS), seed=config.seed, progress=run.progress, **how)
+    if report.eva:
+        eva.save(run.folder / EVA, report.eva, report.eva_ratios)
+    else:  # an earlier scoring's vectors must not meet these scores
+        (run.folder / EVA).unlink(missing_ok=True)
     report.save(run.file("score"))
     run.say(report.table())
     return report
@@ -199,6 +213,7 @@ def run_place(run: Run) -> Placement:
 def run_train(run: Run) -> TrainResult:
     config = run.config
     placement = None if config.full else Placement.load(run.file("place"))
+    vectors = eva.load(run.folder / EVA)[0] if config.init == "eva" else None
     unfinished = checkpoints(run.folder / CHECKPOINTS)
     if unfinished and not (run.resume or run.overwrite):
         raise FileError(
@@ -210,9 +225,8 @@ def run_train(run: Run) -> TrainResult:
     if placement is None:
         run.model.requires_grad_(True)
     else:
-        inject(
-            run.model, placement, dropout=config.dropout, rslora=config.rslora, seed=config.seed, backend=config.backend
-        )
+        start: dict[str, Any] = {"seed": config.seed, "init": config.init, "eva": vectors}
+        inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, **start)
     trainer = Trainer(run.model, config, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress)
     for line in (*trainer.paths(), *(machine.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)
