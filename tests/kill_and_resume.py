@@ -63,7 +63,8 @@ def result(out):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
         line.pop("seconds")
-    return (out / "adapter" / "adapter_model.safetensors").read_bytes(), lines
+    data = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    return data[8 + int.from_bytes(data[:8], "little") :], lines  # the header's order is the writer's whim
 
 
 def die():
@@ -129,14 +130,15 @@ def main():
     folder, rng = Path(sys.argv[1]), random.Random(int(sys.argv[2]))
     torch.set_num_threads(1)
     whole = folder / "whole"
+    train(folder / "first")  # imports and whatever torch sets up at first use happen once, before the forks
     began = time.perf_counter()
-    assert os.waitpid(child(whole), 0)[1] == 0
+    train(whole)
     seconds = time.perf_counter() - began
     want = result(whole)
     assert len(want[1]) == STEPS + 3
     moments = [in_save(1, 0.0), in_save(2, 0.5), in_save(4, 1.0), after_rename(2), after_rename(3), in_log(7)]
     trials = [("at a chosen moment", [moment]) for moment in moments]
-    trials += [("at random moments", [None] * 2) for _ in range(4)]
+    trials += [("at random moments", [None] * 2) for _ in range(3)]
     failed = False
     for i, (name, kills) in enumerate(trials):
         out = folder / f"trial{i}"
@@ -161,7 +163,10 @@ def main():
     status = os.waitpid(child(out, disk_full(3)), 0)[1]
     assert os.WEXITSTATUS(status) == 3, status
     left = checkpoint.checkpoints(out / "checkpoints")
-    assert "writing failed" in (out / "error").read_text() and [path.stem for path in left] == ["step-00000004", "step-00000002"]
+    assert "writing failed" in (out / "error").read_text() and [path.stem for path in left] == [
+        "step-00000004",
+        "step-00000002",
+    ]
     assert not list((out / "checkpoints").glob(".*"))
     assert os.waitpid(child(out), 0)[1] == 0
     same = result(out) == want
