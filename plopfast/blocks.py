@@ -31,7 +31,7 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
     if config.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        _checkpointing(model, "enable")({"use_reentrant": False})
         notes.append("each block's activations are computed again in the backward pass")
     if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -56,10 +56,15 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
         for module in lean:
             del module.forward
         if config.checkpointing:
-            model.gradient_checkpointing_disable()  # type: ignore[operator]
+            _checkpointing(model, "disable")()
         if config.compile:
             for block in blocks(model).values():
                 block._compiled_call_impl = None
+
+
+def _checkpointing(model: Any, what: str) -> Any:
+    """transformers' switch, which 5.23 renamed."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
 class _SwiGLU(torch.autograd.Function):
