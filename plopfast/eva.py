@@ -59,7 +59,7 @@ class InputSketch:
         """Adds an input x [..., n_in] of module `name`, with its row norms [...] and bool `counted`, one for each row."""
         self._current = name
         self.share(name)
-        n_in, counted = x.shape[-1], counted.reshape(-1, 1)
+        n_in, counted = x.shape[-1], counted.reshape(-1, 1).to(x.device)
         if name not in self.sketches:
             width = min(8 * self.rank + 64, n_in)
             if n_in not in self.tests:  # on the CPU: alike on any device

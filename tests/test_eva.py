@@ -80,7 +80,7 @@ def test_every_architecture_matches_the_svd(any_model):
 def test_two_layers_of_the_default_model(default_model, monkeypatch):
     """Those whose MLP inputs have the flattest spectrum of all, where the sketch is at its worst."""
     model, tokenizer = default_model
-    monkeypatch.setattr(model.model, "layers", model.model.layers[:5])
+    monkeypatch.setitem(model.model._modules, "layers", model.model.layers[:5])
     batches = batches_of(pf.tokenize(pf.read_jsonl(DEMO["train"])[:24], tokenizer), 8)
     report = pf.score(model, batches, eva_rank=16, skip_bos=False)
     names = [f"model.layers.{i}.{m}" for i in (3, 4) for m in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")]  # fmt: skip
