@@ -8,7 +8,6 @@ Gradients are averaged by torch's DistributedDataParallel, in both layouts: "ddp
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -16,15 +15,11 @@ from typing import Any
 
 import torch
 from torch import distributed as dist, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from . import machine
 from .errors import RankError, TrainingError
-from .models import blocks, body
+from .models import blocks, body, is_sharded
 
 _store: Any = None  # the launcher's, which outlives every rank
 
@@ -39,6 +34,8 @@ def init(device: torch.device, timeout_s: int) -> None:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    from torch.distributed.rendezvous import rendezvous
+
     timeout = timedelta(seconds=timeout_s)
     _store, rank, size = next(rendezvous("env://", timeout=timeout))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -125,11 +122,14 @@ def shard(model: nn.Module, device: torch.device) -> None:
     first block's forward pass to the end of the backward pass anyway. Adapters are injected afterwards. Every rank
     must then run the model, `score` it and save its adapters equally often.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes 0.6 s to import
+
     model.requires_grad_(False)  # before the first pass: fully_shard keeps what it gathered with its requires_grad
     mesh = init_device_mesh(device.type, (size(),))
     for block in blocks(model).values():
         fully_shard(block, mesh=mesh)
-    whole = {parameter for parameter in model.parameters() if not isinstance(parameter, DTensor)}
+    whole = {parameter for parameter in model.parameters() if not is_sharded(parameter)}
     fully_shard(body(model), mesh=mesh, ignored_params=whole)  # holds nothing, but orders the blocks' gathering
     model.to(device)
 
@@ -139,7 +139,7 @@ def averaged(objective: nn.Module) -> nn.Module:
     `held`. Raises TrainingError where a sharded weight is to be trained."""
     if size() == 1:
         return objective
-    sharded = [p for p in objective.parameters() if isinstance(p, DTensor)]
+    sharded = [p for p in objective.parameters() if is_sharded(p)]
     if any(p.requires_grad for p in sharded):
         raise TrainingError("sharded weights are frozen: train adapters, or all weights without --parallel fsdp")
     # sharded weights cannot be broadcast; they, and the adapters, are the same by construction
