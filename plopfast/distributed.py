@@ -8,7 +8,6 @@ Gradients are averaged by torch's DistributedDataParallel, in both layouts: "ddp
 """
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -45,7 +44,7 @@ def init(device: torch.device, timeout_s: int) -> None:
 def close() -> None:
     """Waits for the other ranks, so that torchrun ends none of them early, and leaves them."""
     if size() > 1:
-        largest(0)
+        barrier()
         dist.destroy_process_group()
 
 
@@ -76,8 +75,12 @@ def total(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
 
 
 def largest(value: int) -> int:
-    """The largest of all ranks' values; a barrier, too."""
+    """The largest of all ranks' values."""
     return max(int(part) for part in gather(torch.tensor(value)))
+
+
+def barrier() -> None:
+    largest(0)
 
 
 def on_main(action: Callable[[], Any]) -> bool:
@@ -102,10 +105,10 @@ def first_on_each_machine() -> Iterator[None]:
     """The first rank of each machine goes ahead, and the others find in the cache what it left there."""
     ahead = machine.launch().local_rank == 0
     if not ahead:
-        largest(0)
+        barrier()
     yield
     if ahead:
-        largest(0)
+        barrier()
 
 
 def share(count: int) -> list[tuple[int, bool]]:
@@ -153,9 +156,6 @@ def held(objective: nn.Module) -> Any:
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def say_why(message: str) -> None:
-    """Prints an error on stderr, on the rank that failed first alone: the others' errors follow from it."""
-    launch = machine.launch()
-    if launch.local_rank == 0 if _store is None else _store.add("failed", 1) == 1:
-        where = f" (rank {launch.rank} of {launch.size})" if launch.size > 1 else ""
-        print(f"plopfast: error{where}: {message}", file=sys.stderr, flush=True)
+def first_to_fail() -> bool:
+    """Whether no rank has failed before this one, from whose failure this one's follows."""
+    return machine.launch().local_rank == 0 if _store is None else _store.add("failed", 1) == 1
