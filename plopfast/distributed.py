@@ -146,9 +146,9 @@ def averaged(objective: nn.Module) -> nn.Module:
     if any(p.requires_grad for p in sharded):
         raise TrainingError("sharded weights are frozen: train adapters, or all weights without --parallel fsdp")
     # sharded weights cannot be broadcast; they, and the adapters, are the same by construction
-    return DistributedDataParallel(
-        objective, init_sync=not sharded, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    parallel = DistributedDataParallel(objective, init_sync=not sharded, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False  # the argument has another name from torch 2.13 on
+    return parallel
 
 
 def held(objective: nn.Module) -> Any:
