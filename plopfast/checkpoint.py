@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from . import files
+from . import distributed, files
 from .errors import AdapterError, FileError, PlacementError
 from .lora import adapters, inject, unload
 from .models import fingerprint, is_linear, is_transposed, same_fingerprint
@@ -34,13 +34,16 @@ _UNSUPPORTED = {
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors in the folder `path`.
 
-    Ranks and alphas that differ go into rank_pattern and alpha_pattern. Raises AdapterError where the model has no
+    Ranks and alphas that differ go into rank_pattern and alpha_pattern. Of several processes, rank 0 alone writes. Raises AdapterError where the model has no
     adapters or weights are not finite, FileError where the folder exists (unless `overwrite`) or cannot be written.
     """
     path = Path(path)
     modules = adapters(model)
     if not modules:
         raise AdapterError("the model has no LoRA adapters to save: inject(model, placement) first")
+    metadata = {"format": "pt", "plopfast_base": json.dumps(fingerprint(model, list(modules)))}
+    if not distributed.is_main():
+        return path
     files.refuse_existing(path, overwrite)
     tensors = {}
     for name, module in modules.items():
@@ -48,7 +51,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
             if not tensor.isfinite().all():
                 raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
-    metadata = {"format": "pt", "plopfast_base": json.dumps(fingerprint(model, list(modules)))}
     with files.replacing(path) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)

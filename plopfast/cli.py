@@ -1,18 +1,22 @@
 """The command line: each command calls one public function of pipeline.py."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from . import machine
 from .config import RunConfig, TrainConfig, load_settings
-from .errors import ConfigError, Interrupted, PlopfastError
+from .errors import ConfigError, Interrupted, PlopfastError, RankError
 
 COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "backend", "threads")
+RANKS = ("parallel", "timeout")
 SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
 PLACING = ("rule", "k", "rank", "alpha")
 EVA = ("init", "rank")  # what EVA vectors, taken while scoring, depend on
@@ -24,11 +28,11 @@ TRAINING = (
     "full",
 )
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING)),
-    "score": ("measure NFN of every linear module: scores.json", (*SCORING, *EVA)),
+    "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING, *RANKS)),
+    "score": ("measure NFN of every linear module: scores.json", (*SCORING, *EVA, *RANKS)),
     "place": ("choose modules by their scores: placement.json", PLACING),
-    "train": ("train adapters on the placement: adapter/", TRAINING),
-    "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full",)),
+    "train": ("train adapters on the placement: adapter/", (*TRAINING, *RANKS)),
+    "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full", *RANKS)),
     "report": ("one self-contained page from the run's files: report.html", ()),
     "merge": ("write the model with its adapter merged in: merged/", ()),
     "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
@@ -37,31 +41,66 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
 }
+ON_RANKS = ("run", "score", "train", "eval")  # what every rank takes part in; the others are rank 0's alone
 BENCH = "time the kernels and a layer against PEFT on this GPU; --tune: measure which path each shape should take"
 DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
 plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
 Data rows are JSON lines: {"prompt", "completion"}, {"messages"} or {"text"}.
-Exit codes: 0 done, 2 a clear error, 130 interrupted (state saved)."""
+Exit codes: 0 done, 2 a clear error, 130 interrupted (state saved). On several devices:
+torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     machine.set_waiting_policy()
-    arguments = build_parser().parse_args(argv)
+    launch = machine.launch()
+    if not launch.rank:
+        return _main(argv, launch)
+    with contextlib.redirect_stdout(io.StringIO()):  # rank 0 speaks for all
+        return _main(argv, launch)
+
+
+def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
+    with contextlib.redirect_stderr(io.StringIO()) if launch.rank else contextlib.nullcontext():
+        arguments = build_parser().parse_args(argv)
     try:
-        return _run(arguments)
+        code = _run(arguments, launch)
+    except RankError:
+        return 2
     except PlopfastError as error:
-        print(f"plopfast: error: {error}", file=sys.stderr)
-        return 2
+        return _fail(str(error), launch)
     except OSError as error:
-        print(f"plopfast: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
-        return 2
+        return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
         resumable = arguments.out and arguments.command in ("run", "train")
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
-        print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
-        return 128 + (error.number if isinstance(error, Interrupted) else 2)
+        if not launch.rank:
+            print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
+        code = 128 + (error.number if isinstance(error, Interrupted) else 2)
+        if not isinstance(error, Interrupted):
+            return code
+    except Exception as error:
+        if launch.size == 1:
+            raise
+        hint = "if this is about a connection or a timeout, another rank ended first, and torchrun says which"
+        return _fail(f"{type(error).__name__}: {error}\n  {hint}\n{traceback.format_exc()}", launch)
+    if launch.size > 1:
+        from . import distributed
+
+        distributed.close()
+    return code
+
+
+def _fail(message: str, launch: machine.Launch) -> int:
+    if launch.size > 1:
+        from . import distributed
+
+        if not distributed.first_to_fail():
+            return 2
+        message = f"rank {launch.rank} of {launch.size}: {message}"
+    print(f"plopfast: error: {message}", file=sys.stderr, flush=True)
+    return 2
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -139,13 +178,17 @@ def settings_of(arguments: argparse.Namespace) -> RunConfig:
     return RunConfig(**settings | {key: value for key, value in vars(arguments).items() if key in names})
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
+    if launch.rank and arguments.command not in ON_RANKS:
+        return 0
     if arguments.command == "bench":
         return _bench(arguments)
     config = settings_of(arguments)
-    from . import pipeline  # torch and transformers are loaded only once the options are known to be right
+    from . import distributed, pipeline  # torch and transformers are loaded only once the options are known to be right
 
     command = arguments.command
+    if command in ON_RANKS:
+        distributed.init(pipeline.device_for(config.device), config.timeout)
     if command == "info":
         print(" ".join(f"{name} {version}" for name, version in machine.versions().items()))
         print(machine.describe(), flush=True)
@@ -168,8 +211,10 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.out is None:
         if command in ("place", "train", "report") or (command in ("eval", "merge") and not arguments.adapter):
             raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
-        arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S")
-    run = pipeline.Run(arguments.out, config, overwrite=arguments.overwrite, resume=arguments.resume, progress=True)
+        now = distributed.largest(int(time.time()))
+        arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    progress = not launch.rank
+    run = pipeline.Run(arguments.out, config, overwrite=arguments.overwrite, resume=arguments.resume, progress=progress)
     if command == "run":
         print(pipeline.run_all(run))
     elif command == "score":

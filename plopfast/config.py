@@ -78,7 +78,7 @@ class TrainConfig:
                     raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
 
 
-FREE = {"device", "threads"} | {item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]}
+FREE = {"device", "threads", "timeout"} | {item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,10 @@ class RunConfig(TrainConfig):
         "auto (Triton where it runs, else torch), or one path for every module",
         ("auto", "torch", "triton", "fused", "lora-first"),
     )
+    parallel: str = _option(
+        "ddp", "under torchrun: the whole model on each rank, or its frozen blocks spread over them", ("ddp", "fsdp")
+    )
+    timeout: int = _option(1800, "seconds that a rank waits for the others before it gives up", positive=True)
     threads: int | None = _option(None, "CPU threads (default: torch's choice)", positive=True)
     score_prompts: int = _option(64, "training rows that are scored", positive=True)
     score_tokens: str = _option("all", "tokens that are scored", ("all", "prompt", "completion"))
@@ -117,6 +121,8 @@ class RunConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.full and self.parallel == "fsdp":
+            raise ConfigError("--parallel fsdp spreads frozen weights, --full trains them: leave one of them out")
         if self.full:
             plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
             given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]

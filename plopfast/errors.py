@@ -33,6 +33,10 @@ class TrainingError(PlopfastError):
     """Training that cannot go on."""
 
 
+class RankError(PlopfastError):
+    """Another rank's failure, which has its own message there."""
+
+
 class FileError(PlopfastError):
     """A file or folder that cannot be read, written or may not be overwritten."""
 

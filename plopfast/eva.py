@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from . import files
+from . import distributed, files
 from .errors import ConfigError, FileError, ModelError
 from .models import LinearInfo
 
@@ -79,8 +79,8 @@ class InputSketch:
                 raise _partly_shared(name)
         rows, ratios = {}, {}
         for name, sketch in self.sketches.items():
-            rows[name], values = leading(sketch, self.tests[len(sketch)], self.rank)
-            ratios[name] = (values / self.energies[name].double().cpu()).float()
+            rows[name], values = leading(distributed.total(sketch.cpu()), self.tests[len(sketch)], self.rank)
+            ratios[name] = (values / distributed.total(self.energies[name].cpu())).float()
         return {n: rows[o] for n, o in self._owner.items()}, {n: ratios[o] for n, o in self._owner.items()}
 
 

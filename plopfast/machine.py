@@ -9,8 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 PACKAGES = ("plopfast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft")
+
+
+class Launch(NamedTuple):
+    rank: int
+    local_rank: int
+    size: int
+
+
+def launch() -> Launch:
+    """This process's rank, its rank on this machine and the number of processes, as torchrun sets them."""
+    if "RANK" not in os.environ:
+        return Launch(0, 0, 1)
+    return Launch(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 
 
 def versions() -> dict[str, str]:

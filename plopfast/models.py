@@ -38,8 +38,7 @@ class LinearInfo:
 
     @property
     def weight_NK(self) -> torch.Tensor:
-        weight = self.module.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = whole(self.module.weight)  # type: ignore[arg-type]
         return weight.T if self.transposed else weight
 
 
@@ -108,6 +107,16 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The repeated layers that hold linear modules, by name, in order."""
     names = {info.name[: _LAYER.search(info.name).end()]: None for info in linear_modules(model)}  # type: ignore[union-attr]
     return {name: model.get_submodule(name) for name in names}
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """Whether it is a DTensor, spread over several ranks; torch takes 0.6 s to import that class."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor, gathered on each rank; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -283,8 +292,8 @@ def _clear_quantisation(model: Any) -> None:
 
 def fingerprint(model: nn.Module, names: list[str]) -> list[float]:
     """The first four weights of each named linear module, by which an adapter recognises its base."""
-    weights = (model.get_submodule(name).weight for name in sorted(names))
-    return [value for weight in weights for value in weight.detach().flatten()[:4].float().tolist()]  # type: ignore[operator]
+    weights = (whole(model.get_submodule(name).weight.detach()) for name in sorted(names))  # type: ignore[operator]
+    return [value for weight in weights for value in weight.flatten()[:4].float().tolist()]
 
 
 def same_fingerprint(one: list[float], two: list[float]) -> bool:

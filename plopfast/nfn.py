@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import files
+from . import distributed, files
 from .data import IGNORE, group_by_length
 from .errors import ConfigError, DataError, FileError, ModelError
 from .eva import InputSketch
@@ -109,16 +109,16 @@ class NFNReport:
 class NFNState:
     """Running sums of the token ratios ||W z|| / (||z|| denominator), per module and prompt, on the device.
 
-    `hook(index, name, bias)` is put on a module; `open(counted)` and `close()` enclose the forward pass of one batch, where
-    `counted` [rows, tokens] is True for the tokens that count. `sketch`, if given, takes the inputs too.
+    `hook(index, name, bias)` is put on a module; `open(counted, first)` and `close()` enclose the forward pass of one batch
+    of the prompts from number `first` on, where `counted` [rows, tokens] is True for the tokens that count. `sketch`, if
+    given, takes the inputs too.
     """
 
     def __init__(self, denominators: torch.Tensor, backend: str = "auto", sketch: InputSketch | None = None) -> None:
         self.backend, self.sketch = backend, sketch
         self.scale = 1.0 / denominators  # [modules]
-        self.squares = torch.zeros_like(self.scale)
-        self.sums: list[torch.Tensor] = []  # of [modules, rows], one for each batch
-        self.counts: list[torch.Tensor] = []
+        self.parts: list[tuple[int, torch.Tensor]] = []  # (first, [sums, squares, counts] x modules x rows) of a batch
+        self._first = 0
         self._counted: torch.Tensor | None = None
         self._calls: list[tuple[int, torch.Tensor, torch.Tensor, int, bool]] = []
         self._input: torch.Tensor | None = None  # the last module's input, and its norms
@@ -160,16 +160,16 @@ class NFNState:
         assert self._counted is not None
         return self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
 
-    def open(self, counted: torch.Tensor) -> None:
-        self._counted = counted
+    def open(self, counted: torch.Tensor, first: int = 0) -> None:
+        self._counted, self._first = counted, first
         self._calls = []
 
     def close(self) -> None:
         """Folds the batch's norms into the sums: one set of operations for all modules of a shape."""
         assert self._counted is not None
         rows = self._counted.shape[0]
-        sums = self.scale.new_zeros(len(self.scale), rows)
-        counts = torch.zeros_like(sums)
+        part = self.scale.new_zeros(3, len(self.scale), rows)
+        sums, squares, counts = part
         groups: dict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
         for i, x_norm, y_norm, extra, inner in self._calls:
             groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
@@ -182,11 +182,18 @@ class NFNState:
             ratio = torch.where(valid, y_CRT / x_CRT * self.scale[index, None, None], 0.0)
             sums.index_add_(0, index, ratio.sum(-1))
             counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
-            self.squares.index_add_(0, index, ratio.square_().sum((-1, -2)))
-        self.sums.append(sums)
-        self.counts.append(counts)
+            squares.index_add_(0, index, ratio.square_().sum(-1))
+        self.parts.append((self._first, part))
         self._counted = self._input = None
         self._calls = []
+
+    def table(self, prompts: int) -> torch.Tensor:
+        """Sums, squares and counts of all ranks' batches: [3, modules, prompts] float64. A prompt is one rank's alone, so
+        that the others only add zeros to it, and the result does not depend on the number of ranks."""
+        table = torch.zeros(3, len(self.scale), prompts, dtype=torch.float64)
+        for first, part in self.parts:
+            table[:, :, first : first + part.shape[2]] = part
+        return distributed.total(table)
 
 
 def score(
@@ -212,7 +219,8 @@ def score(
     anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384).
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
-    mean does not depend on z). `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
+    mean does not depend on z). On several ranks (all of them call it, with the same batches) each runs its share of the
+    batches, and all get the same report as one process. `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
     `eva_rank`: also take that many EVA vectors of each module's inputs from the same passes (`report.eva`, for
     `inject(init="eva")`); `seed` draws their sketch.
 
@@ -237,7 +245,7 @@ def score(
     try:
         known: Any = batches if isinstance(batches, list) else ()
         prompts = sum(len(batch.get("input_ids", ())) for batch in known) or None
-        with torch.no_grad(), bar("score", prompts, "prompts", progress) as meter:
+        with torch.no_grad(), bar("score", prompts and -(-prompts // distributed.size()), "prompts", progress) as meter:
             if compat == "official":
                 report = _score_official(model, batches, seed, meter)
             else:
@@ -313,16 +321,18 @@ def _score(
     with _hooked(infos, hooks):
         while window := list(islice(rows, WINDOW_ROWS)):
             budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
-            for group in group_by_length([len(row.tokens) for row in window], budget):
-                chosen = [window[i] for i in group]
+            groups = group_by_length([len(row.tokens) for row in window], budget)
+            begins = [len(order) + n for n in accumulate(map(len, groups), initial=0)]
+            order += [window[i] for group in groups for i in group]
+            tokens += sum(int(row.counted.sum()) for row in window)  # still on the CPU
+            for index, mine in distributed.share(len(groups)):
+                chosen = order[begins[index] : begins[index + 1]]
                 ids = pad_sequence([row.tokens for row in chosen], batch_first=True)
                 mask = pad_sequence([torch.ones_like(row.tokens) for row in chosen], batch_first=True)
                 counted = pad_sequence([row.counted for row in chosen], batch_first=True)
-                tokens += int(counted.sum())  # still on the CPU
-                state.open(counted.to(device))
+                state.open(counted.to(device) & mine, begins[index])
                 runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
                 state.close()
-                order += chosen
                 meter.update(len(chosen))
     if not tokens:
         raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
@@ -374,9 +384,8 @@ def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.T
 
 
 def _collect(state: NFNState, infos: Sequence[LinearInfo], order: Sequence[_Row]) -> dict[str, ModuleScore]:
-    sums = torch.cat(state.sums, 1).to("cpu", torch.float64)  # [modules, prompts]
-    counts = torch.cat(state.counts, 1).to("cpu", torch.float64).sum(1)
-    squares = state.squares.to("cpu", torch.float64)
+    sums, squares, counts = state.table(len(order))  # [modules, prompts] each
+    squares, counts = squares.sum(1), counts.sum(1)
     bad = (~sums.isfinite()).nonzero()
     if len(bad):
         module, prompt = bad[0].tolist()
@@ -406,11 +415,10 @@ def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed
     seen = {"tokens": 0, "prompts": 0}
 
     def hook_for(info: LinearInfo) -> Any:
-        w_NK = info.weight_NK
-
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
             z_MK = args[0].float().reshape(-1, info.n_in)
-            w = w_NK.float() / (w_NK.float().square().mean().sqrt() + 1e-8)
+            w_NK = info.weight_NK.float()
+            w = w_NK / (w_NK.square().mean().sqrt() + 1e-8)
             z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
             g = torch.randn(z.shape, generator=generator, device=device)
             g = g / (g.norm(dim=1, keepdim=True) + 1e-8)

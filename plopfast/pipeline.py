@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from . import eva, files, machine
+from . import distributed, eva, files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
@@ -63,10 +63,13 @@ class Run:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
-        with self.stage("load"):
+        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp" and distributed.size() > 1
+        with self.stage("load"), distributed.first_on_each_machine():
             model, tokenizer = load_model(
-                self.config.model, dtype=getattr(torch, self.config.dtype), device=device_for(self.config.device)
+                self.config.model, dtype=getattr(torch, self.config.dtype), device="cpu" if sharded else device
             )
+        if sharded:
+            distributed.shard(model, device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
         self.say(f"{model.name_or_path}: {size:.1f}M parameters, {self.config.dtype}, {device_for(self.config.device)}")
         return model, tokenizer
@@ -122,6 +125,8 @@ class Run:
         machine.reset_peak()
         began = time.perf_counter()
         yield
+        if not distributed.is_main():
+            return
         path = self.folder / "stages.json"
         stages = files.read_json(path, "plopfast") if path.exists() else {}
         stages[name] = {
@@ -133,7 +138,7 @@ class Run:
 
     def begin(self, stage: str) -> None:
         """Refuses to overwrite what the stage left behind, unless asked to; then keeps the settings."""
-        files.refuse_existing(self.file(stage), self.overwrite)
+        distributed.on_main(lambda: files.refuse_existing(self.file(stage), self.overwrite))
         self.write_config()
 
     def write_config(self) -> None:
@@ -147,7 +152,7 @@ class Run:
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
-        files.write_json(self.folder / "config.json", value)
+        distributed.on_main(lambda: files.write_json(self.folder / "config.json", value))
 
     def _check_same_settings(self) -> None:
         kept = load_settings(self.folder / "config.json")
@@ -169,7 +174,12 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def device_for(name: str) -> torch.device:
-    """The device that a --device value names. Raises ConfigError where this machine has none such."""
+    """The device that a --device value names; a rank's own GPU under torchrun. Raises ConfigError where this machine has none such."""
+    launch = machine.launch()
+    if launch.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        if launch.local_rank >= (count := torch.cuda.device_count()):
+            raise ConfigError(f"more processes than GPUs on this machine: --nproc-per-node {count}, or --device cpu")
+        return torch.device("cuda", launch.local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -190,11 +200,15 @@ def run_score(run: Run) -> NFNReport:
     how |= {"backend": config.backend, "eva_rank": config.rank if config.init == "eva" else None}
     with run.stage("score"):
         report = score(run.model, batches_of(sample, SCORE_ROWS), seed=config.seed, progress=run.progress, **how)
-    if report.eva:
-        eva.save(run.folder / EVA, report.eva, report.eva_ratios)
-    else:  # an earlier scoring's vectors must not meet these scores
-        (run.folder / EVA).unlink(missing_ok=True)
-    report.save(run.file("score"))
+
+    def save() -> None:
+        if report.eva:
+            eva.save(run.folder / EVA, report.eva, report.eva_ratios)
+        else:  # an earlier scoring's vectors must not meet these scores
+            (run.folder / EVA).unlink(missing_ok=True)
+        report.save(run.file("score"))
+
+    distributed.on_main(save)
     run.say(report.table())
     return report
 
@@ -205,7 +219,7 @@ def run_place(run: Run) -> Placement:
     config = run.config
     rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
     placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed)
-    placement.save(run.file("place"))
+    distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
 
@@ -236,13 +250,19 @@ def run_train(run: Run) -> TrainResult:
         except TrainingError:
             if trainer.best_step and placement is not None:  # the last good adapters are of use to somebody
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
+                distributed.barrier()
             raise
-    if placement is None:
-        _save_model(run, run.file("train"))
-    else:
+    if placement is not None:
         save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
-    files.write_json(run.folder / "training.json", {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s})
-    shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+    def save() -> None:
+        if placement is None:
+            _save_model(run, run.file("train"))
+        value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s}
+        files.write_json(run.folder / "training.json", value)
+        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
+
+    distributed.on_main(save)
     run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
     return result
 
@@ -276,15 +296,17 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
-    files.write_json(run.file("eval"), {"base": dataclasses.asdict(base), "tuned": dataclasses.asdict(tuned)})
+    value = {"base": dataclasses.asdict(base), "tuned": dataclasses.asdict(tuned)}
+    distributed.on_main(lambda: files.write_json(run.file("eval"), value))
     return {"base": base, "tuned": tuned}
 
 
 def run_report(run: Run) -> Path:
     from .report import write_report  # needs the extra `report`
 
-    files.refuse_existing(run.file("report"), run.overwrite)
-    return write_report(run.folder)
+    distributed.on_main(lambda: files.refuse_existing(run.file("report"), run.overwrite))
+    distributed.on_main(lambda: write_report(run.folder))
+    return run.file("report")
 
 
 def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> Path:
@@ -302,27 +324,33 @@ def run_all(run: Run) -> str:
     folder already are left out."""
     from . import report  # noqa: F401  # a missing extra should stop the run before its work, not after
 
-    if not run.resume and run.folder.is_dir():
-        left = [path for path in run.folder.iterdir() if path.name not in NO_RESULT]
-        if left and not run.overwrite:
-            files.refuse_existing(run.folder, False)
+    def refuse_results() -> None:
+        if not run.resume and run.folder.is_dir():
+            left = [path for path in run.folder.iterdir() if path.name not in NO_RESULT]
+            if left and not run.overwrite:
+                files.refuse_existing(run.folder, False)
+
+    def remove_results() -> None:  # those of two runs must not mix
+        for path in (run.folder / name for name in (*STAGES.values(), *OTHERS)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    distributed.on_main(refuse_results)
     run.rows("train")
     run.write_config()  # from here on an interrupted run can be resumed
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
         run.examples(split)
-    if run.overwrite and not run.resume:  # results of two runs must not mix
-        for path in (run.folder / name for name in (*STAGES.values(), *OTHERS)):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if run.overwrite and not run.resume:
+        distributed.on_main(remove_results)
     for stage, do in (
         ("score", run_score), ("place", run_place), ("train", run_train), ("eval", run_eval), ("report", run_report),
     ):  # fmt: skip
         if run.config.full and stage not in ("train", "eval"):
             continue
-        if run.resume and run.file(stage).exists():
+        if run.resume and distributed.on_main(run.file(stage).exists):
             run.say(f"{stage}: already done")
             continue
         do(run)
-    return summary(run.folder)
+    return summary(run.folder) if distributed.is_main() else ""
 
 
 def summary(folder: Path) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import files
+from . import distributed, files
 from .blocks import prepared_blocks
-from .checkpoint import load_state, save_state
+from .checkpoint import checkpoints, load_state, save_state
 from .config import FREE, TrainConfig
 from .data import Example, collate, collate_packed, group_by_length, groups_in_epoch, micro_batches
 from .errors import ConfigError, FileError, Interrupted, TrainingError
@@ -61,6 +61,9 @@ class Trainer:
     metrics.jsonl and the newest `config.keep` checkpoints are written there, also on Ctrl-C, and `fit(resume=True)`
     goes on exactly where the newest good one stopped (bit for bit on the CPU).
 
+    On N ranks (see `distributed`; all of them make a trainer and fit it) a step takes `config.accumulate` micro-batches
+    on each, dealt out from one stream, so that it is the step of one process that accumulates N times as many.
+
     Raises ConfigError for a budget below the longest row, TrainingError where there is nothing to train.
     """
 
@@ -97,6 +100,7 @@ class Trainer:
         self.max_steps = config.max_steps or self._steps_in_epoch()
         self.objective = Objective(model)
         self.shared = find_shared_inputs(model)
+        self.parallel = distributed.averaged(self.objective)
         self.optimizer = self._make_optimizer()
         self.step = self.updates = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
@@ -108,14 +112,16 @@ class Trainer:
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the end, or until the validation loss has not improved `patience` times. Raises TrainingError for
         a loss that is not finite (the model then holds the best adapters so far), Interrupted after Ctrl-C."""
-        torch.manual_seed(self.config.seed)
+        torch.manual_seed((self.config.seed + 1_000_003 * distributed.rank()) % 2**63)  # a rank's own dropout
         self._begin_log(resume)
         began, before, computed = time.perf_counter(), self.tokens, self.positions
-        batches = islice(self._micro_batches(), self.step * self.config.accumulate, None)
+        groups_in_step = self.config.accumulate * distributed.size()
+        batches = islice(self._micro_batches(), self.step * groups_in_step, None)
         self.model.train()
         with contextlib.ExitStack() as stack:
             name = self.out.name if self.out else None
-            self.log = open_log(self.out, self.config.log_to, name, self.step + 1)
+            if distributed.is_main():
+                self.log = open_log(self.out, self.config.log_to, name, self.step + 1)
             stack.callback(self.log.close)
             stack.callback(self.model.eval)
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
@@ -123,8 +129,11 @@ class Trainer:
             interrupted = stack.enter_context(self._interruptible())
             meter = stack.enter_context(bar("train", self.max_steps, "steps", self.progress))
             meter.update(self.step)
-            while self.step < self.max_steps and self.worse < self.config.patience and not interrupted:
-                self._train_step([next(batches) for _ in range(self.config.accumulate)])
+            # the ranks stop together, although a signal reaches them at different times
+            while not (number := distributed.largest(interrupted[0] if interrupted else 0)):
+                if self.step >= self.max_steps or self.worse >= self.config.patience:
+                    break
+                self._train_step(list(islice(batches, groups_in_step)))
                 rate = (self.tokens - before) / (time.perf_counter() - began)
                 meter.set_postfix_str(f"loss {self.last_loss:.3f}, {rate:.0f} tokens/s")
                 meter.update()
@@ -132,9 +141,9 @@ class Trainer:
                     self._validate()
                 if self.step % (self.config.save_every or self.config.eval_every) == 0 or self.step == self.max_steps:
                     self._save()
-            if interrupted:
+            if number:
                 where = f"; the state is in {self._save()}" if self.out else ""
-                raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", interrupted[0])
+                raise Interrupted(f"stopped after step {self.step} of {self.max_steps}{where}", number)
         self._take(self.best if self.valid else self.average)
         if not self.valid:
             self.best_step = self.step
@@ -161,7 +170,7 @@ class Trainer:
         return lines
 
     def _train_step(self, groups: list[list[int]]) -> None:
-        """One optimizer step: forward and backward of each micro-batch, clip, step, log."""
+        """One optimizer step: forward and backward of this rank's share of the micro-batches, clip, step, log."""
         began = time.perf_counter()
         examples = [[self.rows[i] for i in group] for group in groups]
         label_tokens = sum(len(e.tokens) - e.start for group in examples for e in group)
@@ -171,16 +180,19 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=device_of(self.model))
         positions = 0
+        mine = examples[distributed.rank() :: distributed.size()]
         with prepared(self.model):
-            for group in examples:
+            for number, group in enumerate(mine, 1):
                 batch = self._collate(group)
                 positions += batch["input_ids"].numel()
-                loss = self.objective(batch) / label_tokens
-                loss.backward()
+                with distributed.held(self.parallel) if number < len(mine) else contextlib.nullcontext():
+                    loss = self.parallel(batch) / (label_tokens / distributed.size())  # the ranks' mean is the loss
+                    loss.backward()
                 total += loss.detach()
         clip = self.config.clip or math.inf
         grad_norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), clip))
-        self.last_loss = float(total)
+        loss_sum, positions_sum = distributed.total([float(total), positions]).tolist()
+        self.last_loss, positions = loss_sum / distributed.size(), int(positions_sum)
         finite = math.isfinite(self.last_loss) and math.isfinite(grad_norm)
         if not finite:
             self._not_finite(self.last_loss, grad_norm, examples)
@@ -218,11 +230,12 @@ class Trainer:
     def _valid_loss(self) -> float:
         self.model.eval()
         total, labels = 0.0, sum(len(e.tokens) - e.start for e in self.valid)
-        for group in group_by_length([len(e.tokens) for e in self.valid], self.batch_tokens):
-            rows = [self.valid[i] for i in group]
-            total += float(self.objective(self._collate(rows, packed=False)))
+        groups = group_by_length([len(e.tokens) for e in self.valid], self.batch_tokens)
+        for index, counts in distributed.share(len(groups)):
+            rows = [self.valid[i] for i in groups[index]]
+            total += counts * float(self.objective(self._collate(rows, packed=False)))
         self.model.train()
-        return total / labels
+        return float(distributed.total([total])) / labels
 
     def _not_finite(self, loss: float, grad_norm: float, examples: list[list[Example]]) -> None:
         rows = ", ".join(e.where for group in examples for e in group[:2])
@@ -255,7 +268,7 @@ class Trainer:
         config, parts = self.config, (self.lengths[: self.labelled], self.lengths[self.labelled :])
         ours, others = (groups_in_epoch(n, self.batch_tokens, config.seed, config.packing) if n else 0 for n in parts)
         groups = ours / (1 - config.unlabeled_share) if config.unlabeled_share else ours + others
-        return math.ceil(groups / config.accumulate)
+        return math.ceil(groups / (config.accumulate * distributed.size()))
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW; with LoRA+ (Hayou et al., arXiv 2402.12354) the lora_B learn faster than the rest."""
@@ -291,25 +304,35 @@ class Trainer:
         names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE]
         resolved = {"max_steps": self.max_steps, "batch_tokens": self.batch_tokens}
         data = {"examples": self.labelled, "unlabeled": len(self.rows) - self.labelled, "tokens": sum(self.lengths)}
-        return {**{name: getattr(self.config, name) for name in names}, **resolved, **data}
+        ranks = {"ranks": distributed.size()}
+        return {**{name: getattr(self.config, name) for name in names}, **resolved, **data, **ranks}
 
     def _save(self) -> Path | None:
         if self.out is None:
             return None
-        tensors = {"rng": torch.get_rng_state()}
+        tensors = {f"rng/{rank}": state for rank, state in enumerate(distributed.gather(torch.get_rng_state()))}
         if device_of(self.model).type == "cuda":
-            tensors["rng_cuda"] = torch.cuda.get_rng_state(device_of(self.model))
+            states = distributed.gather(torch.cuda.get_rng_state(device_of(self.model)))
+            tensors |= {f"rng_cuda/{rank}": state for rank, state in enumerate(states)}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
             held = {"now": parameter, "best": self.best.get(name), "average": self.average.get(name), **state}
             tensors |= {f"{key}/{name}": held[key] for key in STATES if held.get(key) is not None}
         facts = {"identity": self._identity(), **{key: getattr(self, key) for key in COUNTERS}}
-        return save_state(self.out / CHECKPOINTS, self.step, tensors, facts, self.config.keep)
+        folder, keep = self.out / CHECKPOINTS, self.config.keep
+        distributed.on_main(lambda: save_state(folder, self.step, tensors, facts, keep))
+        return checkpoints(folder)[0]
 
     def _resume(self) -> None:
         if self.out is None:
             raise TrainingError("resume needs the folder `out` that holds the checkpoints")
         tensors, facts, path = load_state(self.out / CHECKPOINTS)
+        ranks = facts["identity"]["ranks"]
+        if ranks != distributed.size():
+            raise TrainingError(
+                f"{path}: belongs to a training on {ranks} ranks, this one has {distributed.size()}: resume it under "
+                f"torchrun with nodes x --nproc-per-node = {ranks}, or start anew with --overwrite"
+            )
         changed = {
             k: (facts["identity"].get(k), v) for k, v in self._identity().items() if facts["identity"].get(k) != v
         }
@@ -329,9 +352,10 @@ class Trainer:
                 moments = {key: of[key] for key in ("exp_avg", "exp_avg_sq")}
                 step = torch.tensor(float(facts["updates"]), device=parameter.device if parameter.is_cuda else "cpu")
                 self.optimizer.state[parameter] = {"step": step, **moments}
-        torch.set_rng_state(tensors["rng"])
-        if "rng_cuda" in tensors and device_of(self.model).type == "cuda":
-            torch.cuda.set_rng_state(tensors["rng_cuda"], device_of(self.model))
+        torch.set_rng_state(tensors[f"rng/{distributed.rank()}"])
+        cuda = f"rng_cuda/{distributed.rank()}"
+        if cuda in tensors and device_of(self.model).type == "cuda":
+            torch.cuda.set_rng_state(tensors[cuda], device_of(self.model))
         for key in COUNTERS:
             setattr(self, key, facts[key])
 
@@ -343,19 +367,20 @@ class Trainer:
         if self.out is None:
             return
         path = self.out / "metrics.jsonl"
-        if not resume:
-            shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
-        elif path.exists():
+        if resume and path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # the last line may have been cut short by a kill
                     self.history.append(json.loads(line))
             self.history = [record for record in self.history if record["step"] <= self.step]
-        files.write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
+        if distributed.is_main():
+            if not resume:
+                shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
+            files.write_text(path, "".join(json.dumps(record) + "\n" for record in self.history))
 
     def _record(self, record: dict[str, Any]) -> None:
         self.history.append(record)
         self.log.write({key: value for key, value in record.items() if isinstance(value, int | float)})
-        if self.out is not None:
+        if self.out is not None and distributed.is_main():
             try:
                 with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
@@ -366,8 +391,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[list[int]]:
-        """While it lasts, SIGINT and SIGTERM are only noted in the list it yields, so that no step is torn; a second
-        one acts at once. (Python allows handlers in the main thread alone: elsewhere the list stays empty.)"""
+        """While it lasts, SIGINT and SIGTERM are only noted in the list it yields, so that no step is torn; the same
+        one again acts at once. (Python allows handlers in the main thread alone: elsewhere the list stays empty.)"""
         noted: list[int] = []
         if threading.current_thread() is not threading.main_thread():
             yield noted
@@ -375,7 +400,7 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _frame: Any) -> None:
-            if noted:
+            if number in noted:  # the same one again: torchrun passes a SIGINT on as SIGTERM
                 raise KeyboardInterrupt
             noted.append(number)
 

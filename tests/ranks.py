@@ -1,0 +1,176 @@
+"""What test_distributed.py compares: `python ranks.py FOLDER CHECK...` runs checks on the ranks that torchrun starts (or
+on one, without it), and writes what they found into FOLDER."""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from conftest import build, random_batches
+from test_lora import everywhere
+from torch.distributed.tensor import DTensor
+
+import plopfast as pf
+from plopfast import cli, distributed
+from plopfast.data import Example
+from plopfast.errors import Interrupted, TrainingError
+from plopfast.train import Trainer
+
+STEPS = 6
+
+
+def examples(count=64):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(6, 30, (count,), generator=generator).tolist()
+    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
+    return [Example(tuple(row), len(row) // 2, None, f"row {i}") for i, row in enumerate(rows)]
+
+
+def adapted(kind="ddp", dropout=0.0):
+    model = build("llama")
+    if kind == "fsdp" and distributed.size() > 1:
+        distributed.shard(model, torch.device("cpu"))
+    if kind != "full":
+        pf.inject(model, everywhere(model), dropout=dropout)
+    return model
+
+
+def trainer(model, out=None, kind=Trainer, **config):
+    """Two micro-batches a step, however many ranks there are."""
+    settings = {
+        "max_steps": STEPS,
+        "batch_tokens": 90,
+        "eval_every": 3,
+        "lr": 1e-2,
+        "accumulate": 2 // distributed.size(),
+        **config,
+    }
+    return kind(model, pf.TrainConfig(**settings), examples()[:50], examples()[50:], out=out)
+
+
+def train(folder, kind):
+    made = trainer(adapted(kind), folder / kind, ema=0.5)
+    made.fit()
+    if kind == "full":
+        state = {name: p.detach() for name, p in made.parameters.items()}
+        write(folder / kind / "weights", {name: p.double().norm().item() for name, p in state.items()})
+    else:
+        pf.save_adapter(made.model, folder / kind / "adapter")
+    held = {"weights": 0, "adapters": 0, "optimizer": 0}
+    for parameter in made.model.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        held["adapters" if parameter.requires_grad else "weights"] += local.nbytes
+    held["optimizer"] = sum(t.nbytes for state in made.optimizer.state.values() for t in state.values())
+    write(folder / kind / "held", held)
+
+
+def ddp(folder):
+    train(folder, "ddp")
+
+
+def fsdp(folder):
+    train(folder, "fsdp")
+
+
+def full(folder):
+    train(folder, "full")
+
+
+def score(folder):
+    for kind in ("ddp", "fsdp"):
+        for name, options in {
+            "plain": {"batch_tokens": 40},  # 5 groups: one rank has one more
+            "monte-carlo": {"baseline": "monte-carlo", "tokens": "completion"},
+            "official": {"compat": "official"},
+        }.items():
+            model = build("llama")
+            if kind == "fsdp" and distributed.size() > 1:
+                distributed.shard(model, torch.device("cpu"))
+            report = pf.score(model, random_batches(), **options)
+            scores = {n: [s.nfn, s.std, s.tokens] for n, s in report.scores.items()}
+            write(folder / "score" / kind / name, [report.prompts, report.tokens, scores])
+    eva = pf.score(build("llama"), random_batches(), eva_rank=2, batch_tokens=40)
+    write(folder / "score" / "eva", {n: (v.T @ v).tolist() for n, v in eva.eva.items()})
+
+
+class Signalled(Trainer):
+    """Only the last rank gets the signal."""
+
+    def _train_step(self, groups):
+        super()._train_step(groups)
+        if self.step == 2 and distributed.rank() == distributed.size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resume(folder):
+    """With dropout, so that each rank's generator matters."""
+    whole = trainer(adapted(dropout=0.2))
+    whole.fit()
+    stopped = trainer(adapted(dropout=0.2), folder / "resume", Signalled)
+    try:
+        stopped.fit()
+    except Interrupted as error:
+        write(folder / "resume" / "message", str(error))
+    resumed = trainer(adapted(dropout=0.2), folder / "resume")
+    resumed.fit(resume=True)
+    same = all(torch.equal(p, resumed.parameters[name]) for name, p in whole.parameters.items())
+    losses = [record.get("loss") for record in resumed.history]
+    write(folder / "resume" / "found", [same, losses == [record.get("loss") for record in whole.history]])
+    masks = distributed.gather(torch.get_rng_state())
+    write(folder / "resume" / "own masks", [not torch.equal(masks[0], mask) for mask in masks[1:]])
+
+
+def not_finite(folder):
+    """One rank's loss is NaN."""
+    made = trainer(adapted(), folder / "not_finite")
+    broken = lambda _m, _a, out: out * float("nan") if made.step == 4 and distributed.rank() else out  # noqa: E731
+    made.model.model.embed_tokens.register_forward_hook(broken)
+    try:
+        made.fit()
+    except TrainingError as error:
+        write(folder / "not_finite" / "message", str(error))
+
+
+def write(path, value):
+    path = path.with_name(f"{path.name}.{distributed.rank()}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def breaking(how):
+    """The command line, whose rank 1 breaks in step 2."""
+
+    class Breaks(Trainer):
+        def _train_step(self, groups):
+            super()._train_step(groups)
+            if self.step == 2 and distributed.rank() == 1:
+                how()
+
+    from plopfast import pipeline
+
+    pipeline.Trainer = Breaks
+    sys.exit(cli.main(sys.argv[3:]))
+
+
+def raises(_folder):
+    def how():
+        raise RuntimeError("the cat sat on the power switch")
+
+    breaking(how)
+
+
+def dies(_folder):
+    breaking(lambda: os._exit(7))
+
+
+CHECKS = {check.__name__: check for check in (ddp, fsdp, full, score, resume, not_finite, raises, dies)}
+
+if __name__ == "__main__":
+    if sys.argv[2] in ("raises", "dies"):
+        CHECKS[sys.argv[2]](None)
+    distributed.init(torch.device("cpu"), 60)
+    for check in sys.argv[2:]:
+        CHECKS[check](Path(sys.argv[1]))
+    distributed.close()
