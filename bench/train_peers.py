@@ -9,15 +9,15 @@ Arms: plopfast; PEFT with the Hugging Face Trainer, rows in random order or grou
 SFTTrainer; full fine-tuning with the Hugging Face Trainer. All get the same tokens, labels and base weights, torch's
 AdamW, the same cosine schedule (no warmup: they count its steps differently), clipping at 1.0 and no dropout; the LoRA
 arms also the same learning rate and initial adapters. Peers take 8 rows a step, plopfast the smallest token budget that
-needs no more steps. The order of the rows is each trainer's own, from the repeat's number as seed. Evaluation, saving,
-logging and gradient checkpointing are off for all (SFTTrainer would switch checkpointing on; what still differs between
-its arguments and the Trainer's is printed). In bfloat16 the base is loaded in bfloat16 and the peers run with
-`bf16=True` (autocast); PEFT and plopfast both keep the adapters in float32.
+needs no more steps. The order of the rows is each trainer's own, seeded with the repeat's number. Evaluation, saving,
+logging and gradient checkpointing are off (SFTTrainer would switch checkpointing on; what still differs between its
+arguments and the Trainer's is printed). In bfloat16 the base is loaded in bfloat16 and the peers run with `bf16=True`
+(autocast); PEFT and plopfast both keep the adapters in float32.
 
 Only training is timed (`fit()`, `train()`), in real tokens, of which padding is none; CPU time is less disturbed by
 other processes than wall time. Memory is the peak of resident memory during training less that of the loaded model
-before adapters and trainer exist. The trained models are all evaluated by plopfast's `evaluate`: the validation loss in
-each repeat, the accuracy in the first. A round of 8 rows that nobody measures comes before.
+before adapters and trainer exist. plopfast's `evaluate` gives every arm's validation loss in each repeat, and accuracy
+in the first. A round of 8 rows comes before, unmeasured.
 """
 
 import argparse
@@ -31,7 +31,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
 from pydoc_data.topics import topics
 from typing import Any
@@ -48,7 +47,6 @@ try:
     import peft
     import transformers
     import trl
-    from transformers.trainer_callback import PrinterCallback
 except ImportError as error:
     raise SystemExit(f"{error}: the trainers to compare with come with pip install 'plopfast[hf,bench]'") from None
 
@@ -59,14 +57,12 @@ from plopfast.lora import adapters
 
 PEERS = ("peft", "transformers", "accelerate", "datasets", "trl")
 TYPES = ["v_proj", "up_proj", "down_proj"]
-RANK, ALPHA, ROWS = 16, 32.0, 8
-LORA_LR, FULL_LR = 1e-3, 2e-5
+RANK, ALPHA, ROWS, LORA_LR, FULL_LR = 16, 32.0, 8, 1e-3, 2e-5
+LORA = {"r": RANK, "lora_alpha": ALPHA, "target_modules": TYPES, "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}
 # ratios of plopfast to PEFT with the Hugging Face Trainer in random order
-TARGETS = dict.fromkeys("ab", "tokens/s >= 2.0, extra MiB <= 0.5, valid loss <= 1.01")
-TARGETS["c"] = "tokens/s >= 1.3, valid loss <= 1.01"
-RATIOS = {
-    "tokens_per_s": "tokens/s", "tokens_per_cpu_s": "tokens/CPU s", "extra_mib": "extra MiB", "valid_loss": "valid loss",
-}  # fmt: skip
+TARGETS = dict.fromkeys("ab", "tokens/s >= 2.0, extra MiB <= 0.5, loss <= 1.01")
+TARGETS["c"] = "tokens/s >= 1.3, loss <= 1.01"
+RATIOS = {"tokens_per_s": "tokens/s", "tokens_per_cpu_s": "tokens/CPU s", "extra_mib": "extra MiB", "loss": "loss"}
 COLUMNS = {**RATIOS, "padding": "padding", "steps": "steps", "accuracy": "accuracy"}
 
 
@@ -103,19 +99,16 @@ def case_a(dtype: torch.dtype, scale: float) -> Case:
 
 def case_b(dtype: torch.dtype, scale: float) -> Case:
     model, tokenizer = pf.load_model(dtype=dtype)
-    rng = random.Random(0)
-    lengths = [round(math.exp(rng.uniform(math.log(16), math.log(512)))) for _ in range(max(2 * ROWS, int(48 * scale)))]
-    held_out = len(lengths) // 3
+    rng, held_out = random.Random(0), max(ROWS, int(16 * scale))
+    lengths = [round(16 * 32 ** rng.random()) for _ in range(3 * held_out)]
     data = help_texts(tokenizer, lengths[held_out:], lengths[:held_out])
     return Case("SmolLM2-135M, rows of 16 to 512 tokens", model, tokenizer, *data)
 
 
 def case_c(dtype: torch.dtype, scale: float) -> Case:
     tokenizer = pf.load_model()[1]
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=512, intermediate_size=1408, num_hidden_layers=12,
-        num_attention_heads=8, max_position_embeddings=512, tie_word_embeddings=True,
-    )  # fmt: skip
+    sizes = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = transformers.LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(dtype).eval()
     data = help_texts(tokenizer, [512] * max(ROWS, int(16 * scale)), [512] * 8)
@@ -125,8 +118,7 @@ def case_c(dtype: torch.dtype, scale: float) -> Case:
 def help_texts(tokenizer: Any, *lengths: list[int]) -> list[list[Example]]:
     """Training and validation rows of these lengths: consecutive pieces of Python's help topics, every fifth of which is
     for validation. Every token but a row's first carries a label."""
-    texts = [text for _, text in sorted(topics.items())]
-    splits = []
+    texts, splits = [text for _, text in sorted(topics.items())], []
     for part, sizes in zip(([t for i, t in enumerate(texts) if i % 5], texts[::5]), lengths, strict=True):
         tokens = tokenizer("\n\n".join(part))["input_ids"]
         assert sum(sizes) <= len(tokens), "the help texts are too short for so many rows: choose a smaller --rows"
@@ -137,7 +129,7 @@ def help_texts(tokenizer: Any, *lengths: list[int]) -> list[list[Example]]:
 
 @dataclass(frozen=True)
 class Job:
-    """One training: a copy of the case's model, to be trained in place."""
+    """One training, in place. An arm takes a job, prepares it, and returns what trains and then gives the steps."""
 
     case: Case
     model: Any
@@ -155,9 +147,6 @@ def train_config(case: Case, seed: int = 0) -> pf.TrainConfig:
     return pf.TrainConfig(lr=LORA_LR, warmup=0.0, clip=1.0, batch_tokens=case.batch_tokens, seed=seed)
 
 
-# each arm prepares a job and returns the function that trains and returns the number of steps
-
-
 def plopfast(job: Job) -> Callable[[], int]:
     pf.inject(job.model, placement(job.model))
     trainer = pf.Trainer(job.model, train_config(job.case, job.seed), job.examples)
@@ -165,16 +154,14 @@ def plopfast(job: Job) -> Callable[[], int]:
 
 
 def peft_hf(job: Job, order: str = "random") -> Callable[[], int]:
-    wrapped = peft.get_peft_model(job.model, lora_config())
+    wrapped = replace(job, model=peft.get_peft_model(job.model, peft.LoraConfig(**LORA)))
     same_start(job)
-    return hf(replace(job, model=wrapped), LORA_LR, order)
+    return hf(wrapped, LORA_LR, order)
 
 
 def peft_trl(job: Job) -> Callable[[], int]:
-    arguments, data = trl.SFTConfig(**hf_settings(job, LORA_LR)), hf_dataset(job.examples)
-    trainer = trl.SFTTrainer(
-        job.model, arguments, train_dataset=data, processing_class=job.case.tokenizer, peft_config=lora_config()
-    )
+    arguments = trl.SFTConfig(**hf_settings(job, LORA_LR))
+    trainer = trl.SFTTrainer(job.model, arguments, **hf_data(job), peft_config=peft.LoraConfig(**LORA))
     same_start(job)
     return starter(trainer)
 
@@ -182,38 +169,34 @@ def peft_trl(job: Job) -> Callable[[], int]:
 def hf(job: Job, lr: float = FULL_LR, order: str = "random") -> Callable[[], int]:
     arguments = transformers.TrainingArguments(**hf_settings(job, lr), train_sampling_strategy=order)
     collator = transformers.DataCollatorForSeq2Seq(job.case.tokenizer)  # pads to the longest row, labels with -100
-    data = {"train_dataset": hf_dataset(job.examples), "processing_class": job.case.tokenizer}
-    return starter(transformers.Trainer(job.model, arguments, collator, **data))
+    return starter(transformers.Trainer(job.model, arguments, collator, **hf_data(job)))
 
 
 ARMS: dict[str, Callable[[Job], Callable[[], int]]] = {
-    "plopfast": plopfast, "peft+hf": peft_hf, "peft+hf grouped": partial(peft_hf, order="group_by_length"),
+    "plopfast": plopfast, "peft+hf": peft_hf, "peft+hf grouped": lambda job: peft_hf(job, "group_by_length"),
     "peft+trl": peft_trl, "full+hf": hf,
 }  # fmt: skip
 
 
 def starter(trainer: Any) -> Callable[[], int]:
-    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
     return lambda: int(trainer.train().global_step)
 
 
 def hf_settings(job: Job, lr: float) -> dict[str, Any]:
     return {
         "output_dir": job.folder, "per_device_train_batch_size": ROWS, "num_train_epochs": 1, "learning_rate": lr,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "use_cpu": True,
-        "bf16": job.model.dtype == torch.bfloat16, "gradient_checkpointing": False, "save_strategy": "no",
-        "eval_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True,
-        "dataloader_num_workers": 0, "dataloader_pin_memory": False, "seed": job.seed,
+        "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": job.seed,
+        "use_cpu": True, "bf16": job.model.dtype == torch.bfloat16, "gradient_checkpointing": False,
+        "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
     }  # fmt: skip
 
 
-def hf_dataset(examples: list[Example]) -> Any:
-    rows = [(list(e.tokens), [IGNORE] * e.start + list(e.tokens[e.start :])) for e in examples]
-    return datasets.Dataset.from_list([{"input_ids": tokens, "labels": labels} for tokens, labels in rows])
-
-
-def lora_config() -> peft.LoraConfig:
-    return peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TYPES, lora_dropout=0.0, task_type="CAUSAL_LM")
+def hf_data(job: Job) -> dict[str, Any]:
+    labels = [(IGNORE,) * e.start + e.tokens[e.start :] for e in job.examples]
+    rows = datasets.Dataset.from_dict({"input_ids": [e.tokens for e in job.examples], "labels": labels})
+    return {"train_dataset": rows, "processing_class": job.case.tokenizer}
 
 
 def same_start(job: Job) -> None:
@@ -225,45 +208,39 @@ def same_start(job: Job) -> None:
 def sft_differences(case: Case) -> dict[str, list[str]]:
     """Arguments that SFTConfig has in common with TrainingArguments and sets otherwise in this benchmark."""
     settings = hf_settings(Job(case, case.model, [], "unused", 0), LORA_LR)
-    theirs, sft = vars(transformers.TrainingArguments(**settings)), vars(trl.SFTConfig(**settings))
-    names = [name for name in theirs if theirs[name] != sft[name] and name != "distributed_state"]
-    return {name: [str(theirs[name]), str(sft[name])] for name in names}
+    plain, sft = vars(transformers.TrainingArguments(**settings)), vars(trl.SFTConfig(**settings))
+    return {k: [str(plain[k]), str(sft[k])] for k in plain if plain[k] != sft[k] and k != "distributed_state"}
 
 
 def run(case: Case, arm: str, repeat: int) -> dict[str, float]:
     """Trains a copy of the case's model once; the figures, with those of quality unless it is the warm-up (0)."""
-    job = Job(case, copy.deepcopy(case.model), case.train if repeat else case.train[:ROWS], "", repeat)
-    processed = 0
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {"processed": 0}
 
     def count(_module: Any, arguments: Any, _output: Any) -> None:
-        nonlocal processed
-        processed += arguments[0].numel()
+        figures["processed"] += arguments[0].numel()
+
+    def timed() -> None:
+        wall, cpu = time.perf_counter(), time.process_time()
+        figures["steps"] = train()
+        figures.update(seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
 
     with tempfile.TemporaryDirectory() as folder:
-        before = measure.peak_mib(lambda: None)
-        train = ARMS[arm](replace(job, folder=folder))
+        job = Job(case, copy.deepcopy(case.model), case.train if repeat else case.train[:ROWS], folder, repeat)
+        figures["model_mib"] = measure.peak_mib(lambda: None)
+        train = ARMS[arm](job)
         hook = job.model.get_input_embeddings().register_forward_hook(count)
-
-        def timed() -> None:
-            wall, cpu = time.perf_counter(), time.process_time()
-            figures["steps"] = train()
-            figures.update(seconds=time.perf_counter() - wall, cpu_seconds=time.process_time() - cpu)
-
-        figures |= {"extra_mib": measure.peak_mib(timed) - before, "model_mib": before}
+        figures["extra_mib"] = measure.peak_mib(timed) - figures["model_mib"]
         hook.remove()
     tokens = sum(len(e.tokens) for e in job.examples)
-    assert processed >= tokens, f"{arm} saw {processed} tokens of {tokens}: not one epoch"
+    assert figures["processed"] >= tokens, f"{arm} saw {figures['processed']} tokens of {tokens}: not one epoch"
     figures |= {"tokens_per_s": tokens / figures["seconds"], "tokens_per_cpu_s": tokens / figures["cpu_seconds"]}
-    figures["padding"] = 1 - tokens / processed
+    figures["padding"] = 1 - tokens / figures["processed"]
     return figures | (quality(case, job.model, accuracy=repeat == 1) if repeat else {})
 
 
 def quality(case: Case, model: Any, accuracy: bool) -> dict[str, float]:
-    figures = {"valid_loss": evaluate(model, case.valid).loss}
-    if accuracy and case.test:
-        figures["accuracy"] = evaluate(model, case.test, choices=case.choices).accuracy
-    return figures
+    test = evaluate(model, case.test, choices=case.choices).accuracy if accuracy and case.test else None
+    return {"loss": evaluate(model, case.valid).loss} | ({} if test is None else {"accuracy": test})
 
 
 def compare(case: Case, arms: list[str], repeats: int) -> tuple[list[str], dict[str, Any]]:
@@ -282,12 +259,12 @@ def compare(case: Case, arms: list[str], repeats: int) -> tuple[list[str], dict[
     ]
     runs = {arm: each[1:] for arm, each in runs.items()}
     lines += [line(arm, each) for arm, each in runs.items()]
-    for arm in [arm for arm in arms if arm != "plopfast" and "plopfast" in arms]:
+    for arm in arms if "plopfast" in arms else []:
         parts = []
         for key, label in RATIOS.items():
             values = {who: [each[key] for each in runs[who]] for who in ("plopfast", arm)}
             parts.append("{} {:.3g} ({:.3g} to {:.3g})".format(label, *measure.ratios(values, "plopfast", arm)))
-        lines.append(f"plopfast / {arm}: {', '.join(parts)}")
+        lines += [f"plopfast / {arm}: {', '.join(parts)}"] if arm != "plopfast" else []
     return lines, {"base": base, "batch_tokens": case.batch_tokens, "runs": runs}
 
 
