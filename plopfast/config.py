@@ -78,7 +78,9 @@ class TrainConfig:
                     raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
 
 
-FREE = {"device", "threads", "timeout"} | {item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]}
+FREE = {"device", "threads", "timeout"} | {
+    item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,16 +119,17 @@ def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[st
 
     threads = threads or torch.get_num_threads()
     every, cores, others = len(_affinity()), usable_cores(root), busy_cores(root)
-    shared = others >= 0.5
-    free = max(1, min(cores, round(every - others))) if shared else cores
     advice = []
-    if threads > free:
-        busy = f", and other processes keep {others:.1f} of {every} cores busy" if shared else ""
-        advice.append(f"{threads} CPU threads, but this process may use {cores} cores{busy}: pass --threads {free}")
-    if threads > 1 and (shared or threads > cores) and os.environ.get("OMP_WAIT_POLICY", "").upper() != "PASSIVE":
+    if threads > cores:
+        advice.append(f"{threads} CPU threads, but this process may use {cores} cores: pass --threads {cores}")
+    shared = others >= 0.5 and min(threads, cores) > round(every - others)
+    if shared:
+        advice.append(f"other processes keep {others:.1f} of {every} cores busy: times are longer until they are done")
+    passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    if threads > 1 and (shared or threads > cores) and not passive:
         advice.append(
-            "waiting CPU threads spin on shared cores and hold up those they wait for: set OMP_WAIT_POLICY=PASSIVE "
-            "before Python starts"
+            "waiting CPU threads spin on cores that others need: set OMP_WAIT_POLICY=PASSIVE before Python starts, or "
+            f"pass --threads {max(1, min(cores, int(every - others)))}"
         )
     return advice
 

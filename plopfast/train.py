@@ -104,7 +104,7 @@ class Trainer:
         self.optimizer = self._make_optimizer()
         self.step = self.updates = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
-        self.best = self._copy()
+        self.best = self._copy() if valid else {}
         self.average = self._copy() if config.ema else {}
         self.history: list[dict[str, Any]] = []
         self.log = Log()
@@ -315,11 +315,9 @@ class Trainer:
             states = distributed.gather(torch.cuda.get_rng_state(device_of(self.model)))
             tensors |= {f"rng_cuda/{rank}": state for rank, state in enumerate(states)}
         for name, parameter in self.parameters.items():
-            tensors |= {f"now/{name}": parameter, f"best/{name}": self.best[name]}
-            if self.average:
-                tensors[f"average/{name}"] = self.average[name]
             state = self.optimizer.state.get(parameter, {})
-            tensors |= {f"{key}/{name}": state[key] for key in ("exp_avg", "exp_avg_sq") if key in state}
+            held = {"now": parameter, "best": self.best.get(name), "average": self.average.get(name), **state}
+            tensors |= {f"{key}/{name}": held[key] for key in STATES if held.get(key) is not None}
         facts = {"identity": self._identity(), **{key: getattr(self, key) for key in COUNTERS}}
         folder, keep = self.out / CHECKPOINTS, self.config.keep
         distributed.on_main(lambda: save_state(folder, self.step, tensors, facts, keep))
@@ -346,7 +344,8 @@ class Trainer:
                 raise TrainingError(f"{path}: belongs to another placement: no {name} of this shape")
             of = {key: tensors[f"{key}/{name}"].to(parameter.device) for key in STATES if f"{key}/{name}" in tensors}
             self._take({name: of["now"]})
-            self.best[name] = of["best"]
+            if self.best:
+                self.best[name] = of["best"]
             if self.average:
                 self.average[name] = of["average"]
             if "exp_avg" in of:

@@ -1,13 +1,14 @@
 """Injecting, switching off, merging and taking out adapters, on every architecture."""
 
 import copy
+import hashlib
 
 import pytest
 import torch
 from conftest import build, random_batches
 
 import plopfast as pf
-from plopfast.errors import AdapterError, PlacementError
+from plopfast.errors import AdapterError, ConfigError, PlacementError
 from plopfast.lora import adapters, disabled
 
 
@@ -76,6 +77,38 @@ def test_bfloat16_base_keeps_float32_adapters(llama):
     randomise(llama)
     llama(torch.randint(3, 300, (2, 5))).logits.square().sum().backward()
     assert module.lora_B.grad.dtype == torch.float32 and module.lora_B.grad.abs().sum() > 0
+
+
+def test_initialisations(llama):
+    """Each by its definition, ranks that differ, and the same draws whatever else is injected."""
+    infos = pf.linear_modules(llama)
+    ranks = {info.name: (8 if info.layer else 5, 8.0) for info in infos}
+    for init in ("kaiming", "gaussian", "orthogonal"):
+        pf.inject(llama, pf.Placement(ranks, [], "", 0), seed=3, init=init)
+        drawn = {name: module.lora_A.detach().clone() for name, module in adapters(llama).items()}
+        assert all(not module.lora_B.any() for module in adapters(llama).values())
+        pf.unload(llama)
+        for name, a in drawn.items():
+            assert a.shape == (ranks[name][0], llama.get_submodule(name).in_features) and a.dtype == torch.float32
+            if init == "orthogonal":
+                torch.testing.assert_close(a @ a.T, torch.eye(len(a)))
+        eights = torch.cat([a.flatten() for a in drawn.values() if len(a) == 8])
+        if init == "gaussian":
+            assert eights.std() == pytest.approx(1 / 8, rel=0.05) and eights.abs().max() > 3 / 8
+        name = infos[-1].name
+        pf.inject(llama, pf.Placement({name: ranks[name]}, [], "", 0), seed=3, init=init)
+        assert torch.equal(adapters(llama)[name].lora_A, drawn[name])
+        pf.unload(llama)
+    with pytest.raises(ConfigError, match="init: expected one of kaiming, gaussian, orthogonal, eva, got 'pissa'"):
+        pf.inject(llama, everywhere(llama), init="pissa")
+
+
+def test_the_default_draws_stay_as_they_were(llama):
+    name = "model.layers.0.mlp.up_proj"
+    pf.inject(llama, pf.Placement({name: (4, 8.0)}, [], "", 0), seed=7)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"7 {name}".encode()).digest()[:7], "big"))
+    want = torch.nn.init.kaiming_uniform_(torch.empty(4, 32), a=5**0.5)
+    assert torch.equal(adapters(llama)[name].lora_A, want)
 
 
 def test_rslora_scaling_and_dropout_only_in_training():

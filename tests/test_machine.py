@@ -101,24 +101,21 @@ QUOTA = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n
     [
         (4, 0.0, None, {}, []),
         (4, 0.3, None, {}, []),
+        (4, 1.0, "passive", {}, ["1.0 of 4 cores busy"]),
         (
             4,
             1.0,
-            "passive",
+            "ACTIVE",
             {},
-            [
-                "4 CPU threads, but this process may use 4 cores, and other processes keep 1.0 of 4 cores busy: pass --threads 3"
-            ],
+            ["1.0 of 4 cores busy", "OMP_WAIT_POLICY=PASSIVE before Python starts, or pass --threads 3"],
         ),
-        (4, 1.0, "ACTIVE", {}, ["--threads 3", "OMP_WAIT_POLICY=PASSIVE"]),
-        (2, 1.0, None, {}, ["OMP_WAIT_POLICY=PASSIVE"]),
-        (2, 1.0, "PASSIVE", {}, []),
-        (1, 4.0, None, {}, []),
-        (4, 4.0, "PASSIVE", {}, ["--threads 1"]),
+        (2, 1.0, None, {}, []),
+        (1, 4.0, None, {}, ["4.0 of 4 cores busy"]),
+        (4, 4.0, None, {}, ["4.0 of 4 cores busy", "--threads 1"]),
         (6, 0.0, "PASSIVE", {}, ["6 CPU threads, but this process may use 4 cores: pass --threads 4"]),
         (4, 0.0, None, QUOTA, ["--threads 2", "OMP_WAIT_POLICY=PASSIVE"]),
         (2, 1.0, "PASSIVE", QUOTA, []),
-        (2, 3.0, "PASSIVE", QUOTA, ["--threads 1"]),
+        (2, 3.0, "PASSIVE", QUOTA, ["3.0 of 4 cores busy"]),
     ],
 )
 def test_advice(fake, monkeypatch, threads, others, policy, files, expected):

@@ -1,8 +1,10 @@
 """The trainer: what a step computes, what is kept, how it stops and goes on."""
 
+import dataclasses
 import json
 import os
 import signal
+from itertools import islice
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from test_lora import everywhere
 import plopfast as pf
 from plopfast.checkpoint import checkpoints
 from plopfast.errors import ConfigError, FileError, Interrupted, TrainingError
+from plopfast.evaluate import evaluate
 from plopfast.lora import adapters
-from plopfast.train import lr_factor
+from plopfast.train import lr_factor, neftune
 
 
 def made(examples, out=None, model=None, **config):
@@ -43,8 +46,6 @@ def test_it_learns_and_keeps_the_best(examples):
     assert torch.equal(trainer.model.state_dict()["model.layers.0.mlp.up_proj.base.weight"], first), (
         "the base is frozen"
     )
-    from plopfast.evaluate import evaluate
-
     assert evaluate(trainer.model, examples[48:]).loss == pytest.approx(result.valid_loss, rel=1e-6)
     assert not trainer.model.training
 
@@ -160,6 +161,113 @@ def test_default_is_one_epoch(examples):
     trainer = made(examples, max_steps=None)
     seen = trainer.fit()
     assert seen.tokens == sum(len(e.tokens) for e in examples[:48])
+
+
+def test_every_row_comes_once_an_epoch(examples):
+    for packing in (False, True):
+        trainer = made(examples, max_steps=None, packing=packing, batch_tokens=100, accumulate=2)
+        seen = []
+        plain = trainer._train_step
+        trainer._train_step = lambda groups: (seen.extend(i for g in groups for i in g), plain(groups))  # noqa: B023
+        result = trainer.fit()
+        assert sorted(seen[:48]) == list(range(48)) and len(seen) < 48 + 2 * 8
+        assert result.padding == (0.0 if packing else pytest.approx(0.03, abs=0.03))
+
+
+def test_packed_and_grouped_steps_agree(examples):
+    """The same rows in a step give the same loss and gradients, packed or padded."""
+    losses = []
+    for packing in (False, True):
+        trainer = made(examples, packing=packing)
+        trainer._train_step([list(range(9))])
+        losses.append(trainer.history[0])
+    assert losses[1]["loss"] == pytest.approx(losses[0]["loss"], rel=1e-5)
+    assert losses[1]["grad_norm"] == pytest.approx(losses[0]["grad_norm"], rel=1e-4)
+    assert losses[1]["positions"] == losses[1]["tokens"] == losses[0]["tokens"] < losses[0]["positions"]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
+    text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:36]]
+    model = build("llama")
+    pf.inject(model, everywhere(model))
+    config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, eval_every=100)
+    trainer = pf.Trainer(model, config, examples[:20], unlabeled=text)
+    stream = list(islice(trainer._micro_batches(), trainer.max_steps))
+    kinds = [group[0] >= 20 for group in stream]
+    assert all((i >= 20) == kind for group, kind in zip(stream, kinds, strict=True) for i in group)
+    labelled = [i for group in stream for i in group if i < 20]
+    assert sorted(set(labelled)) == list(range(20))
+    if share:
+        assert kinds[:8] == [False, False, False, True] * 2
+    else:
+        assert kinds == sorted(kinds, reverse=True) and sorted(i for g in stream for i in g) == list(range(36))
+    assert trainer.fit().steps == trainer.max_steps
+
+
+def test_lora_plus_sets_two_rates(examples):
+    """AdamW's first step moves every weight by the learning rate of its group."""
+    trainer = made(examples, lora_plus=16.0, warmup=0.0, schedule="constant", lr=1e-4, clip=0.0)
+    for module in adapters(trainer.model).values():
+        module.lora_B.data.normal_(std=0.1)
+    before = parameters(trainer)
+    trainer._train_step([list(range(48))])
+    moved = {n: (p - before[n]).abs().median().item() for n, p in parameters(trainer).items()}
+    for name, step in moved.items():
+        assert step == pytest.approx(16e-4 if name.endswith("lora_B") else 1e-4, rel=0.02), name
+
+
+def test_the_moving_average_is_what_is_validated_and_kept(examples):
+    trainer = made(examples, ema=0.9, max_steps=8, eval_every=8)
+    want, plain = parameters(trainer), trainer._train_step
+
+    def step(groups):
+        plain(groups)
+        for name, value in parameters(trainer).items():
+            want[name] = 0.9 * want[name] + 0.1 * value
+
+    trainer._train_step = step
+    result = trainer.fit()
+    for name, value in parameters(trainer).items():
+        torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-7)
+    assert evaluate(trainer.model, examples[48:]).loss == pytest.approx(result.valid_loss, rel=1e-6)
+    alone = pf.Trainer(trainer.model, pf.TrainConfig(max_steps=2, ema=0.5), examples[:48])
+    start = parameters(alone)
+    alone.fit()
+    assert not same(start, parameters(alone)) and same(parameters(alone), alone.average), "without validation too"
+
+
+def test_neftune_noise(llama, examples):
+    """Uniform in +-alpha / sqrt(tokens x width), on the embeddings of training alone, and gone afterwards."""
+    seen = []
+    plain = llama.model.embed_tokens.weight.detach()
+
+    def look(module, args, output):
+        seen.append((module.training, (output - plain[args[0]]).abs().max().item() * (args[0].shape[1] * 32) ** 0.5))
+
+    with neftune(llama, 5.0):
+        llama.model.embed_tokens.register_forward_hook(look)
+        for training in (True, False):
+            llama.train(training)
+            llama(input_ids=torch.arange(3, 23).view(2, 10))
+    llama.train()
+    llama(input_ids=torch.arange(3, 23).view(2, 10))
+    assert [s[0] for s in seen] == [True, False, True] and 4.8 < seen[0][1] <= 5.001 and seen[1][1] == seen[2][1] == 0
+
+
+def test_full_fine_tuning(examples):
+    model = build("llama").requires_grad_(True)
+    result = pf.Trainer(
+        model, pf.TrainConfig(max_steps=30, batch_tokens=300, lr=3e-3), examples[:48], examples[48:]
+    ).fit()
+    assert result.valid_loss < evaluate(build("llama"), examples[48:]).loss - 0.5
+
+
+def test_logs_reach_tensorboard(examples, tmp_path):
+    made(examples, tmp_path, max_steps=3, log_to="tensorboard").fit()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    with pytest.raises(ConfigError, match="log_to: expected none or"):
+        made(examples, tmp_path, log_to="paper").fit()
 
 
 def test_schedules():
