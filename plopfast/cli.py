@@ -198,17 +198,14 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         print(info(config))
         return 0
     if command == "doctor":
-        import torch
-
-        from .doctor import examine
-
-        dtype = getattr(torch, config.dtype)
         from . import tuning
+        from .doctor import examine
         from .ops import path
-        from .pipeline import device_for
 
-        if path(device_for(config.device), "auto") != "torch":
+        device = pipeline.device_for(config.device)
+        if path(device, "auto") != "torch":
             print(tuning.load() or tuning.describe())
+        dtype = pipeline.dtype_for(config.dtype, device)
         settings = config.model, config.device, config.backend, dtype
         return 0 if examine(*settings, seconds=arguments.seconds, rank=config.rank) else 1
     if arguments.out is None:
@@ -261,13 +258,11 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def info(config: RunConfig) -> str:
     """The model's linear modules by type, with the path that each one takes and why."""
-    import torch
-
     from . import tuning
     from .doctor import module_paths
     from .models import load_model
     from .ops import path
-    from .pipeline import device_for
+    from .pipeline import device_for, dtype_for
 
     device = device_for(config.device)
     lines = [tuning.describe()]
@@ -276,7 +271,7 @@ def info(config: RunConfig) -> str:
     model, _ = load_model(config.model)
     lines.append(f"model: {model.name_or_path}")
     lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")
-    dtype = getattr(torch, config.dtype)
+    dtype = dtype_for(config.dtype, device)
     for number, type_, shape, plan in module_paths(model, device, dtype, 1024, config.rank, config.backend):
         lines.append(f"{number:>7} {type_:<16} {shape:<14} {plan}")
     return "\n".join(line for line in lines if line)

@@ -93,7 +93,11 @@ class RunConfig(TrainConfig):
     test: str | None = _option(None, "held-out rows, JSONL (default with --train: the validation rows)")
     unlabeled: str | None = _option(None, "plain text of the domain, UTF-8 .txt, learned beside the rows")
     max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
-    dtype: str = _option("float32", "dtype of the frozen weights", ("float32", "bfloat16", "float16"))
+    dtype: str = _option(
+        "auto",
+        "of the frozen weights and the activations (auto: bfloat16 on a GPU that has it, else float32); adapters stay float32",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
     device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
     backend: str = _option(
         "auto",

@@ -134,6 +134,14 @@ def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[st
     return advice
 
 
+def has_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
+    with contextlib.suppress(OSError):
+        flags = Path("/proc/cpuinfo").read_text().split()
+        return "avx512_bf16" in flags or "amx_bf16" in flags
+    return False
+
+
 def reset_peak() -> None:
     """Starts a new measurement of peak resident memory, where the system can (Linux)."""
     with contextlib.suppress(OSError):
