@@ -79,13 +79,13 @@ def full(folder):
 
 
 def score(folder):
-    for kind in ("ddp", "fsdp"):
+    for kind, architecture in (("ddp", "llama"), ("fsdp", "qwen2")):  # qwen2 has biases
         for name, options in {
             "plain": {"batch_tokens": 40},  # 5 groups: one rank has one more
             "monte-carlo": {"baseline": "monte-carlo", "tokens": "completion"},
             "official": {"compat": "official"},
         }.items():
-            model = build("llama")
+            model = build(architecture)
             if kind == "fsdp" and distributed.size() > 1:
                 distributed.shard(model, torch.device("cpu"))
             report = pf.score(model, random_batches(), **options)
