@@ -83,8 +83,11 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except Exception as error:
         if launch.size == 1:
             raise
-        hint = "if this is about a connection or a timeout, another rank ended first, and torchrun says which"
-        return _fail(f"{type(error).__name__}: {error}\n  {hint}\n{traceback.format_exc()}", launch)
+        from . import distributed
+
+        lost = "another rank has ended, or did not answer within --timeout: see its message, or torchrun's below"
+        told = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
+        return _fail(lost if distributed.is_loss(error) else told, launch)
     if launch.size > 1:
         from . import distributed
 

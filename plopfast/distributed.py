@@ -159,3 +159,8 @@ def held(objective: nn.Module) -> Any:
 def first_to_fail() -> bool:
     """Whether no rank has failed before this one, from whose failure this one's follows."""
     return machine.launch().local_rank == 0 if _store is None else _store.add("failed", 1) == 1
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether an operation of all ranks failed because one of them has ended, or did not answer in time."""
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))

@@ -38,7 +38,7 @@ class LinearInfo:
 
     @property
     def weight_NK(self) -> torch.Tensor:
-        weight = whole(self.module.weight)  # type: ignore[arg-type]
+        weight = whole(self.module.weight)
         return weight.T if self.transposed else weight
 
 
@@ -114,9 +114,9 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def whole(tensor: Any) -> Any:
     """A sharded tensor, gathered on each rank; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

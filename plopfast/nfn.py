@@ -30,7 +30,7 @@ from .data import IGNORE, group_by_length
 from .errors import ConfigError, DataError, FileError, ModelError
 from .eva import InputSketch
 from .lora import adapters
-from .models import LinearInfo, body, device_of, linear_modules
+from .models import LinearInfo, body, device_of, linear_modules, whole
 from .ops import row_norms
 from .progress import bar
 
@@ -315,7 +315,7 @@ def _score(
     state = NFNState(_checked(denominators(infos), infos).to(device), backend, sketch)
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
-    hooks = [state.hook(i, info.name, getattr(info.module, "bias", None)) for i, info in enumerate(infos)]
+    hooks = [state.hook(i, info.name, whole(getattr(info.module, "bias", None))) for i, info in enumerate(infos)]
     order: list[_Row] = []
     tokens = 0
     with _hooked(infos, hooks):

@@ -391,8 +391,8 @@ class Trainer:
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[list[int]]:
-        """While it lasts, SIGINT and SIGTERM are only noted in the list it yields, so that no step is torn; the same
-        one again acts at once. (Python allows handlers in the main thread alone: elsewhere the list stays empty.)"""
+        """While it lasts, SIGINT and SIGTERM are only noted in the list it yields, so that no step is torn; a second
+        one acts at once. (Python allows handlers in the main thread alone: elsewhere the list stays empty.)"""
         noted: list[int] = []
         if threading.current_thread() is not threading.main_thread():
             yield noted
@@ -400,7 +400,7 @@ class Trainer:
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
         def note(number: int, _frame: Any) -> None:
-            if number in noted:  # the same one again: torchrun passes a SIGINT on as SIGTERM
+            if noted:
                 raise KeyboardInterrupt
             noted.append(number)
 
