@@ -68,12 +68,12 @@ def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
 
 
-def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None] | None:
     """Plain products for short rows in half precision on the CPU, where torch 2.13's flash attention takes 3 times as
     long at 40 tokens and 1.5 times at 120, forward and backward (8 rows of 9 heads of 64, 2 cores); else torch's choice."""
     if ids.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and ids.shape[1] <= SHORT_ROW:
         return sdpa_kernel(SDPBackend.MATH)
-    return contextlib.nullcontext()
+    return None
 
 
 class Objective(nn.Module):
@@ -82,9 +82,10 @@ class Objective(nn.Module):
     `chunked` says whether the loss never holds more than a chunk of logits; where it does not, `why` gives the reason.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, recomputed: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.recomputed = recomputed  # then the backward pass runs blocks too, and must choose the same attention
         self.head = head_of(model)
         self.why = "" if self.head else "the output head is not a plain linear module"
         if self.head and not self._agrees():
@@ -98,7 +99,8 @@ class Objective(nn.Module):
         """0-d float32: sum over the label tokens of `batch` (as data.collate makes it)"""
         where = positions(batch["labels"])
         targets_n = batch["labels"][:, 1:][where[:, :-1]]
-        with attention_for(batch["input_ids"], self.model.dtype):  # type: ignore[arg-type]
+        short = not self.recomputed and attention_for(batch["input_ids"], self.model.dtype)  # type: ignore[arg-type]
+        with short or contextlib.nullcontext():
             if self.head is None:
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")

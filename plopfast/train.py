@@ -98,7 +98,7 @@ class Trainer:
         if config.packing:
             check_packing(model)
         self.max_steps = config.max_steps or self._steps_in_epoch()
-        self.objective = Objective(model)
+        self.objective = Objective(model, recomputed=config.checkpointing)
         self.shared = find_shared_inputs(model)
         self.parallel = distributed.averaged(self.objective)
         self.optimizer = self._make_optimizer()

@@ -49,11 +49,10 @@ def loss_and_gradients(model, objective, config, dropout_seed=3):
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_recomputed_blocks_give_the_same_bits_with_less_kept(name):
     """With dropout, whose masks must come again in the second forward pass."""
-    model = build(name)
-    trained(model)
+    model = trained(build(name))
     for module in adapters(model).values():
         module.dropout = 0.2
-    objective = Objective(model)
+    objective = Objective(model, recomputed=True)
     plain = loss_and_gradients(model, objective, pf.TrainConfig())
     again = loss_and_gradients(model, objective, pf.TrainConfig(checkpointing=True))
     assert torch.equal(plain[0], again[0]) and "computed again" in again[2][0]
@@ -65,6 +64,18 @@ def test_recomputed_blocks_give_the_same_bits_with_less_kept(name):
             kept[on] = saved_bytes(model, lambda: objective(BATCH))
     assert kept[True] < 0.3 * kept[False]
     assert loss_and_gradients(model, objective, pf.TrainConfig())[2] == plain[2], "nothing is left in force"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_half_precision_trains_on_the_cpu(checkpointing, examples):
+    """Short rows take plain attention there, unless blocks are recomputed: then both passes must choose alike."""
+    model = build("llama").to(torch.bfloat16)
+    trained(model)
+    config = pf.TrainConfig(max_steps=20, batch_tokens=300, lr=1e-2, checkpointing=checkpointing)
+    trainer = pf.Trainer(model, config, examples)
+    trainer.fit()
+    assert trainer.history[-1]["loss"] < trainer.history[0]["loss"] - 0.2
+    assert all(p.dtype == torch.float32 for p in trainer.parameters.values())
 
 
 def test_a_model_without_recomputation_says_so(llama):
