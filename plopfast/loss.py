@@ -21,7 +21,7 @@ from .data import IGNORE
 from .lora import LoRALinear
 from .models import body, output_head, run_for_logits
 
-CHUNK_ELEMENTS = {"cpu": 1 << 22}  # logits held at once: 16 MiB in float32, near the size of a last-level cache
+CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
 SHORT_ROW = 128
 GPU_CHUNK_ELEMENTS = 1 << 27  # 512 MiB, so that the products stay large
 
