@@ -2,6 +2,8 @@
 
 import contextlib
 import importlib.util
+import sys
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .config import TrainConfig
 from .errors import ConfigError
-from .models import blocks, device_of
+from .models import blocks, device_of, is_sharded
 
 OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
 
@@ -24,21 +26,21 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
     """
     device, notes = device_of(model), []
     lean: list[nn.Module] = []
+    undo = contextlib.ExitStack()
     if config.offload and device.type == "cpu":
         raise ConfigError(
             "offload moves activations from a GPU to CPU memory, but the model is on the CPU: leave it out"
         )
+    if config.offload and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
     if config.checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
         _checkpointing(model, "enable")({"use_reentrant": False})
         notes.append("each block's activations are computed again in the backward pass")
     if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        # its losses stay out: ours needs no logits either, and knows the label positions
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-        notes.append("norm, SwiGLU and RoPE by liger-kernel")
+        undo.enter_context(liger(model))
+        notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
     elif not config.compile:
         lean = lean_modules(model)
         if lean:
@@ -53,6 +55,7 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
         with offloaded(model) if config.offload else contextlib.nullcontext():
             yield notes
     finally:
+        undo.close()
         for module in lean:
             del module.forward
         if config.checkpointing:
@@ -60,6 +63,26 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
         if config.compile:
             for block in blocks(model).values():
                 block._compiled_call_impl = None
+
+
+@contextlib.contextmanager
+def liger(model: nn.Module) -> Iterator[None]:
+    """liger-kernel's norm, SwiGLU and RoPE in the model while it lasts; afterwards its modules, and the names that liger
+    replaces in the model's own source file, are as before. Its losses stay out: ours needs no logits either, and knows
+    the label positions."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    source = vars(sys.modules[type(model).__module__])
+    names, states = dict(source), [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        yield
+    finally:
+        source.update(names)
+        for module, state in states:
+            for name in set(vars(module)) - set(state):
+                del vars(module)[name]
+            vars(module).update({name: state[name] for name in ("forward", "extra_repr") if name in state})
 
 
 def _checkpointing(model: Any, what: str) -> Any:
@@ -133,27 +156,39 @@ def _lean_forward(module: Any) -> tuple[Any, int, Any]:
         return lambda x: down(_SwiGLU.apply(gate(x), up(x))), gate.weight.shape[-1], gate.weight
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if eps is not None and type(weight) is nn.Parameter and weight.dim() == 1 and not weight.requires_grad:
-        return lambda x: _RMSNorm.apply(x, weight, eps), len(weight), weight
+        plain = module.forward  # for inputs that are wider than the weights
+        return lambda x: _RMSNorm.apply(x, weight, eps) if x.dtype == weight.dtype else plain(x), len(weight), weight
     return None, 0, None
+
+
+class _Moved:
+    """A copy in CPU memory of a tensor on `device`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device, self.origin = tensor.device, weakref.ref(tensor)
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.kept = kept.copy_(tensor, non_blocking=True)
 
 
 def offloaded(model: nn.Module) -> Any:
     """A context in which tensors that autograd saves go to CPU memory and come back when the backward pass asks.
 
-    Parameters and small tensors stay. The copies go to pinned memory without a wait: the stream keeps their order.
+    Parameters and small tensors stay; what several operations save is moved once. The copies go to pinned memory
+    without a wait: the stream keeps their order.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    moved: weakref.WeakValueDictionary[Any, _Moved] = weakref.WeakValueDictionary()
 
     def pack(tensor: torch.Tensor) -> Any:
         if tensor.nbytes < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in weights:
             return tensor
-        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        return tensor.device, kept.copy_(tensor, non_blocking=True)
+        key = tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+        found = moved.get(key)
+        if found is None or found.origin() is None:  # else the address may have been given to another tensor
+            found = moved[key] = _Moved(tensor)
+        return found
 
     def unpack(packed: Any) -> torch.Tensor:
-        if isinstance(packed, torch.Tensor):
-            return packed
-        device, kept = packed
-        return kept.to(device, non_blocking=True)
+        return packed if isinstance(packed, torch.Tensor) else packed.kept.to(packed.device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

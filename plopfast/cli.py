@@ -48,7 +48,7 @@ plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
 Data rows are JSON lines: {"prompt", "completion"}, {"messages"} or {"text"}.
-Exit codes: 0 done, 2 a clear error, 130 interrupted (state saved). On several devices:
+Exit codes: 0 done, 1 doctor found something wrong, 2 a clear error, 130 or 143 interrupted (state saved). On several devices:
 torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 
 
@@ -85,7 +85,10 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
             raise
         from . import distributed
 
-        lost = "another rank has ended, or did not answer within --timeout: see its message, or torchrun's below"
+        lost = (
+            "another rank has ended, or did not answer within --timeout: see its message, or torchrun's below "
+            f"({str(error).splitlines()[0]})"
+        )
         told = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
         return _fail(lost if distributed.is_loss(error) else told, launch)
     if launch.size > 1:
@@ -120,6 +123,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
         if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
+        if name in ("run", "train"):
             command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
@@ -213,8 +217,10 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
             raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
         now = distributed.largest(int(time.time()))
         arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-    progress = not launch.rank
-    run = pipeline.Run(arguments.out, config, overwrite=arguments.overwrite, resume=arguments.resume, progress=progress)
+    progress, resume = not launch.rank, getattr(arguments, "resume", False)
+    if resume and arguments.overwrite:
+        raise ConfigError("--resume goes on with what --overwrite would replace: leave one of them out")
+    run = pipeline.Run(arguments.out, config, overwrite=arguments.overwrite, resume=resume, progress=progress)
     if command == "run":
         print(pipeline.run_all(run))
     elif command == "score":

@@ -21,14 +21,14 @@ def _option(
     free: bool = False,
 ) -> Any:
     """A setting; numbers are at least 0 (above 0 if `positive`) and `below` a bound. A `free` one may change when a run
-    is resumed, as no result depends on it."""
+    is resumed, as what is learned does not depend on it (bits may)."""
     rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free}
     return dataclasses.field(default=default, metadata=rules)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How adapters are trained. Raises ConfigError for impossible values."""
+    """How adapters, or whatever requires a gradient, are trained. Raises ConfigError for impossible values."""
 
     lr: float = _option(1e-3, "peak learning rate of AdamW", positive=True)
     schedule: str = _option("cosine", "learning rate after the warmup", ("cosine", "linear", "constant"))
@@ -76,6 +76,10 @@ class TrainConfig:
                 low, below = "above" if rules["positive"] else "of at least", rules["below"]
                 if not (value > 0 or (value == 0 and not rules["positive"])) or not value < below:
                     raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
+        if self.packing and self.neftune:
+            raise ConfigError(
+                "packing and neftune: the noise is scaled to a row's length, which a packed one has not; leave one out"
+            )
 
 
 FREE = {"device", "threads", "timeout"} | {
@@ -91,7 +95,9 @@ class RunConfig(TrainConfig):
     train: str | None = _option(None, "training rows, JSONL (default: the WordNet demo)")
     valid: str | None = _option(None, "validation rows, JSONL (default with --train: every 20th training row)")
     test: str | None = _option(None, "held-out rows, JSONL (default with --train: the validation rows)")
-    unlabeled: str | None = _option(None, "plain text of the domain, UTF-8 .txt, learned beside the rows")
+    unlabeled: str | None = _option(
+        None, "plain text of the domain, UTF-8 .txt, learned before the rows (see --unlabeled-share)"
+    )
     max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
     dtype: str = _option(
         "auto",
@@ -123,7 +129,9 @@ class RunConfig(TrainConfig):
         "A at first; eva: the inputs' leading singular vectors, taken while scoring",
         ("kaiming", "gaussian", "orthogonal", "eva"),
     )
-    full: bool = _option(False, "train all weights instead of adapters, the baseline one compares with")
+    full: bool = _option(
+        False, "train all weights instead of adapters, the baseline one compares with (with a lower --lr, such as 2e-5)"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,8 +4,8 @@
     dh = m (1 - (z / c)^2) (softmax(z) - onehot) W                   m multiplier, c soft cap (infinite: none)
 
 Hidden states are gathered at the positions whose next token has a label before the output head is applied, and the
-gradient is formed beside the loss, chunk by chunk, while the logits are still at hand: they are computed once, never stored, and
-[tokens, vocabulary] never exists whole (as in Wijmans et al., "Cut Your Losses", arXiv 2411.09009, without its custom kernel).
+gradient is formed beside the loss, chunk by chunk, while the logits are still at hand: they are computed once, never
+stored, and never held for more than a chunk of tokens (as in Wijmans et al., "Cut Your Losses", arXiv 2411.09009, without its custom kernel).
 """
 
 import contextlib
@@ -105,8 +105,10 @@ class Objective(nn.Module):
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
             hidden_nH = body(self.model)(**inputs_of(batch), use_cache=False)[0][where]
-        weight_VH, bias_V = self.head.module.weight, self.head.module.bias
-        return _ChunkedCrossEntropy.apply(hidden_nH, weight_VH, bias_V, targets_n, self.head)
+        tensors: list[Any] = [hidden_nH, self.head.module.weight, self.head.module.bias]
+        if not torch.is_grad_enabled():  # which needs_input_grad does not tell
+            tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+        return _ChunkedCrossEntropy.apply(*tensors, targets_n, self.head)
 
     @torch.no_grad()
     def _agrees(self) -> bool:

@@ -22,7 +22,7 @@ class Launch(NamedTuple):
 
 def launch() -> Launch:
     """This process's rank, its rank on this machine and the number of processes, as torchrun sets them."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:  # schedulers set some of them for other ends
         return Launch(0, 0, 1)
     return Launch(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
 

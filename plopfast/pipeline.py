@@ -63,10 +63,14 @@ class Run:
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
         self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
-        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp" and distributed.size() > 1
+        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
+        if sharded and distributed.size() == 1:
+            raise ConfigError("--parallel fsdp spreads the weights over several processes: start it with torchrun")
         with self.stage("load"), distributed.first_on_each_machine():
             model, tokenizer = load_model(
-                self.config.model, dtype=dtype_for(self.config.dtype, device), device="cpu" if sharded else device
+                self.config.model,
+                dtype=dtype_for(self.config.dtype, device, self.config.full),
+                device="cpu" if sharded else device,
             )
         if sharded:
             distributed.shard(model, device)
@@ -184,6 +188,8 @@ def device_for(name: str) -> torch.device:
         return torch.device("cuda", launch.local_rank)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if launch.size > 1 and ":" in name:
+        raise ConfigError(f"device {name!r} would put every rank on one GPU: --device cuda takes one each")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -193,11 +199,13 @@ def device_for(name: str) -> torch.device:
     return device
 
 
-def dtype_for(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that a --dtype value names on `device`."""
+def dtype_for(name: str, device: torch.device, full: bool = False) -> torch.dtype:
+    """The dtype that a --dtype value names on `device`. Raises ConfigError for half precision with --full."""
+    if full and name not in ("auto", "float32"):
+        raise ConfigError(f"--full trains the weights themselves, and small steps vanish in {name}: --dtype float32")
     if name != "auto":
         return getattr(torch, name)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    fast = not full and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -268,11 +276,13 @@ def run_train(run: Run) -> TrainResult:
     def save() -> None:
         if placement is None:
             _save_model(run, run.file("train"))
-        value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s}
+        value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "paths": trainer.paths()}
         files.write_json(run.folder / "training.json", value)
         shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
 
     distributed.on_main(save)
+    for line in trainer.notes:
+        run.say(line)
     run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
     return result
 
@@ -298,7 +308,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     with run.stage("eval"):
         if config.full:
             device = device_for(config.device)
-            how: dict[str, Any] = {"dtype": dtype_for(config.dtype, device), "device": device}
+            how: dict[str, Any] = {"dtype": dtype_for(config.dtype, device, True), "device": device}
             base = measure(load_model(config.model, **how)[0], "base")
             tuned = measure(load_model(run.file("train"), **how)[0], "tuned")
         else:
@@ -313,6 +323,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
 
 
 def run_report(run: Run) -> Path:
+    if run.config.full:
+        raise ConfigError("the report shows scores and placement, which --full has not; its figures are in eval.json")
     from .report import write_report  # needs the extra `report`
 
     distributed.on_main(lambda: files.refuse_existing(run.file("report"), run.overwrite))
@@ -322,6 +334,8 @@ def run_report(run: Run) -> Path:
 
 def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> Path:
     """The model with its adapter merged in, in the config's dtype, as Hugging Face writes it: the folder's `merged`."""
+    if run.config.full:
+        raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
     target = run.folder / "merged"
     files.refuse_existing(target, run.overwrite)
     load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)

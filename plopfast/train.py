@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distributed, files
+from . import distributed, files, machine
 from .blocks import prepared_blocks
-from .checkpoint import checkpoints, load_state, save_state
+from .checkpoint import checkpoint_path, load_state, save_state
 from .config import FREE, TrainConfig
 from .data import Example, collate, collate_packed, group_by_length, groups_in_epoch, micro_batches
 from .errors import ConfigError, FileError, Interrupted, TrainingError
-from .logs import Log, open_log
-from .lora import find_shared_inputs, prepared
+from .logs import Log, open_log, targets
+from .lora import adapters, find_shared_inputs, prepared
 from .loss import Objective
-from .models import check_packing, device_of
+from .models import check_packing, device_of, fingerprint, linear_modules
 from .progress import bar
 
 BATCH_TOKENS = 1024
@@ -95,23 +96,39 @@ class Trainer:
                 f"batch_tokens: {self.batch_tokens} is below the longest row, {len(longest.tokens)} tokens "
                 f"({longest.where}): raise it, or shorten or split the row"
             )
+        if config.unlabeled_share and not unlabeled:
+            raise ConfigError("unlabeled_share: there are no unlabelled examples to mix in; give some, or leave it out")
+        if machine.launch().size > distributed.size():
+            raise TrainingError("torchrun started several processes, but distributed.init was not called in this one")
+        targets(config.log_to)  # a name that is wrong should stop the run now
         if config.packing:
             check_packing(model)
-        self.max_steps = config.max_steps or self._steps_in_epoch()
+        self.first_stage, epoch = self._stages()
+        self.max_steps = config.max_steps or epoch
+        if self.max_steps <= self.first_stage:
+            raise ConfigError(
+                f"max_steps: the unlabelled text takes {self.first_stage} steps, so {self.max_steps} would end before the "
+                "labelled rows: raise --max-steps, or mix the text in with --unlabeled-share"
+            )
+        self.data = sha256(repr([(example.tokens, example.start) for example in self.rows]).encode()).hexdigest()
+        self.base = fingerprint(model, list(adapters(model)) or [info.name for info in linear_modules(model)][:8])
         self.objective = Objective(model, recomputed=config.checkpointing)
         self.shared = find_shared_inputs(model)
         self.parallel = distributed.averaged(self.objective)
         self.optimizer = self._make_optimizer()
-        self.step = self.updates = self.tokens = self.positions = self.worse = self.skipped = 0
+        self.step = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best = self._copy() if valid else {}
         self.average = self._copy() if config.ema else {}
         self.history: list[dict[str, Any]] = []
         self.log = Log()
+        self.notes: list[str] = []
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the end, or until the validation loss has not improved `patience` times. Raises TrainingError for
         a loss that is not finite (the model then holds the best adapters so far), Interrupted after Ctrl-C."""
+        if self.step:
+            raise TrainingError("this trainer has been fitted already: make another one")
         torch.manual_seed((self.config.seed + 1_000_003 * distributed.rank()) % 2**63)  # a rank's own dropout
         self._begin_log(resume)
         began, before, computed = time.perf_counter(), self.tokens, self.positions
@@ -160,14 +177,14 @@ class Trainer:
         )
 
     def paths(self) -> list[str]:
-        """How the steps are computed, a line each."""
+        """How the steps are computed, a line each; what was done to the blocks is known after `fit`."""
         loss = (
             "chunks of logits" if self.objective.chunked else f"all label tokens' logits at once: {self.objective.why}"
         )
         lines = [f"loss: {loss}", *(f"one shrink for {', '.join(names)}" for names in self.shared[:1])]
         if len(self.shared) > 1:
             lines[-1] += f" and {len(self.shared) - 1} more such groups"
-        return lines
+        return lines + self.notes
 
     def _train_step(self, groups: list[list[int]]) -> None:
         """One optimizer step: forward and backward of this rank's share of the micro-batches, clip, step, log."""
@@ -198,7 +215,7 @@ class Trainer:
             self._not_finite(self.last_loss, grad_norm, examples)
         else:
             self.optimizer.step()
-            self.updates, self.skipped = self.updates + 1, 0
+            self.skipped = 0
             if self.average:
                 torch._foreach_lerp_(
                     list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - self.config.ema
@@ -222,7 +239,7 @@ class Trainer:
             if loss < self.best_loss:
                 self.best_loss, self.best_step, self.worse = loss, self.step, 0
                 self.best = self._copy()
-            else:
+            elif self.step > self.first_stage:
                 self.worse += 1
         self._record({"step": self.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
 
@@ -263,12 +280,13 @@ class Trainer:
             self.lengths, self.labelled, self.batch_tokens, config.seed, config.unlabeled_share, config.packing
         )
 
-    def _steps_in_epoch(self) -> int:
-        """Steps in which every labelled row comes once, and the unlabelled ones as the config says."""
+    def _stages(self) -> tuple[int, int]:
+        """Steps of unlabelled rows before the others, and those in which every labelled row comes once."""
         config, parts = self.config, (self.lengths[: self.labelled], self.lengths[self.labelled :])
         ours, others = (groups_in_epoch(n, self.batch_tokens, config.seed, config.packing) if n else 0 for n in parts)
-        groups = ours / (1 - config.unlabeled_share) if config.unlabeled_share else ours + others
-        return math.ceil(groups / (config.accumulate * distributed.size()))
+        first = 0 if config.unlabeled_share else others
+        groups_in_step = config.accumulate * distributed.size()
+        return first // groups_in_step, math.ceil((first + ours / (1 - config.unlabeled_share)) / groups_in_step)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW; with LoRA+ (Hayou et al., arXiv 2402.12354) the lora_B learn faster than the rest."""
@@ -303,9 +321,10 @@ class Trainer:
         """What must not change between a run and its resumption."""
         names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE]
         resolved = {"max_steps": self.max_steps, "batch_tokens": self.batch_tokens}
-        data = {"examples": self.labelled, "unlabeled": len(self.rows) - self.labelled, "tokens": sum(self.lengths)}
-        ranks = {"ranks": distributed.size()}
-        return {**{name: getattr(self.config, name) for name in names}, **resolved, **data, **ranks}
+        data = {"examples": self.labelled, "unlabeled": len(self.rows) - self.labelled, "data": self.data}
+        lora = {name: [m.rank, m.scaling, m.dropout] for name, m in adapters(self.model).items()}
+        rest = {"ranks": distributed.size(), "placement": lora, "base model": self.base}
+        return {**{name: getattr(self.config, name) for name in names}, **resolved, **data, **rest}
 
     def _save(self) -> Path | None:
         if self.out is None:
@@ -321,7 +340,7 @@ class Trainer:
         facts = {"identity": self._identity(), **{key: getattr(self, key) for key in COUNTERS}}
         folder, keep = self.out / CHECKPOINTS, self.config.keep
         distributed.on_main(lambda: save_state(folder, self.step, tensors, facts, keep))
-        return checkpoints(folder)[0]
+        return checkpoint_path(folder, self.step)
 
     def _resume(self) -> None:
         if self.out is None:
@@ -337,7 +356,10 @@ class Trainer:
             k: (facts["identity"].get(k), v) for k, v in self._identity().items() if facts["identity"].get(k) != v
         }
         if changed:
-            what = ", ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            what = ", ".join(
+                f"another {key}" if key in ("data", "base model", "placement") else f"{key} was {old}, is {new}"
+                for key, (old, new) in changed.items()
+            )
             raise TrainingError(f"{path}: belongs to another run: {what}; give the same options and data")
         for name, parameter in self.parameters.items():
             if f"now/{name}" not in tensors or tensors[f"now/{name}"].shape != parameter.shape:
@@ -349,9 +371,8 @@ class Trainer:
             if self.average:
                 self.average[name] = of["average"]
             if "exp_avg" in of:
-                moments = {key: of[key] for key in ("exp_avg", "exp_avg_sq")}
-                step = torch.tensor(float(facts["updates"]), device=parameter.device if parameter.is_cuda else "cpu")
-                self.optimizer.state[parameter] = {"step": step, **moments}
+                step = of["step"] if self.optimizer.defaults["fused"] else of["step"].cpu()
+                self.optimizer.state[parameter] = {"step": step, **{key: of[key] for key in ("exp_avg", "exp_avg_sq")}}
         torch.set_rng_state(tensors[f"rng/{distributed.rank()}"])
         cuda = f"rng_cuda/{distributed.rank()}"
         if cuda in tensors and device_of(self.model).type == "cuda":
@@ -413,8 +434,8 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-COUNTERS = ("step", "updates", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
-STATES = ("now", "best", "average", "exp_avg", "exp_avg_sq")
+COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
+STATES = ("now", "best", "average", "step", "exp_avg", "exp_avg_sq")
 
 
 def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:

@@ -286,3 +286,53 @@ def test_the_default_model_end_to_end(data, tmp_path, capsys):
     assert evaluation["base"]["metric"] == "choice" or evaluation["base"]["metric"] == "exact-match"
     assert evaluation["tuned"]["loss"] < 0.5 * evaluation["base"]["loss"]
     assert json.loads((tmp_path / "run" / "placement.json").read_text())["types"] == ["v_proj", "up_proj", "down_proj"]
+
+
+def test_full_fine_tuning_trains_and_compares_without_placement(base, tmp_path, capsys):
+    out = tmp_path / "full"
+    assert plopfast("run", *base, "--full", "--lr", "1e-3", "--out", out) == 0
+    assert "all weights trained" in capsys.readouterr().out
+    assert not (out / "scores.json").exists() and not (out / "adapter").exists()
+    before, after = (json.loads((out / "eval.json").read_text())[who]["loss"] for who in ("base", "tuned"))
+    assert after < before
+    assert AutoModelForCausalLM.from_pretrained(out / "model").config.model_type == "llama"
+    assert plopfast("run", *base, "--full", "--out", out, "--resume") == 0, "everything is done already"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--full", "--dropout", "0.1"], "--full trains no adapters, so --dropout cannot apply"),
+        (["--full", "--init", "eva"], "--init cannot apply"),
+        (["--full", "--dtype", "bfloat16"], "small steps vanish in bfloat16"),
+        (["--parallel", "fsdp"], "start it with torchrun"),
+        (["--packing", "--neftune", "5"], "packing and neftune"),
+        (["--resume", "--overwrite"], "leave one of them out"),
+        (["--unlabeled-share", "0.5"], "unlabeled_share needs --unlabeled"),
+        (["--batch-tokens", "9"], r"batch_tokens: 9 is below the longest row, \d+ tokens \(.*train.jsonl:\d+\)"),
+        (["--offload"], "the model is on the CPU"),
+        (["--log-to", "paper"], "log_to: expected none or"),
+        (["--nonfinite", "ignore"], "invalid choice"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_options_that_cannot_be(base, tmp_path, capsys, options, message):
+    try:
+        code = plopfast("run", *base, *options, "--out", tmp_path / "out")
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_unlabelled_text_is_learned_first(base, tmp_path):
+    text = tmp_path / "domain.txt"
+    text.write_text("A finch is a small bird.\n\nA larch is a tree that drops its needles.\n\n" * 30)
+    out = tmp_path / "run"
+    assert plopfast("run", *base, "--unlabeled", text, "--max-length", "64", "--batch-tokens", "128", "--out", out) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["data"]["unlabeled"]["file"] == str(text) and len(config["data"]["unlabeled"]["sha256"]) == 64
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps[0]["tokens"] > 100, "rows of the text, which fill the budget"
+    assert json.loads((out / "training.json").read_text())["padding"] < 0.3
+    with pytest.raises(SystemExit):
+        plopfast("score", "--unlabeled", text)

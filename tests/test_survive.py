@@ -36,7 +36,8 @@ def test_the_newest_good_checkpoint_is_found(examples, tmp_path):
         resumed.fit(resume=True)
     assert same(parameters(whole), parameters(resumed))
     assert [h["step"] for h in resumed.history if "lr" in h] == list(range(1, 13))
-    assert not list((tmp_path / "torn" / "checkpoints").glob(".*"))
+    left = sorted(path.name for path in (tmp_path / "torn" / "checkpoints").iterdir())
+    assert left == [f"step-000000{n}" for n in ("10.damaged", "10.safetensors", "12.damaged", "12.safetensors")]
 
 
 @pytest.mark.parametrize("keep", [1, 3])
@@ -95,9 +96,27 @@ def test_a_validation_loss_that_is_not_finite_brings_the_best_back(examples, tmp
     assert [p.stem for p in checkpoints(tmp_path / "checkpoints")] == ["step-00000004"]
 
 
+def test_damaged_files_do_not_count_among_those_to_keep(examples, tmp_path):
+    made(examples, tmp_path, save_every=4, keep=3).fit()
+    newest, *others = checkpoints(tmp_path / "checkpoints")
+    newest.write_bytes(b"torn")
+    for path in others[1:]:
+        path.unlink()
+    with pytest.warns(UserWarning, match="going on from step-00000008"):
+        made(examples, tmp_path, save_every=1, keep=1).fit(resume=True)
+    assert [path.stem for path in checkpoints(tmp_path / "checkpoints")] == ["step-00000012"]
+    assert made(examples, tmp_path).fit(resume=True).steps == 12
+
+
 def test_free_settings_may_change_at_resume(examples, tmp_path):
-    made(examples, tmp_path).fit()
-    assert made(examples, tmp_path, keep=7, save_every=5).fit(resume=True).steps == 12
+    whole = made(examples, tmp_path / "whole")
+    whole.fit()
+    made(examples, tmp_path, save_every=3, keep=9).fit()
+    for path in checkpoints(tmp_path / "checkpoints")[:2]:
+        path.unlink()
+    resumed = made(examples, tmp_path, keep=7, save_every=5)
+    assert resumed.fit(resume=True).steps == 12 and len(resumed.history) == len(whole.history)
+    assert same(parameters(whole), parameters(resumed))
     with pytest.raises(TrainingError, match=r"ema was 0\.0, is 0\.5"):
         made(examples, tmp_path, ema=0.5).fit(resume=True)
 

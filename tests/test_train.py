@@ -27,6 +27,12 @@ def made(examples, out=None, model=None, **config):
     return pf.Trainer(model, pf.TrainConfig(**settings), examples[:48], examples[48:], out=out)
 
 
+def adapted():
+    model = build("llama")
+    pf.inject(model, everywhere(model))
+    return model
+
+
 def parameters(trainer):
     return {n: p.detach().clone() for n, p in trainer.parameters.items()}
 
@@ -124,10 +130,20 @@ def test_resume_refuses_another_run(examples, tmp_path):
     made(examples, tmp_path).fit()
     with pytest.raises(TrainingError, match=r"another run: lr was 0\.001, is 0\.5"):
         made(examples, tmp_path, lr=0.5).fit(resume=True)
-    other = build("llama")
-    pf.inject(other, everywhere(other, rank=2))
-    with pytest.raises(TrainingError, match="another placement"):
-        made(examples, tmp_path, model=other).fit(resume=True)
+    for change in ({"rank": 2}, {"alpha": 99.0}):
+        other = build("llama")
+        pf.inject(other, everywhere(other, **change))
+        with pytest.raises(TrainingError, match="belongs to another run: another placement"):
+            made(examples, tmp_path, model=other).fit(resume=True)
+    with pytest.raises(TrainingError, match="another base model"):
+        made(examples, tmp_path, model=build("llama", seed=1)).fit(resume=True)
+    shuffled = [*examples[1:48], examples[0], *examples[48:]]
+    with pytest.raises(TrainingError, match="another data"):
+        made(shuffled, tmp_path).fit(resume=True)
+    trainer = made(examples)
+    trainer.fit()
+    with pytest.raises(TrainingError, match="fitted already"):
+        trainer.fit()
     for checkpoint in checkpoints(tmp_path / "checkpoints"):
         checkpoint.write_bytes(checkpoint.read_bytes()[:-10])
     with pytest.raises(FileError, match="not a readable training checkpoint"):
@@ -189,10 +205,8 @@ def test_packed_and_grouped_steps_agree(examples):
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
     text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:36]]
-    model = build("llama")
-    pf.inject(model, everywhere(model))
     config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, eval_every=100)
-    trainer = pf.Trainer(model, config, examples[:20], unlabeled=text)
+    trainer = pf.Trainer(adapted(), config, examples[:20], unlabeled=text)
     stream = list(islice(trainer._micro_batches(), trainer.max_steps))
     kinds = [group[0] >= 20 for group in stream]
     assert all((i >= 20) == kind for group, kind in zip(stream, kinds, strict=True) for i in group)
@@ -203,6 +217,18 @@ def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
     else:
         assert kinds == sorted(kinds, reverse=True) and sorted(i for g in stream for i in g) == list(range(36))
     assert trainer.fit().steps == trainer.max_steps
+
+
+def test_unlabelled_text_must_not_swallow_the_run(examples):
+    """No early stopping before the labelled rows, and no end either."""
+    text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:48]]
+    how = {"batch_tokens": 100, "eval_every": 1, "patience": 1, "lr": 1e-9}
+    trainer = pf.Trainer(adapted(), pf.TrainConfig(**how), examples[:20], examples[48:], unlabeled=text)
+    assert trainer.first_stage > 3 and trainer.fit().steps > trainer.first_stage
+    with pytest.raises(ConfigError, match=r"max_steps: the unlabelled text takes \d+ steps"):
+        pf.Trainer(adapted(), pf.TrainConfig(max_steps=3, batch_tokens=100), examples[:20], unlabeled=text)
+    with pytest.raises(ConfigError, match="no unlabelled examples"):
+        pf.Trainer(adapted(), pf.TrainConfig(unlabeled_share=0.3), examples[:20])
 
 
 def test_lora_plus_sets_two_rates(examples):
