@@ -1,15 +1,15 @@
-"""What waiting OpenMP threads cost when another process keeps one of two cores busy: matrix products, ACTIVE and PASSIVE.
+"""What OpenMP's spinning threads cost: a training step on idle cores, and beside a process that keeps one of them busy.
 
-    python bench/waiting.py [--repeats 5]
+    python bench/waiting.py [--repeats 3]
 
-Each figure is one process's mean time of a product of 512 x 576 by 576 x 1536 (float32) on the same two cores; ways are
-interleaved. "busy": a Python loop spins on the first of the two cores meanwhile. Cores that anything else kept busy
-before each repeat are printed and saved: above some 0.2 the figures are not of this load alone.
+One step of SmolLM2-135M (rank 16 on v, up, down; about 150 tokens, two threads), each setting in a process of its own,
+interleaved; medians of 12 steps, then ratios to no spinning within a repeat. `default` is what the command line sets.
+Other work on the machine is printed: above half a core it spoils the first column.
 """
 
 import argparse
-import contextlib
 import os
+import statistics
 import subprocess
 import sys
 
@@ -17,65 +17,59 @@ import measure
 
 from plopfast import machine
 
-WAYS = {
-    "ACTIVE": {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "2"},
-    "unset": {"OMP_NUM_THREADS": "2"},
-    "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "2"},
-    "1 thread": {"OMP_NUM_THREADS": "1"},
+SETTINGS = {
+    "no spinning": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    "default": {},
+    "10,000 turns": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "10000"},
+    "active": {"OMP_WAIT_POLICY": "ACTIVE"},
 }
-LOOP = """
-import time, torch
-x, w, seconds = torch.randn(512, 576), torch.randn(1536, 576), []
-end = time.perf_counter() + 1
-while time.perf_counter() < end:
-    began = time.perf_counter()
-    for _ in range(10):
-        x @ w.T
-    seconds.append((time.perf_counter() - began) / 10)
-print(sum(seconds) / len(seconds))
+STEPS = """
+from plopfast import machine
+machine.set_waiting_policy()
+import statistics, time, torch
+import plopfast as pf
+from plopfast.data import DEMO
+torch.set_num_threads(2)
+model, tokenizer = pf.load_model()
+rows = pf.tokenize(pf.read_jsonl(DEMO["train"])[:128], tokenizer)
+types = ("v_proj", "up_proj", "down_proj")
+modules = {info.name: (16, 32.0) for info in pf.linear_modules(model) if info.type in types}
+pf.inject(model, pf.Placement(modules, list(types), "explicit", 0))
+trainer = pf.Trainer(model, pf.TrainConfig(batch_tokens=160, max_steps=14), rows)
+trainer.fit()
+print(statistics.median(record["seconds"] for record in trainer.history[2:]))
 """
 
 
-def product_s(way: str) -> float:
+def step_s(setting: str) -> float:
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    done = subprocess.run([sys.executable, "-c", LOOP], env=clean | WAYS[way], capture_output=True, check=True)
-    return float(done.stdout)
-
-
-@contextlib.contextmanager
-def spinning(core: int):
-    code = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        try:
-            yield
-        finally:
-            process.kill()
+    run = [sys.executable, "-W", "ignore", "-c", STEPS]
+    return float(subprocess.run(run, env=clean | SETTINGS[setting], check=True, capture_output=True, text=True).stdout)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    cores = sorted(os.sched_getaffinity(0))[:2]
-    os.sched_setaffinity(0, cores)  # inherited by the processes below
-    lines, figures = [f"{'':<8}" + "".join(f"{way + ', ms':>15}" for way in WAYS) + f"{'ACTIVE / PASSIVE':>28}"], {}
-    strangers: list[float] = []
-    for load in ("idle", "busy"):
-        seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-        for _ in range(arguments.repeats):
-            strangers.append(machine.busy_cores())
-            for way in WAYS:
-                with spinning(cores[0]) if load == "busy" else contextlib.nullcontext():
-                    seconds[way].append(product_s(way))
-        medians = {way: sorted(values)[len(values) // 2] * 1e3 for way, values in seconds.items()}
-        median, low, high = ratio = measure.ratios(seconds, "ACTIVE", "PASSIVE")
-        figures[load] = {"median_ms": medians, "ACTIVE / PASSIVE": ratio, "seconds": seconds}
-        shown = f"{median:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"{load:<8}" + "".join(f"{medians[way]:>15.2f}" for way in WAYS) + f"{shown:>28}")
-    lines.append(f"cores busy with other work, before each repeat: at most {max(strangers):.1f}")
-    measure.save("waiting", "\n".join(lines), {**figures, "other_work_cores": strangers})
+    parser.add_argument("--repeats", type=int, default=3)
+    repeats = parser.parse_args().repeats
+    seconds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in SETTINGS} for where in ("idle", "busy")}
+    others = []
+    for _ in range(repeats):
+        others.append(round(machine.busy_cores(seconds=0.5), 2))
+        print(f"other processes keep {others[-1]} cores busy", flush=True)
+        for where, found in seconds.items():
+            spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if where == "busy" else None
+            try:
+                for name, values in found.items():
+                    values.append(step_s(name))
+            finally:
+                if spinner:
+                    spinner.kill()
+    lines = [f"{'step / step without spinning':<30}{'idle cores':>24}{'one core busy':>24}"]
+    for name in SETTINGS:
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*measure.ratios(seconds[w], name, "no spinning")) for w in seconds]
+        lines.append(f"{name:<30}" + "".join(f"{cell:>24}" for cell in cells))
+    medians = {where: {name: statistics.median(v) for name, v in found.items()} for where, found in seconds.items()}
+    measure.save("waiting", "\n".join(lines), {"step_s": seconds, "median_s": medians, "other_cores": others})
 
 
 if __name__ == "__main__":

@@ -166,10 +166,8 @@ def set_waiting_policy() -> None:
     """OpenMP's threads wait passively after a short spin, unless the user chose otherwise; works only before torch is
     imported.
 
-    On shared cores a thread that spins on keeps its partner from running: with another process on one of two cores, a
-    training step of SmolLM2-135M took 2.3 times as long with 10,000 turns of spinning as with none. On idle cores no
-    spinning at all costs 20 %, for a wake-up at each of a step's 5,000 operations; 1,000 turns cost 15 % in the first
-    case and nothing in the second (146 tokens, 2 cores).
+    On shared cores a thread that spins on keeps its partner from running; on idle ones no spinning at all costs a wake-up
+    at each of a step's 5,000 operations (bench/waiting.py has the figures).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
