@@ -34,7 +34,7 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.
     """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
     where = positions(batch["labels"])
     logits = run_for_logits(model, inputs_of(batch), where)
-    targets = batch["labels"][:, 1:][where[:, :-1]]
+    targets = batch["labels"][:, 1:][where]
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
 
 

@@ -13,7 +13,7 @@ from plopfast.blocks import OFFLOADED_BYTES, lean_modules, offloaded, prepared_b
 from plopfast.data import Example, collate
 from plopfast.errors import ConfigError
 from plopfast.lora import adapters
-from plopfast.loss import Objective
+from plopfast.loss import Objective, inputs_of
 from plopfast.models import blocks
 
 BATCH = collate(ROWS, STARTS)
@@ -112,7 +112,9 @@ def test_lean_modules(name):
     for key, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-5)
     if mlps:
-        assert saved_bytes(model, lambda: objective(BATCH)) <= before - 3 * 4 * BATCH["input_ids"].numel() * 48
+        assert (
+            saved_bytes(model, lambda: objective(BATCH)) <= before - 3 * 4 * inputs_of(BATCH)["input_ids"].numel() * 48
+        )
         for module in found:
             del module.forward
         assert saved_bytes(model, lambda: objective(BATCH)) == before
@@ -161,19 +163,30 @@ def test_compiled_blocks_train_alike(monkeypatch):
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
 
 
-def test_liger_is_asked_for_its_operations_alone(monkeypatch):
-    """A stand-in for liger-kernel and for the GPU: which of its parts are switched on."""
-    asked = {}
+def test_liger_is_asked_for_its_operations_alone_and_undone(monkeypatch):
+    """A stand-in for liger-kernel and for the GPU, which replaces what liger does: names in the model's source file, and
+    forwards of its modules."""
+    asked, model = {}, trained(build("llama"))
+    source = sys.modules[type(model).__module__]
+    norm, rope = source.LlamaRMSNorm, source.apply_rotary_pos_emb
+
+    def apply(model, **how):
+        asked.update(how)
+        source.LlamaRMSNorm = source.apply_rotary_pos_emb = None
+        model.model.norm.forward = lambda x: x
+
     stand_in = types.ModuleType("liger_kernel.transformers")
-    stand_in._apply_liger_kernel_to_instance = lambda model, **how: asked.update(how)
+    stand_in._apply_liger_kernel_to_instance = apply
     monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
     monkeypatch.setattr("plopfast.blocks.importlib.util.find_spec", lambda name: name == "liger_kernel")
     monkeypatch.setattr("plopfast.blocks.device_of", lambda model: torch.device("cuda"))
-    model = trained(build("llama"))
     with prepared_blocks(model, pf.TrainConfig()) as notes:
-        assert notes == ["norm, SwiGLU and RoPE by liger-kernel"]
+        assert len(notes) == 1 and "liger-kernel" in notes[0] and source.LlamaRMSNorm is None
     assert asked == {"cross_entropy": False, "fused_linear_cross_entropy": False}
+    assert (source.LlamaRMSNorm, source.apply_rotary_pos_emb) == (norm, rope) and "forward" not in vars(
+        model.model.norm
+    )
     asked.clear()
     with prepared_blocks(model, pf.TrainConfig(liger=False)):
         assert not asked

@@ -328,7 +328,23 @@ def test_unlabelled_text_is_learned_first(base, tmp_path):
     text = tmp_path / "domain.txt"
     text.write_text("A finch is a small bird.\n\nA larch is a tree that drops its needles.\n\n" * 30)
     out = tmp_path / "run"
-    assert plopfast("run", *base, "--unlabeled", text, "--max-length", "64", "--batch-tokens", "128", "--out", out) == 0
+    assert (
+        plopfast(
+            "run",
+            *base,
+            "--unlabeled",
+            text,
+            "--max-steps",
+            "40",
+            "--max-length",
+            "96",
+            "--batch-tokens",
+            "192",
+            "--out",
+            out,
+        )
+        == 0
+    )
     config = json.loads((out / "config.json").read_text())
     assert config["data"]["unlabeled"]["file"] == str(text) and len(config["data"]["unlabeled"]["sha256"]) == 64
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
