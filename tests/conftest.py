@@ -3,6 +3,8 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never needs the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from plopfast import machine
 
