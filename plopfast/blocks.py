@@ -25,44 +25,35 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
     Raises ConfigError for choices that this model or device cannot take.
     """
     device, notes = device_of(model), []
-    lean: list[nn.Module] = []
-    undo = contextlib.ExitStack()
     if config.offload and device.type == "cpu":
         raise ConfigError(
             "offload moves activations from a GPU to CPU memory, but the model is on the CPU: leave it out"
         )
     if config.offload and any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
-    if config.checkpointing:
-        if not getattr(model, "supports_gradient_checkpointing", False):
-            raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
-        _checkpointing(model, "enable")({"use_reentrant": False})
-        notes.append("each block's activations are computed again in the backward pass")
-    if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
-        undo.enter_context(liger(model))
-        notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
-    elif not config.compile:
-        lean = lean_modules(model)
-        if lean:
-            notes.append(f"{len(lean)} norms and gated MLPs in fewer operations that keep less for the backward pass")
-    if config.compile:
-        for block in blocks(model).values():
-            block.compile(dynamic=True)
-        notes.append("blocks compiled by torch.compile")
-    if config.offload:
-        notes.append("activations kept in CPU memory until the backward pass")
-    try:
-        with offloaded(model) if config.offload else contextlib.nullcontext():
-            yield notes
-    finally:
-        undo.close()
-        for module in lean:
-            del module.forward
+    if config.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
+    with contextlib.ExitStack() as undo:
         if config.checkpointing:
-            _checkpointing(model, "disable")()
+            _checkpointing(model, "enable")({"use_reentrant": False})
+            undo.callback(_checkpointing(model, "disable"))
+            notes.append("each block's activations are computed again in the backward pass")
+        if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            undo.enter_context(liger(model))
+            notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
+        elif not config.compile and (lean := lean_modules(model)):
+            for module in lean:
+                undo.callback(delattr, module, "forward")
+            notes.append(f"{len(lean)} norms and gated MLPs in fewer operations that keep less for the backward pass")
         if config.compile:
             for block in blocks(model).values():
-                block._compiled_call_impl = None
+                block.compile(dynamic=True)
+                undo.callback(setattr, block, "_compiled_call_impl", None)
+            notes.append("blocks compiled by torch.compile")
+        if config.offload:
+            undo.enter_context(offloaded(model))
+            notes.append("activations kept in CPU memory until the backward pass")
+        yield notes
 
 
 @contextlib.contextmanager
