@@ -267,7 +267,7 @@ def test_ctrl_c_and_resume(base, tmp_path):
             break
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate(timeout=180)
     assert process.returncode == 130, seen + rest
     assert re.search(r"interrupted: stopped after step \d+ of 150.*--resume --out", rest), rest
     assert list((out / "checkpoints").glob("step-*.safetensors")) and "Traceback" not in rest

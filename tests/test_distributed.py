@@ -28,7 +28,7 @@ def run(*command):
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}", "OMP_NUM_THREADS": "1"}
     environment |= {"PYTHONWARNINGS": "error::FutureWarning:plopfast"}
     whole = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=120, env=environment)
+    return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=environment)
 
 
 @pytest.fixture(scope="module")
