@@ -69,7 +69,8 @@ def test_training_equals_one_process_with_the_doubled_batch(found, kind):
         assert two == read(found[1] / kind / "weights.1.json"), "both ranks hold the same"
     else:
         one, two = (load_file(folder / kind / "adapter" / "adapter_model.safetensors") for folder in found[:2])
-        for name, value in one.items():  # by norm: sharded blocks keep torch's own norms and MLPs, which round otherwise
+        # by norm: sharded blocks keep torch's own norms and MLPs, which round otherwise
+        for name, value in one.items():
             assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
         assert all(value.abs().max() > 0 for value in one.values())
         pf.load_adapter(build("llama"), found[1] / kind / "adapter")  # knows its base again
