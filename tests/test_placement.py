@@ -50,7 +50,7 @@ def test_plop_takes_the_lowest_types(report):
         ("all", set(NFN)),
         (["o_proj", "model.layers.1.q_proj"], {"o_proj", "q_proj"}),
     ],
-    ids=str,
+    ids=["inverse", "attn", "mlp", "all", "names"],
 )
 def test_other_rules(report, rule, types):
     placement = pf.place(report, rule, rank=1)
