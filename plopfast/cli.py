@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import sys
 import time
 import traceback
@@ -55,10 +56,14 @@ torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 def main(argv: Sequence[str] | None = None) -> int:
     machine.set_waiting_policy()
     launch = machine.launch()
-    if not launch.rank:
+    if launch.size == 1:
         return _main(argv, launch)
-    with contextlib.redirect_stdout(io.StringIO()):  # rank 0 speaks for all
-        return _main(argv, launch)
+    # rank 0 speaks for all
+    with contextlib.redirect_stdout(io.StringIO()) if launch.rank else contextlib.nullcontext():
+        code = _main(argv, launch)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # on busy cores, threads of torch's process groups can abort an interpreter that shuts down
 
 
 def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:

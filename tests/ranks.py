@@ -182,3 +182,4 @@ if __name__ == "__main__":
     for check in sys.argv[2:]:
         CHECKS[check](Path(sys.argv[1]))
     distributed.close()
+    os._exit(0)  # see cli.main
