@@ -167,7 +167,7 @@ def set_waiting_policy() -> None:
     imported.
 
     On shared cores a thread that spins on keeps its partner from running; on idle ones no spinning at all costs a wake-up
-    at each of a step's 5,000 operations (bench/waiting.py has the figures).
+    at each of a step's 5,000 operations (bench/waiting.py measures both).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
