@@ -35,8 +35,9 @@ _UNSUPPORTED = {
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors in the folder `path`.
 
-    Ranks and alphas that differ go into rank_pattern and alpha_pattern. Of several processes, rank 0 alone writes. Raises AdapterError where the model has no
-    adapters or weights are not finite, FileError where the folder exists (unless `overwrite`) or cannot be written.
+    Ranks and alphas that differ go into rank_pattern and alpha_pattern. Of several processes, rank 0 alone writes.
+    Raises AdapterError where the model has no adapters or weights are not finite, FileError where the folder exists
+    (unless `overwrite`) or cannot be written.
     """
     path = Path(path)
     modules = adapters(model)

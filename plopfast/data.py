@@ -8,7 +8,7 @@ import itertools
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
@@ -263,22 +263,16 @@ def group_by_length(
     Indices are sorted by length within windows (shuffled before, and the groups after, when there is a `seed`), which
     leaves a few per cent of padding. A row longer than the budget makes a group of its own.
     """
-    order = list(range(len(lengths)))
-    rng = random.Random(seed)
-    if seed is not None:
-        rng.shuffle(order)
-    groups: list[list[int]] = []
-    for begin in range(0, len(order), window):
-        group: list[int] = []
-        for index in sorted(order[begin : begin + window], key=lambda i: lengths[i]):
-            if group and (len(group) + 1) * lengths[index] > budget:
-                groups.append(group)
-                group = []
-            group.append(index)
-        groups.append(group)
-    if seed is not None:
-        rng.shuffle(groups)
-    return groups
+
+    def fill(window: list[int]) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        for index in sorted(window, key=lambda i: lengths[i]):
+            if groups[-1] and (len(groups[-1]) + 1) * lengths[index] > budget:
+                groups.append([])
+            groups[-1].append(index)
+        return groups
+
+    return _in_windows(len(lengths), fill, seed, window)
 
 
 def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024) -> list[list[int]]:
@@ -293,20 +287,32 @@ def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: i
             f"{len(above)} of {len(lengths)} rows do not fit a packed batch of {budget} tokens (the longest has "
             f"{max(above)}): allow {max(above)} tokens a batch, or shorten or split these rows"
         )
-    order = list(range(len(lengths)))
-    rng = random.Random(seed)
-    if seed is not None:
-        rng.shuffle(order)
-    groups: list[list[int]] = []
-    for begin in range(0, len(order), window):
+
+    def fill(window: list[int]) -> list[list[int]]:
+        groups: list[list[int]] = []
         rooms: list[tuple[int, int]] = []  # (free tokens, number of the group), ascending
-        for index in sorted(order[begin : begin + window], key=lambda i: -lengths[i]):
+        for index in sorted(window, key=lambda i: -lengths[i]):
             at = bisect.bisect_left(rooms, (lengths[index], 0))
             free, number = rooms.pop(at) if at < len(rooms) else (budget, len(groups))
             if number == len(groups):
                 groups.append([])
             groups[number].append(index)
             bisect.insort(rooms, (free - lengths[index], number))
+        return groups
+
+    return _in_windows(len(lengths), fill, seed, window)
+
+
+def _in_windows(
+    count: int, fill: Callable[[list[int]], list[list[int]]], seed: int | None, window: int
+) -> list[list[int]]:
+    """The groups that `fill` makes of each window of the indices, which are shuffled before, and the groups after, where
+    there is a seed."""
+    order = list(range(count))
+    rng = random.Random(seed)
+    if seed is not None:
+        rng.shuffle(order)
+    groups = [group for begin in range(0, count, window) for group in fill(order[begin : begin + window])]
     if seed is not None:
         rng.shuffle(groups)
     return groups
