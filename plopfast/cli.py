@@ -18,8 +18,8 @@ from .errors import ConfigError, Interrupted, PlopfastError, RankError
 
 COMMON = ("model", "train", "valid", "test", "max_length", "seed", "max_steps", "dtype", "device", "backend", "threads")
 RANKS = ("parallel", "timeout")
-SCORING = ("score_prompts", "score_tokens", "baseline", "compat")
-PLACING = ("rule", "k", "rank", "alpha")
+SCORING = ("score_prompts", "confidence", "score_tokens", "skip_first", "baseline", "compat")
+PLACING = ("rule", "k", "rank", "alpha", "budget", "ranks", "granularity", "cap")
 EVA = ("init", "rank")  # what EVA vectors, taken while scoring, depend on
 TRAINING = (
     *(f.name for f in dataclasses.fields(TrainConfig) if f.name not in COMMON),
@@ -30,10 +30,26 @@ TRAINING = (
 )
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run": ("score, place, train, evaluate and report in one go", (*SCORING, *PLACING, *TRAINING, *RANKS)),
-    "score": ("measure NFN of every linear module: scores.json", (*SCORING, *EVA, *RANKS)),
+    "score": ("measure NFN of every linear module: scores.json", (*SCORING, "k", "rule", *EVA, *RANKS)),
+    "audit": (
+        "can the scores be trusted? stability, controls and other criteria: audit.json",
+        ("score_prompts", "score_tokens", "skip_first", "k", "rank"),
+    ),
     "place": ("choose modules by their scores: placement.json", PLACING),
+    "estimate": (
+        "memory and FLOPs of training on each placement, before training: estimate.json",
+        (*PLACING, "batch_tokens", "checkpointing", "packing"),
+    ),
     "train": ("train adapters on the placement: adapter/", (*TRAINING, *RANKS)),
     "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full", *RANKS)),
+    "trial": (
+        "placements of equal size, several seeds each, compared on the test rows: trial.json",
+        (*SCORING, *PLACING, *TRAINING, "arms", "lrs", "seeds", "general"),
+    ),
+    "search": (
+        "search rank, alpha, learning rate, init and placement together (Optuna): search.json",
+        (*SCORING, *PLACING, *TRAINING, "search_trials"),
+    ),
     "report": ("one self-contained page from the run's files: report.html", ()),
     "merge": ("write the model with its adapter merged in: merged/", ()),
     "info": ("versions, devices, the model's linear modules and the path each one takes", ()),
@@ -171,7 +187,7 @@ def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> Non
         else:
             options |= {
                 "type": plain,
-                "metavar": "FILE" if name in ("train", "valid", "test", "unlabeled") else plain.__name__.upper(),
+                "metavar": "FILE" if name in ("train", "valid", "test", "unlabeled", "general") else plain.__name__.upper(),
             }
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}

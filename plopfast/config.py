@@ -115,13 +115,31 @@ class RunConfig(TrainConfig):
     )
     timeout: int = _option(1800, "seconds that a rank waits for the others before it gives up", positive=True)
     threads: int | None = _option(None, "CPU threads (default: torch's choice)", positive=True)
-    score_prompts: int = _option(64, "training rows that are scored", positive=True)
-    score_tokens: str = _option("all", "tokens that are scored", ("all", "prompt", "completion"))
+    score_prompts: int = _option(200, "training rows that are scored at most", positive=True)
+    confidence: float = _option(
+        0.95, "scoring ends once the k lowest types are this sure; also of the intervals; 0: score every row", below=1
+    )
+    score_tokens: str = _option(
+        "all",
+        "tokens that are scored; roles need messages",
+        ("all", "prompt", "completion", "system", "user", "assistant", "tool"),
+    )
+    skip_first: bool = _option(False, "leave out each row's first token, where attention sinks")
     baseline: str = _option("closed-form", "NFN denominator", ("closed-form", "monte-carlo"))
     compat: str | None = _option(None, "'official' scores exactly as the PLoP authors' code", ("official",))
     rule: str = _option("plop", "plop, plop-inverse, attn, mlp, all, random, or module types and names with commas")
     k: int = _option(3, "module types that plop, plop-inverse and random choose", positive=True)
     rank: int = _option(16, "LoRA rank", positive=True)
+    budget: str | None = _option(
+        None, "instead of --rank: parameters (2.5M), bytes of the adapter file (10MB, 8MiB) or match:RULE:rRANK"
+    )
+    ranks: str = _option(
+        "equal", "how a budget is shared out: equal ranks, or proportional to 1 / NFN", ("equal", "proportional")
+    )
+    granularity: str = _option(
+        "type", "choose whole module types, or (experimental; needs --budget) single modules", ("type", "module")
+    )
+    cap: int | None = _option(None, "with --granularity module: most modules of one type", positive=True)
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
     init: str = _option(
@@ -129,6 +147,13 @@ class RunConfig(TrainConfig):
         "A at first; eva: the inputs' leading singular vectors, taken while scoring",
         ("kaiming", "gaussian", "orthogonal", "eva"),
     )
+    arms: str = _option("plop,plop-inverse,attn,mlp,all", "placements that a trial compares, also random and full")
+    lrs: str = _option("5e-4,1e-3,2e-3", "learning rates that each arm of a trial tries")
+    seeds: str = _option("0,1,2", "seeds of each arm of a trial, three at least")
+    general: str | None = _option(
+        None, "plain text far from the task, UTF-8 .txt: its loss shows forgetting (default: Python's own help texts)"
+    )
+    search_trials: int = _option(20, "combinations that a search tries", positive=True)
     full: bool = _option(
         False, "train all weights instead of adapters, the baseline one compares with (with a lower --lr, such as 2e-5)"
     )
