@@ -187,7 +187,9 @@ def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> Non
         else:
             options |= {
                 "type": plain,
-                "metavar": "FILE" if name in ("train", "valid", "test", "unlabeled", "general") else plain.__name__.upper(),
+                "metavar": "FILE"
+                if name in ("train", "valid", "test", "unlabeled", "general")
+                else plain.__name__.upper(),
             }
             if field.metadata["choices"]:
                 options |= {"choices": field.metadata["choices"], "metavar": None}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from .errors import DataError
 
@@ -27,12 +28,14 @@ FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": .
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: `tokens[start:]` carry labels. `completion` is the row's answer where it is plain text."""
+    """One tokenised row: `tokens[start:]` carry labels. `completion` is the row's answer where it is plain text, `roles`
+    the role of each token where the row is messages and roles were asked for."""
 
     tokens: tuple[int, ...]
     start: int
     completion: str | None
     where: str  # file:line, for errors
+    roles: tuple[str, ...] | None = None
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
@@ -90,9 +93,9 @@ def _format(row: dict[str, Any]) -> str | None:
 
 
 def tokenize(
-    rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, max_length: int | None = None
+    rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, max_length: int | None = None, roles: bool = False
 ) -> list[Example]:
-    """Examples with an end-of-text token after each completion or text.
+    """Examples with an end-of-text token after each completion or text. With `roles`, the tokens of messages know theirs.
 
     Raises DataError for a row longer than `max_length` tokens (nothing is truncated silently).
     """
@@ -106,8 +109,24 @@ def tokenize(
             )
         if len(tokens) < 2:
             raise DataError(f"{where}: only {len(tokens)} token; there is nothing to learn from it")
-        examples.append(Example(tuple(tokens), max(start, 1), completion, where))
+        told = _roles(row, tokens, tokenizer) if roles else None
+        examples.append(Example(tuple(tokens), max(start, 1), completion, where, told))
     return examples
+
+
+def _roles(row: dict[str, Any], tokens: list[int], tokenizer: Any) -> tuple[str, ...] | None:
+    """Each token's role: a message's tokens are those that the chat template adds for it, its markup included. None where
+    the row is no messages, or the template rewrites earlier ones, so that they cannot be told apart."""
+    if _format(row) not in ("chat", "messages"):
+        return None
+    messages = row["messages"] if _format(row) == "messages" else [*row["prompt"], *row["completion"]]
+    roles: list[str] = []
+    for number, message in enumerate(messages, 1):
+        upto = _template(tokenizer, messages[:number], False)
+        if upto != tokens[: len(upto)]:
+            return None
+        roles += [message["role"]] * (len(upto) - len(roles))
+    return tuple(roles)
 
 
 def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int, str | None]:
@@ -249,10 +268,44 @@ def collate_packed(
     return {key: value.unsqueeze(0).to(device) for key, value in batch.items()}
 
 
-def batches_of(examples: Sequence[Example], rows: int) -> list[dict[str, torch.Tensor]]:
-    """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them."""
+def batches_of(
+    examples: Sequence[Example], rows: int, tokens: str = "all", skip_first: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them; with `counted`
+    [rows, tokens] where only some tokens are to be scored: the "prompt", the "completion", or those of a role. `skip_first`
+    leaves out each row's first token, whose large norms are the attention sink's (Xiao et al., arXiv 2309.17453).
+
+    Raises DataError where no token would be left, or a role is asked for and the examples have none.
+    """
     chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
-    return [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
+    batches = [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
+    if tokens == "all" and not skip_first:
+        return batches
+    for batch, chunk in zip(batches, chunks, strict=True):
+        batch["counted"] = pad_sequence([_counted(e, tokens, skip_first) for e in chunk], batch_first=True)
+    if not any(batch["counted"].any() for batch in batches):
+        known = sorted({role for e in examples for role in e.roles or ()})
+        raise DataError(
+            f"{examples[0].where} and {len(examples) - 1} more rows: no {tokens} token to score"
+            + (f"; the rows' roles are {', '.join(known)}" if known else "")
+        )
+    return batches
+
+
+def _counted(example: Example, tokens: str, skip_first: bool) -> torch.Tensor:
+    place = torch.arange(len(example.tokens))
+    if tokens in ("prompt", "completion"):
+        counted = (place >= example.start) == (tokens == "completion")
+    elif tokens == "all":
+        counted = torch.ones_like(place, dtype=torch.bool)
+    elif example.roles is None:
+        raise DataError(
+            f"{example.where}: scoring the {tokens}'s tokens needs rows of messages, and a chat template that adds "
+            "each message to those before it; score all, prompt or completion tokens"
+        )
+    else:
+        counted = torch.tensor([role == tokens for role in example.roles])
+    return counted & (place > 0) if skip_first else counted
 
 
 def group_by_length(

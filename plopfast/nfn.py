@@ -16,94 +16,27 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from itertools import accumulate, islice
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from . import distributed, files
+from . import distributed
+from .confidence import decide, next_look
 from .data import IGNORE, group_by_length
-from .errors import ConfigError, DataError, FileError, ModelError
+from .errors import ConfigError, DataError, ModelError
 from .eva import InputSketch
 from .lora import adapters
 from .models import LinearInfo, body, device_of, linear_modules, whole
 from .ops import row_norms
 from .progress import bar
+from .scores import ModuleScore, NFNReport
 
 WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
 MIN_BATCH_TOKENS = 384
-
-
-@dataclass(frozen=True)
-class ModuleScore:
-    """One module's NFN: mean and standard deviation over `tokens` tokens, and what placement needs to know of it."""
-
-    nfn: float
-    std: float
-    tokens: int
-    type: str
-    layer: int | None
-    n_in: int
-    n_out: int
-
-
-@dataclass
-class NFNReport:
-    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers.
-
-    With `eva_rank`, `eva` holds each module's vectors [eva_rank, n_in] and `eva_ratios` the shares that they explain
-    [eva_rank] (`InputSketch.vectors`); these stay out of the JSON file: `eva.save` writes them.
-    """
-
-    scores: dict[str, ModuleScore]
-    tokens: int
-    prompts: int
-    seconds: float
-    model: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    eva: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-    eva_ratios: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def modules(self) -> dict[str, float]:
-        return {name: score.nfn for name, score in self.scores.items()}
-
-    @property
-    def types(self) -> dict[str, float]:
-        """Type -> mean over layers, lowest first; the output head is in no type."""
-        by_type: dict[str, list[float]] = {}
-        for score in self.scores.values():
-            if score.layer is not None:
-                by_type.setdefault(score.type, []).append(score.nfn)
-        return dict(sorted(((t, statistics.fmean(v)) for t, v in by_type.items()), key=lambda item: item[1]))
-
-    def table(self) -> str:
-        """The types, lowest NFN first, as text."""
-        rows = [f"{'module type':<16} {'NFN':>7}  {'lowest':>7} {'highest':>7}  layers"]
-        for type_, mean in self.types.items():
-            values = [s.nfn for s in self.scores.values() if s.type == type_]
-            rows.append(f"{type_:<16} {mean:>7.3f}  {min(values):>7.3f} {max(values):>7.3f}  {len(values)}")
-        return "\n".join(rows)
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON, atomically."""
-        value = asdict(replace(self, eva={}, eva_ratios={}))
-        del value["eva"], value["eva_ratios"]
-        files.write_json(Path(path), {"plopfast": "scores", "types": self.types, **value})
-
-    @classmethod
-    def load(cls, path: str | Path) -> "NFNReport":
-        value = files.read_json(Path(path), "plopfast score")
-        try:
-            scores = {name: ModuleScore(**score) for name, score in value["scores"].items()}
-            rest = {key: value[key] for key in ("tokens", "prompts", "seconds", "model", "settings")}
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path}: not a scores file ({error}); make it anew with plopfast score") from None
-        return cls(scores, **rest)
 
 
 class NFNState:
@@ -207,6 +140,9 @@ def score(
     mc_samples: int = 1024,
     seed: int = 0,
     compat: str | None = None,
+    confidence: float | None = None,
+    k: int = 3,
+    inverse: bool = False,
     eva_rank: int | None = None,
     batch_tokens: int | None = None,
     backend: str = "auto",
@@ -215,12 +151,16 @@ def score(
     """NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, equation 2).
 
     `batches`: dicts as a Hugging Face tokenizer returns them: `input_ids` and `attention_mask` [rows, tokens], with
-    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion". Padding never counts; rows are batched
+    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion", and `counted` (0 for the tokens to leave
+    out; `data.batches_of` makes it) where only some count. Padding never counts; rows are batched
     anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384).
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
     mean does not depend on z). On several ranks (all of them call it, with the same batches) each runs its share of the
-    batches, and all get the same report as one process. `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
+    batches, and all get the same report as one process.
+    `confidence`: scoring ends at the first look, after 16, 32, 64, ... prompts, at which the `k` lowest types (highest, if
+    `inverse`) are decided with that confidence (see confidence.py); the batches should come in random order, and
+    `report.decision` tells how it ended. None: every batch is scored. `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
     `eva_rank`: also take that many EVA vectors of each module's inputs from the same passes (`report.eva`, for
     `inject(init="eva")`); `seed` draws their sketch.
 
@@ -235,6 +175,10 @@ def score(
         raise ConfigError(f"compat: expected official or nothing, got {compat!r}")
     if compat and (tokens, skip_bos, include_head, baseline) != ("all", True, False, "closed-form"):
         raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
+    if compat and confidence is not None:
+        raise ConfigError("compat='official' keeps nothing of single prompts: leave out confidence")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ConfigError(f"confidence: expected a number above 0 and below 1, got {confidence}")
     if compat and eva_rank is not None:
         raise ConfigError("compat='official' counts padding, EVA does not: leave out compat, or eva_rank (init 'eva')")
     if adapters(model):
@@ -253,8 +197,11 @@ def score(
                 rows = _rows(batches, tokens, bos)
                 denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
                 eva = None if eva_rank is None else (eva_rank, seed)
-                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter, eva)
+                stop = None if confidence is None else Stop(k, confidence, inverse)
+                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter, eva, stop)
                 report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
+                if stop:
+                    report.settings |= {"confidence": confidence, "k": k}
                 if eva:
                     report.settings |= {"eva_rank": eva_rank, "seed": seed}
                 if baseline == "monte-carlo":
@@ -270,14 +217,25 @@ def score(
 class _Row:
     tokens: torch.Tensor  # [tokens] int64, without padding
     counted: torch.Tensor  # [tokens] bool
+    number: int  # as it came
     batch: int
     row: int
     room: int  # padded size of the batch it came in
 
 
+@dataclass(frozen=True)
+class Stop:
+    """When scoring may end before its rows do: see `decide`."""
+
+    k: int
+    confidence: float
+    inverse: bool
+
+
 def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> Iterator[_Row]:
+    number = 0
     for index, batch in enumerate(batches):
-        unknown = set(batch) - {"input_ids", "attention_mask", "labels", "token_type_ids"}
+        unknown = set(batch) - {"input_ids", "attention_mask", "labels", "counted", "token_type_ids"}
         if unknown or "input_ids" not in batch:
             raise DataError(f"batch {index}: expected input_ids, attention_mask and labels, got {sorted(batch)}")
         if which != "all" and "labels" not in batch:
@@ -289,14 +247,16 @@ def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> 
         room = sum(len(row) for row in ids)
         for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
             counted = torch.ones_like(tokens, dtype=torch.bool)
+            if "counted" in batch:
+                counted = torch.as_tensor(batch["counted"][row]).cpu().bool()
             if which != "all":
-                counted = (torch.as_tensor(batch["labels"][row]).cpu() != IGNORE) == (which == "completion")
+                counted = counted & ((torch.as_tensor(batch["labels"][row]).cpu() != IGNORE) == (which == "completion"))
             tokens, counted = tokens[mask], counted[mask]
-            if not len(tokens):
-                continue
-            if bos is not None and tokens[0] == bos:
+            if bos is not None and len(tokens) and tokens[0] == bos:
                 counted[0] = False
-            yield _Row(tokens, counted, index, row, room)
+            if counted.any():
+                yield _Row(tokens, counted, number, index, row, room)
+                number += 1
 
 
 def _score(
@@ -308,6 +268,7 @@ def _score(
     backend: str,
     meter: Any,
     eva: tuple[int, int] | None = None,
+    stop: Stop | None = None,
 ) -> NFNReport:
     infos = linear_modules(model, include_head)
     device = device_of(model)
@@ -316,10 +277,17 @@ def _score(
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
     hooks = [state.hook(i, info.name, whole(getattr(info.module, "bias", None))) for i, info in enumerate(infos)]
+    types = ["" if info.layer is None else info.type for info in infos]
     order: list[_Row] = []
+    looks: list[int] = []
+    decision = None
     tokens = 0
+
+    def window_of_rows() -> list[_Row]:
+        return list(islice(rows, min(WINDOW_ROWS, next_look(len(order)) - len(order)) if stop else WINDOW_ROWS))
+
     with _hooked(infos, hooks):
-        while window := list(islice(rows, WINDOW_ROWS)):
+        while window := window_of_rows():
             budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
             groups = group_by_length([len(row.tokens) for row in window], budget)
             begins = [len(order) + n for n in accumulate(map(len, groups), initial=0)]
@@ -334,11 +302,24 @@ def _score(
                 runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
                 state.close()
                 meter.update(len(chosen))
+            if stop and len(order) == next_look(len(order) - 1):
+                looks.append(len(order))
+                stats = _as_they_came(state.table(len(order)), order)
+                if not stats.isfinite().all():
+                    break  # _collect names the module and the row
+                decision = decide(stats, types, stop.k, stop.confidence, looks, stop.inverse)
+                if decision.decided:
+                    break
     if not tokens:
         raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
     if sketch and tokens < sketch.rank:
         raise DataError(f"eva_rank {sketch.rank}: expected at most {tokens}, the tokens scored; score more prompts")
-    report = NFNReport(_collect(state, infos, order), tokens, len(order), 0.0)
+    table = state.table(len(order))
+    stats = _as_they_came(table, order)
+    report = NFNReport(_collect(table, infos, order), tokens, len(order), 0.0, prompt_stats=stats)
+    if stop and looks[-1:] != [len(order)]:
+        decision = decide(stats, types, stop.k, stop.confidence, [*looks, len(order)], stop.inverse)
+    report.decision = decision
     if sketch:
         report.eva, report.eva_ratios = sketch.vectors()
     return report
@@ -383,8 +364,13 @@ def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.T
     return denominators
 
 
-def _collect(state: NFNState, infos: Sequence[LinearInfo], order: Sequence[_Row]) -> dict[str, ModuleScore]:
-    sums, squares, counts = state.table(len(order))  # [modules, prompts] each
+def _as_they_came(table: torch.Tensor, order: Sequence[_Row]) -> torch.Tensor:
+    """Sums and counts [2, modules, prompts] of a table [3, modules, prompts] whose prompts lie in `order`."""
+    return table[[0, 2]][:, :, torch.tensor([row.number for row in order]).argsort()]
+
+
+def _collect(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequence[_Row]) -> dict[str, ModuleScore]:
+    sums, squares, counts = table  # [modules, prompts] each
     squares, counts = squares.sum(1), counts.sum(1)
     bad = (~sums.isfinite()).nonzero()
     if len(bad):
@@ -429,7 +415,9 @@ def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed
 
     chosen = [info for name, info in infos.items() if "norm" not in name.lower()]
     with _hooked(chosen, [hook_for(info) for info in chosen]):
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if "counted" in batch:
+                raise ConfigError(f"batch {index}: compat='official' scores every token, but 'counted' leaves some out")
             inputs = {k: torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask") if k in batch}
             model(**inputs)
             seen["tokens"] += inputs["input_ids"].numel()

@@ -36,6 +36,7 @@ STAGES = {  # what each stage leaves behind
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
+    "scores.safetensors",
     EVA,
     "model",
     "metrics.jsonl",
@@ -117,6 +118,15 @@ class Run:
             else:
                 self._examples[split] = []
         return self._examples[split]
+
+    def sample(self, seed: int | None = None, count: int | None = None) -> list[Example]:
+        """Training rows to score, in random order (default: as many, and drawn with the seed, as the settings say); rows of
+        messages know their tokens' roles."""
+        rows, config = self.rows("train"), self.config
+        self.examples("train")  # raises for a row that cannot be used
+        count = min(count or config.score_prompts, len(rows))
+        chosen = random.Random(config.seed if seed is None else seed).sample(rows, count)
+        return tokenize(chosen, self.tokenizer, roles=True)
 
     def file(self, stage: str) -> Path:
         return self.folder / ("model" if stage == "train" and self.config.full else STAGES[stage])
@@ -212,12 +222,20 @@ def dtype_for(name: str, device: torch.device, full: bool = False) -> torch.dtyp
 def run_score(run: Run) -> NFNReport:
     run.rows("train")  # broken data should stop the run before the model is loaded
     run.begin("score")
-    rows, config = run.examples("train"), run.config
-    sample = random.Random(config.seed).sample(rows, min(config.score_prompts, len(rows)))
-    how: dict[str, Any] = {"tokens": config.score_tokens, "baseline": config.baseline, "compat": config.compat}
-    how |= {"backend": config.backend, "eva_rank": config.rank if config.init == "eva" else None}
+    config = run.config
+    masks: dict[str, Any] = {"tokens": config.score_tokens, "skip_first": config.skip_first}
+    how: dict[str, Any] = {"baseline": config.baseline, "compat": config.compat, "backend": config.backend}
+    if config.init == "eva":
+        how["eva_rank"] = config.rank
+        run.say("every row is scored, as EVA's vectors need them")
+    elif config.compat:
+        run.say("every row is scored, as the authors' procedure keeps nothing of single prompts")
+    elif config.confidence:
+        how |= {"confidence": config.confidence, "k": config.k, "inverse": config.rule == "plop-inverse"}
     with run.stage("score"):
-        report = score(run.model, batches_of(sample, SCORE_ROWS), seed=config.seed, progress=run.progress, **how)
+        batches = batches_of(run.sample(), SCORE_ROWS, **masks)
+        report = score(run.model, batches, seed=config.seed, progress=run.progress, **how)
+    report.settings |= masks
 
     def save() -> None:
         if report.eva:
