@@ -27,6 +27,7 @@ from .errors import ConfigError
 FIRST_LOOK = 16
 FEWEST = 8  # below that, one odd prompt makes a t-test of skewed ratios err more than it says
 RESAMPLES = 2000
+ROUNDING = 1e-6  # relative; the sums are float32's, so that equal types can differ by less
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def decide(
     share_TP = mean_TM @ _influence(stats)
     gap_CO = sign * (value_T[others] - value_T[chosen][:, None])
     error_CO = (share_TP[others] - share_TP[chosen][:, None]).std(2) / math.sqrt(prompts)
-    told_CO = gap_CO > critical * error_CO
+    told_CO = gap_CO > (critical * error_CO).clamp(min=ROUNDING * float(value_T.abs().max()))
     ties = [[names[chosen[c]], names[others[o]]] for c, o in (~told_CO).nonzero().tolist()]
     ties.sort(key=lambda pair: abs(float(value_T[names.index(pair[0])] - value_T[names.index(pair[1])])))
     half = critical * float(error_CO[-1, 0])
