@@ -116,7 +116,8 @@ def test_scoring_ends_when_the_types_are_decided():
     assert few.modules == pytest.approx(prefix.modules, rel=1e-6) and few.tokens == prefix.tokens
     highest = pf.score(model, batches, confidence=0.5, k=1, inverse=True).decision
     assert highest.types == [list(few.types)[-1]] and highest.rule == "plop-inverse"
-    assert pf.score(model, batches).decision is None
+    whole = pf.score(model, batches)
+    assert whole.decision is None and whole.decide(1).looks == [80] and few.decide(1, 0.5) == few.decision
     assert few.settings["confidence"] == 0.5 and few.settings["k"] == 1
 
 
