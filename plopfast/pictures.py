@@ -143,18 +143,17 @@ def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
         return _png(figure)
 
 
-def forest(rows: Sequence[Sequence[Any]], label: str, spoken: str = "") -> bytes:
-    """A line for each (name, value, low, high, word): a filled square for a word other than `spoken`, an open circle for
-    it; low and high may be None. The dotted line is at 0."""
+def forest(rows: Sequence[Sequence[Any]], words: Sequence[str], filled: Sequence[bool], label: str) -> bytes:
+    """A mark and its interval for each (name, value, low, high, ...) with a word above it: a filled square or an open circle.
+    Without an interval, low and high are None. The dotted line is at 0."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(rows) + 0.8))
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.4 * len(rows) + 0.8))
         axes.axvline(0.0, color="#777777", linestyle=":", zorder=0)
-        for at, (_, value, low, high, word) in enumerate(rows):
+        for at, ((_, value, low, high, *_), word, full) in enumerate(zip(rows, words, filled, strict=True)):
             if low is not None:
                 axes.plot([low, high], [at, at], color=INK, linewidth=1.8, marker="|", markersize=9)
-            plain = word == spoken
-            axes.plot(value, at, "o" if plain else "s", color=INK, markerfacecolor="white" if plain else INK, markersize=7)
-            axes.annotate(word, ((value if high is None else (low + high) / 2), at), (0, 7), textcoords="offset points", ha="center", fontsize=8)  # fmt: skip
+            axes.plot(value, at, "s" if full else "o", color=INK, markerfacecolor=INK if full else "white", markersize=7)
+            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
         _rows_of(axes, [row[0] for row in rows])
         axes.margins(x=0.2)
         axes.set_xlabel(label)
