@@ -110,10 +110,16 @@ class Browser:
                 self.driver.get_log(log)  # what an earlier page left
             self.driver.get(page.resolve().as_uri())
             said = self.driver.execute_script(LOOK, width)
-            said += [f"{e['level'].lower()} on the console: {e['message'][:200]}" for e in self.driver.get_log("browser")]
+            said += [
+                f"{e['level'].lower()} on the console: {e['message'][:200]}" for e in self.driver.get_log("browser")
+            ]
             for entry in self.driver.get_log("performance"):
                 event = json.loads(entry["message"])["message"]
-                url = event["params"].get("request", {}).get("url", "") if event["method"] == "Network.requestWillBeSent" else ""
+                url = (
+                    event["params"].get("request", {}).get("url", "")
+                    if event["method"] == "Network.requestWillBeSent"
+                    else ""
+                )
                 if url and not url.startswith("data:") and url.partition("#")[0] != page.resolve().as_uri():
                     said.append(f"request: {url[:100]}")
             found += [f"{page.name} at {width}x{height}: {text}" for text in said]
@@ -123,8 +129,6 @@ class Browser:
                 name = f"{page.resolve().parent.name}-{page.stem}-{width}.png"
                 (screenshots / name).write_bytes(base64.b64decode(shot["data"]))
         return found
-
-
 
 
 def picture(*colors: str, alt: str = "three grey squares side by side") -> str:
@@ -186,7 +190,10 @@ def main() -> int:
             wrong += browser.wrong(page, arguments.screenshots)
     finally:
         browser.close()
-    print("\n".join(wrong) or f"{len(BROKEN) if arguments.self_test else len(arguments.pages)} pages checked: nothing wrong")
+    print(
+        "\n".join(wrong)
+        or f"{len(BROKEN) if arguments.self_test else len(arguments.pages)} pages checked: nothing wrong"
+    )
     return 1 if wrong else 0
 
 

@@ -30,8 +30,6 @@ STYLE = {
     "hatch.linewidth": 0.6,
 }
 WIDTH = 4.8  # inches
-HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
-GREYS = ("#222222", "#ffffff", "#aaaaaa", "#dddddd", "#777777")
 INK = "#222222"
 
 
@@ -61,13 +59,20 @@ def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
         for at, (_, value, low, high, chosen) in enumerate(rows):
             if low is not None:
                 axes.plot([low, high], [at, at], color=INK, linewidth=2.5, marker="|", markersize=9)
-            axes.plot(value, at, "s" if chosen else "o", color=INK, markerfacecolor=INK if chosen else "white", markersize=6.5)
-            axes.annotate(f"{value:.2f}", (high or value, at), (7, 0), textcoords="offset points", va="center")
+            axes.plot(
+                value, at, "s" if chosen else "o", color=INK, markerfacecolor=INK if chosen else "white", markersize=6.5
+            )
+            text = f"{value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
+            axes.annotate(
+                text, (value if low is None else high, at), (7, 0), textcoords="offset points", va="center", fontsize=8
+            )
         axes.plot([], [], "s", color=INK, label="gets adapters")
         axes.plot([], [], "o", color=INK, markerfacecolor="white", label="does not")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
         _rows_of(axes, [row[0] for row in rows])
-        axes.margins(x=0.12)
+        axes.set_xmargin(0.05)
+        axes.autoscale_view()
+        axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the numbers
         axes.set_xlabel("NFN, mean over layers (dotted: 1, a random input)")
         return _png(figure)
 
@@ -95,20 +100,15 @@ def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
         return _png(figure)
 
 
-def memory(rows: Sequence[Sequence[Any]], parts: Sequence[str]) -> bytes:
-    """A bar for each (name, MiB of each part ...), the parts end to end."""
+def memory(rows: Sequence[Sequence[Any]]) -> bytes:
+    """A bar for each (name, MiB, ...), full fine-tuning's hatched."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.36 * len(rows) + 1.3))
-        left = [0.0] * len(rows)
-        for number, part in enumerate(parts):
-            values = [row[1 + number] for row in rows]
-            axes.barh(range(len(rows)), values, 0.65, left, label=part, edgecolor=INK,
-                      color=GREYS[number % len(GREYS)], hatch=HATCHES[number % len(HATCHES)])  # fmt: skip
-            left = [start + value for start, value in zip(left, values, strict=True)]
-        for at, total in enumerate(left):
-            axes.annotate(f"{total:,.0f}", (total, at), (4, 0), textcoords="offset points", va="center")
+        figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.7))
+        for at, (name, total, *_) in enumerate(rows):
+            full = name == "full"
+            axes.barh(at, total, 0.6, color="white" if full else "#777777", edgecolor=INK, hatch="////" if full else "")
+            axes.annotate(f"{total:,.0f}", (total, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
         _rows_of(axes, [row[0] for row in rows])
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.1, 1), ncols=4, frameon=False, borderaxespad=0, columnspacing=1)
         axes.margins(x=0.12)
         axes.set_xlabel("MiB")
         return _png(figure)
@@ -135,7 +135,9 @@ def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
         figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 2.3))
         for axes, column, title in zip(panels, (1, 2), ("accuracy", "loss"), strict=True):
             values = [row[column] for row in rows]
-            bars = axes.bar([row[0] for row in rows], values, 0.6, color=["white", "#999999"], edgecolor=INK, hatch=["", "////"])
+            bars = axes.bar(
+                [row[0] for row in rows], values, 0.6, color=["white", "#999999"], edgecolor=INK, hatch=["", "////"]
+            )
             axes.bar_label(bars, fmt="%.3f", padding=2)
             axes.set_title(title, fontsize=9)
             axes.margins(y=0.15)
@@ -152,10 +154,14 @@ def forest(rows: Sequence[Sequence[Any]], words: Sequence[str], filled: Sequence
         for at, ((_, value, low, high, *_), word, full) in enumerate(zip(rows, words, filled, strict=True)):
             if low is not None:
                 axes.plot([low, high], [at, at], color=INK, linewidth=1.8, marker="|", markersize=9)
-            axes.plot(value, at, "s" if full else "o", color=INK, markerfacecolor=INK if full else "white", markersize=7)
-            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8)
+            axes.plot(
+                value, at, "s" if full else "o", color=INK, markerfacecolor=INK if full else "white", markersize=7
+            )
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=box)
         _rows_of(axes, [row[0] for row in rows])
         axes.margins(x=0.2)
+        axes.locator_params(axis="x", nbins=6)
         axes.set_xlabel(label)
         return _png(figure)
 

@@ -20,8 +20,13 @@ def scores(prompts: int = 24, types: dict[str, float] = TYPES) -> pf.NFNReport:
     """Seeded scores, decided as `plopfast score` would; the last layer of each type is an outlier."""
     generator = torch.Generator().manual_seed(0)
     names = [f"model.layers.{layer}.{type_}" for layer in range(LAYERS) for type_ in types]
-    level = torch.tensor([mean * (1.4 if layer == LAYERS - 1 else 1) for layer in range(LAYERS) for mean in types.values()])
-    noise = torch.randn(len(names), prompts, generator=generator) * 0.03 + torch.randn(1, prompts, generator=generator) * 0.05
+    level = torch.tensor(
+        [mean * (1.4 if layer == LAYERS - 1 else 1) for layer in range(LAYERS) for mean in types.values()]
+    )
+    noise = (
+        torch.randn(len(names), prompts, generator=generator) * 0.03
+        + torch.randn(1, prompts, generator=generator) * 0.05
+    )
     tokens = torch.full((len(names), prompts), 20.0)
     stats = torch.stack([(level[:, None] * (1 + noise)) * tokens, tokens]).double()
     values = (stats[0].sum(1) / stats[1].sum(1)).tolist()
@@ -42,7 +47,9 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
     pf.place(report, "plop", k=3, rank=8).save(folder / "placement.json")
     stage = {"seconds": 3.25, "peak_mib": 812.5}
     stages = {name: stage | {"command": f"plopfast {name} --out {folder.name}"} for name in ("score", "train", "eval", "audit", "estimate")}  # fmt: skip
-    data = {split: {"file": f"/data/{split}.jsonl", "sha256": f"{i:064x}"} for i, split in enumerate(("train", "test"), 10)}
+    data = {
+        split: {"file": f"/data/{split}.jsonl", "sha256": f"{i:064x}"} for i, split in enumerate(("train", "test"), 10)
+    }
     versions = {"plopfast": "0.1.0", "torch": "2.13.0"}
     write = {
         "stages.json": stages,
@@ -95,10 +102,11 @@ def estimate() -> dict:
 
 def trial(data: dict, versions: dict) -> dict:
     def arm(name, accuracy, forgetting, versus):
-        run = {"seed": 0, "lr": 1e-3, "valid_loss": 0.2, "best_step": 60, "steps": 60, "seconds": 31.0, "tokens_per_s": 290.0,
-               "peak_mib": 812.0, "accuracy": accuracy, "loss": 0.21, "general_loss": 3.1 + forgetting}  # fmt: skip
+        runs = [{"seed": seed, "lr": 1e-3, "valid_loss": 0.2, "best_step": 60, "steps": 60, "seconds": 31.0, "tokens_per_s": 290.0,
+               "peak_mib": 812.0, "accuracy": accuracy, "loss": 0.21, "general_loss": 3.1 + forgetting + 0.01 * (seed - 1)}
+                for seed in range(3)]  # fmt: skip
         return {"name": name, "types": ["v_proj"], "parameters": 1_400_000, "rank_low": 7, "rank_high": 8, "lr": 1e-3,
-                "sweep": {"0.001": 0.2}, "runs": [run], "accuracy": accuracy, "accuracy_low": accuracy - 0.02,
+                "sweep": {"0.001": 0.2}, "runs": runs, "accuracy": accuracy, "accuracy_low": accuracy - 0.02,
                 "accuracy_high": accuracy + 0.02, "loss": 0.21, "general_loss": 3.1 + forgetting, "forgetting": forgetting,
                 "seconds": 95.0, "peak_mib": 812.0, "versus": versus}  # fmt: skip
 
