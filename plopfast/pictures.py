@@ -22,7 +22,7 @@ try:
 except ImportError as error:
     raise ConfigError(f"the report needs matplotlib and jinja2 ({error}): pip install 'plopfast[report]'") from error
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.parse_math": False,  # a module's name may hold dollar signs
     "axes.spines.top": False,
@@ -41,7 +41,7 @@ class Picture:
     alt: str
     note: str
     head: Sequence[str]
-    rows: list[Sequence[Any]]
+    rows: Sequence[Sequence[Any]]
     png: bytes = field(repr=False)
 
     def save(self, folder: Path) -> None:
@@ -90,8 +90,8 @@ def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
         picture = axes.imshow(grid, aspect="auto", cmap="cividis")
         crosses = [(layers.index(row[2]), types.index(row[1])) for row in rows if row[5]]
         if crosses:
-            for marker in ({"color": "white", "linewidth": 3.2}, {"color": "black", "linewidth": 1.4}):
-                axes.scatter(*zip(*crosses, strict=True), marker="x", s=22, **marker)
+            for color, width in (("white", 3.2), ("black", 1.4)):
+                axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=5, markeredgewidth=width)
         axes.set_yticks(range(len(types)), [_short(name) for name in types])
         every = max(1, -(-len(layers) // 10))
         axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])

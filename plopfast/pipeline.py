@@ -45,6 +45,7 @@ OTHERS = (
     "tensorboard",
     "adapter-before-failure",
     "merged",
+    "report",
 )
 
 

@@ -27,7 +27,7 @@ KNOWN = (
 class Table:
     caption: str
     head: Sequence[str]
-    rows: list[Sequence[Any]]
+    rows: Sequence[Sequence[Any]]
 
     def marked(self, row: Sequence[Any]) -> bool:
         return any(str(cell).startswith(DIFFERS) for cell in row)
@@ -185,7 +185,7 @@ def _audit(run: RunFolder) -> list[Section]:
     tables = [
         Table("Criteria side by side (≠: another pick than NFN's)",
               ("criterion", "source", "picks", "chooses the", "tau", "seconds", "cost of NFN", "extra MiB", "needs"), criteria),
-        *ranked("Controls", audit["controls"]),
+        *ranked("Controls; with random weights, all should be near 1", audit["controls"]),
         *([Table(f"Stability (≠: fewer than {UNSTABLE:.0%} pick the same)",
                  ("scored", "repeats", "mean tau", "lowest tau", "same pick"), [stability(r) for r in audit["stability"]])]
           if audit["stability"] else []),

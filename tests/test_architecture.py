@@ -26,7 +26,9 @@ MAY_IMPORT = {
     "blocks": LEAVES | {"models"},
     "evaluate": LEAVES | {"data", "models", "loss"},
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "distributed", "logs"},
-    "report": LEAVES | {"nfn", "scores", "placement"},
+    "pictures": {"errors"},
+    "sections": LEAVES | {"confidence", "nfn", "placement", "pictures"},
+    "report": LEAVES | {"sections"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
