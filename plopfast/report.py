@@ -67,7 +67,8 @@ def _recommendation(run: RunFolder) -> str:
             f"Use the placement {best['name']} ({listed(best['types'])}): in the trial it did better than {trial['reference']} "
             f"by {points_of(best['versus'])} points of accuracy, at {trial['confidence']:.0%} confidence."
         )
-    said = f"Put the adapters on {listed(placement.types)}: "
+    where = "" if run.whole_types else f"{len(placement.modules)} single modules of "
+    said = f"Put the adapters on {where}{listed(placement.types)}: "
     if placement.rule not in ("plop", "plop-inverse"):
         said += f"so says the rule {placement.rule!r}, which does not ask for the scores"
     elif decision is None:

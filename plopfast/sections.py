@@ -64,10 +64,18 @@ class RunFolder:
         return kept.get("command") or f"plopfast {stage} --out {shlex.quote(str(self.path))}"
 
     @property
+    def whole_types(self) -> bool:
+        """Whether all modules of the placement's types get adapters."""
+        named = {
+            name for name, s in self.scores.scores.items() if s.layer is not None and s.type in self.placement.types
+        }
+        return named == self.placement.modules.keys()
+
+    @property
     def decision(self) -> Decision | None:
-        """How sure the placement's types are, where a rule chose them by their scores."""
+        """How sure the placement's types are, where a rule chose whole types by their scores."""
         rule, types = self.placement.rule, self.placement.types
-        if rule not in ("plop", "plop-inverse"):
+        if rule not in ("plop", "plop-inverse") or not self.whole_types:
             return None
         found, kept = None, self.scores.decision
         if kept and kept.rule == rule and set(kept.types) == set(types):
@@ -102,7 +110,7 @@ def choice(run: RunFolder) -> Section:
         ] * bool(decision.near_ties)
     elif run.placement.rule in ("plop", "plop-inverse"):
         texts.append("How sure the choice is, these scores do not tell.")
-    texts += run.placement.notes
+    texts += [note for note in run.placement.notes if not run.decision or run.decision.note not in note]
     texts.append(
         "NFN compares a module's response to its real inputs with its response to random inputs of the same length; 1 is a "
         "random input."
@@ -206,7 +214,7 @@ def _estimate(run: RunFolder) -> list[Section]:
     spoken = ", ".join(f"{c['name']} {c['total_mib']:,.0f} MiB" for c in found["choices"])
     table = [
         (c["name"], f"{c['parameters']:,}", f"{c['total_mib']:,.0f}", f"{c['memory_of_full']:.0%}", f"{c['tflops_per_step']:.3g}",
-         f"{c['flops_of_full']:.0%}", *(f"{c[key]:,.1f}" for key in PARTS), ", ".join(c["types"]))
+         f"{c['flops_of_full']:.0%}", *(f"{c[key]:,.1f}" for key in PARTS), ", ".join(c["types"]) or "all weights")
         for c in found["choices"]
     ]  # fmt: skip
     text = (
@@ -270,7 +278,7 @@ def _trial(run: RunFolder) -> list[Section]:
          points_of(arm["versus"]) if arm["versus"] else UNKNOWN, _n(arm["versus"] and arm["versus"]["p_corrected"], ".3f"),
          arm["versus"]["verdict"] if arm["versus"] else "reference", f"{arm['parameters']:,}",
          _range([r for r in (arm["rank_low"], arm["rank_high"]) if r is not None]), f"{arm['lr']:g}", f"{arm['seconds']:.0f}",
-         f"{arm['peak_mib']:.0f}", ", ".join(arm["types"]))
+         f"{arm['peak_mib']:.0f}", ", ".join(arm["types"]) or "all weights")
         for arm in arms
     ]  # fmt: skip
     texts = [
@@ -372,7 +380,7 @@ def end_of(rule: str) -> str:
 
 
 def listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "nothing"
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}" if words else "all weights"
 
 
 def points_of(versus: dict[str, Any]) -> str:

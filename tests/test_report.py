@@ -213,6 +213,17 @@ def test_the_recommendation_says_how_sure_it_is(full):
     assert report(full).lead.startswith("Put the adapters on v_proj: at 95% confidence"), "judged for this k"
 
 
+def test_single_modules_are_no_decided_types(full):
+    placement = pf.Placement.load(full / "placement.json")
+    del placement.modules["model.layers.0.v_proj"]
+    placement.save(full / "placement.json")
+    lead = report(full).lead
+    assert lead.startswith(
+        "Put the adapters on 35 single modules of v_proj, o_proj and down_proj: they have the lowest NFN"
+    )
+    assert "how sure this is, the scores do not tell" in lead and "confidence" not in lead
+
+
 def test_a_better_arm_is_recommended(full):
     arms = json.loads((full / "trial.json").read_text())["arms"]
     arms[3]["versus"] |= {"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"}
