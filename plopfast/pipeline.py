@@ -257,7 +257,8 @@ def run_place(run: Run) -> Placement:
     run.begin("place")
     config = run.config
     rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
-    placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    shape: dict[str, Any] = {key: getattr(config, key) for key in ("budget", "ranks", "granularity", "cap")}
+    placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed, **shape)
     distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
