@@ -6,7 +6,6 @@ same k types are picked.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -16,11 +15,11 @@ from torch import nn
 
 from . import distributed, files, machine
 from .confidence import averages
-from .controls import random_model, random_tokens, shuffled_words
+from .controls import random_model, random_tokens, shuffled_words, truncated
 from .criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
 from .data import Example, batches_of
 from .errors import ConfigError, DataError, PlopfastError
-from .models import device_of, linear_modules
+from .models import context_length, device_of, linear_modules
 from .nfn import score
 from .pipeline import SCORE_ROWS, Run
 from .scores import NFNReport
@@ -154,7 +153,7 @@ def audit(
         skip("stability", "shorter rows", f"no row is longer than {SHORTEST} tokens")
     for length in lengths:
         what = f"first {length} tokens"
-        if report := tried("stability", what, partial(scored, [_truncated(e, length) for e in examples])):
+        if report := tried("stability", what, partial(scored, [truncated(e, length) for e in examples])):
             stability.append(_agreement("length", what, types, [report.types], k))
     if not others:
         skip("stability", "other samples", "all rows there are were scored")
@@ -171,7 +170,7 @@ def audit(
     controls = []
     for what, make in {
         "random tokens": lambda: scored(random_tokens(examples, tokenizer, seed)),
-        "shuffled words": lambda: scored(shuffled_words(examples, tokenizer, seed)),
+        "shuffled words": lambda: scored(shuffled_words(examples, tokenizer, seed, context_length(model))),
         "random weights": lambda: scored(examples, of=random_model(model, seed)),
     }.items():
         began = time.perf_counter()
@@ -203,15 +202,10 @@ def audit(
     }  # fmt: skip
 
 
-def _truncated(example: Example, length: int) -> Example:
-    roles = example.roles and example.roles[:length]
-    return replace(example, tokens=example.tokens[:length], start=min(example.start, length), roles=roles)
-
-
 def _masks(examples: Sequence[Example], skip: Callable[[str, str, str], None]) -> dict[str, tuple[str, bool]]:
     """What to call it -> `tokens` and `skip_first` of `batches_of`, for what these rows have."""
     masks = {"all tokens": ("all", False), "without the first token": ("all", True)}
-    if any(example.start > 1 for example in examples):
+    if any(example.completion is not None or example.start > 1 for example in examples):
         masks |= {"prompt tokens": ("prompt", False), "completion tokens": ("completion", False)}
     else:
         skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")

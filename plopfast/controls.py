@@ -34,16 +34,17 @@ def random_tokens(examples: Sequence[Example], tokenizer: Any, seed: int = 0) ->
     return [replace(e, tokens=tuple(t if t in special else rng.choice(ordinary) for t in e.tokens)) for e in examples]
 
 
-def shuffled_words(examples: Sequence[Example], tokenizer: Any, seed: int = 0) -> list[Example]:
+def shuffled_words(
+    examples: Sequence[Example], tokenizer: Any, seed: int = 0, max_length: int | None = None
+) -> list[Example]:
     """The rows decoded, with the words in random order, and tokenised again.
 
     Words are what white space parts; it stays in place, and so do special tokens. Words stay among those of the same
-    label (prompt or completion) and role, so that token masks keep their meaning; rows can change their number of
-    tokens, but none is longer than the longest was. Raises ConfigError without a tokenizer, DataError where no row has two words that
+    label (prompt or completion) and role, so that token masks keep their meaning. Another order can take more tokens: what
+    is beyond `max_length` is cut off. Raises ConfigError without a tokenizer, DataError where no row has two words that
     could change places.
     """
     special, rng = _special(tokenizer), random.Random(seed)
-    limit = max((len(example.tokens) for example in examples), default=0)
     shuffled, changeable = [], False
     for example in examples:
         tokens: list[int] = []
@@ -62,14 +63,19 @@ def shuffled_words(examples: Sequence[Example], tokenizer: Any, seed: int = 0) -
             tokens += part
             roles += [role] * len(part)
             start += 0 if labelled else len(part)
-        tokens, roles = tokens[:limit], roles[:limit]
-        new = tuple(roles) if example.roles else None
-        shuffled.append(replace(example, tokens=tuple(tokens), start=max(min(start, limit), 1), roles=new))
+        new = replace(example, tokens=tuple(tokens), start=max(start, 1), roles=tuple(roles) if example.roles else None)
+        shuffled.append(truncated(new, max_length or len(tokens)))
     if not changeable:
         raise DataError(
             f"shuffled words: none of the {len(examples)} rows has two different words (parted by white space)"
         )
     return shuffled
+
+
+def truncated(example: Example, length: int) -> Example:
+    """The first `length` tokens of a row."""
+    roles = example.roles and example.roles[:length]
+    return replace(example, tokens=example.tokens[:length], start=min(example.start, length), roles=roles)
 
 
 def _special(tokenizer: Any) -> set[int]:
@@ -81,7 +87,9 @@ def _special(tokenizer: Any) -> set[int]:
 
 def _kind_of(example: Example, special: set[int]) -> Callable[[int], tuple[bool, str, bool]]:
     roles = example.roles or ("",) * len(example.tokens)
-    text_alone = example.start <= 1  # its first token has no label, but belongs to the rest
+    text_alone = (
+        example.completion is None and example.start <= 1
+    )  # its first token has no label, but belongs to the rest
     return lambda place: (text_alone or place >= example.start, roles[place], example.tokens[place] in special)
 
 

@@ -1,6 +1,7 @@
 """What a figure was measured on: versions, processor, threads, peak memory."""
 
 import contextlib
+import ctypes
 import importlib.metadata
 import math
 import os
@@ -148,6 +149,10 @@ def has_bfloat16() -> bool:
 
 def reset_peak() -> None:
     """Starts a new measurement of peak resident memory, where the system can (Linux)."""
+    with contextlib.suppress(
+        OSError, AttributeError, TypeError
+    ):  # glibc keeps freed memory, which would hide what comes
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
