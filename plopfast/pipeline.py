@@ -23,7 +23,7 @@ from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
 from .errors import ConfigError, FileError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
-from .models import DEFAULT_HUB_ID, context_length, load_model
+from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
 from .nfn import NFNReport, score
 from .placement import RULES, Placement, place
 from .train import CHECKPOINTS, Trainer, TrainResult
@@ -234,7 +234,10 @@ def run_score(run: Run) -> NFNReport:
     elif config.compat:
         run.say("every row is scored, as the authors' procedure keeps nothing of single prompts")
     elif config.confidence:
-        how |= {"confidence": config.confidence, "k": config.k, "inverse": config.rule == "plop-inverse"}
+        k = config.k
+        if config.rule not in ("plop", "plop-inverse", "random"):  # which do not ask how many types there are
+            k = min(k, len({info.type for info in linear_modules(run.model)}))
+        how |= {"confidence": config.confidence, "k": k, "inverse": config.rule == "plop-inverse"}
     with run.stage("score"):
         batches = batches_of(run.sample(), SCORE_ROWS, **masks)
         report = score(run.model, batches, seed=config.seed, progress=run.progress, **how)

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from . import files
-from .confidence import Decision, Intervals, intervals
+from .confidence import Decision, Intervals, decide, intervals
 from .errors import ConfigError, FileError
 
 OUTLIER = 3.5  # a robust z beyond it marks an outlier (Iglewicz and Hoaglin 1993)
@@ -71,8 +71,18 @@ class NFNReport:
         where there is only one prompt, or no statistics of single prompts."""
         if self.prompt_stats is None:
             raise ConfigError("these scores hold no statistics of single prompts (compat='official'): no intervals")
-        types = ["" if score.layer is None else score.type for score in self.scores.values()]
-        return intervals(self.prompt_stats, list(self.scores), types, confidence, seed)
+        return intervals(self.prompt_stats, list(self.scores), self._types_in_order(), confidence, seed)
+
+    def decide(self, k: int, confidence: float = 0.95, inverse: bool = False) -> Decision | None:
+        """How sure the k lowest types are (highest, if `inverse`), counting the looks that scoring took; None where
+        there are no statistics of single prompts."""
+        if self.prompt_stats is None:
+            return None
+        looks = self.decision.looks if self.decision else [self.prompts]
+        return decide(self.prompt_stats, self._types_in_order(), k, confidence, looks, inverse)
+
+    def _types_in_order(self) -> list[str]:
+        return ["" if score.layer is None else score.type for score in self.scores.values()]
 
     def z_scores(self) -> dict[str, float]:
         """Module -> how far its NFN lies from its type's median over the layers, in robust standard deviations (1.4826

@@ -83,12 +83,13 @@ def score(folder):
         for name, options in {
             "plain": {"batch_tokens": 40},  # 5 groups: one rank has one more
             "monte-carlo": {"baseline": "monte-carlo", "tokens": "completion"},
+            "stopped": {"confidence": 0.5, "k": 1, "batch_tokens": 40},
             "official": {"compat": "official"},
         }.items():
             model = build(architecture)
             if kind == "fsdp" and distributed.size() > 1:
                 distributed.shard(model, torch.device("cpu"))
-            report = pf.score(model, random_batches(), **options)
+            report = pf.score(model, random_batches(8 if name == "stopped" else 3), **options)
             scores = {n: [s.nfn, s.std, s.tokens] for n, s in report.scores.items()}
             write(folder / "score" / kind / name, [report.prompts, report.tokens, scores])
     eva = pf.score(build("llama"), random_batches(), eva_rank=2, batch_tokens=40)

@@ -288,6 +288,33 @@ def test_the_default_model_end_to_end(data, tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "placement.json").read_text())["types"] == ["v_proj", "up_proj", "down_proj"]
 
 
+def test_scoring_as_asked(base, tmp_path, capsys):
+    """Early stopping, masks, and the ways in which there is none."""
+
+    def score(name, *options):
+        code = plopfast("score", *base[:8], "--out", tmp_path / name, *options)
+        found = json.loads((tmp_path / name / "scores.json").read_text()) if code == 0 else code
+        return found, capsys.readouterr().err
+
+    scores, told = score("stopped", "--k", 1, "--confidence", 0.5, "--skip-first")
+    assert scores["decision"]["looks"][-1] == scores["prompts"] <= 60 and scores["decision"]["k"] == 1
+    assert scores["settings"]["skip_first"] is True and scores["intervals"]["confidence"] == 0.5
+    assert scores["decision"]["note"] in told
+    scores, _ = score("all", "--confidence", 0)
+    assert scores["decision"] is None and scores["prompts"] == 60 and len(scores["intervals"]["types"]) == 7
+    scores, told = score("one", "--score-prompts", 1)
+    assert "one prompt, of which no interval is possible" in told
+    assert scores["intervals"] == {"why": "1 prompt: an interval over prompts needs two or more; score more of them"}
+    for way, reason in (["--init", "eva"], "EVA's vectors need them"), (["--compat", "official"], "authors' procedure"):
+        scores, told = score(way[1], *way, "--rank", 2)
+        assert reason in told and scores["prompts"] == 60
+    code, told = score("roles", "--score-tokens", "user")
+    assert code == 2 and re.search(r"train.jsonl:\d+: scoring the user's tokens needs rows of messages", told)
+    code, told = score("many", "--k", 8)
+    assert code == 2 and "k = 8: expected 1 to 7, this model's module types" in told
+    assert score("many", "--k", 8, "--rule", "all")[0]["prompts"] > 1
+
+
 def test_full_fine_tuning_trains_and_compares_without_placement(base, tmp_path, capsys):
     out = tmp_path / "full"
     assert plopfast("run", *base, "--full", "--lr", "1e-3", "--out", out) == 0

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 
 import plopfast as pf
-from plopfast.data import DEMO, collate, group_by_length
+from plopfast.data import DEMO, batches_of, collate, group_by_length
 from plopfast.errors import DataError
 
 
@@ -45,6 +46,47 @@ def test_messages(tokenizer, tmp_path):
         tokenizer.chat_template = None
     assert one.tokens == two.tokens and one.start == two.start
     assert tokenizer.decode(one.tokens[one.start :]) == "animal</s>"
+
+
+def test_which_tokens_are_scored(tokenizer, tmp_path):
+    template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}"
+    system, user, answer = (
+        {"role": role, "content": text}
+        for role, text in (("system", "be brief"), ("user", "a dog"), ("assistant", "animal"))
+    )
+    path = write(tmp_path / "d.jsonl", {"messages": [system, user, answer]}, {"messages": [user, answer]})
+    tokenizer.chat_template = template
+    try:
+        examples = pf.tokenize(pf.read_jsonl(path), tokenizer, roles=True)
+        # an answer that is shown only while it is the last message, as some templates do with reasoning
+        shown = "m['content'] if m['role'] != 'assistant' or loop.last else ''"
+        tokenizer.chat_template = template.replace("m['content']", shown)
+        row = {"messages": [user, answer, user, answer]}
+        forgetful = pf.tokenize([("d.jsonl:1", row)], tokenizer, roles=True)
+    finally:
+        tokenizer.chat_template = None
+    for role, text in (("system", "<s>be brief</s>"), ("user", "<s>a dog</s>"), ("assistant", "<s>animal</s>")):
+        (batch,) = batches_of(examples, 2, role)
+        told = [
+            tokenizer.decode(ids[counted]) for ids, counted in zip(batch["input_ids"], batch["counted"], strict=True)
+        ]
+        assert told == [text, "" if role == "system" else text]
+    (batch,) = batches_of(examples, 2, "assistant", skip_first=True)
+    assert batch["counted"].sum() == 2 * len(tokenizer("<s>animal</s>")["input_ids"])
+    (batch,) = batches_of(examples, 2, skip_first=True)
+    assert not batch["counted"][:, 0].any() and int(batch["counted"].sum()) == sum(len(e.tokens) - 1 for e in examples)
+    assert "counted" not in batches_of(examples, 2)[0]
+    for which in ("prompt", "completion"):
+        (batch,) = batches_of(examples, 2, which)
+        inside = batch["attention_mask"].bool()
+        assert torch.equal(batch["counted"][inside], (batch["labels"] != -100)[inside] == (which == "completion"))
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1 and 1 more rows: no tool token.*roles are assistant, system, user"
+    ):
+        batches_of(examples, 2, "tool")
+    for examples in (forgetful, pf.tokenize([("d.jsonl:1", {"text": "a dog"})], tokenizer, roles=True)):
+        with pytest.raises(DataError, match=r"d\.jsonl:1: scoring the user's tokens needs rows of messages"):
+            batches_of(examples, 2, "user")
 
 
 @pytest.mark.parametrize(

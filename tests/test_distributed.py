@@ -77,7 +77,7 @@ def test_training_equals_one_process_with_the_doubled_batch(found, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("how", ["plain", "monte-carlo", "official"])
+@pytest.mark.parametrize("how", ["plain", "monte-carlo", "stopped", "official"])
 def test_scores_are_those_of_one_process_to_the_last_bit(found, kind, how):
     one = read(found[0] / "score" / kind / f"{how}.0.json")
     for rank in (0, 1):

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import plopfast as pf
 from plopfast import nfn
-from plopfast.errors import ConfigError, DataError, ModelError
+from plopfast.errors import ConfigError, DataError, FileError, ModelError
 from plopfast.kernels import reference
 from plopfast.models import linear_modules
 
@@ -69,6 +69,80 @@ def test_which_tokens_count(llama):
         assert report.tokens == want
         exact = exact_scores(llama, batches, options.get("skip_bos", True), keep)
         assert report.modules == pytest.approx(exact, rel=1e-5)
+
+
+def test_tokens_that_are_marked(llama):
+    """`counted` and `tokens` together; a row without such a token is no prompt."""
+    batches = random_batches()
+    for batch in batches:
+        batch["counted"] = torch.zeros_like(batch["input_ids"])
+        batch["counted"][:-1, 1::2] = 1
+    exact = [{**b, "labels": torch.where(b["counted"] == 1, b["labels"], -1)} for b in batches]
+    both = pf.score(llama, batches, tokens="completion")
+    assert both.modules == pytest.approx(
+        exact_scores(llama, exact, keep=lambda labels: (labels != -100) & (labels != -1)), rel=1e-5
+    )
+    assert both.tokens == sum(int(((b["labels"] != -100) & (b["counted"] == 1)).sum()) for b in batches)
+    assert 0 < both.prompts <= 9
+    with pytest.raises(ConfigError, match="batch 0: compat='official' scores every token"):
+        pf.score(llama, batches, compat="official")
+
+
+def test_statistics_of_single_prompts(llama):
+    batches = random_batches()
+    report = pf.score(llama, batches, batch_tokens=30)
+    assert report.prompt_stats.shape == (2, len(report.scores), 12)
+    for number in (0, 5, 11):
+        alone = pf.score(llama, [{k: v[number % 4 :][:1] for k, v in batches[number // 4].items()}])
+        sums, counts = report.prompt_stats[:, :, number]
+        assert (sums / counts).tolist() == pytest.approx(list(alone.modules.values()), rel=1e-5), (
+            "in the order they came"
+        )
+        assert set(counts.tolist()) == {alone.tokens}
+    known = report.intervals(0.9)
+    assert all(low < report.types[t] < high for t, (low, high) in known.types.items())
+    with pytest.raises(ConfigError, match="1 prompt: an interval"):
+        alone.intervals()
+    with pytest.raises(ConfigError, match="no statistics of single prompts"):
+        pf.score(llama, batches, compat="official").intervals()
+
+
+def test_scoring_ends_when_the_types_are_decided():
+    model, batches = build("llama"), random_batches(count=20, longest=40)
+    few = pf.score(model, batches, confidence=0.5, k=1)
+    assert few.decision.looks[-1] == few.decision.prompts == few.prompts < 80, few.decision
+    assert few.decision.decided and few.decision.types == list(few.types)[:1]
+    prefix = pf.score(model, batches[: few.prompts // 4])
+    assert few.modules == pytest.approx(prefix.modules, rel=1e-6) and few.tokens == prefix.tokens
+    highest = pf.score(model, batches, confidence=0.5, k=1, inverse=True).decision
+    assert highest.types == [list(few.types)[-1]] and highest.rule == "plop-inverse"
+    whole = pf.score(model, batches)
+    assert whole.decision is None and whole.decide(1).looks == [80] and few.decide(1, 0.5) == few.decision
+    assert few.settings["confidence"] == 0.5 and few.settings["k"] == 1
+
+
+def test_a_near_tie_is_scored_to_the_end_and_named():
+    model = build("llama")
+    with torch.no_grad():
+        for layer in model.model.layers:  # the same inputs and weights: the same scores
+            layer.mlp.up_proj.weight.copy_(layer.mlp.gate_proj.weight)
+    batches = random_batches(count=10)
+    order = list(pf.score(model, batches).types)
+    k = min(order.index("up_proj"), order.index("gate_proj")) + 1
+    report = pf.score(model, batches, confidence=0.9, k=k)
+    assert report.prompts == 40 and report.decision.looks == [16, 32, 40] and not report.decision.decided
+    assert set(report.decision.near_ties[0]) == {"up_proj", "gate_proj"}
+    assert "near-tie between" in report.table() and "90% interval" in report.table()
+
+
+def test_layers_that_stand_out(llama):
+    report = pf.score(llama, random_batches())
+    for score in report.scores.values():
+        object.__setattr__(score, "nfn", 1.0 + 0.01 * score.layer)
+    object.__setattr__(report.scores["model.layers.0.mlp.up_proj"], "nfn", 2.0)
+    z = report.z_scores()
+    assert z["model.layers.2.mlp.down_proj"] == pytest.approx(0.01 / (1.4826 * 0.01))
+    assert report.outliers() == ["model.layers.0.mlp.up_proj"] and z.keys() == report.scores.keys()
 
 
 def test_batching_makes_no_difference(llama):
@@ -302,6 +376,21 @@ def test_report_round_trip(llama, tmp_path):
     report.save(tmp_path / "scores.json")
     assert pf.NFNReport.load(tmp_path / "scores.json") == report
     assert "q_proj" in report.table() and report.seconds > 0
+    stopped = pf.score(llama, random_batches(), confidence=0.9)
+    stopped.save(tmp_path / "scores.json")
+    loaded = pf.NFNReport.load(tmp_path / "scores.json")
+    assert loaded == stopped and loaded.decision == stopped.decision
+    assert torch.equal(loaded.prompt_stats, stopped.prompt_stats) and loaded.table() == stopped.table()
+    pf.score(llama, random_batches(seed=1)).save(tmp_path / "other.json")
+    (tmp_path / "other.safetensors").replace(tmp_path / "scores.safetensors")
+    with pytest.raises(FileError, match=r"scores\.safetensors: damaged, or of other scores"):
+        pf.NFNReport.load(tmp_path / "scores.json")
+    (tmp_path / "scores.safetensors").unlink()
+    assert pf.NFNReport.load(tmp_path / "scores.json").prompt_stats is None
+    official = pf.score(llama, random_batches(), compat="official")
+    stopped.save(tmp_path / "scores.json")
+    official.save(tmp_path / "scores.json")
+    assert not (tmp_path / "scores.safetensors").exists(), "nothing of earlier scores stays"
 
 
 def test_not_finite_names_module_batch_and_row(llama):
@@ -330,6 +419,14 @@ def test_not_finite_names_module_batch_and_row(llama):
         ([{"input_ids": [[1]]}], {}, DataError, "no token to score"),
         ([], {"compat": "official"}, DataError, "no token to score"),
         ([], {"compat": "official", "tokens": "prompt"}, ConfigError, "has its own tokens"),
+        ([], {"compat": "official", "confidence": 0.9}, ConfigError, "leave out confidence"),
+        ([], {"confidence": 95}, ConfigError, "above 0 and below 1, got 95"),
+        (
+            random_batches(1),
+            {"confidence": 0.9, "k": 8},
+            ConfigError,
+            "k = 8: expected 1 to 7, this model's module types",
+        ),
     ],
 )
 def test_bad_input(llama, batches, options, error, message):
