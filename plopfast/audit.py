@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import distributed, files, machine
+from . import files, machine
 from .confidence import averages
 from .controls import random_model, random_tokens, shuffled_words, truncated
 from .criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
@@ -156,7 +156,7 @@ def audit(
         if report := tried("stability", what, partial(scored, [truncated(e, length) for e in examples])):
             stability.append(_agreement("length", what, types, [report.types], k))
     if not others:
-        skip("stability", "other samples", "all rows there are were scored")
+        skip("stability", "other samples", "none was given (a run draws none where it scores every training row)")
     found = [tried("stability", f"other sample {i}", partial(scored, rows)) for i, rows in enumerate(others, 1)]
     if drawn := [report.types for report in found if report]:
         stability.append(_agreement("seed", f"{len(drawn)} other samples", types, drawn, k))
@@ -198,7 +198,7 @@ def audit(
         "model": base.model, "k": k, "rank": rank, "prompts": base.prompts, "scored_tokens": base.tokens, "seed": seed,
         "score_tokens": tokens, "skip_first": skip_first, "pick": ours, "types": types, "stability": stability,
         "tokens": masks, "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria,
-        "missing": missing, "peak_mib": round(max(*peaks, machine.peak_mib()), 1),
+        "missing": missing, "peak_mib": round(max([*peaks, machine.peak_mib()]), 1),
     }  # fmt: skip
 
 
@@ -252,7 +252,9 @@ def verdict(ours: Sequence[str], controls: Sequence[Mapping[str, Any]]) -> str:
     moved = {what: other for what, other in texts.items() if set(other) != set(ours)}
     kept = [what for what in texts if what not in moved]
     picked = f"the pick ({', '.join(ours)})"
-    if moved:
+    if controls and len(ours) == len(controls[0]["types"]):
+        said = "every module type is picked, so that there is no choice to control"
+    elif moved:
         said = f"{picked} depends on the text: " + "; ".join(f"{w} give {', '.join(p)}" for w, p in moved.items())
         said += f"; {kept[0]} leave it as it is" if kept else ""
     elif len(kept) == 2:
@@ -318,5 +320,5 @@ def run_audit(run: Run) -> str:
             progress=run.progress, say=run.say,
         )  # fmt: skip
         noted["peak_mib"] = found["peak_mib"]
-    distributed.on_main(lambda: files.write_json(run.file("audit"), {"plopfast": "audit", **found}))
+    files.write_json(run.file("audit"), {"plopfast": "audit", **found})
     return table(found)

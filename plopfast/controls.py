@@ -96,7 +96,7 @@ def _kind_of(example: Example, special: set[int]) -> Callable[[int], tuple[bool,
 def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
     """A model of the same class, configuration, dtype and device in evaluation mode, with its random initialisation.
 
-    torch's generators are left as they were. Raises ModelError where transformers cannot build it from `model.config`,
+    torch's generators (the CPU's and the device's) are left as they were. Raises ModelError where transformers cannot build it from `model.config`,
     or its memory, that of the model's parameters once more, is not there.
     """
     config, device = getattr(model, "config", None), device_of(model)

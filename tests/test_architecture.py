@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
     "audit": LEAVES
-    | {"data", "distributed", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
+    | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
     "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "doctor", "benchmark"},

@@ -387,7 +387,7 @@ def test_what_cannot_be_had_is_said(tokenizer):
     for key, message in {
         ("stability", "random subsets of the prompts"): "4 prompts: too few for subsets of 8",
         ("stability", "shorter rows"): "no row is longer than 8 tokens",
-        ("stability", "other samples"): "all rows there are were scored",
+        ("stability", "other samples"): "none was given",
         ("tokens", "prompt and completion tokens"): "plain text, without a prompt",
         ("tokens", "tokens by role"): "the rows are no messages",
         ("control", "random tokens"): "need the model's tokenizer, got none",
@@ -416,7 +416,7 @@ def test_impossible_requests(llama, tokenizer):
 
 
 def control(what, picked, low=1.0, high=1.0):
-    return {"what": what, "pick": picked, "types": {"a": low, "b": high}}
+    return {"what": what, "pick": picked, "types": {"a": low, "b": high, "c": 1.0, "d": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -438,6 +438,10 @@ def control(what, picked, low=1.0, high=1.0):
         (
             [control("shuffled words", ["a", "b"])],
             "The pick (a, b) stays the same on shuffled words; the other control is missing, so that this settles nothing.",
+        ),
+        (
+            [control("random tokens", ["a", "b"]) | {"types": {"a": 1.0, "b": 1.0}}],
+            "Every module type is picked, so that there is no choice to control.",
         ),
         (
             [control("random weights", ["a", "b"], 0.5)],
@@ -476,7 +480,7 @@ def test_command(model_folder, tmp_path, capsys):
     code, _, err = plopfast("audit")
     assert code == 2 and "audit.json: exists already" in err
     code, out, _ = plopfast("audit", "--overwrite", "--score-prompts", 100)
-    assert code == 0 and "other samples: all rows there are were scored" in out
+    assert code == 0 and "other samples: none was given" in out
     code, _, err = plopfast("audit", "--overwrite", "--k", 9)
     assert code == 2 and "k = 9: expected 1 to 7" in err
     assert plopfast("score", "--compat", "official")[0] == 0
