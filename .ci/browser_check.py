@@ -183,6 +183,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.pages and not arguments.self_test:
         parser.error("no page given")
+    if absent := [str(page) for page in arguments.pages if not page.is_file()]:
+        parser.error(f"no such file: {', '.join(absent)}")
     browser = Browser()
     try:
         wrong = self_test(browser) if arguments.self_test else []

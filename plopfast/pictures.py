@@ -31,6 +31,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 4.8  # inches
 INK = "#222222"
+PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text, so that no line crosses it
 
 
 @dataclass
@@ -64,7 +65,13 @@ def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
             )
             text = f"{value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
             axes.annotate(
-                text, (value if low is None else high, at), (7, 0), textcoords="offset points", va="center", fontsize=8
+                text,
+                (value if low is None else high, at),
+                (7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                bbox=PAPER,
             )
         axes.plot([], [], "s", color=INK, label="gets adapters")
         axes.plot([], [], "o", color=INK, markerfacecolor="white", label="does not")
@@ -157,8 +164,7 @@ def forest(rows: Sequence[Sequence[Any]], words: Sequence[str], filled: Sequence
             axes.plot(
                 value, at, "s" if full else "o", color=INK, markerfacecolor=INK if full else "white", markersize=7
             )
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
-            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=box)
+            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=PAPER)
         _rows_of(axes, [row[0] for row in rows])
         axes.margins(x=0.2)
         axes.locator_params(axis="x", nbins=6)

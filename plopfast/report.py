@@ -89,6 +89,8 @@ def _recommendation(run: RunFolder) -> str:
         said += f"; in the trial, {trial['reference']} did better than {listed([arm['name'] for arm in worse])}"
     if equal:
         said += f"{', and' if worse else '; in the trial,'} no difference to {listed([arm['name'] for arm in equal])} was shown"
+    if not trial:
+        said += "; whether they train better than other placements has not been tried"
     return said + "."
 
 

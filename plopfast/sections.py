@@ -186,13 +186,13 @@ def _audit(run: RunFolder) -> list[Section]:
         )
 
     criteria = [
-        (r["name"], r["source"], picked(r), r["chooses"], f"{r['tau']:.2f}", f"{r['seconds']:.2f}", f"{r['cost']:.1f} x",
-         f"{r['extra_mib']:.0f}", r["needs"])
+        (r["name"], picked(r), r["chooses"], f"{r['tau']:.2f}", f"{r['seconds']:.2f}", f"{r['cost']:.1f} x",
+         f"{r['extra_mib']:.0f}", r["needs"], r["source"])
         for r in audit["criteria"]
     ]  # fmt: skip
     tables = [
         Table("Criteria side by side (≠: another pick than NFN's)",
-              ("criterion", "source", "picks", "chooses the", "tau", "seconds", "cost of NFN", "extra MiB", "needs"), criteria),
+              ("criterion", "picks", "chooses the", "tau", "seconds", "cost of NFN", "extra MiB", "needs", "source"), criteria),
         *ranked("Controls; with random weights, all should be near 1", audit["controls"]),
         *([Table(f"Stability (≠: fewer than {UNSTABLE:.0%} pick the same)",
                  ("scored", "repeats", "mean tau", "lowest tau", "same pick"), [stability(r) for r in audit["stability"]])]
