@@ -85,10 +85,10 @@ def _recommendation(run: RunFolder) -> str:
         )
     else:
         said += f"they have the {end_of(placement.rule)} NFN, but nothing is settled: {decision.note}"
-    if worse:
-        said += f"; in the trial, {trial['reference']} did better than {listed([arm['name'] for arm in worse])}"
-    if equal:
-        said += f"{', and' if worse else '; in the trial,'} no difference to {listed([arm['name'] for arm in equal])} was shown"
+    found = [f"did better than {listed([arm['name'] for arm in worse])}"] if worse else []
+    found += [f"showed no difference from {listed([arm['name'] for arm in equal])}"] if equal else []
+    if found:
+        said += f"; in the trial, {trial['reference']} {' and '.join(found)}"
     if not trial:
         said += "; whether they train better than other placements has not been tried"
     return said + "."

@@ -196,7 +196,7 @@ def test_disagreements_are_marked_in_words(whole):
 def test_the_recommendation_says_how_sure_it_is(full):
     lead = report(full).lead
     assert lead.startswith("Put the adapters on v_proj, o_proj and down_proj: at 95% confidence, 24 prompts tell them")
-    assert "in the trial, plop did better than attn, and no difference to plop-inverse, mlp and all was shown." in lead
+    assert "in the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead
     (full / "trial.json").unlink()
     near = make(full / "near", types=TYPES | {"up_proj": 1.04, "down_proj": 1.041})
     (full / "near" / "trial.json").unlink()
