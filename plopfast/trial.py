@@ -8,51 +8,30 @@ paired.py says. Forgetting is the rise of the loss on general text that has noth
     OUT/trial/ARM/lr-LR-seed-SEED/{metrics.jsonl, checkpoints/ while running, adapter/, result.json, test.json}
 """
 
-import contextlib
-import copy
 import dataclasses
 import difflib
 import math
 import shutil
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from . import eva, files, machine
-from .checkpoint import checkpoints, load_adapter, save_adapter
-from .data import DEMO, Example, read_text
-from .errors import ConfigError, FileError, PlacementError, TrainingError
-from .evaluate import choices_of, evaluate, evaluate_rows
-from .lora import inject, unload
-from .models import context_length
+from . import eva, files
+from .data import DEMO
+from .errors import ConfigError, FileError, PlacementError
+from .lora import unload
 from .nfn import NFNReport
 from .paired import accuracies, compare
 from .pipeline import EVA, Run, run_score
-from .placement import RULES, Placement, place
-from .train import CHECKPOINTS, Trainer
+from .placement import RULES, place
+from .trial_runs import MADE_BY, Arm, Training, Work, general_text, look
 
 FULL = "full"
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
-GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 8192, 256, 100_000
-WEIGHTS = "model.safetensors"
-MADE_BY = "plopfast trial"
-
-
-@dataclass(frozen=True)
-class Arm:
-    """`placement` is None where all weights are trained; `lrs` are the peak learning rates it tries."""
-
-    name: str
-    placement: Placement | None
-    lrs: list[float]
+MEASURED = ("accuracy", "loss", "general_loss")
 
 
 def run_trial(run: Run) -> str:
@@ -78,65 +57,62 @@ def run_trial(run: Run) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
-    general, told = general_text(run, folder)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else run_score(run)
     budget, arms = matched(run, report, names, lrs)
     vectors = _vectors(run, arms)
+    general, told = general_text(run, folder)
 
-    say = _counter(run, len(arms) * (len(lrs) + len(seeds) - 1), "training")
-    sweeps: dict[str, dict[float, dict[str, Any]]] = {}
-    chosen: dict[str, list[Path]] = {}
-    for arm in arms:
-        at = [folder / arm.name / f"lr-{lr:g}-seed-{seeds[0]}" for lr in arm.lrs]
-        results = [_train(run, arm, lr, seeds[0], path, vectors, say) for lr, path in zip(arm.lrs, at, strict=True)]
-        sweeps[arm.name] = dict(zip(arm.lrs, results, strict=True))
-        tried = {lr: r["valid_loss"] for lr, r in sweeps[arm.name].items() if r["valid_loss"] is not None}
-        if not tried:
-            raise TrainingError(f"arm {arm.name!r} trains at none of its rates; lower --lrs: {results[0]['error']}")
-        best = min(tried, key=lambda lr: tried[lr])
-        chosen[arm.name] = [folder / arm.name / f"lr-{best:g}-seed-{seed}" for seed in seeds]
-        for path in set(at) - set(chosen[arm.name]):
-            (path / WEIGHTS).unlink(missing_ok=True)
-        for seed, path in zip(seeds[1:], chosen[arm.name][1:], strict=True):
-            if _train(run, arm, best, seed, path, vectors, say)["valid_loss"] is None:
-                raise TrainingError(f"arm {arm.name!r} does not train with seed {seed}; lower --lrs: {path}/result.json")
+    work = Work(run, "training", len(arms) * (len(lrs) + len(seeds) - 1))
+    training = Training(run, seeds, vectors, work)
+    trained = [training.arm(arm, folder / arm.name) for arm in arms]
 
-    unload(run.model)  # all training is over: the one look at the test rows
-    say = _counter(run, 1 + len(arms) * len(seeds), "evaluation")
-    base = _test(run, None, folder / "base", general, say)
-    tests = {arm.name: [_test(run, arm, path, general, say) for path in chosen[arm.name]] for arm in arms}
-    right = torch.tensor([[test["right"] for test in tests[arm.name]] for arm in arms], dtype=torch.float64)
+    # all training is over: the one look at the test rows
+    work = Work(run, "evaluation", 1 + len(arms) * len(seeds))
+    base = look(run, None, folder / "base", general, work)
+    tests = [
+        [look(run, arm, path, general, work) for path in at] for arm, (_, at, _) in zip(arms, trained, strict=True)
+    ]
+    unload(run.model)
+    right = torch.tensor([[test["right"] for test in of] for of in tests], dtype=torch.float64)
     confidence = config.confidence or 0.95
+    described = [
+        _described(run, arm, losses, results, of, base)
+        for arm, (losses, _, results), of in zip(arms, trained, tests, strict=True)
+    ]
     versus = [None, *map(dataclasses.asdict, compare(right, confidence, config.seed))]
-    intervals = accuracies(right, confidence, config.seed)
-    described = []
-    for arm, against, (accuracy, low, high) in zip(arms, versus, intervals, strict=True):
-        results = [files.read_json(path / "result.json", MADE_BY) for path in chosen[arm.name]]
-        keep = ("accuracy", "loss", "general_loss")
-        runs = [r | {k: t[k] for k in keep} for r, t in zip(results, tests[arm.name], strict=True)]
-        mean = {key: math.fsum(r[key] for r in runs) / len(runs) for key in keep}
-        every = [*sweeps[arm.name].values(), *results[1:]]
-        described.append({
-            "name": arm.name, **_size(run, arm), "lr": runs[0]["lr"],
-            "sweep": {f"{lr:g}": result["valid_loss"] for lr, result in sweeps[arm.name].items()}, "runs": runs,
-            **mean, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high,
-            "forgetting": mean["general_loss"] - base["general_loss"],
-            "seconds": round(sum(r["seconds"] for r in every), 1), "peak_mib": max(r["peak_mib"] for r in every),
-            "versus": against,
-        })  # fmt: skip
+    for arm, against, (mean, low, high) in zip(
+        described, versus, accuracies(right, confidence, config.seed), strict=True
+    ):
+        arm |= {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "versus": against}
     kept = files.read_json(run.folder / "config.json", MADE_BY)
-    evaluated = sum(test["seconds"] for test in (base, *(t for of in tests.values() for t in of)))
+    seconds = sum(arm["seconds"] for arm in described) + sum(test["seconds"] for of in [[base], *tests] for test in of)
     value = {
         "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
         **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
         "seeds": seeds, "lrs": lrs, "metric": base["metric"], "test_rows": right.shape[2],
         "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(arms) - 1} comparisons",
-        "confidence": confidence, "general": told,
-        "base": {key: base[key] for key in ("accuracy", "loss", "general_loss")},
-        "seconds": round(sum(arm["seconds"] for arm in described) + evaluated, 1), "arms": described,
+        "confidence": confidence, "general": told, "base": {key: base[key] for key in MEASURED},
+        "seconds": round(seconds, 1), "arms": described,
     }  # fmt: skip
     files.write_json(run.file("trial"), value)
     return table(value)
+
+
+def _described(
+    run: Run, arm: Arm, losses: dict[float, float | None], results: list[dict[str, Any]], tests: list[dict], base: dict
+) -> dict[str, Any]:
+    """An arm in trial.json, but for what rests on the other arms."""
+    ranks = [rank for rank, _ in arm.placement.modules.values()] if arm.placement else []
+    runs = [r | {key: t[key] for key in MEASURED} for r, t in zip(results, tests, strict=False)]
+    mean = {key: math.fsum(r[key] for r in runs) / len(runs) for key in MEASURED}
+    return {
+        "name": arm.name, "types": arm.placement.types if arm.placement else [],
+        "parameters": arm.placement.parameters if arm.placement else sum(p.numel() for p in run.model.parameters()),
+        "rank_low": min(ranks, default=None), "rank_high": max(ranks, default=None), "lr": runs[0]["lr"],
+        "sweep": {f"{lr:g}": loss for lr, loss in losses.items()}, "runs": runs, **mean,
+        "forgetting": mean["general_loss"] - base["general_loss"],
+        "seconds": round(sum(r["seconds"] for r in results), 2), "peak_mib": max(r["peak_mib"] for r in results),
+    }  # fmt: skip
 
 
 def listed_arms(text: str) -> list[str]:
@@ -166,17 +142,26 @@ def listed_seeds(text: str) -> list[int]:
 
 
 def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool], expected: str) -> list[Any]:
-    values = []
+    values: list[Any] = []
     for part in _listed(option, text):
-        with contextlib.suppress(ValueError):
-            values.append(kind(part))
-        if not values or not fits(values[-1]) or len(values) < len(values[:-1]):
-            raise ConfigError(f"{option}: expected {expected}, got {part!r}")
+        try:
+            value = kind(part)
+        except ValueError:
+            value = None
+        if value is None or not fits(value) or value in values:
+            twice = " twice" if value in values else ""
+            raise ConfigError(f"{option}: expected {expected}, got {part!r}{twice}")
+        values.append(value)
     return values
 
 
 def _listed(option: str, text: str) -> list[str]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
+    parts = [part.strip() for part in text.split(",")]
+    for number, part in enumerate(parts):
+        if not part or part in parts[:number]:
+            raise ConfigError(
+                f"{option}: expected names or numbers with commas, got {part!r} {'twice ' if part else ''}in {text!r}"
+            )
     return parts
 
 
@@ -223,30 +208,34 @@ def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
     return vectors
 
 
-def _size(run: Run, arm: Arm) -> dict[str, Any]:
-    if arm.placement is None:
-        every = sum(p.numel() for p in run.model.parameters())
-        return {"types": [], "parameters": every, "rank_low": None, "rank_high": None, "matched": False}
-    ranks = [rank for rank, _ in arm.placement.modules.values()]
-    size = {"types": arm.placement.types, "parameters": arm.placement.parameters}
-    return size | {"rank_low": min(ranks), "rank_high": max(ranks), "matched": True}
-
-
-def _counter(run: Run, total: int, what: str) -> Callable[[str, float], None]:
-    """say(text, seconds): announces a piece of work before it begins (seconds 0) with which of how many it is and the time
-    left, and learns afterwards how long it took (0 again, where it was done already)."""
-    done, spent = [0], [0.0, 0]
-
-    def say(text: str, seconds: float = -1.0) -> None:
-        if seconds < 0:
-            left = spent[0] / spent[1] * (total - done[0]) / 60 if spent[1] else None
-            run.say(f"{what} {done[0] + 1} of {total}: {text}" + ("" if left is None else f", about {left:.0f} min left"))
-        else:
-            done[0] += 1
-            spent[0], spent[1] = spent[0] + seconds, spent[1] + (seconds > 0)
-
-    return say
-
-
-def _train(run, arm, lr, seed, path, vectors, say):
-    pass
+def table(value: dict[str, Any]) -> str:
+    """trial.json as text: an arm a line, with the interval of its accuracy, and its difference from the first."""
+    level = f"{value['confidence']:.0%}"
+    head = (
+        "arm", "parameters", "ranks", "rate", "accuracy", f"{level} interval", "loss", "difference", f"{level} interval",
+        "p", "verdict", "forgetting", "seconds", "peak MiB", "types",
+    )  # fmt: skip
+    lines = [
+        head,
+        ("base", "", "", "", f"{value['base']['accuracy']:.4f}", "", f"{value['base']['loss']:.4f}", *[""] * 8),
+    ]
+    for arm in value["arms"]:
+        low, high = arm["rank_low"], arm["rank_high"]
+        told = ("", "", "", f"(the others against {arm['name']})")
+        if versus := arm["versus"]:
+            told = (
+                f"{versus['difference']:+.4f}", f"{versus['low']:+.4f} to {versus['high']:+.4f}",
+                f"{versus['p_corrected']:.4f}", versus["verdict"],
+            )  # fmt: skip
+        lines.append((
+            arm["name"], f"{arm['parameters']:,}", "unmatched" if low is None else f"{low}" if low == high else f"{low}-{high}",
+            f"{arm['lr']:g}", f"{arm['accuracy']:.4f}", f"{arm['accuracy_low']:.4f} to {arm['accuracy_high']:.4f}",
+            f"{arm['loss']:.4f}", *told, f"{arm['forgetting']:+.4f}", f"{arm['seconds']:.0f}", f"{arm['peak_mib']:.0f}",
+            ", ".join(arm["types"]) or "all weights",
+        ))  # fmt: skip
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([
+        *rows, f"{value['test']}; accuracy: {value['metric']}, {value['test_rows']} test rows, seeds "
+        f"{', '.join(map(str, value['seeds']))}; forgetting: rise of the loss on general text",
+    ])  # fmt: skip
