@@ -36,7 +36,7 @@ class Versus:
     verdict: str
 
 
-def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0) -> list[Versus]:
+def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> list[Versus]:
     """Each further arm against the first. The verdict is "better" or "worse" where the corrected p is below 0.05, else
     "no difference shown". `right` [arms, seeds, rows]: two seeds and one row at least."""
     means_AS = right.mean(2)
@@ -46,9 +46,9 @@ def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0) -> lis
     freedom = (arms - 1) * (seeds - 1)
     error = math.sqrt(2 * float(gaps_AS.square().sum()) / freedom / seeds)  # of the difference of two arms' means
     difference_CN = (right[1:] - right[:1]).mean(1)
-    drawn_CB = _drawn(difference_CN, error, freedom, seed)
+    drawn_CB = _drawn(difference_CN, error, freedom, seed, resamples)
     below, above = (drawn_CB <= 0).sum(1), (drawn_CB >= 0).sum(1)
-    p = [min(1.0, 2 * (1 + int(n)) / (1 + RESAMPLES)) for n in torch.minimum(below, above)]
+    p = [min(1.0, 2 * (1 + int(n)) / (1 + resamples)) for n in torch.minimum(below, above)]
     found = []
     for one, corrected, mean, (low, high) in zip(
         p, holm(p), difference_CN.mean(1).tolist(), _percentiles(drawn_CB, confidence), strict=True
@@ -58,13 +58,15 @@ def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0) -> lis
     return found
 
 
-def accuracies(right: torch.Tensor, confidence: float = 0.95, seed: int = 0) -> list[tuple[float, float, float]]:
+def accuracies(
+    right: torch.Tensor, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
+) -> list[tuple[float, float, float]]:
     """(mean, low, high) of each arm, by the same resampling; the seeds' variance within arms is that of all together."""
     means_AS = right.mean(2)
     arms, seeds = means_AS.shape
     freedom = arms * (seeds - 1)
     error = math.sqrt(float(means_AS.var(1).mean()) / seeds)
-    drawn_AB = _drawn(right.mean(1), error, freedom, seed)
+    drawn_AB = _drawn(right.mean(1), error, freedom, seed, resamples)
     bounds = _percentiles(drawn_AB, confidence)
     return [(mean, *limits) for mean, limits in zip(means_AS.mean(1).tolist(), bounds, strict=True)]
 
@@ -78,14 +80,15 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
-def _drawn(x_CN: torch.Tensor, error: float, freedom: int, seed: int) -> torch.Tensor:
+def _drawn(x_CN: torch.Tensor, error: float, freedom: int, seed: int, resamples: int) -> torch.Tensor:
     """Resampled means over the rows [comparisons, resamples], each moved by `error` times a draw of Student's t."""
     generator = torch.Generator().manual_seed(seed)
     rows, parts = x_CN.shape[1], []
-    for _ in range(RESAMPLES // CHUNK):
-        draws = torch.randint(rows, (CHUNK, rows), generator=generator)
-        times_BN = torch.zeros(CHUNK, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
-        normal_B, *others = torch.randn(1 + freedom, CHUNK, generator=generator, dtype=torch.float64)
+    for begin in range(0, resamples, CHUNK):
+        size = min(CHUNK, resamples - begin)
+        draws = torch.randint(rows, (size, rows), generator=generator)
+        times_BN = torch.zeros(size, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+        normal_B, *others = torch.randn(1 + freedom, size, generator=generator, dtype=torch.float64)
         t_B = normal_B / torch.stack(others).square().mean(0).sqrt()
         parts.append(x_CN @ times_BN.T / rows + error * t_B)
     return torch.cat(parts, 1)

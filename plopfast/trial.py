@@ -50,7 +50,7 @@ def run_trial(run: Run) -> str:
         return table(files.read_json(run.file("trial"), MADE_BY))
     if run.rows("test") is run.rows("valid") or run.paths["test"] == run.paths.get("valid"):
         raise ConfigError("a trial chooses learning rates on the validation rows: give --test FILE rows of its own")
-    if not (run.resume or run.overwrite) and folder.exists():
+    if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
         raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")
     run.begin("trial")
     if run.overwrite:
