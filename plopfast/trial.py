@@ -201,9 +201,10 @@ def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
     for arm in arms:
         for name, (rank, _) in (arm.placement.modules if arm.placement else {}).items():
             if len(vectors.get(name, ())) < rank:
+                most = max(rank for other in arms if other.placement for rank, _ in other.placement.modules.values())
                 raise ConfigError(
                     f"arm {arm.name!r}: {name} has rank {rank}, for which {EVA} holds too few vectors; first: "
-                    f"plopfast score --init eva --rank {rank} --overwrite --out {run.folder}"
+                    f"plopfast score --init eva --rank {most} --overwrite --out {run.folder}"
                 )
     return vectors
 
