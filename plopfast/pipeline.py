@@ -20,7 +20,7 @@ from . import distributed, eva, files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
-from .errors import ConfigError, FileError, TrainingError
+from .errors import ConfigError, FileError, PlacementError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
@@ -258,12 +258,17 @@ def run_score(run: Run) -> NFNReport:
 
 
 def run_place(run: Run) -> Placement:
-    report = NFNReport.load(run.file("score"))
-    run.begin("place")
-    config = run.config
+    report, config = NFNReport.load(run.file("score")), run.config
     rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
-    shape: dict[str, Any] = {key: getattr(config, key) for key in ("budget", "ranks", "granularity", "cap")}
+    shape: dict[str, Any] = {key: getattr(config, key) or None for key in ("budget", "ranks", "granularity", "cap")}
     placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed, **shape)
+    highest = max(rank for rank, _ in placement.modules.values())
+    if config.init == "eva" and highest > config.rank:
+        raise PlacementError(
+            f"the budget gives ranks up to {highest}, but scoring keeps EVA's vectors for --rank {config.rank}: score "
+            f"anew with --rank {highest}, or leave out --init eva"
+        )
+    run.begin("place")  # only now, as settings that cannot be must not stay in config.json
     distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
