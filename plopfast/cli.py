@@ -44,7 +44,15 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full", *RANKS)),
     "trial": (
         "placements of equal size, several seeds each, compared on the test rows: trial.json",
-        (*SCORING, *PLACING, *TRAINING, "arms", "lrs", "seeds", "general"),
+        (
+            *SCORING,
+            *PLACING[1:],
+            *(name for name in TRAINING if name not in ("lr", "full")),
+            "arms",
+            "lrs",
+            "seeds",
+            "general",
+        ),
     ),
     "search": (
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",

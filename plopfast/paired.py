@@ -66,7 +66,7 @@ def accuracies(
     arms, seeds = means_AS.shape
     freedom = arms * (seeds - 1)
     error = math.sqrt(float(means_AS.var(1).mean()) / seeds)
-    drawn_AB = _drawn(right.mean(1), error, freedom, seed, resamples)
+    drawn_AB = _drawn(right.mean(1), error, freedom, seed, resamples).clamp(0, 1)
     bounds = _percentiles(drawn_AB, confidence)
     return [(mean, *limits) for mean, limits in zip(means_AS.mean(1).tolist(), bounds, strict=True)]
 

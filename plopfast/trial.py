@@ -44,7 +44,9 @@ def run_trial(run: Run) -> str:
     config, folder = run.config, run.folder / "trial"
     names, lrs, seeds = listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds)
     if config.full:
-        raise ConfigError("a trial trains all weights in an arm of its own: --arms plop,all,full instead of --full")
+        raise ConfigError(
+            "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
+        )
     if run.resume and run.file("trial").exists():
         run.say("trial: already done")
         return table(files.read_json(run.file("trial"), MADE_BY))
@@ -130,7 +132,7 @@ def listed_arms(text: str) -> list[str]:
 
 def listed_rates(text: str) -> list[float]:
     """The learning rates in `--lrs`. Raises ConfigError for what is no number above 0, doubles and none."""
-    return _numbers("lrs", text, float, lambda lr: 0 < lr < math.inf, "numbers above 0 such as 5e-4,1e-3")
+    return _numbers("lrs", text, _rounded, lambda lr: 0 < lr < math.inf, "numbers above 0 such as 5e-4,1e-3")
 
 
 def listed_seeds(text: str) -> list[int]:
@@ -139,6 +141,10 @@ def listed_seeds(text: str) -> list[int]:
     if len(seeds) < 3:
         raise ConfigError(f"seeds: fewer than three say nothing of how seeds differ, got {text!r}; give 0,1,2 or more")
     return seeds
+
+
+def _rounded(lr: float | str) -> float:
+    return float(f"{float(lr):g}")  # as the folders are named
 
 
 def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool], expected: str) -> list[Any]:
@@ -177,7 +183,7 @@ def matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> 
     arms = []
     for name in names:
         if name == FULL:
-            arms.append(Arm(name, None, [lr * FULL_LR for lr in lrs]))
+            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in lrs]))
             run.say(f"{name}: all weights, not matched; learning rates are {FULL_LR:g} of the adapters'")
             continue
         try:

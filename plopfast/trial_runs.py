@@ -139,6 +139,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
     """The look of one trained model (None: the base) at the test rows and the general text, kept in out/test.json."""
     done = out / "test.json"
     if done.exists():
+        (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
         work.begun += 1
         return files.read_json(done, MADE_BY)
     with work.piece(f"{arm.name}, {out.name}" if arm else "base"):

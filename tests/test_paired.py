@@ -74,6 +74,13 @@ def test_accuracy_intervals_hold_the_truth():
     assert held >= 90
 
 
+def test_accuracies_stay_between_0_and_1():
+    right = torch.ones(2, 3, 40, dtype=torch.float64)
+    right[1, 1] = 0
+    for mean, low, high in accuracies(right):
+        assert 0 <= low <= mean <= high <= 1
+
+
 def test_a_wider_confidence_is_a_wider_interval():
     right = simulated(torch.Generator().manual_seed(0), seed_noise=0.1)
     narrow, wide = (compare(right, confidence=confidence)[0] for confidence in (0.8, 0.99))

@@ -147,7 +147,7 @@ def test_bad_input(options, tmp_path, capsys):
         (edit(options, "--arms", "plop"), "arms: expected two or more"),
         (edit(options, "--lrs", "1e-3,fast"), "lrs: expected numbers above 0 .*got 'fast'"),
         ([*options, "--seeds", "0,1"], "seeds: fewer than three"),
-        ([*options, "--full"], "an arm of its own"),
+        ([*options, "--config", tmp_path / "full.json"], "an arm of its own"),
         ([*options[:6], *options[8:]], "give --test FILE rows of its own"),
         (edit(options, "--test", options[options.index("--valid") + 1]), "give --test FILE rows of its own"),
         (edit(options, "--rank", 1), "arm 'attn' cannot be matched|arm 'random' cannot be matched"),
@@ -155,6 +155,7 @@ def test_bad_input(options, tmp_path, capsys):
         ([*options, "--k", "9"], "k = 9: expected 1 to 7"),
         ([*options, "--general", tmp_path / "absent.txt"], r"absent\.txt: no such data file"),
     ]
+    (tmp_path / "full.json").write_text('{"full": true}')
     for number, (case, message) in enumerate(cases):
         out = tmp_path / f"case{number}"
         assert plopfast("trial", *case, "--out", out) == 2, message
@@ -179,6 +180,7 @@ def test_eva_needs_vectors_for_every_rank(options, tmp_path, capsys):
         (listed_arms, "plop,,attn", "got ''"),
         (listed_arms, "", "got ''"),
         (listed_rates, "1e-3,0.001", "twice"),
+        (listed_rates, "1e-3,1.0000001e-3", "twice"),
         (listed_rates, "0", "above 0"),
         (listed_rates, "nan", "above 0"),
         (listed_rates, "inf", "above 0"),
