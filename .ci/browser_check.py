@@ -192,10 +192,8 @@ def main() -> int:
             wrong += browser.wrong(page, arguments.screenshots)
     finally:
         browser.close()
-    print(
-        "\n".join(wrong)
-        or f"{len(BROKEN) if arguments.self_test else len(arguments.pages)} pages checked: nothing wrong"
-    )
+    tested = f"self-test of {len(BROKEN)} pages passed; " if arguments.self_test else ""
+    print("\n".join(wrong) or f"{tested}{len(arguments.pages)} pages checked: nothing wrong")
     return 1 if wrong else 0
 
 

@@ -178,6 +178,13 @@ def test_the_pictures_numbers_are_the_files(whole):
     assert rows == {arm["name"]: tuple(arm["versus"][key] for key in keys) for arm in arms if arm["versus"]}
     rows = numbers(table(folder, "forgetting"), "forgetting", "general_loss")
     assert rows == {arm["name"]: (arm["forgetting"], arm["general_loss"]) for arm in arms}
+    rows, base = (
+        numbers(table(folder, "forgetting"), "lowest_seed", "highest_seed"),
+        read["trial.json"]["base"]["general_loss"],
+    )
+    for arm in arms:
+        found = [run["general_loss"] - base for run in arm["runs"]]
+        assert rows[arm["name"]] == (min(found), max(found)) and min(found) < max(found)
     rows = table(folder, "training")
     assert [row["loss"] for row in rows] == [str(12 / step) for step in range(1, 61)]
     assert {row["step"]: row["valid_loss"] for row in rows if row["valid_loss"]} == {
