@@ -1,4 +1,4 @@
-"""Opens pages in headless Chromium at desktop and phone widths and says what is wrong with them.
+"""Opens pages in headless Chromium at desktop and phone widths and as printed, and says what is wrong with them.
 
     python .ci/browser_check.py [--screenshots DIR] PAGE.html ...
     python .ci/browser_check.py --self-test       # proves that each check fails where it should
@@ -17,7 +17,7 @@ from pathlib import Path
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 
-SIZES = ((1280, 800), (390, 844))
+SIZES = ((1280, 800, "screen"), (390, 844, "screen"), (718, 1000, "print"))  # the last: A4 within its margins
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars",
@@ -103,9 +103,10 @@ class Browser:
     def wrong(self, page: Path, screenshots: Path | None = None) -> list[str]:
         """What is wrong with a page, at each size."""
         found = []
-        for width, height in SIZES:
+        for width, height, media in SIZES:
             size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
             self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media})
             for log in ("browser", "performance"):
                 self.driver.get_log(log)  # what an earlier page left
             self.driver.get(page.resolve().as_uri())
@@ -166,7 +167,7 @@ def self_test(browser: Browser) -> list[str]:
             if want:
                 # a style sheet that cannot be had is an error on the console, too
                 others = [text for text in said if want not in text and "ERR_NAME_NOT_RESOLVED" not in text]
-                for width, _ in SIZES:
+                for width, *_ in SIZES:
                     if not any(want in text and f" {width}x" in text for text in said):
                         failed.append(f"self-test: nothing said of {want!r} at {width}")
                 failed += [f"self-test: {want!r} is not alone: {text}" for text in others]

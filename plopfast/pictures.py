@@ -73,8 +73,8 @@ def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
                 fontsize=8,
                 bbox=PAPER,
             )
-        axes.plot([], [], "s", color=INK, label="gets adapters")
-        axes.plot([], [], "o", color=INK, markerfacecolor="white", label="does not")
+        axes.plot([], [], "s", color=INK, label="chosen")
+        axes.plot([], [], "o", color=INK, markerfacecolor="white", label="not chosen")
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
         _rows_of(axes, [row[0] for row in rows])
         axes.set_xmargin(0.05)

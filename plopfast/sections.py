@@ -119,7 +119,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
         f"{name} {nfn:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})") + (" chosen" if yes else "")
         for name, nfn, low, high, yes in rows
     )
-    note = "Squares get adapters, circles do not. " + ("Bars: " + what + "." if not why else "No intervals are known.")
+    note = "Squares are chosen, circles are not. " + ("Bars: " + what + "." if not why else "No intervals are known.")
     texts = [f"No interval is possible: {why}."] if why else []
     if placement:
         ranks, count = range_of([rank for rank, _ in placement.modules.values()]), len(placement.modules)
@@ -160,7 +160,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
         texts,
         [Picture("nfn_by_type", f"NFN of each module type, lowest first, {what}: {spoken}.", note,
                  ("type", "nfn", "low", "high", "chosen"), rows, pictures.by_type(rows))],
-        [Table("NFN by module type", ("module type", "NFN", "low", "high", "modules", "adapted"), table)],
+        [Table("NFN by module type", ("module type", "NFN", "low", "high", "modules", "chosen"), table)],
         run.noted("score"),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ import pytest
 from report_fixture import TYPES, make, scores
 
 import plopfast as pf
+from plopfast import cli
 from plopfast.errors import FileError
 from plopfast.report import write_report
 
@@ -360,6 +361,14 @@ def test_a_damaged_file_is_named(full, name):
             write_report(full)
     after = (full / "report.html").stat().st_mtime_ns, sorted(path.name for path in (full / "report").iterdir())
     assert before == after, "the earlier page is intact"
+
+
+def test_a_folder_of_the_users_stays(full, capsys):
+    (full / "report.html").unlink()
+    (full / "report" / "own.txt").write_text("mine")
+    assert cli.main(["report", "--out", str(full)]) == 2 and (full / "report" / "own.txt").read_text() == "mine"
+    assert f"{full / 'report'}: exists already" in capsys.readouterr().err
+    assert cli.main(["report", "--overwrite", "--out", str(full)]) == 0 and (full / "report.html").exists()
 
 
 def test_pictures_of_an_earlier_report_go(full):
