@@ -34,6 +34,7 @@ NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
     "audit": "audit.json",
+    "trial": "trial.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -46,6 +47,7 @@ OTHERS = (
     "tensorboard",
     "adapter-before-failure",
     "merged",
+    "trial",
 )
 
 
@@ -188,7 +190,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """The settings with the demo's own filled in and file names made absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled") if (value := getattr(config, s))}
+    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled", "general") if (value := getattr(config, s))}
     return dataclasses.replace(config, **known)
 
 

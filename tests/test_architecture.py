@@ -31,11 +31,15 @@ MAY_IMPORT = {
     "report": LEAVES | {"nfn", "scores", "placement"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
+    "paired": set(),
+    "trial_runs": LEAVES
+    | {"data", "models", "lora", "placement", "checkpoint", "evaluate", "train", "pipeline"},
+    "trial": LEAVES | {"data", "lora", "eva", "nfn", "placement", "paired", "pipeline", "trial_runs"},
     "audit": LEAVES
     | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
-    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "doctor", "benchmark"},
+    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "trial", "doctor", "benchmark"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 
