@@ -232,16 +232,17 @@ class Trainer:
 
     def _validate(self) -> None:
         began = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)  # room for the copy that `_averaged` makes
         with self._averaged():
             loss = self._valid_loss()
-            if not math.isfinite(loss):
-                self._stop(f"step {self.step}: validation loss {loss}")
             if loss < self.best_loss:
                 self.best_loss, self.best_step, self.worse = loss, self.step, 0
                 for name, value in self.best.items():  # in place: a second copy would be the peak of a full fine-tuning
                     value.copy_(self.parameters[name].detach())
             elif self.step > self.first_stage:
                 self.worse += 1
+        if not math.isfinite(loss):  # outside, so that the best values are not overwritten when the context ends
+            self._stop(f"step {self.step}: validation loss {loss}")
         self._record({"step": self.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
 
     @torch.no_grad()
