@@ -33,6 +33,7 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
+    "search": "search.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -45,6 +46,7 @@ OTHERS = (
     "tensorboard",
     "adapter-before-failure",
     "merged",
+    "search.db",
 )
 
 
