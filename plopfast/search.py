@@ -1,15 +1,14 @@
 """`plopfast search`: rank, alpha, learning rate, init and placement rule tried together, by Optuna.
 
-Multivariate TPE (Bergstra et al. 2011; Falkner et al., BOHB, arXiv 1807.01774) proposes; asynchronous successive halving
-(Li et al., arXiv 1810.05934) stops a training whose validation loss is not among the lowest third at its 1st, 3rd, 9th
-look. Trials are judged by validation loss alone and share one loaded model. The store, search.db, is what a search goes
-on from; a trial that was running when the process ended is marked failed there and run again.
+Multivariate TPE (Falkner et al., BOHB, arXiv 1807.01774) proposes; asynchronous successive halving (Li et al., arXiv
+1810.05934) stops a training whose validation loss is not among the lowest third at its 1st, 3rd, 9th look. Trials are
+judged by validation loss alone and share one loaded model. A search goes on from its store, search.db; a trial that was
+running when the process ended is marked failed there and run again.
 """
 
 import dataclasses
 import functools
 import json
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,35 +17,34 @@ from typing import Any
 
 import torch
 
-from . import files, machine
+from . import files
 from .config import FREE, RunConfig
 from .data import batches_of
 from .errors import ConfigError, FileError, PlacementError, TrainingError
 from .lora import INITS, inject, unload
-from .models import fingerprint, linear_modules, same_fingerprint
+from .models import fingerprint, linear_modules
 from .nfn import NFNReport, score
 from .pipeline import SCORE_ROWS, Run
-from .placement import Placement, place
-from .placement import RULES as ALL_RULES
+from .placement import RULES, Placement, place
 from .train import Trainer
 
 try:
     import optuna
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
+    from optuna.exceptions import ExperimentalWarning, StorageInternalError
     from optuna.trial import FrozenTrial, TrialState
     from sqlalchemy.exc import SQLAlchemyError
 except ImportError as error:
     raise ConfigError(f"the search needs Optuna ({error}): pip install 'plopfast[search]'") from error
 
 STORE, STUDY = "search.db", "plopfast"
-REMEDY = "choose another --out, or pass --overwrite to replace it"
 RANKS = (4, 8, 16, 32, 64)
 ALPHAS, LRS = (4.0, 128.0), (1e-4, 1e-2)
-RULES = ("plop", "plop-inverse", "attn", "mlp", "all")
-HALVING = 3
-DONE = (TrialState.COMPLETE, TrialState.PRUNED)
-# settings on which no trial depends: files are known by their hashes, every row is scored
+RULES_TRIED = ("plop", "plop-inverse", "attn", "mlp", "all")
+COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
+# settings on which no trial depends: files are known by their hashes, and every row is scored
 APART = {*FREE, "model", "train", "valid", "test", "unlabeled", "confidence", "arms", "lrs", "seeds", "general"}
+REMEDY = "choose another --out, or pass --overwrite to replace it"
 
 
 class Study(optuna.Study):
@@ -58,17 +56,17 @@ class Study(optuna.Study):
 
 class Search:
     """A run's search: the space, the study in its store, and what trials share. The space holds the run's own settings,
-    which are the first trial. Raises PlacementError where they cannot be placed, ConfigError for a store of another search.
+    which are the first trial. Raises PlacementError where a rule cannot be placed, ConfigError for another's store.
     """
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
         infos = [info for info in linear_modules(run.model) if info.layer is not None]
-        widest = min(min(info.n_in, info.n_out) for info in infos)
-        ranks = sorted({rank for rank in (*RANKS, config.rank) if rank <= widest} | {config.rank})
-        self.most = ranks[-1]
-        self.scored = functools.cache(self._scored)  # EVA's vectors of each rank as a run takes them
-        rules = [rule for rule in dict.fromkeys((config.rule, *RULES)) if self._can_place(rule, ranks[-1])]
+        most = min(min(info.n_in, info.n_out) for info in infos)
+        ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
+        self.largest_rank = ranks[-1]
+        self.scored = functools.cache(self._scored)
+        rules = [rule for rule in dict.fromkeys((config.rule, *RULES_TRIED)) if self._can_place(rule)]
         self.space: dict[str, BaseDistribution] = {
             "rank": CategoricalDistribution(ranks),
             "alpha": FloatDistribution(min(ALPHAS[0], config.alpha), max(ALPHAS[1], config.alpha), log=True),
@@ -76,92 +74,92 @@ class Search:
             "init": CategoricalDistribution([init for init in INITS if init != "eva" or not config.compat]),
             "rule": CategoricalDistribution(rules),
         }
-        names = [info.name for info in infos]
-        paths = {split: path for split, path in run.paths.items() if split != "test"}
-        self.identity = {
-            "model": fingerprint(run.model, names[:8]),
-            "data": {split: files.sha256(path) for split, path in paths.items()},
-            "space": {name: json.loads(distribution_to_json(known)) for name, known in self.space.items()},
-            "settings": {name: value for name, value in dataclasses.asdict(config).items() if name not in APART},
+        identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in APART}
+        identity |= {f"the {split} file": files.sha256(path) for split, path in run.paths.items() if split != "test"}
+        self.ranges = {
+            name: json.loads(distribution_to_json(known))["attributes"] for name, known in self.space.items()
         }
-        self.study = self._open(run.folder / STORE)
+        identity |= {f"range of {name}": known for name, known in self.ranges.items()}
+        identity["the model's weights"] = fingerprint(run.model, [info.name for info in infos][:8])
+        self.study = self._open(run.folder / STORE, identity)
 
     def _scored(self, rank: int) -> NFNReport:
-        """Every row's scores, and EVA's vectors of this rank."""
-        config = self.run.config
+        """Every row's scores, and EVA's vectors as a run of this rank takes them (their sketch depends on it)."""
+        config, show = self.run.config, self.run.progress
         batches = batches_of(self.run.sample(), SCORE_ROWS, tokens=config.score_tokens, skip_first=config.skip_first)
         how: dict[str, Any] = {"baseline": config.baseline, "compat": config.compat, "backend": config.backend}
-        eva_rank = None if config.compat else rank
-        return score(self.run.model, batches, seed=config.seed, progress=self.run.progress, eva_rank=eva_rank, **how)
+        how["eva_rank"] = None if config.compat else rank
+        return score(self.run.model, batches, seed=config.seed, progress=show, **how)
 
-    def place(self, config: RunConfig) -> Placement:
-        rule = config.rule if config.rule in ALL_RULES else [n.strip() for n in config.rule.split(",") if n.strip()]
+    def _place(self, config: RunConfig) -> Placement:
+        rule = config.rule if config.rule in RULES else [n.strip() for n in config.rule.split(",") if n.strip()]
         how: dict[str, Any] = {"k": config.k, "rank": config.rank, "alpha": config.alpha, "seed": config.seed}
-        return place(self.scored(self.most), rule, **how)
+        return place(self.scored(self.largest_rank), rule, **how)
 
-    def _can_place(self, rule: str, rank: int) -> bool:
+    def _can_place(self, rule: str) -> bool:
         try:
-            self.place(dataclasses.replace(self.run.config, rule=rule, rank=rank))
+            self._place(dataclasses.replace(self.run.config, rule=rule, rank=self.largest_rank))
         except PlacementError as error:
-            if rule not in ("attn", "mlp") or rule == self.run.config.rule:
+            if "knows none" not in str(error) or rule == self.run.config.rule:
                 raise
             self.run.say(f"not searched: {error}")
             return False
         return True
 
-    def _open(self, path: Path) -> optuna.Study:
-        """The study in `path`, a new one if there is none; its killed trials are marked failed."""
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=HALVING)
+    def _open(self, path: Path, identity: dict[str, Any]) -> Study:
+        """The study in `path`, a new one if there is none; trials that were killed are marked failed."""
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         try:
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
-            others = set(optuna.get_all_study_names(storage)) - {STUDY}
-            study = optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
+            if others := set(optuna.get_all_study_names(storage)) - {STUDY}:
+                raise ConfigError(f"{path}: holds another study ({', '.join(sorted(others))}); {REMEDY}")
+            optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)
             study = Study(STUDY, storage, pruner=pruner)
-        except (SQLAlchemyError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise FileError(f"{path}: cannot be used as Optuna's store ({first}); --overwrite starts anew") from error
-        kept, now = study.user_attrs.get("identity"), json.loads(json.dumps(self.identity))
-        if kept is None and not study.trials and not others:
-            study.set_user_attr("identity", now)
-        elif others or kept is None:
-            raise ConfigError(
-                f"{path}: holds another study ({', '.join(sorted(others)) or 'not made by plopfast'}); {REMEDY}"
-            )
-        elif differences := _differences(kept, now):
-            raise ConfigError(f"{path}: holds another search: {'; '.join(differences)}; {REMEDY}")
+        except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+            first = str(error.__cause__ or error).splitlines()[0]
+            raise FileError(f"{path}: cannot be used as Optuna's store ({first}); {REMEDY}") from error
+        if not study.user_attrs and not study.trials:
+            study.set_user_attr("identity", identity)
+        kept = study.user_attrs.get("identity", {})
+        if other := sorted(name for name in {*kept, *identity} if kept.get(name) != identity.get(name)):
+            raise ConfigError(f"{path}: holds another search, which has otherwise: {', '.join(other)}; {REMEDY}")
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
         return study
 
     def done(self) -> list[FrozenTrial]:
-        return self.study.get_trials(deepcopy=False, states=DONE)
+        return self.study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))
+
+    def ranking(self) -> list[FrozenTrial]:
+        """The trials trained to their end, lowest validation loss first."""
+        return sorted(self.study.get_trials(deepcopy=False, states=(COMPLETE,)), key=lambda t: t.values[0])
 
     def next(self) -> None:
         """Asks for a trial, trains it and tells what came of it."""
-        config, count = self.run.config, len(self.done())
+        config, count, began = self.run.config, len(self.done()), time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # multivariate, before Optuna 5
+            warnings.simplefilter("ignore", ExperimentalWarning)  # multivariate, before Optuna 5
             seed = (config.seed * 1_000_003 + count) % 2**32  # by the trials done: a resumed search proposes the same
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True)
         if not count and not self.study.get_trials(states=(TrialState.WAITING,)):
             self.study.enqueue_trial({name: getattr(config, name) for name in self.space})
         trial = self.study.ask(self.space)
-        began = time.perf_counter()
         loss = None
         try:
             loss = self._train(trial)
         except optuna.TrialPruned:
             pass
-        except (TrainingError, torch.OutOfMemoryError) as error:  # to TPE a pruned trial without a loss is the worst
+        except (TrainingError, torch.OutOfMemoryError) as error:
             trial.set_user_attr("why", str(error))
         trial.set_user_attr("seconds", round(time.perf_counter() - began, 3))
-        self.study.tell(trial, loss, TrialState.PRUNED if loss is None else TrialState.COMPLETE)
+        self.study.tell(trial, loss, PRUNED if loss is None else COMPLETE)
 
     def _train(self, trial: optuna.Trial) -> float:
+        """The validation loss of a training as `pipeline.run_train` does it, kept nowhere."""
         run = self.run
         config = dataclasses.replace(run.config, **trial.params, log_to="none")
-        placement = self.place(config)
-        vectors = self.scored(config.rank).eva if config.init == "eva" else None
+        start: dict[str, Any] = {"seed": config.seed, "init": config.init, "backend": config.backend}
+        start["eva"] = self.scored(config.rank).eva if config.init == "eva" else None
         train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
 
         def look(step: int, loss: float) -> None:
@@ -171,114 +169,82 @@ class Search:
                 raise optuna.TrialPruned
 
         try:
-            start: dict[str, Any] = {"seed": config.seed, "init": config.init, "eva": vectors}
-            inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, **start)
+            inject(run.model, self._place(config), dropout=config.dropout, rslora=config.rslora, **start)
             how: dict[str, Any] = {"unlabeled": unlabeled, "progress": run.progress, "on_valid": look}
             trainer = Trainer(run.model, config, train, valid, **how)
-            result = trainer.fit()
+            loss = trainer.fit().valid_loss
         finally:
             unload(run.model)
-        assert result.valid_loss is not None  # there are always validation rows
-        return result.valid_loss
-
-    def best(self) -> FrozenTrial | None:
-        return min(self.study.get_trials(states=DONE[:1]), key=lambda t: t.values[0], default=None)
+        assert loss is not None  # a run always has validation rows
+        return loss
 
     def save(self) -> None:
-        """Writes search.json; "settings" are the best trial's, null before a trial was trained to its end."""
-        run, best = self.run, self.best()
-        settings = dataclasses.replace(run.config, confidence=0.0, **best.params) if best else None
+        """Writes search.json; "settings" are the best trial's, null before one was trained to its end."""
+        best = next(iter(self.ranking()), None)
+        # confidence 0, as every row was scored
+        settings = dataclasses.replace(self.run.config, confidence=0.0, **best.params) if best else None
         value = {
             "plopfast": "search",
-            "settings": settings and dataclasses.asdict(settings),  # confidence 0, as every row was scored
+            "settings": settings and dataclasses.asdict(settings),
             "best": best and best.number,
-            "trials": [_as_json(trial) for trial in optuna.Study.get_trials(self.study)],
-            **{name: self.identity[name] for name in ("data", "space")},
-            "model": run.model.name_or_path,
-            "command": " ".join(["plopfast", *sys.argv[1:]]),
-            "machine": machine.describe(),
-            "versions": machine.versions() | {"optuna": optuna.__version__},
+            "trials": [_as_json(trial) for trial in optuna.Study.get_trials(self.study)],  # the killed ones too
+            "space": self.ranges,
         }
-        files.write_json(run.file("search"), value)
-
-    def table(self, rows: int = 5) -> str:
-        """The best trials, with the run's own settings."""
-        done = self.done()
-        whole = sorted((t for t in done if t.state is TrialState.COMPLETE), key=lambda t: t.values[0])
-        lines = [
-            f"{'trial':>5} {'valid loss':>10} {'rank':>5} {'alpha':>7} {'lr':>9}  {'init':<10} {'rule':<13} seconds"
-        ]
-        for trial in whole[:rows] + [t for t in whole[rows:] if t.number == done[0].number]:
-            p, seconds = trial.params, trial.user_attrs["seconds"]
-            lines.append(
-                f"{trial.number:>5} {trial.values[0]:>10.4f} {p['rank']:>5} {p['alpha']:>7.1f} {p['lr']:>9.2e}  "
-                f"{p['init']:<10} {p['rule']:<13} {seconds:.1f}"
-            )
-        lines.append(
-            f"{len(done)} trials, {len(done) - len(whole)} stopped early; trial {done[0].number}: your settings"
-        )
-        return "\n".join(lines)
+        files.write_json(self.run.file("search"), value)
 
 
 def run_search(run: Run) -> str:
-    """Tries `search_trials` combinations, those of an earlier call counted where `run.resume` is set; search.json after
-    each. Returns a table of the best. Raises ConfigError for settings that leave nothing to search or a store of another
-    search, FileError for one that is damaged, TrainingError where no training came to its end."""
-    config, path = run.config, run.folder / STORE
+    """Tries `search_trials` combinations, with `run.resume` those of an earlier call counted; search.json after each.
+
+    Returns a table of the best. Raises ConfigError for settings that leave nothing to search and for another search's
+    store, FileError for one that exists or is damaged, TrainingError where no training came to its end.
+    """
+    config, path, total = run.config, run.folder / STORE, run.config.search_trials
     if config.full or config.budget:
         what = "--full has no adapters" if config.full else "--budget fixes the size"
-        raise ConfigError(f"search tries ranks and placements of adapters, but {what}: leave it out")
+        raise ConfigError(f"a search tries ranks and placements of adapters, but {what}: leave it out")
     run.rows("train")  # broken data should stop the search before the model is loaded
     if run.resume:
         run.write_config()
     else:
-        files.refuse_existing(path, run.overwrite)
+        if path.exists() and not run.overwrite:
+            raise FileError(f"{path}: a search; pass --resume to go on with it, or --overwrite to start anew")
         run.begin("search")
         for old in (path, path.with_name(f"{STORE}-journal"), run.file("search")):
             old.unlink(missing_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search, total = Search(run), config.search_trials
+    search = Search(run)
     with run.stage("search"):
         while (count := len(search.done())) < total:
             run.say(f"trial {count + 1} of {total}")
             search.next()
             search.save()
-            done, best = search.done(), search.best()
-            left = fmean(t.user_attrs["seconds"] for t in done) * (total - len(done))
-            so_far = f"{best.values[0]:.4f} ({_short(best)})" if best else "none"
-            run.say(f"{_short(done[-1])}: {_outcome(done[-1])}; best so far {so_far}; about {left / 60:.0f} min left")
+            done, so_far = search.done(), [_row(trial) for trial in search.ranking()[:1]]
+            minutes = fmean(t.user_attrs["seconds"] for t in done) * (total - len(done)) / 60
+            run.say(f"{_row(done[-1])}\n{(so_far or ['none'])[0]}, the best so far; about {minutes:.0f} min left")
     search.save()
-    if not search.best():
-        raise TrainingError(
-            f"none of {total} trials was trained to its end: {_outcome(search.done()[0])}; see {path.parent}"
-        )
-    return f"{search.table()}\ntrain and evaluate the best: plopfast run --config {run.file('search')} --out NEW"
+    done, ranking = search.done(), search.ranking()
+    if not ranking:
+        raise TrainingError(f"none of {len(done)} trials was trained to its end; the first: {_row(done[0])}")
+    return "\n".join([
+        *(_row(t) for t in ranking if t in ranking[:5] or t.number == done[0].number),
+        f"{len(done)} trials, {len(done) - len(ranking)} stopped early; trial {done[0].number} has the run's own settings",
+        f"train and evaluate the best: plopfast run --config {run.file('search')} --out NEW",
+    ])  # fmt: skip
 
 
 def _as_json(trial: FrozenTrial) -> dict[str, Any]:
     looks = trial.intermediate_values
-    loss = trial.values[0] if trial.state is TrialState.COMPLETE else min(looks.values(), default=None)
-    state = {"COMPLETE": "complete", "PRUNED": "stopped early"}.get(trial.state.name, "killed")
+    loss = trial.values[0] if trial.state is COMPLETE else min(looks.values(), default=None)
+    state = {COMPLETE: "complete", PRUNED: "stopped early"}.get(trial.state, "killed")
     kept = {name: trial.user_attrs.get(name) for name in ("steps", "seconds", "why")}
     return {"number": trial.number, "params": trial.params, "state": state, "valid_loss": loss, "looks": looks, **kept}
 
 
-def _outcome(trial: FrozenTrial) -> str:
-    done = trial.state is TrialState.COMPLETE
-    return f"loss {trial.values[0]:.4f}" if done else trial.user_attrs.get("why", "stopped early")
-
-
-def _short(trial: FrozenTrial) -> str:
-    p = trial.params
-    return f"rank {p['rank']}, alpha {p['alpha']:.1f}, lr {p['lr']:.1e}, {p['init']}, {p['rule']}"
-
-
-def _differences(kept: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What an identity `now` has otherwise than the one `kept`, in words."""
-    found = [] if same_fingerprint(kept["model"], now["model"]) else ["the model's weights differ"]
-    for part in ("data", "settings", "space"):
-        for name in sorted({*kept[part], *now[part]}):
-            was, is_ = kept[part].get(name), now[part].get(name)
-            if was != is_:
-                found.append(f"{name}: the file differs" if part == "data" else f"{name} was {was}, is {is_}")
-    return found
+def _row(trial: FrozenTrial) -> str:
+    p, attrs = trial.params, trial.user_attrs
+    what = f"valid loss {trial.values[0]:.4f}" if trial.state is COMPLETE else attrs.get("why", "stopped early")
+    return (
+        f"trial {trial.number:<3} rank {p['rank']:<3} alpha {p['alpha']:<6.1f} lr {p['lr']:.2e}  {p['init']:<10} "
+        f"{p['rule']:<12} {attrs['seconds']:>7.1f} s  {what}"
+    )
