@@ -64,9 +64,13 @@ class Search:
         infos = [info for info in linear_modules(run.model) if info.layer is not None]
         most = min(min(info.n_in, info.n_out) for info in infos)
         ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
-        self.largest_rank = ranks[-1]
         self.scored = functools.cache(self._scored)
-        rules = [rule for rule in dict.fromkeys((config.rule, *RULES_TRIED)) if self._can_place(rule)]
+        self.report = self.scored(ranks[0])  # NFN is the same whatever EVA's rank
+        if self.report.tokens < ranks[-1] and not config.compat:
+            raise ConfigError(
+                f"EVA's vectors of rank {ranks[-1]} need as many tokens, got {self.report.tokens}: score more prompts"
+            )
+        rules = [rule for rule in dict.fromkeys((config.rule, *RULES_TRIED)) if self._can_place(rule, ranks[-1])]
         self.space: dict[str, BaseDistribution] = {
             "rank": CategoricalDistribution(ranks),
             "alpha": FloatDistribution(min(ALPHAS[0], config.alpha), max(ALPHAS[1], config.alpha), log=True),
@@ -94,11 +98,11 @@ class Search:
     def _place(self, config: RunConfig) -> Placement:
         rule = config.rule if config.rule in RULES else [n.strip() for n in config.rule.split(",") if n.strip()]
         how: dict[str, Any] = {"k": config.k, "rank": config.rank, "alpha": config.alpha, "seed": config.seed}
-        return place(self.scored(self.largest_rank), rule, **how)
+        return place(self.report, rule, **how)
 
-    def _can_place(self, rule: str) -> bool:
+    def _can_place(self, rule: str, rank: int) -> bool:
         try:
-            self._place(dataclasses.replace(self.run.config, rule=rule, rank=self.largest_rank))
+            self._place(dataclasses.replace(self.run.config, rule=rule, rank=rank))
         except PlacementError as error:
             if "knows none" not in str(error) or rule == self.run.config.rule:
                 raise

@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "report": LEAVES | {"nfn", "scores", "placement"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
-    "search": LEAVES | {"data", "eva", "lora", "models", "nfn", "placement", "pipeline", "train"},
+    "search": LEAVES | {"data", "lora", "models", "nfn", "placement", "pipeline", "train"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
     "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "doctor", "benchmark", "search"},

@@ -10,7 +10,7 @@ import optuna
 import pytest
 import torch
 
-from plopfast import cli
+from plopfast import cli, placement
 from plopfast.data import DEMO
 from plopfast.train import Trainer
 
@@ -218,6 +218,7 @@ def test_without_optuna(base, tmp_path, capsys, monkeypatch):
         (["--rank", "33"], "rank 33"),
         (["--rule", "q_prj"], "did you mean 'q_proj'?"),
         (["--search-trials", "0"], "search_trials"),
+        (["--score-prompts", "1", "--score-tokens", "completion"], "score more prompts"),
     ],
 )
 def test_what_cannot_be_searched(base, tmp_path, capsys, options, message):
@@ -236,6 +237,16 @@ def test_a_training_that_explodes_counts_as_the_worst(base, tmp_path, monkeypatc
     value, trials = results(tmp_path / "run")
     assert value["settings"] is None and [t["state"] for t in trials] == ["stopped early"] * 2
     assert all("loss nan" in t["why"] for t in trials)
+
+
+def test_rules_and_inits_that_cannot_be_are_left_out(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(placement, "MLP_NAMES", ())
+    monkeypatch.setattr(placement, "MLP_PARENTS", ())
+    assert search(base, tmp_path / "run", "--compat", "official", trials=1) == 0
+    value, _ = results(tmp_path / "run")
+    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "all"]
+    assert "not searched: rule 'mlp' knows none of the types" in capsys.readouterr().err
+    assert "eva" not in value["space"]["init"]["choices"], "the authors' procedure takes no vectors"
 
 
 def test_types_named_by_hand_are_one_more_choice(base, tmp_path):
