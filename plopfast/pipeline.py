@@ -20,7 +20,7 @@ from . import distributed, eva, files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
-from .errors import ConfigError, FileError, TrainingError
+from .errors import ConfigError, FileError, PlacementError, TrainingError
 from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
@@ -33,7 +33,7 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
-    "search": "search.json",
+    "audit": "audit.json", "search": "search.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -138,11 +138,13 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Notes a stage's seconds and peak memory in stages.json once it has ended well."""
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Notes a stage's seconds and peak memory in stages.json once it has ended well, and what the stage puts into the
+        yielded dict."""
         machine.reset_peak()
         began = time.perf_counter()
-        yield
+        noted: dict[str, Any] = {}
+        yield noted
         if not distributed.is_main():
             return
         path = self.folder / "stages.json"
@@ -151,7 +153,7 @@ class Run:
             "seconds": round(time.perf_counter() - began, 3),
             "peak_mib": round(machine.peak_mib(), 1),
             "command": " ".join(["plopfast", *sys.argv[1:]]),
-        }
+        } | noted
         files.write_json(path, stages)
 
     def begin(self, stage: str) -> None:
@@ -255,11 +257,17 @@ def run_score(run: Run) -> NFNReport:
 
 
 def run_place(run: Run) -> Placement:
-    report = NFNReport.load(run.file("score"))
-    run.begin("place")
-    config = run.config
+    report, config = NFNReport.load(run.file("score")), run.config
     rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
-    placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    shape: dict[str, Any] = {key: getattr(config, key) or None for key in ("budget", "ranks", "granularity", "cap")}
+    placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed, **shape)
+    highest = max(rank for rank, _ in placement.modules.values())
+    if config.init == "eva" and highest > config.rank:
+        raise PlacementError(
+            f"the budget gives ranks up to {highest}, but scoring keeps EVA's vectors for --rank {config.rank}: score "
+            f"anew with --rank {highest}, or leave out --init eva"
+        )
+    run.begin("place")  # only now, as settings that cannot be must not stay in config.json
     distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement

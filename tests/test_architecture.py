@@ -26,13 +26,17 @@ MAY_IMPORT = {
     "blocks": LEAVES | {"models"},
     "evaluate": LEAVES | {"data", "models", "loss"},
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "distributed", "logs"},
+    "controls": LEAVES | {"data", "models"},
+    "criteria": LEAVES | {"data", "models", "scores", "lora", "loss", "placement"},
     "report": LEAVES | {"nfn", "scores", "placement"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
     "search": LEAVES | {"data", "lora", "models", "nfn", "placement", "pipeline", "train"},
+    "audit": LEAVES
+    | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
-    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "doctor", "benchmark", "search"},
+    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "doctor", "benchmark", "search"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 
