@@ -102,7 +102,7 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except OSError as error:
         return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
-        resumable = arguments.out and arguments.command in ("run", "train", "trial")
+        resumable = arguments.out and arguments.command in ("run", "train", "trial", "search")
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
@@ -152,8 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
         if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
-        if name in ("run", "train", "trial"):
-            command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
+        if name in ("run", "train", "trial", "search"):
+            command.add_argument("--resume", action="store_true", help="go on with what was interrupted")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
             command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
@@ -274,6 +274,10 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         from .trial import run_trial
 
         print(run_trial(run))
+    elif command == "search":
+        from .search import run_search  # needs the extra `search`
+
+        print(run_search(run))
     elif command == "report":
         print(pipeline.run_report(run))
     elif command == "merge":

@@ -33,8 +33,7 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
-    "audit": "audit.json",
-    "trial": "trial.json",
+    "audit": "audit.json", "trial": "trial.json", "search": "search.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -48,6 +47,7 @@ OTHERS = (
     "adapter-before-failure",
     "merged",
     "trial",
+    "search.db",
 )
 
 

@@ -35,11 +35,12 @@ MAY_IMPORT = {
     "trial_runs": LEAVES
     | {"data", "models", "lora", "placement", "checkpoint", "evaluate", "train", "pipeline"},
     "trial": LEAVES | {"data", "lora", "eva", "nfn", "placement", "paired", "pipeline", "trial_runs"},
+    "search": LEAVES | {"data", "lora", "models", "nfn", "placement", "pipeline", "train"},
     "audit": LEAVES
     | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
-    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "trial", "doctor", "benchmark"},
+    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "trial", "search", "doctor", "benchmark"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 
