@@ -240,7 +240,8 @@ class Trainer:
                 self._stop(f"step {self.step}: validation loss {loss}")
             if loss < self.best_loss:
                 self.best_loss, self.best_step, self.worse = loss, self.step, 0
-                self.best = self._copy()
+                for name, value in self.best.items():  # in place: a second copy would be the peak of a full fine-tuning
+                    value.copy_(self.parameters[name].detach())
             elif self.step > self.first_stage:
                 self.worse += 1
         self._record({"step": self.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
