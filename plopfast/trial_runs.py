@@ -112,8 +112,8 @@ class Training:
                 inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
             reset, peak = _memory(run)
             reset()
-            rows = {split: run.examples(split) for split in ("train", "valid", "unlabeled")}
-            trainer = Trainer(model, config, **rows, out=out, progress=run.progress)
+            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
             try:
                 fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
