@@ -46,6 +46,7 @@ OTHERS = (
     "tensorboard",
     "adapter-before-failure",
     "merged",
+    "report",
     "trial",
     "search.db",
 )

@@ -28,7 +28,9 @@ MAY_IMPORT = {
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "distributed", "logs"},
     "controls": LEAVES | {"data", "models"},
     "criteria": LEAVES | {"data", "models", "scores", "lora", "loss", "placement"},
-    "report": LEAVES | {"nfn", "scores", "placement"},
+    "pictures": {"errors"},
+    "sections": LEAVES | {"confidence", "nfn", "placement", "pictures"},
+    "report": LEAVES | {"sections"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
     "paired": set(),
