@@ -100,6 +100,7 @@ def _one(
         objective = copy.deepcopy(real)
     model = objective.model
     rows, tokens, labels = batch
+    _without_mask(model, tokens)
     config = dataclasses.replace(config, liger=False, compile=False, offload=False)
     with mode:
         if placement is None:
@@ -136,6 +137,19 @@ def _one(
         total_mib=(live.peak + kept) / MIB,
         tflops_per_step=flops.get_total_flops() / min(config.accumulate, 2) * config.accumulate / 1e12,
     )
+
+
+def _without_mask(model: Any, tokens: int) -> None:
+    """Lets attention go without a mask where it does in training. transformers builds none where no row is packed, which
+    it cannot read from tensors without values; for an attention that it does not know, it never builds one."""
+    config = getattr(model, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "_attn_implementation", None) == "sdpa" and (window is None or window >= tokens):
+        from transformers import AttentionInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        AttentionInterface.register("plopfast_sdpa", sdpa_attention_forward)
+        model.set_attn_implementation("plopfast_sdpa")
 
 
 class LiveBytes(TorchDispatchMode):
