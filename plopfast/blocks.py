@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import weakref
 from collections.abc import Collection, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -19,9 +19,7 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 
 
 @contextlib.contextmanager
-def prepared_blocks(
-    model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None
-) -> Iterator[list[str]]:
+def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
     """Puts the config's choices in force while it lasts, and yields a line for each one that is. `lean`: see `lean_modules`.
 
     Raises ConfigError for choices that this model or device cannot take.
@@ -158,7 +156,7 @@ def _lean_forward(module: Any) -> tuple[Any, int, Any]:
     return None, 0, None
 
 
-def _is_plain(weight: Any) -> bool:
+def _is_plain(weight: Any) -> TypeGuard[nn.Parameter]:
     return isinstance(weight, nn.Parameter) and not is_sharded(weight)
 
 

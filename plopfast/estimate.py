@@ -11,7 +11,7 @@ the allocator take for themselves. liger-kernel, torch.compile and offload are n
 import copy
 import dataclasses
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,28 @@ def estimate(
         ) from error
 
 
+def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
+    """For JSON, each with its share of the memory and FLOPs of full fine-tuning, the last one."""
+    full = estimates[-1]
+    return [
+        dataclasses.asdict(e)
+        | {"memory_of_full": e.total_mib / full.total_mib, "flops_of_full": e.tflops_per_step / full.tflops_per_step}
+        for e in estimates
+    ]
+
+
+def table(estimates: Sequence[Estimate]) -> str:
+    head = f"{'':<13}{'parameters':>13}{'weights':>10}{'adapters':>10}{'activations':>12}{'logits':>9}{'peak MiB':>10}"
+    lines = [head + f"{'of full':>9}{'TFLOPs':>9}{'of full':>9}"]
+    for e, row in zip(estimates, as_rows(estimates), strict=True):
+        parts = f"{e.weights_mib:>10,.0f}{e.adapters_mib:>10,.0f}{e.activations_mib:>12,.0f}{e.logits_mib:>9,.0f}"
+        lines.append(
+            f"{e.name:<13}{e.parameters:>13,}{parts}{e.total_mib:>10,.0f}{row['memory_of_full']:>9.1%}"
+            f"{e.tflops_per_step:>9.3f}{row['flops_of_full']:>9.1%}"
+        )
+    return "\n".join(lines)
+
+
 def _one(
     real: Objective,
     lean: set[str],
@@ -105,12 +127,16 @@ def _one(
     with mode:
         if placement is None:
             model.requires_grad_(True)
+            model.float()  # as small steps vanish in half precision
         else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results
             inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
         device = device_of(model)
         ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
         columns = torch.arange(tokens - 1 - labels, tokens - 1, device=device)
-        at = torch.arange(rows, device=device).repeat_interleave(labels, output_size=rows * labels), columns.repeat(rows)
+        at = (
+            torch.arange(rows, device=device).repeat_interleave(labels, output_size=rows * labels),
+            columns.repeat(rows),
+        )
         full = {"input_ids": ids, "labels": ids, "at": at}
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)

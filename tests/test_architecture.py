@@ -26,9 +26,11 @@ MAY_IMPORT = {
     "blocks": LEAVES | {"models"},
     "evaluate": LEAVES | {"data", "models", "loss"},
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "distributed", "logs"},
+    "estimate": LEAVES | {"models", "lora", "loss", "blocks", "placement"},
     "report": LEAVES | {"nfn", "scores", "placement"},
     "pipeline": LEAVES
-    | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
+    | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "estimate"}
+    | {"train", "report"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
     "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "doctor", "benchmark"},

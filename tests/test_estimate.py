@@ -19,7 +19,9 @@ ROWS, TOKENS, LABELS = 4, 24, 10
 
 def placement_on(model, *types, rank=4):
     chosen = [info for info in linear_modules(model) if not types or info.type in types]
-    return Placement({i.name: (rank, 8.0) for i in chosen}, [*types], "explicit", sum(rank * (i.n_in + i.n_out) for i in chosen))
+    return Placement(
+        {i.name: (rank, 8.0) for i in chosen}, [*types], "explicit", sum(rank * (i.n_in + i.n_out) for i in chosen)
+    )
 
 
 def trainer_of(model, placement, config):
@@ -50,7 +52,11 @@ def measured(model, placement, config):
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_within_a_tenth_of_real_steps(architecture, kind):
     config = RunConfig(batch_tokens=ROWS * TOKENS, max_steps=2)
-    types = [t for t in ("q_proj", "v_proj", "qkv_proj", "c_attn") if any(i.type == t for i in linear_modules(build(architecture)))]
+    types = [
+        t
+        for t in ("q_proj", "v_proj", "qkv_proj", "c_attn")
+        if any(i.type == t for i in linear_modules(build(architecture)))
+    ]
     model = build(architecture)
     choice = None if kind == "full" else placement_on(model, *(types if kind == "attn" else ()))
     (got,) = estimate(model, {kind: choice}, config, rows=ROWS, row_tokens=TOKENS, label_tokens=LABELS)
