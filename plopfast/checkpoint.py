@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from . import distributed, files
 from .errors import AdapterError, FileError, PlacementError
 from .lora import adapters, inject, unload
 from .models import fingerprint, is_linear, is_transposed, same_fingerprint
-from .placement import Placement
+from .placement import Placement, ranks_and_patterns
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])\.weight")
@@ -63,20 +62,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 def _peft_config(model: nn.Module) -> dict[str, Any]:
     modules = adapters(model)
     first = next(iter(modules.values()))
-    rank = Counter(m.rank for m in modules.values()).most_common(1)[0][0]
-    alpha = Counter(m.alpha for m in modules.values()).most_common(1)[0][0]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
+        **ranks_and_patterns({name: (module.rank, module.alpha) for name, module in modules.items()}),
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "target_modules": _target_modules(model, list(modules)),
-        "rank_pattern": {re.escape(name): m.rank for name, m in modules.items() if m.rank != rank},
-        "alpha_pattern": {re.escape(name): m.alpha for name, m in modules.items() if m.alpha != alpha},
         "fan_in_fan_out": is_transposed(first.base),
         "bias": "none",
         "init_lora_weights": True,

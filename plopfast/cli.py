@@ -250,6 +250,10 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         print(pipeline.run_all(run))
     elif command == "score":
         pipeline.run_score(run)
+    elif command == "audit":
+        from .audit import run_audit
+
+        print(run_audit(run))
     elif command == "place":
         pipeline.run_place(run)
     elif command == "estimate":

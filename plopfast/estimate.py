@@ -126,8 +126,8 @@ def _one(
     config = dataclasses.replace(config, liger=False, compile=False, offload=False)
     with mode:
         if placement is None:
+            _widen(model)
             model.requires_grad_(True)
-            model.float()  # as small steps vanish in half precision
         else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results
             inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
         device = device_of(model)
@@ -163,6 +163,14 @@ def _one(
         total_mib=(live.peak + kept) / MIB,
         tflops_per_step=flops.get_total_flops() / min(config.accumulate, 2) * config.accumulate / 1e12,
     )
+
+
+def _widen(model: nn.Module) -> None:
+    """All parameters in float32, as full fine-tuning has them (Module.float cannot change tensors without values)."""
+    wide: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            setattr(module, name, wide.setdefault(p, nn.Parameter(p.detach().float())))
 
 
 def _without_mask(model: Any, tokens: int) -> None:

@@ -1,7 +1,9 @@
 """What a figure was measured on: versions, processor, threads, peak memory."""
 
 import contextlib
+import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import shutil
@@ -9,7 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("plopfast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 
@@ -144,6 +149,10 @@ def has_bfloat16() -> bool:
 
 def reset_peak() -> None:
     """Starts a new measurement of peak resident memory, where the system can (Linux)."""
+    with contextlib.suppress(
+        OSError, AttributeError, TypeError
+    ):  # glibc keeps freed memory, which would hide what comes
+        ctypes.CDLL(None).malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
@@ -160,6 +169,19 @@ def peak_mib() -> float:
 
     unit = 2**20 if sys.platform == "darwin" else 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def free_mib(device: "torch.device", root: Path = Path("/")) -> float:
+    """Memory that new tensors on `device` could take, infinite where the system does not tell (a CPU outside Linux)."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                return int(line.split()[1]) / 1024
+    return math.inf
 
 
 def set_waiting_policy() -> None:

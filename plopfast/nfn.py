@@ -151,16 +151,20 @@ def score(
     """NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, equation 2).
 
     `batches`: dicts as a Hugging Face tokenizer returns them: `input_ids` and `attention_mask` [rows, tokens], with
-    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion", and `counted` (0 for the tokens to leave
-    out; `data.batches_of` makes it) where only some count. Padding never counts; rows are batched
-    anew by length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384).
+    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion", and `counted` [rows, tokens] (0 for tokens to
+    leave out; `data.batches_of` makes it) where only some are to count. Padding never counts; rows are batched anew by
+    length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384). On several ranks
+    (all of them call it, with the same batches) each runs its share, and all get the same report as one process.
+
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
     `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
-    mean does not depend on z). On several ranks (all of them call it, with the same batches) each runs its share of the
-    batches, and all get the same report as one process.
+    mean does not depend on z). `compat="official"` follows the authors' code instead: see `_score_official`. `backend`:
+    what takes the norms, as in `lora_linear`.
+
     `confidence`: scoring ends at the first look, after 16, 32, 64, ... prompts, at which the `k` lowest types (highest, if
     `inverse`) are decided with that confidence (see confidence.py); the batches should come in random order, and
-    `report.decision` tells how it ended. None: every batch is scored. `backend`: what takes the norms, as in `lora_linear`. `compat="official"` follows the authors' code instead: see `_score_official`.
+    `report.decision` tells how it ended. None: every batch is scored.
+
     `eva_rank`: also take that many EVA vectors of each module's inputs from the same passes (`report.eva`, for
     `inject(init="eva")`); `seed` draws their sketch.
 

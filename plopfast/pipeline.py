@@ -36,7 +36,7 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "estimate": "estimate.json", "train": "adapter",
-    "eval": "eval.json", "report": "report.html",
+    "eval": "eval.json", "report": "report.html", "audit": "audit.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -140,11 +140,13 @@ class Run:
             print(text, file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Notes a stage's seconds and peak memory in stages.json once it has ended well."""
+    def stage(self, name: str) -> Iterator[dict[str, Any]]:
+        """Notes a stage's seconds and peak memory in stages.json once it has ended well, and what the stage puts into the
+        yielded dict."""
         machine.reset_peak()
         began = time.perf_counter()
-        yield
+        noted: dict[str, Any] = {}
+        yield noted
         if not distributed.is_main():
             return
         path = self.folder / "stages.json"
@@ -153,7 +155,7 @@ class Run:
             "seconds": round(time.perf_counter() - began, 3),
             "peak_mib": round(machine.peak_mib(), 1),
             "command": " ".join(["plopfast", *sys.argv[1:]]),
-        }
+        } | noted
         files.write_json(path, stages)
 
     def begin(self, stage: str) -> None:
@@ -260,15 +262,16 @@ def run_place(run: Run) -> Placement:
     report = NFNReport.load(run.file("score"))
     run.begin("place")
     config = run.config
-    placement = _placed(config, report, config.rule)
+    placement = _placed(config, report, config.rule, granularity=config.granularity, cap=config.cap)
     distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
 
 
-def _placed(config: RunConfig, report: NFNReport, rule: str) -> Placement:
+def _placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Placement:
     names = rule if rule in RULES else [name.strip() for name in rule.split(",") if name.strip()]
-    return place(report, names, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed)
+    how |= {name: getattr(config, name) for name in ("k", "rank", "alpha", "seed", "budget", "ranks")}
+    return place(report, names, **how)
 
 
 def run_estimate(run: Run) -> str:

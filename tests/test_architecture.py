@@ -26,14 +26,18 @@ MAY_IMPORT = {
     "blocks": LEAVES | {"models"},
     "evaluate": LEAVES | {"data", "models", "loss"},
     "train": LEAVES | {"data", "models", "lora", "loss", "blocks", "checkpoint", "distributed", "logs"},
+    "controls": LEAVES | {"data", "models"},
+    "criteria": LEAVES | {"data", "models", "scores", "lora", "loss", "placement"},
     "estimate": LEAVES | {"models", "lora", "loss", "blocks", "placement"},
     "report": LEAVES | {"nfn", "scores", "placement"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "estimate"}
     | {"train", "report"},
+    "audit": LEAVES
+    | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
-    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "doctor", "benchmark"},
+    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "doctor", "benchmark"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 

@@ -1,13 +1,11 @@
 """Estimates against the same counters over real training steps."""
 
 import pytest
-import torch
 from conftest import CONFIGS, build
 
 from plopfast.blocks import prepared_blocks
 from plopfast.config import RunConfig
-from plopfast.data import Example, collate
-from plopfast.errors import ConfigError, ModelError
+from plopfast.data import Example
 from plopfast.estimate import MIB, LiveBytes, estimate, flop_counter
 from plopfast.lora import inject, prepared
 from plopfast.models import linear_modules
