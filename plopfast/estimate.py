@@ -24,8 +24,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
 from .blocks import lean_modules, prepared_blocks
 from .config import TrainConfig
@@ -117,7 +116,7 @@ def _one(
     batch: tuple[int, int, int],
     best: bool,
 ) -> Estimate:
-    mode, live, flops = FakeTensorMode(), LiveBytes(), flop_counter()
+    mode, live = FakeTensorMode(), Meter()
     with FakeCopyMode(mode):
         objective = copy.deepcopy(real)
     model = objective.model
@@ -144,7 +143,7 @@ def _one(
         values = sum(p.nbytes for p in trained)
         weights = live.now - (values if placement is not None else 0)
         model.train()
-        with prepared_blocks(model, config, lean), prepared(model), live, flops:
+        with prepared_blocks(model, config, lean), prepared(model), live:
             for _ in range(min(config.accumulate, 2)):  # a third one finds what the second one found
                 before = live.now
                 loss = objective(full)
@@ -161,7 +160,7 @@ def _one(
         activations_mib=saved / MIB,
         logits_mib=logits / MIB,
         total_mib=(live.peak + kept) / MIB,
-        tflops_per_step=flops.get_total_flops() / min(config.accumulate, 2) * config.accumulate / 1e12,
+        tflops_per_step=live.flops / min(config.accumulate, 2) * config.accumulate / 1e12,
     )
 
 
@@ -186,13 +185,15 @@ def _without_mask(model: Any, tokens: int) -> None:
         model.set_attn_implementation("plopfast_sdpa")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations made, or that `add` was given, and that are still alive: `now` and `peak`."""
+class Meter(TorchDispatchMode):
+    """Bytes of the storages that operations made, or that `add` was given, and that are still alive, `now` and at their
+    `peak`; and `flops` of the products, a multiplication with its addition being two."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known: set[int] = set()
+        self._formulas = flop_registry | {op: shape_wrapper(formula) for op, formula in FORMULAS.items()}
 
     def add(self, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -209,43 +210,32 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
+        if formula := self._formulas.get(func._overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
 
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, which then also knows plopfast's two LoRA operations, products in place and the CPU's attention."""
-    aten, ours = torch.ops.aten, torch.ops.plopfast
-    mapping = {
-        aten.addmm_: _addmm_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flop,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flop,
-        ours.lora_forward: _lora_forward_flop,
-        ours.lora_backward: _lora_backward_flop,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
-
-
-def _addmm_flop(c: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
-    return 2 * a[0] * a[1] * b[1]
-
-
-def _attention_flop(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop(q, k, v)
-
-
-def _attention_backward_flop(dy: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop(dy, q, k, v)
-
-
-def _lora_forward_flop(x: Any, w: Any, a: Any, *_: Any, **__: Any) -> int:
+def _lora_forward(x: Any, w: Any, a: Any, *_: Any, **__: Any) -> int:
     (m, k), n, r = x, w[0], a[0]
     return 2 * m * (k * r + n * k + r * n)  # S, X W^T, S B^T
 
 
-def _lora_backward_flop(dy: Any, x: Any, s: Any, w: Any, a: Any, *rest: Any, **__: Any) -> int:
+def _lora_backward(dy: Any, x: Any, s: Any, w: Any, a: Any, *rest: Any, **__: Any) -> int:
     (m, k), n, r = x, w[0], a[0]
-    need_x, need_a, need_b = rest[5:8]
-    return 2 * m * (r * n * (bool(need_b) + (need_a or need_x)) + r * k * (bool(need_a) + need_x) + n * k * need_x)
+    need_x, need_a, need_b = map(bool, rest[5:8])
+    return 2 * m * (r * n * (need_b + (need_a or need_x)) + r * k * (need_a + need_x) + n * k * need_x)
+
+
+_OPS, _ATEN = torch.ops.plopfast, torch.ops.aten
+FORMULAS = {  # of shapes; torch 2.13 knows neither its products in place nor the CPU's attention
+    _OPS.lora_forward: _lora_forward,
+    _OPS.lora_backward: _lora_backward,
+    _ATEN.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1],
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda dy, q, k, v, *_, **__: sdpa_backward_flop(dy, q, k, v)
+    ),
+}

@@ -2,11 +2,12 @@
 
 import pytest
 from conftest import CONFIGS, build
+from torch.utils.flop_counter import FlopCounterMode
 
 from plopfast.blocks import prepared_blocks
 from plopfast.config import RunConfig
 from plopfast.data import Example
-from plopfast.estimate import MIB, LiveBytes, estimate, flop_counter
+from plopfast.estimate import FORMULAS, MIB, Meter, estimate
 from plopfast.lora import inject, prepared
 from plopfast.models import linear_modules
 from plopfast.placement import Placement
@@ -34,14 +35,15 @@ def trainer_of(model, placement, config):
 
 def measured(model, placement, config):
     """(peak MiB over two optimizer steps, TFLOPs of one) of a real training"""
-    with LiveBytes() as live:
+    with Meter() as live:
         for tensor in (*model.parameters(), *model.buffers()):
             live.add(tensor)
         trainer = trainer_of(model, placement, config)
         trainer.fit()
     batch = trainer._collate(trainer.rows[:ROWS])
     model.train()
-    with prepared_blocks(model, config), prepared(model), flop_counter() as flops:
+    flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with prepared_blocks(model, config), prepared(model), flops:
         trainer.objective(batch).backward()
     return live.peak / MIB, flops.get_total_flops() * config.accumulate / 1e12
 
