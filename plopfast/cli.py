@@ -244,7 +244,9 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         settings = config.model, config.device, config.backend, dtype
         return 0 if examine(*settings, seconds=arguments.seconds, rank=config.rank) else 1
     if arguments.out is None:
-        if command in ("place", "train", "report") or (command in ("eval", "merge") and not arguments.adapter):
+        if command in ("place", "estimate", "train", "report") or (
+            command in ("eval", "merge") and not arguments.adapter
+        ):
             raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
         now = distributed.largest(int(time.time()))
         arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
@@ -262,6 +264,8 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         print(run_audit(run))
     elif command == "place":
         pipeline.run_place(run)
+    elif command == "estimate":
+        print(pipeline.run_estimate(run))
     elif command == "train":
         result = pipeline.run_train(run)
         print(

@@ -25,7 +25,7 @@ from .lora import INITS, inject, unload
 from .models import fingerprint, linear_modules
 from .nfn import NFNReport, score
 from .pipeline import SCORE_ROWS, Run
-from .placement import RULES, Placement, place
+from .placement import Placement, place, rule_of
 from .train import Trainer
 
 try:
@@ -96,9 +96,8 @@ class Search:
         return score(self.run.model, batches, seed=config.seed, progress=show, **how)
 
     def _place(self, config: RunConfig) -> Placement:
-        rule = config.rule if config.rule in RULES else [n.strip() for n in config.rule.split(",") if n.strip()]
         how: dict[str, Any] = {"k": config.k, "rank": config.rank, "alpha": config.alpha, "seed": config.seed}
-        return place(self.report, rule, **how)
+        return place(self.report, rule_of(config.rule), **how)
 
     def _can_place(self, rule: str, rank: int) -> bool:
         try:

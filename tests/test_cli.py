@@ -31,7 +31,16 @@ QUICK = [
     "--eval-every",
     "2",
 ]
-STAGES = ["config.json", "scores.json", "placement.json", "metrics.jsonl", "eval.json", "adapter", "report.html"]
+STAGES = [
+    "config.json",
+    "scores.json",
+    "placement.json",
+    "estimate.json",
+    "metrics.jsonl",
+    "eval.json",
+    "adapter",
+    "report.html",
+]
 
 
 @pytest.fixture
