@@ -44,7 +44,15 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full", *RANKS)),
     "trial": (
         "placements of equal size, several seeds each, compared on the test rows: trial.json",
-        (*SCORING, *PLACING, *TRAINING, "arms", "lrs", "seeds", "general"),
+        (
+            *SCORING,
+            *PLACING[1:],
+            *(name for name in TRAINING if name not in ("lr", "full")),
+            "arms",
+            "lrs",
+            "seeds",
+            "general",
+        ),
     ),
     "search": (
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",
@@ -94,7 +102,7 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except OSError as error:
         return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
-        resumable = arguments.out and arguments.command in ("run", "train")
+        resumable = arguments.out and arguments.command in ("run", "train", "trial", "search")
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
@@ -144,8 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
         if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
-        if name in ("run", "train"):
-            command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
+        if name in ("run", "train", "trial", "search"):
+            command.add_argument("--resume", action="store_true", help="go on with what was interrupted")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
             command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
@@ -266,6 +274,14 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
     elif command == "eval":
         for who, metrics in pipeline.run_eval(run, arguments.adapter, arguments.any_base).items():
             print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
+    elif command == "trial":
+        from .trial import run_trial
+
+        print(run_trial(run))
+    elif command == "search":
+        from .search import run_search  # needs the extra `search`
+
+        print(run_search(run))
     elif command == "report":
         print(pipeline.run_report(run))
     elif command == "merge":

@@ -82,7 +82,7 @@ class TrainConfig:
             )
 
 
-FREE = {"device", "threads", "timeout"} | {
+FREE = {"device", "threads", "timeout", "search_trials"} | {
     item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]
 }
 
@@ -131,7 +131,7 @@ class RunConfig(TrainConfig):
     k: int = _option(3, "module types that plop, plop-inverse and random choose", positive=True)
     rank: int = _option(16, "LoRA rank", positive=True)
     budget: str | None = _option(
-        None, "instead of --rank: parameters (2.5M), bytes of the adapter file (10MB, 8MiB) or match:RULE:rRANK"
+        None, "instead of --rank: parameters (2.5M), bytes of float32 (10MB, 8MiB) or match:RULE:rRANK; empty: none"
     )
     ranks: str = _option(
         "equal", "how a budget is shared out: equal ranks, or proportional to 1 / NFN", ("equal", "proportional")

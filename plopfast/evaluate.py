@@ -53,7 +53,6 @@ def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] |
     return None if any(prefixes) or not all(choices) else choices
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -68,6 +67,19 @@ def evaluate(
     the choices after the prompt. Without, it is "exact-match" for prompt/completion examples (every label token is the
     likeliest one) and "token" for plain text (share of label tokens). `progress` is a bar's label, empty for none.
     """
+    return evaluate_rows(model, examples, choices, batch_tokens, progress)[0]
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    examples: Sequence[Example],
+    choices: list[list[int]] | None = None,
+    batch_tokens: int = 512,
+    progress: str = "",
+) -> tuple[Metrics, list[float]]:
+    """What `evaluate` returns, and how right each example was: numbers whose mean is the accuracy, 0 or 1 each but for
+    "token" accuracy, where longer examples weigh more."""
     began = time.perf_counter()
     training = model.training
     model.eval()
@@ -80,7 +92,8 @@ def evaluate(
             for i, e in enumerate(examples)
             if e.tokens[e.start : e.start + len(begin)] != begin
         ]
-    loss, count, hits, exact = 0.0, 0, 0, 0
+    loss, count = 0.0, 0
+    hits, exact = [0] * len(examples), [False] * len(examples)
     ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
     try:
         with bar(progress, len(jobs), "rows", bool(progress)) as meter:
@@ -97,8 +110,7 @@ def evaluate(
                         right = row_best.cpu() == torch.tensor(tokens[start:])
                         loss += float(row_losses.sum())
                         count += len(row_losses)
-                        hits += int(right.sum())
-                        exact += bool(right.all())
+                        hits[i], exact[i] = int(right.sum()), bool(right.all())
                     for choice in choices or []:
                         if tuple(choice[:-1]) == tokens[start : start + len(choice) - 1]:
                             steps = range(len(choice))
@@ -109,15 +121,13 @@ def evaluate(
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
     if choices:
-        metric, accuracy = (
-            "choice",
-            sum(_chose_own(e, r) for e, r in zip(examples, ranking, strict=True)) / len(examples),
-        )
+        metric, rows = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
     elif all(e.completion is not None for e in examples):
-        metric, accuracy = "exact-match", exact / len(examples)
+        metric, rows = "exact-match", [float(right) for right in exact]
     else:
-        metric, accuracy = "token", hits / count
-    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began)
+        metric, rows = "token", [n * len(examples) / count for n in hits]
+    accuracy = sum(rows) / len(examples)
+    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began), rows
 
 
 def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:

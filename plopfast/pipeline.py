@@ -36,7 +36,7 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
     "score": "scores.json", "place": "placement.json", "estimate": "estimate.json", "train": "adapter",
-    "eval": "eval.json", "report": "report.html", "audit": "audit.json",
+    "eval": "eval.json", "report": "report.html", "audit": "audit.json", "trial": "trial.json", "search": "search.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -49,6 +49,9 @@ OTHERS = (
     "tensorboard",
     "adapter-before-failure",
     "merged",
+    "report",
+    "trial",
+    "search.db",
 )
 
 
@@ -191,7 +194,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """The settings with the demo's own filled in and file names made absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled") if (value := getattr(config, s))}
+    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled", "general") if (value := getattr(config, s))}
     return dataclasses.replace(config, **known)
 
 
@@ -259,10 +262,15 @@ def run_score(run: Run) -> NFNReport:
 
 
 def run_place(run: Run) -> Placement:
-    report = NFNReport.load(run.file("score"))
-    run.begin("place")
-    config = run.config
-    placement = _placed(config, report, config.rule, granularity=config.granularity, cap=config.cap)
+    report, config = NFNReport.load(run.file("score")), run.config
+    placement = _placed(config, report, config.rule, granularity=config.granularity, cap=config.cap or None)
+    highest = max(rank for rank, _ in placement.modules.values())
+    if config.init == "eva" and highest > config.rank:
+        raise PlacementError(
+            f"the budget gives ranks up to {highest}, but scoring keeps EVA's vectors for --rank {config.rank}: score "
+            f"anew with --rank {highest}, or leave out --init eva"
+        )
+    run.begin("place")  # only now, as settings that cannot be must not stay in config.json
     distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
@@ -270,8 +278,8 @@ def run_place(run: Run) -> Placement:
 
 def _placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Placement:
     names = rule if rule in RULES else [name.strip() for name in rule.split(",") if name.strip()]
-    how |= {name: getattr(config, name) for name in ("k", "rank", "alpha", "seed", "budget", "ranks")}
-    return place(report, names, **how)
+    how |= {name: getattr(config, name) for name in ("k", "rank", "alpha", "seed", "ranks")}
+    return place(report, names, budget=config.budget or None, **how)
 
 
 def run_estimate(run: Run) -> str:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +99,21 @@ def place(
     Rules: "plop" (the k types of lowest NFN), "plop-inverse" (highest), "attn" (query, key, value), "mlp", "all",
     "random" (k types, seeded), or a list of module types and module names. Parameters are rank * (n_in + n_out), summed.
 
-    `budget` sets the ranks instead of `rank`: parameters (an int, or "2.5M"), bytes of the float32 adapter file ("10MB",
-    "8MiB"), or "match:all:r8", the parameters of another rule at a rank. It is never exceeded, and what it leaves is less
-    than one rank of any chosen module that could take one more. `ranks` shares it out, one rank at a time to the module
-    with the most weight for each rank it has (D'Hondt's apportionment): "equal" weights, so that ranks differ by one at
-    most but for modules that are full, or "proportional" to 1 / NFN.
+    `budget` sets the ranks instead of `rank`: parameters (an int, or "2.5M"), bytes of the float32 tensors ("10MB", "8MiB";
+    an adapter file's header comes on top, some 100 bytes a tensor), or "match:all:r8", the parameters of another rule at a
+    rank. It is never exceeded, and what it leaves is less than one rank of any chosen module that could take one more.
+    `ranks` shares it out, one rank at a time to the module with the most weight for each rank it would then have
+    (D'Hondt's apportionment): "equal" weights, so that ranks differ by one at most but for modules that are full or too
+    large for the rest, or "proportional" to 1 / NFN.
 
     `granularity` "module" (experimental; the paper chooses types) takes the modules of lowest NFN one by one at `rank`
     while the budget lasts, at most `cap` of a type, and shares out the rest; `k` is not used then.
 
-    alpha and the learning rate are to stay as they are where a budget moves the rank: with the scaling alpha / rank and
-    AdamW the best learning rate hardly depends on the rank (Schulman et al. 2025, "LoRA Without Regret"; Chen, Villar and
-    Hayou, arXiv 2602.06204, tell the scalings where it does from those where it does not). For rsLoRA's alpha / sqrt(rank)
-    that does not follow. `notes` says so where ranks move.
+    Where a budget moves the rank, alpha and the learning rate stay as they are. For a random A, B = 0 and Adam, the best
+    learning rate goes with 1 / sqrt(scaling * rank) (Chen, Villar and Hayou, arXiv 2602.06204, for large widths): it does not
+    depend on the rank with the scaling alpha / rank, which Schulman et al. 2025 ("LoRA Without Regret") measured to be so
+    within a factor of 2 from rank 4 to 512, and falls with its fourth root with rsLoRA's alpha / sqrt(rank). `notes` says
+    so where ranks move.
 
     Raises PlacementError for unknown rules and names (with the nearest), an impossible k, a rank that does not fit, and a
     budget that cannot be read, is below the smallest adapter or above the largest.
@@ -143,8 +146,8 @@ def place(
         if (low, high) != (rank, rank):
             span = f"rank {low}" if low == high else f"ranks {low} to {high}"
             notes.append(
-                f"{span} instead of {rank}: keep alpha {alpha:g} and the learning rate, whose best value "
-                "hardly depends on the rank where the scaling is alpha / rank (with --rslora, look for it anew)"
+                f"{span} instead of {rank}: keep alpha {alpha:g} and the learning rate, whose best value hardly depends on "
+                "the rank where the scaling is alpha / rank (with --rslora it goes with rank^-1/4; arXiv 2602.06204)"
             )
     parameters = sum(r * _size(scored[name]) for name, r in given.items())
     if allowed is not None:
@@ -205,7 +208,8 @@ def _by_module(
     if not taken:
         cost = min(rank, _full_rank(scored[order[0]])) * _size(scored[order[0]])
         raise PlacementError(
-            f"budget {budget:,} parameters: below the smallest adapter, {order[0]} at rank {rank}, which takes {cost:,}"
+            f"budget {budget:,} parameters: below the smallest adapter, the first module {order[0]} at rank {rank}, which "
+            f"takes {cost:,}: raise it, or lower the rank"
         )
     return [name for name in scored if name in taken]
 
@@ -225,19 +229,18 @@ def _shared_out(budget: int, modules: dict[str, ModuleScore], proportional: bool
             "lower it, or choose more modules"
         )
     order = sorted(modules, key=lambda name: modules[name].nfn)
-    weight = {name: 1 / modules[name].nfn if proportional else 1.0 for name in order}
+    price = {name: modules[name].nfn if proportional else 1.0 for name in order}  # 1 / weight, which NFN 0 has not
     given = dict.fromkeys(modules, 1)
     left = budget - least
-    queue = [(2 / weight[name], place, name) for place, name in enumerate(order)]
+    queue = [(2 * price[name], place, name) for place, name in enumerate(order)]
     heapq.heapify(queue)
     while queue:
         _, place, name = heapq.heappop(queue)
-        if _size(modules[name]) <= left and given[name] < _full_rank(
-            modules[name]
-        ):  # else never again: left only falls
+        size, full = _size(modules[name]), _full_rank(modules[name])
+        if size <= left and given[name] < full:  # else never again: left only falls
             given[name] += 1
-            left -= _size(modules[name])
-            heapq.heappush(queue, ((given[name] + 1) / weight[name], place, name))
+            left -= size
+            heapq.heappush(queue, ((given[name] + 1) * price[name], place, name))
     return given
 
 
@@ -252,14 +255,15 @@ def _full_rank(score: ModuleScore) -> int:
 
 def _parameters(report: NFNReport, budget: int | str, k: int, alpha: float, seed: int) -> int:
     """The parameters that a budget allows."""
-    if isinstance(budget, int):
+    if isinstance(budget, int) and not isinstance(budget, bool):
         return budget
-    if match := re.fullmatch(r"match:(?P<rule>[^:]+):r(?P<rank>\d+)", budget):
+    text = str(budget).strip()
+    if match := re.fullmatch(r"match:(?P<rule>[^:]+):r(?P<rank>\d+)", text):
         return place(report, match["rule"], k=k, rank=int(match["rank"]), alpha=alpha, seed=seed).parameters
-    if match := re.fullmatch(r"(?P<number>\d+(\.\d+)?) *(?P<prefix>[kMG]?)(?P<bytes>i?B)?", budget.replace("Ki", "ki")):
-        base = 1024 if match["bytes"] == "iB" else 1000
-        allowed = float(match["number"]) * base ** " kMG".index(match["prefix"] or " ")
-        return int(allowed) // (PARAMETER_BYTES if match["bytes"] else 1)
+    if match := re.fullmatch(r"(?P<number>\d+(\.\d+)?) *(?P<unit>|[kKMG]|[kKMG]i?B|B)", text):
+        base, power = 1024 if "i" in match["unit"] else 1000, "BKMG".index((match["unit"].upper() or "B")[0])
+        allowed = Fraction(match["number"]) * base**power  # as 67.1 * 10**6 falls short of 67,100,000
+        return int(allowed / (PARAMETER_BYTES if "B" in match["unit"] else 1))
     raise PlacementError(
         f"budget {budget!r}: expected parameters (2396160, 2.5M), bytes (10MB, 8MiB) or match:RULE:rRANK (match:all:r8)"
     )

@@ -88,7 +88,11 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "adapter")
     page = (out / "report.html").read_text()
     assert page.count("<img alt=") == 4 and page.count('src="data:image/png;base64,') == 4
-    assert not re.search(r'(src|href)="(?!data:)', page), "self-contained"
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "self-contained"
+    beside = {path.name for path in (out / "report").iterdir()}
+    assert beside == {
+        f"{n}.{e}" for n in ("nfn_by_type", "nfn_by_layer", "before_after", "training") for e in ("png", "csv")
+    }
     for word in placement["types"]:
         assert word in page
     before = {name: (out / name).stat().st_mtime_ns for name in STAGES}

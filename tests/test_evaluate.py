@@ -6,7 +6,7 @@ from conftest import build
 
 from plopfast.data import Example
 from plopfast.errors import TrainingError
-from plopfast.evaluate import choices_of, evaluate, label_loss
+from plopfast.evaluate import choices_of, evaluate, evaluate_rows, label_loss
 
 
 def logprobs(model, tokens):
@@ -71,6 +71,11 @@ def test_exact_match_and_token_accuracy():
     )
     assert token.metric == "token" and token.accuracy == pytest.approx(hits / token.tokens)
     assert token.loss == pytest.approx(got.loss)
+    for rows, whole in ((mixed, got), (plain, token)):
+        metrics, right = evaluate_rows(model, rows)
+        assert metrics.accuracy == whole.accuracy == pytest.approx(sum(right) / 24) and len(right) == 24
+        if rows is mixed:
+            assert set(right) == {0.0, 1.0} and right[:12] == [1.0] * 12
 
 
 def test_what_is_no_choice(tokenizer):

@@ -1,5 +1,7 @@
 """Rules, margins, parameter counts, matching, round trips and errors."""
 
+import dataclasses
+import json
 import re
 
 import pytest
@@ -127,6 +129,9 @@ def test_proportional_ranks_follow_the_scores(report):
         ("1200B", 300),
         ("1.2kB", 300),
         ("1KiB", 256),
+        ("0.3K", 300),
+        (" 1.2 kB ", 300),
+        (300.0, 300),
         ("match:attn:r2", 2 * 2 * 40),
         (300, 300),
     ],
@@ -134,6 +139,19 @@ def test_proportional_ranks_follow_the_scores(report):
 def test_ways_to_name_a_budget(report, text, number):
     placement = pf.place(report, "mlp", budget=text)
     assert placement == pf.place(report, "mlp", budget=number)
+
+
+def test_decimal_budgets_are_exact():
+    scores = {f"model.layers.{i}.up_proj": ModuleScore(1.0, 0.1, 10, "up_proj", i, 50_000, 50_000) for i in range(11)}
+    report = pf.NFNReport(scores, 10, 1, 0.1, "some/model")
+    assert pf.place(report, "all", budget="67.1M").parameters == 67_100_000 > int(67.1 * 10**6), "671 ranks of 100,000"
+
+
+def test_a_score_of_zero_takes_ranks_first(report):
+    name = "model.layers.0.v_proj"
+    report.scores[name] = dataclasses.replace(report.scores[name], nfn=0.0)
+    placement = pf.place(report, k=3, rank=1, budget=200, ranks="proportional")
+    assert placement.modules[name] == (4, 32), "full"
 
 
 def test_matching_keeps_alpha_and_says_what_moves(report):
@@ -172,15 +190,27 @@ def test_peft_builds_the_same_adapters(tmp_path):
             }
             assert found == {name: (rank, alpha / rank) for name, (rank, alpha) in placement.modules.items()}
             assert "granularity" in shape or len({rank for rank, _ in placement.modules.values()}) > 1
+
+
+def test_trained_mixed_ranks_load_in_peft(tmp_path, examples):
     model = build("llama")
-    placement = pf.place(pf.score(model, random_batches()), budget=2001, ranks="proportional")
+    report = pf.score(model, random_batches())
+    for number, (name, score) in enumerate(report.scores.items()):
+        report.scores[name] = dataclasses.replace(score, nfn=0.5 + number % 4)
+    placement = pf.place(report, "all", budget=9001, ranks="proportional", alpha=6)
     pf.inject(model, placement)
-    with torch.no_grad():
-        for module in adapters(model).values():
-            module.lora_B.normal_()
+    trainer = pf.Trainer(model, pf.TrainConfig(max_steps=3, lr=0.05), examples[:16])
+    trainer.fit()
+    names = [names for names in trainer.shared if len({adapters(model)[name].scaling for name in names}) > 1]
+    assert len({rank for rank, _ in placement.modules.values()}) > 2 and not names, "one shrink has one scaling"
     pf.save_adapter(model, tmp_path / "adapter")
-    theirs, ids = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter"), torch.arange(3, 12)[None]
+    theirs, ids = PeftModel.from_pretrained(build("llama"), tmp_path / "adapter").eval(), torch.arange(3, 12)[None]
+    assert (model(ids).logits - build("llama")(ids).logits).abs().max() > 0.1
     torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert {key: config[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")} == {
+        key: placement.peft_config()[key] for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+    }
 
 
 def test_a_plop_placement_says_how_sure_it_is():
@@ -209,6 +239,9 @@ def test_round_trip(report, tmp_path):
         ({"budget": 87}, "below the smallest adapter on these 6 modules, which takes 104 at rank 1"),
         ({"budget": 10**6}, "above the 736 that full ranks of these 6 modules take"),
         ({"budget": "much"}, r"budget 'much': expected parameters \(2396160, 2.5M\), bytes \(10MB, 8MiB\) or match"),
+        ({"budget": "2iB"}, "budget '2iB': expected parameters"),
+        ({"budget": True}, "budget True: expected parameters"),
+        ({"budget": float("nan")}, "budget nan: expected parameters"),
         ({"budget": "match:al:r8"}, "did you mean 'all'"),
         ({"budget": "match:all:r9"}, "rank 9 does not fit"),
         ({"budget": 200, "ranks": "some"}, "expected equal or proportional"),
@@ -216,7 +249,7 @@ def test_round_trip(report, tmp_path):
         ({"granularity": "module"}, "needs a budget"),
         (
             {"granularity": "module", "budget": 9, "rank": 2},
-            "below the smallest adapter, model.layers.0.v_proj at rank 2, .* 24",
+            "below the smallest adapter, .*layers.0.v_proj at rank 2, which takes 24: raise it, or lower the rank",
         ),
         ({"granularity": "module", "budget": 90, "rule": "all"}, "the rule plop or plop-inverse"),
         ({"cap": 2}, "needs granularity 'module'"),

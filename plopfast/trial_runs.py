@@ -1,0 +1,208 @@
+"""One training, and one look at the test rows, of an arm of a trial; all on one loaded model.
+
+What is finished lies in the training's folder (result.json, test.json) and is not done again.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from . import files, machine
+from .checkpoint import checkpoints, load_adapter, save_adapter
+from .data import Example, read_text
+from .errors import ConfigError, TrainingError
+from .evaluate import choices_of, evaluate, evaluate_rows
+from .lora import inject, unload
+from .models import context_length
+from .pipeline import Run
+from .placement import Placement
+from .train import CHECKPOINTS, Trainer
+
+GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
+WEIGHTS = "model.safetensors"
+MADE_BY = "plopfast trial"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`placement` is None where all weights are trained; `lrs` are the peak learning rates it tries."""
+
+    name: str
+    placement: Placement | None
+    lrs: list[float]
+
+
+class Work:
+    """Says which piece of work begins, of how many, and the time left."""
+
+    def __init__(self, run: Run, what: str, total: int) -> None:
+        self.run, self.what, self.total = run, what, total
+        self.begun, self.seconds = 0, list[float]()
+
+    @contextlib.contextmanager
+    def piece(self, text: str) -> Iterator[None]:
+        self.begun += 1
+        left = ""
+        if self.seconds:
+            each = sum(self.seconds) / len(self.seconds)
+            left = f", about {each * (self.total - self.begun + 1) / 60:.0f} min left"
+        self.run.say(f"{self.what} {self.begun} of {self.total}: {text}{left}")
+        began = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the trainings of a trial share."""
+
+    run: Run
+    seeds: list[int]
+    vectors: dict[str, torch.Tensor] | None
+    work: Work
+
+    def arm(self, arm: Arm, folder: Path) -> tuple[dict[float, float | None], list[Path], list[dict[str, Any]]]:
+        """The sweep's validation losses, the folders of the seeds at the chosen rate, and all results, the chosen ones
+        first."""
+        at = {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
+        tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
+        losses = {lr: result["valid_loss"] for lr, result in tried.items()}
+        finite = [lr for lr in arm.lrs if losses[lr] is not None]
+        if not finite:
+            raise TrainingError(
+                f"arm {arm.name!r} trains at none of its rates, lower --lrs: {tried[arm.lrs[-1]]['error']}"
+            )
+        best = min(finite, key=lambda lr: losses[lr])
+        others = [tried[lr] for lr in arm.lrs if lr != best]
+        for lr in set(arm.lrs) - {best}:
+            (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
+        results = [tried[best]]
+        for seed, path in zip(self.seeds[1:], at[best][1:], strict=True):
+            results.append(self.once(arm, best, seed, path))
+            if results[-1]["valid_loss"] is None:
+                raise TrainingError(
+                    f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {results[-1]['error']}"
+                )
+        return losses, at[best], [*results, *others]
+
+    def once(self, arm: Arm, lr: float, seed: int, out: Path) -> dict[str, Any]:
+        """One training, its result in out/result.json; "valid_loss" is None where its loss was not finite."""
+        run, done = self.run, out / "result.json"
+        if done.exists():
+            self.work.begun += 1
+            return files.read_json(done, MADE_BY)
+        with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
+            config = dataclasses.replace(run.config, lr=lr, seed=seed)
+            unload(run.model)
+            model = run.model
+            if arm.placement is None:
+                model = copy.deepcopy(run.model).float().requires_grad_(True)
+            else:
+                how: dict[str, Any] = {"dropout": config.dropout, "rslora": config.rslora, "backend": config.backend}
+                inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
+            reset, peak = _memory(run)
+            reset()
+            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
+            value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
+            try:
+                fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
+            except TrainingError as error:
+                if not trainer.step:  # it did not begin: no matter of the rate
+                    raise
+                run.say(f"{error}")
+                value |= {"error": str(error), "seconds": 0.0}
+            else:
+                value |= {key: fit[key] for key in ("valid_loss", "best_step", "steps", "seconds")}
+                value["tokens_per_s"] = round(fit["tokens"] / fit["seconds"], 1)
+                if arm.placement is None:
+                    _save_weights(model, out / WEIGHTS)
+                else:
+                    save_adapter(model, out / "adapter", overwrite=True)
+            value |= {"seconds": round(value["seconds"], 2), "peak_mib": round(peak(), 1)}
+            files.write_json(done, value)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return value
+
+
+def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:
+    """The look of one trained model (None: the base) at the test rows and the general text, kept in out/test.json."""
+    done = out / "test.json"
+    if done.exists():
+        (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
+        work.begun += 1
+        return files.read_json(done, MADE_BY)
+    with work.piece(f"{arm.name}, {out.name}" if arm else "base"):
+        began = time.perf_counter()
+        unload(run.model)
+        model = run.model
+        if arm and arm.placement is None:
+            model = copy.deepcopy(run.model).float()
+            _load_weights(model, out / WEIGHTS)
+        elif arm:
+            load_adapter(model, out / "adapter", backend=run.config.backend)
+        examples = run.examples("test")
+        label = "test" if run.progress else ""
+        metrics, right = evaluate_rows(model, examples, choices_of(examples, run.tokenizer), progress=label)
+        value = {
+            "accuracy": metrics.accuracy, "loss": metrics.loss, "general_loss": evaluate(model, general).loss,
+            "metric": metrics.metric, "right": right, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        files.write_json(done, value)
+        (out / WEIGHTS).unlink(missing_ok=True)
+    return value
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with files.replacing(path) as scratch:
+        save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, scratch)
+
+
+@torch.no_grad()
+def _load_weights(model: nn.Module, path: Path) -> None:
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def _memory(run: Run) -> tuple[Callable[[], None], Callable[[], float]]:
+    """(reset, peak in MiB): the GPU's memory on a GPU, else this process's."""
+    device = run.model.device
+    if device.type != "cuda":
+        return machine.reset_peak, machine.peak_mib
+    return (
+        lambda: torch.cuda.reset_peak_memory_stats(device),
+        lambda: torch.cuda.max_memory_allocated(device) / 2**20,
+    )
+
+
+def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
+    """The general text's first 4,096 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
+    path = run.config.general
+    if path is None:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise ConfigError(
+                "this Python lacks pydoc_data.topics, whose texts are the default for --general: pass a FILE.txt"
+            ) from None
+        path = str(folder / "general.txt")
+        files.write_text(Path(path), "\n\n".join(topics.values())[:GENERAL_CHARACTERS])
+    limits = (GENERAL_ROW, run.config.max_length, context_length(run.model))
+    rows, tokens = [], 0
+    for row in read_text(path, run.tokenizer, min(n for n in limits if n)):
+        if tokens < GENERAL_TOKENS:
+            rows.append(row)
+            tokens += len(row.tokens)
+    file = run.config.general or "pydoc_data.topics"
+    return rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens}
