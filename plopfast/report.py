@@ -1,180 +1,115 @@
-"""One self-contained HTML page, and its pictures, from the files of a run folder alone."""
+"""One self-contained HTML page, and its pictures as PNG and CSV, from the files of a run folder alone.
+
+Each section is there if its file is; the page names the commands that make those missing. What it says is what the files
+hold: a choice that the prompts do not settle, or placements between which a trial shows no difference, are called so.
+"""
 
 import base64
-import io
-from collections.abc import Sequence
-from math import nan
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from . import files
-from .errors import ConfigError
-from .nfn import NFNReport
-from .placement import Placement
+from .errors import ConfigError, FileError
+from .sections import SECTIONS, RunFolder, choice, cost, end_of, layers, listed, made, points_of, ties_of
 
 try:
     import jinja2
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
 except ImportError as error:
     raise ConfigError(f"the report needs matplotlib and jinja2 ({error}): pip install 'plopfast[report]'") from error
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>plopfast: {{ model }}</title>
-<style>
-body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111;background:#fff}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}img{max-width:100%;height:auto}
-.scroll{overflow-x:auto}table{border-collapse:collapse}td,th{padding:.25rem .75rem;border-bottom:1px solid #bbb;text-align:right}
-td:first-child,th:first-child{text-align:left}.lead{font-size:1.15rem}code{overflow-wrap:anywhere}figcaption{color:#444}
-figure{margin:1rem 0}
-</style></head><body>
-<h1>{{ model }}</h1>
-<p class="lead">{{ lead }}</p>
-{% for title, note, picture, alt in pictures %}
-<h2>{{ title }}</h2><figure><img alt="{{ alt }}" src="data:image/png;base64,{{ picture }}">
-<figcaption>{{ note }}</figcaption></figure>
-{% endfor %}
-{% for title, head, rows in tables %}
-<h2>{{ title }}</h2><div class="scroll"><table><tr>{% for cell in head %}<th>{{ cell }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}</table></div>
-{% endfor %}
-<h2>How this was made</h2>
-<p>NFN: Hayou, Ghosh, Yu, "PLoP", arXiv 2506.20629. {{ machine }}.</p>
-<div class="scroll"><table>{% for key, value in facts %}<tr><td>{{ key }}</td><td><code>{{ value }}</code></td></tr>{% endfor %}</table></div>
-</body></html>
-"""
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+PICTURES = "report"  # the folder of PNG and CSV files
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.html into a run folder from its scores, placement, metrics, eval and config files.
+    """Writes report.html into a run folder, and its pictures as PNG and CSV into the folder `report` there.
 
-    Raises FileError naming the first file that is missing and the command that makes it.
+    Raises FileError where scores.json or placement.json is missing (naming the command that makes it), and for a file that
+    is damaged or lacks what its section shows.
     """
-    folder = Path(folder)
-    scores = NFNReport.load(folder / "scores.json")
-    placement = Placement.load(folder / "placement.json")
-    evaluation = files.read_json(folder / "eval.json", "plopfast eval")
-    config = files.read_json(folder / "config.json", "plopfast score")
-    stages = files.read_json(folder / "stages.json", "plopfast score")
-    metrics = files.read_json_lines(folder / "metrics.jsonl", "plopfast train")
-    base, tuned = evaluation["base"], evaluation["tuned"]
-    pictures = [
-        (
-            "NFN by module type", "Lowest first; filled bars are the types that got adapters. 1.0 is a random input.",
-            _by_type(scores, placement), f"Bar chart of the mean NFN of each module type: {_spoken(scores.types)}",
-        ),
-        (
-            "NFN by layer and module type", "Each cell is one module.", _heat_map(scores),
-            "Heat map of NFN, layers across and module types down",
-        ),
-        (
-            "Accuracy and loss on the test rows", f"{base['examples']} held-out rows; accuracy: {base['metric']}.",
-            _before_after(base, tuned),
-            f"Accuracy went from {base['accuracy']:.3f} to {tuned['accuracy']:.3f}, "
-            f"loss went from {base['loss']:.3f} to {tuned['loss']:.3f}",
-        ),
-    ]  # fmt: skip
-    if metrics:
-        pictures.insert(
-            2, ("Loss while training", "Nats per label token.", _curve(metrics), "Training and validation loss by step")
-        )
-    tables: list[tuple[str, Sequence[str], list[Sequence[Any]]]] = [
-        (
-            "Before and after", ("model", "loss", "accuracy", "rows"),
-            [(who, f"{m['loss']:.4f}", f"{m['accuracy']:.4f}", m["examples"]) for who, m in evaluation.items()],
-        ),
-        (
-            "Time and memory", ("stage", "seconds", "peak MiB (host)", "command"),
-            [(name, f"{s['seconds']:.1f}", f"{s['peak_mib']:.0f}", s["command"]) for name, s in stages.items()],
-        ),
-    ]  # fmt: skip
-    facts = [
-        *((f"data: {split}", f"{d['file']} sha256 {d['sha256'][:16]}") for split, d in config["data"].items()),
-        ("versions", ", ".join(f"{name} {version}" for name, version in config["versions"].items())),
-        ("settings", ", ".join(f"{key} {value}" for key, value in config["settings"].items() if value is not None)),
-        ("scored", f"{scores.prompts} prompts, {scores.tokens} tokens, {scores.seconds:.1f} s"),
-    ]
-    page = jinja2.Environment(autoescape=True).from_string(TEMPLATE).render(
-        model=scores.model or config["model"], lead=_lead(scores, placement, base, tuned), pictures=pictures,
-        tables=tables, machine=config["machine"], facts=facts,
+    run = RunFolder(Path(folder))
+    sections, missing = [choice(run), layers(run)], []
+    for make, name, what, stage in SECTIONS:
+        if not (run.path / name).exists():
+            missing.append((what, run.command(stage)))
+            continue
+        try:
+            found = make(run)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FileError(
+                f"{run.path / name}: not what plopfast {stage} writes ({type(error).__name__}: {error}); make it anew with "
+                f"plopfast {stage} --overwrite"
+            ) from error
+        sections += [section for section in found if section]
+    sections += [cost(run), made(run, missing)]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        model=run.scores.model or run.config.get("model") or "the model",
+        lead=_recommendation(run), figures=_figures(run), sections=sections,
     )  # fmt: skip
-    target = folder / "report.html"
+    with files.replacing(run.path / PICTURES) as scratch:
+        scratch.mkdir()
+        for picture in (picture for section in sections for picture in section.pictures):
+            picture.save(scratch)
+    target = run.path / "report.html"
     files.write_text(target, page)
     return target
 
 
-def _lead(scores: NFNReport, placement: Placement, base: dict[str, Any], tuned: dict[str, Any]) -> str:
-    margin = "" if placement.margin is None else f" (margin to the next type: {placement.margin:.3f} NFN)"
-    return (
-        f"Adapters on {', '.join(placement.types)}{margin}, {placement.parameters:,} trainable parameters: accuracy on "
-        f"{base['examples']} held-out rows went from {base['accuracy']:.1%} to {tuned['accuracy']:.1%}, loss from "
-        f"{base['loss']:.3f} to {tuned['loss']:.3f}."
-    )
+def _recommendation(run: RunFolder) -> str:
+    """The sentence that the page begins with."""
+    placement, decision, trial = run.placement, run.decision, run.trial
+    better, equal, worse = (_arms(trial, verdict) for verdict in ("better", "no difference shown", "worse"))
+    if better:
+        best = max(better, key=lambda arm: arm["versus"]["difference"])
+        return (
+            f"Use the placement {best['name']} ({listed(best['types'])}): in the trial it did better than {trial['reference']} "
+            f"by {points_of(best['versus'])} points of accuracy, at {trial['confidence']:.0%} confidence."
+        )
+    where = "" if run.whole_types else f"{len(placement.modules)} single modules of "
+    said = f"Put the adapters on {where}{listed(placement.types)}: "
+    if placement.rule not in ("plop", "plop-inverse"):
+        said += f"so says the rule {placement.rule!r}, which does not ask for the scores"
+    elif decision is None:
+        said += f"they have the {end_of(placement.rule)} NFN, but how sure this is, the scores do not tell"
+    elif decision.decided:
+        others = f"{decision.prompts} prompts tell them from every other module type"
+        said += f"at {decision.confidence:.0%} confidence, {others} by their {end_of(placement.rule)} NFN"
+        if len(placement.types) == len(run.scores.types):
+            said = said.partition(": ")[0] + ", which are all the module types there are"
+    elif decision.near_ties:
+        said += (
+            f"they have the {end_of(placement.rule)} NFN, but the choice is not settled: at {decision.confidence:.0%} confidence, "
+            f"{decision.prompts} prompts do not tell {ties_of(decision)}"
+        )
+    else:
+        said += f"they have the {end_of(placement.rule)} NFN, but nothing is settled: {decision.note}"
+    found = [f"did better than {listed([arm['name'] for arm in worse])}"] if worse else []
+    found += [f"showed no difference from {listed([arm['name'] for arm in equal])}"] if equal else []
+    if found:
+        said += f"; in the trial, {trial['reference']} {' and '.join(found)}"
+    if not trial:
+        said += "; whether they train better than other placements has not been tried"
+    return said + "."
 
 
-def _spoken(types: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.2f}" for name, value in types.items())
+def _figures(run: RunFolder) -> list[tuple[str, str]]:
+    """The few numbers below the recommendation."""
+    found = [("Trainable parameters", f"{run.placement.parameters:,}")]
+    if run.eval:
+        base, tuned = run.eval["base"], run.eval["tuned"]
+        found.insert(
+            0, (f"Accuracy on {base['examples']} test rows", f"{base['accuracy']:.1%} → {tuned['accuracy']:.1%}")
+        )
+    found.append(("Prompts scored", f"{run.scores.prompts} in {run.scores.seconds:.1f} s"))
+    for row in run.estimate.get("choices", []):
+        if row["name"] == run.placement.rule:
+            found.append(("Training memory, of full fine-tuning's", f"{row['memory_of_full']:.0%} (estimated)"))
+    if "train" in run.stages:
+        found.append(("Training time", f"{run.stages['train']['seconds']:.0f} s"))
+    return found
 
 
-def _png(figure: Any) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _by_type(scores: NFNReport, placement: Placement) -> str:
-    types = scores.types
-    figure, axes = plt.subplots(figsize=(7, 0.4 * len(types) + 0.9))
-    bars = axes.barh(list(types), list(types.values()), color="white", edgecolor="#222")
-    for patch, name in zip(bars, types, strict=True):
-        patch.set_facecolor("#222" if name in placement.types else "white")
-    axes.bar_label(bars, fmt="%.2f", padding=3)
-    axes.axvline(1.0, color="#888", linestyle=":")
-    axes.invert_yaxis()
-    axes.set_xlabel("NFN, mean over layers")
-    return _png(figure)
-
-
-def _heat_map(scores: NFNReport) -> str:
-    types = list(scores.types)
-    layers = sorted({s.layer for s in scores.scores.values() if s.layer is not None})
-    cells: dict[tuple[str, int], list[float]] = {}
-    for score in scores.scores.values():
-        if score.layer is not None:
-            cells.setdefault((score.type, score.layer), []).append(score.nfn)
-    grid = [[fmean(cells.get((type_, layer), [nan])) for layer in layers] for type_ in types]
-    figure, axes = plt.subplots(figsize=(8, 0.4 * len(types) + 1.2))
-    picture = axes.imshow(grid, aspect="auto", cmap="cividis")
-    axes.set_yticks(range(len(types)), types)
-    every = max(1, len(layers) // 10)
-    axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-    axes.set_xlabel("layer")
-    figure.colorbar(picture, label="NFN")
-    return _png(figure)
-
-
-def _curve(metrics: list[dict[str, Any]]) -> str:
-    figure, axes = plt.subplots(figsize=(7, 3))
-    for key, style, label in (("loss", "-", "training"), ("valid_loss", "o--", "validation")):
-        points = [(m["step"], m[key]) for m in metrics if key in m]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, color="#222" if key == "loss" else "#777", label=label)
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    axes.legend()
-    return _png(figure)
-
-
-def _before_after(base: dict[str, Any], tuned: dict[str, Any]) -> str:
-    figure, panels = plt.subplots(1, 2, figsize=(7, 2.6))
-    for axes, key in zip(panels, ("accuracy", "loss"), strict=True):
-        bars = axes.bar(["base", "tuned"], [base[key], tuned[key]], color=["white", "#222"], edgecolor="#222")
-        axes.bar_label(bars, fmt="%.3f")
-        axes.set_title(key)
-        axes.margins(y=0.15)
-    return _png(figure)
+def _arms(trial: dict[str, Any], verdict: str) -> list[dict[str, Any]]:
+    return [arm for arm in trial.get("arms", []) if (arm.get("versus") or {}).get("verdict") == verdict]

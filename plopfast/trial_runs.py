@@ -28,7 +28,7 @@ from .pipeline import Run
 from .placement import Placement
 from .train import CHECKPOINTS, Trainer
 
-GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 8192, 256, 100_000
+GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
 WEIGHTS = "model.safetensors"
 MADE_BY = "plopfast trial"
 
@@ -112,8 +112,8 @@ class Training:
                 inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
             reset, peak = _memory(run)
             reset()
-            rows = {split: run.examples(split) for split in ("train", "valid", "unlabeled")}
-            trainer = Trainer(model, config, **rows, out=out, progress=run.progress)
+            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
             try:
                 fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
@@ -187,7 +187,7 @@ def _memory(run: Run) -> tuple[Callable[[], None], Callable[[], float]]:
 
 
 def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
-    """The general text's first 8,192 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
+    """The general text's first 4,096 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
     path = run.config.general
     if path is None:
         try:

@@ -77,7 +77,8 @@ def run(python, code, cwd):
 
 def test_wheel_holds_plopfast_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "plopfast/kernels/torch_ops.py" in names and "plopfast/demo/wordnet_categories.train.jsonl" in names
+    assert "plopfast/kernels/torch_ops.py" in names and "plopfast/report.html.j2" in names
+    assert "plopfast/demo/wordnet_categories.train.jsonl" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"plopfast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
