@@ -41,8 +41,8 @@ MIB = 2**20
 class Estimate:
     """One choice's cost of a step. `total_mib` is the peak; its parts need not be alive at one time: `weights_mib` those of
     the base model, `adapters_mib` what is trained (values, where they are not base weights, gradients, AdamW's two moments,
-    the best values so far), `activations_mib` saved for a micro-batch's backward pass, `logits_mib` beside them in the
-    loss."""
+    the best values so far, the moving average), `activations_mib` saved for a micro-batch's backward pass, `logits_mib`
+    beside them in the loss."""
 
     name: str
     types: list[str]
@@ -150,7 +150,7 @@ def _one(
                 saved, logits = live.now - before, live.peak - live.now
                 loss.backward()
                 del loss
-    kept = values * (3 if best else 2)  # AdamW's moments, and the best values
+    kept = values * (2 + best + bool(config.ema))  # AdamW's moments, the best values and the moving average
     return Estimate(
         name=name,
         types=placement.types if placement is not None else [],
