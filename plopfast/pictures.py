@@ -59,7 +59,7 @@ def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
         axes.axvline(1.0, color="#777777", linestyle=":", zorder=0)
         for at, (_, value, low, high, chosen) in enumerate(rows):
             if low is not None:
-                axes.plot([low, high], [at, at], color=INK, linewidth=2.5, marker="|", markersize=9)
+                axes.plot([low, high], [at, at], color=INK, linewidth=2.5, marker="|", markersize=13)
             axes.plot(
                 value, at, "s" if chosen else "o", color=INK, markerfacecolor=INK if chosen else "white", markersize=6.5
             )

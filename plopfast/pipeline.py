@@ -408,9 +408,11 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
 def run_report(run: Run) -> Path:
     if run.config.full:
         raise ConfigError("the report shows scores and placement, which --full has not; its figures are in eval.json")
-    from .report import write_report  # needs the extra `report`
+    from .report import PICTURES, write_report  # needs the extra `report`
 
+    resumed = run.overwrite or run.resume  # a run that was stopped here may have left its pictures
     distributed.on_main(lambda: files.refuse_existing(run.file("report"), run.overwrite))
+    distributed.on_main(lambda: files.refuse_existing(run.folder / PICTURES, resumed))
     distributed.on_main(lambda: write_report(run.folder))
     return run.file("report")
 

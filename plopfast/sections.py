@@ -44,13 +44,14 @@ class Section:
 
 
 class RunFolder:
-    """A run folder's files as they are shown: scores and placement, and whatever else is there."""
+    """A run folder's files as they are shown; what is not there is None or empty."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.scores = NFNReport.load(path / "scores.json")
-        self.placement = Placement.load(path / "placement.json")
-        self.intervals = files.read_json(path / "scores.json", "plopfast score").get("intervals", {})
+        scores, placement = path / "scores.json", path / "placement.json"
+        self.scores = NFNReport.load(scores) if scores.exists() else None
+        self.intervals = files.read_json(scores, "plopfast score").get("intervals", {}) if self.scores else {}
+        self.placement = Placement.load(placement) if placement.exists() else None
         self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial = (
             files.read_json(path / f"{name}.json", f"plopfast {name}") if (path / f"{name}.json").exists() else {}
             for name in ("config", "stages", "training", "eval", "audit", "estimate", "trial")
@@ -58,26 +59,42 @@ class RunFolder:
         metrics = path / "metrics.jsonl"
         self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
 
+    def noted(self, stage: str) -> str:
+        """The command line that was noted for a stage, if any."""
+        return (self.trial if stage == "trial" else self.stages.get(stage, {})).get("command", "")
+
     def command(self, stage: str) -> str:
-        """The command line that was noted for a stage, or the one that runs it."""
-        kept = self.trial if stage == "trial" else self.stages.get(stage, {})
-        return kept.get("command") or f"plopfast {stage} --out {shlex.quote(str(self.path))}"
+        """The command line that runs a stage; the settings are the folder's."""
+        return f"plopfast {stage} --out {shlex.quote(str(self.path))}"
+
+    @property
+    def rule(self) -> str:
+        """The placement's rule, or that of the scores' own choice where no placement is kept."""
+        return self.placement.rule if self.placement else self.decision.rule if self.decision else ""
+
+    @property
+    def types(self) -> list[str]:
+        return self.placement.types if self.placement else self.decision.types if self.decision else []
 
     @property
     def whole_types(self) -> bool:
-        """Whether all modules of the placement's types get adapters."""
-        named = {
-            name for name, s in self.scores.scores.items() if s.layer is not None and s.type in self.placement.types
-        }
+        """Whether all modules of the placement's types get adapters, as far as is known."""
+        if not (self.scores and self.placement):
+            return True
+        types = self.placement.types
+        named = {name for name, s in self.scores.scores.items() if s.layer is not None and s.type in types}
         return named == self.placement.modules.keys()
 
     @property
     def decision(self) -> Decision | None:
-        """How sure the placement's types are, where a rule chose whole types by their scores."""
+        """How sure the types are, where a rule chose whole types by their scores."""
+        kept = self.scores.decision if self.scores else None
+        if not (self.scores and self.placement):
+            return kept
         rule, types = self.placement.rule, self.placement.types
         if rule not in ("plop", "plop-inverse") or not self.whole_types:
             return None
-        found, kept = None, self.scores.decision
+        found = None
         if kept and kept.rule == rule and set(kept.types) == set(types):
             found = kept
         elif self.scores.prompt_stats is not None:
@@ -85,8 +102,13 @@ class RunFolder:
         return found if found and set(found.types) == set(types) else None
 
 
-def choice(run: RunFolder) -> Section:
-    scores, chosen, known = run.scores, run.placement.types, run.intervals
+def _scores(run: RunFolder) -> list[Section]:
+    assert run.scores, "SECTIONS asks for the file"
+    return [_choice(run, run.scores), _layers(run, run.scores)]
+
+
+def _choice(run: RunFolder, scores: NFNReport) -> Section:
+    placement, chosen, known = run.placement, run.types, run.intervals
     rows = [
         (name, nfn, *known.get("types", {}).get(name, (None, None)), name in chosen)
         for name, nfn in scores.types.items()
@@ -99,6 +121,12 @@ def choice(run: RunFolder) -> Section:
     )
     note = "Squares get adapters, circles do not. " + ("Bars: " + what + "." if not why else "No intervals are known.")
     texts = [f"No interval is possible: {why}."] if why else []
+    if placement:
+        ranks, count = range_of([rank for rank, _ in placement.modules.values()]), len(placement.modules)
+        texts.insert(0, f"Rule {run.rule!r}: {count} modules, rank {ranks}, {placement.parameters:,} parameters.")
+    else:
+        would = f"; squares are what the rule {run.rule!r} chooses" if run.rule else ""
+        texts.insert(0, f"No placement is kept here{would}.")
     if decision := run.decision:
         texts.append(
             f"The choice is {decision.note}."
@@ -108,9 +136,10 @@ def choice(run: RunFolder) -> Section:
         texts += [
             f"Near-ties at {decision.confidence:.0%} confidence: these prompts do not tell {ties_of(decision, 99)}."
         ] * bool(decision.near_ties)
-    elif run.placement.rule in ("plop", "plop-inverse"):
+    elif run.rule in ("plop", "plop-inverse"):
         texts.append("How sure the choice is, these scores do not tell.")
-    texts += [note for note in run.placement.notes if not run.decision or run.decision.note not in note]
+    if placement:
+        texts += [note for note in placement.notes if not run.decision or run.decision.note not in note]
     texts.append(
         "NFN compares a module's response to its real inputs with its response to random inputs of the same length; 1 is a "
         "random input."
@@ -119,7 +148,6 @@ def choice(run: RunFolder) -> Section:
         texts.append(
             f"Whether this placement trains better than another on this data, only a trial shows: {run.command('trial')}."
         )
-    ranks = sorted({rank for rank, _ in run.placement.modules.values()})
     layers: dict[str, int] = {}
     for score in scores.scores.values():
         layers[score.type] = layers.get(score.type, 0) + 1
@@ -129,16 +157,16 @@ def choice(run: RunFolder) -> Section:
     ]
     return Section(
         "choice", "Which modules, and how sure",
-        [f"Rule {run.placement.rule!r}: {len(run.placement.modules)} modules, rank {_range(ranks)}, {run.placement.parameters:,} parameters.", *texts],
+        texts,
         [Picture("nfn_by_type", f"NFN of each module type, lowest first, {what}: {spoken}.", note,
                  ("type", "nfn", "low", "high", "chosen"), rows, pictures.by_type(rows))],
         [Table("NFN by module type", ("module type", "NFN", "low", "high", "modules", "adapted"), table)],
-        run.command("score"),
+        run.noted("score"),
     )  # fmt: skip
 
 
-def layers(run: RunFolder) -> Section:
-    scores, z, outliers = run.scores, run.scores.z_scores(), set(run.scores.outliers())
+def _layers(run: RunFolder, scores: NFNReport) -> Section:
+    z, outliers = scores.z_scores(), set(scores.outliers())
     order = list(scores.types)
     rows = sorted(
         (
@@ -160,7 +188,7 @@ def layers(run: RunFolder) -> Section:
         [f"Outliers, more than 3.5 robust standard deviations off their type's median: {spoken}."],
         [Picture("nfn_by_layer", alt, "Lighter is higher.", ("module", "type", "layer", "nfn", "z", "outlier"), rows,
                  pictures.heat_map(rows))],
-        command=run.command("score"),
+        command=run.noted("score"),
     )  # fmt: skip
 
 
@@ -168,7 +196,7 @@ def _audit(run: RunFolder) -> list[Section]:
     audit, types = run.audit, list(run.audit["types"])
 
     def picked(row: dict[str, Any]) -> str:
-        same = set(row["pick"]) == set(audit["pick"])
+        same = set(row["pick"]) == set(audit["pick"]) or row.get("what") == "random weights"  # whose pick is chance
         return ("" if same else DIFFERS) + ", ".join(row["pick"])
 
     def ranked(caption: str, rows: list[dict[str, Any]]) -> list[Table]:
@@ -193,7 +221,7 @@ def _audit(run: RunFolder) -> list[Section]:
     tables = [
         Table("Criteria side by side (≠: another pick than NFN's)",
               ("criterion", "picks", "chooses the", "tau", "seconds", "cost of NFN", "extra MiB", "needs", "source"), criteria),
-        *ranked("Controls; with random weights, all should be near 1", audit["controls"]),
+        *ranked("Controls; with random weights, all should be near 1 and the pick is chance", audit["controls"]),
         *([Table(f"Stability (≠: fewer than {UNSTABLE:.0%} pick the same)",
                  ("scored", "repeats", "mean tau", "lowest tau", "same pick"), [stability(r) for r in audit["stability"]])]
           if audit["stability"] else []),
@@ -205,7 +233,7 @@ def _audit(run: RunFolder) -> list[Section]:
         "1 for the same order of the module types, -1 for the opposite one.",
         *(f"Left out: {row['kind']}, {row['what']}: {row['why']}." for row in audit.get("missing", [])),
     ]
-    return [Section("audit", "Can the scores be trusted?", texts, tables=tables, command=run.command("audit"))]
+    return [Section("audit", "Can the scores be trusted?", texts, tables=tables, command=run.noted("audit"))]
 
 
 def _estimate(run: RunFolder) -> list[Section]:
@@ -229,7 +257,7 @@ def _estimate(run: RunFolder) -> list[Section]:
         [Table("Memory and FLOPs of training, against full fine-tuning",
                ("placement", "parameters", "MiB", "of full", "TFLOPs a step", "of full",
                 *(f"{key.removesuffix('_mib')} MiB" for key in PARTS), "module types"), table)],
-        run.command("estimate"),
+        run.noted("estimate"),
     )]  # fmt: skip
 
 
@@ -246,7 +274,7 @@ def _training(run: RunFolder) -> list[Section]:
         return []
     picture = Picture("training", f"Loss over {rows[-1][0]} training steps: {spoken}.", "Nats per label token.",
                       ("step", "loss", "valid_loss"), rows, pictures.curve(rows))  # fmt: skip
-    return [Section("training", "Training", pictures=[picture], command=run.command("train"))]
+    return [Section("training", "Training", pictures=[picture], command=run.noted("train"))]
 
 
 def _eval(run: RunFolder) -> list[Section]:
@@ -261,7 +289,7 @@ def _eval(run: RunFolder) -> list[Section]:
         "before_after", alt, note, ("model", "accuracy", "loss", "rows"), rows, pictures.before_after(rows)
     )
     table = Table("Before and after", ("model", "accuracy", "loss", "rows"), [(w, f"{a:.4f}", f"{x:.4f}", n) for w, a, x, n in rows])  # fmt: skip
-    return [Section("eval", "Before and after", [], [picture], [table], run.command("eval"))]
+    return [Section("eval", "Before and after", [], [picture], [table], run.noted("eval"))]
 
 
 def _trial(run: RunFolder) -> list[Section]:
@@ -277,7 +305,7 @@ def _trial(run: RunFolder) -> list[Section]:
         (arm["name"], f"{arm['accuracy']:.3f} ({arm['accuracy_low']:.3f} to {arm['accuracy_high']:.3f})", f"{arm['loss']:.3f}",
          points_of(arm["versus"]) if arm["versus"] else UNKNOWN, _n(arm["versus"] and arm["versus"]["p_corrected"], ".3f"),
          arm["versus"]["verdict"] if arm["versus"] else "reference", f"{arm['parameters']:,}",
-         _range([r for r in (arm["rank_low"], arm["rank_high"]) if r is not None]), f"{arm['lr']:g}", f"{arm['seconds']:.0f}",
+         range_of([r for r in (arm["rank_low"], arm["rank_high"]) if r is not None]), f"{arm['lr']:g}", f"{arm['seconds']:.0f}",
          f"{arm['peak_mib']:.0f}", ", ".join(arm["types"]) or "all weights")
         for arm in arms
     ]  # fmt: skip
@@ -294,7 +322,7 @@ def _trial(run: RunFolder) -> list[Section]:
     )  # fmt: skip
     head = ("placement", f"accuracy ({level})", "loss", f"points to {reference}", "p, corrected", "verdict", "parameters", "rank",
             "learning rate", "seconds", "peak MiB", "module types")  # fmt: skip
-    command = run.command("trial")
+    command = run.noted("trial")
     return [
         Section("trial", "Trial", texts, [picture] * bool(rows), [Table("Trial", head, table)], command),
         *_forgetting(run, command),
@@ -321,7 +349,11 @@ def _forgetting(run: RunFolder, command: str) -> list[Section]:
 
 
 def cost(run: RunFolder) -> Section:
-    tokens = {"score": run.scores.tokens, "train": run.training.get("tokens"), "audit": run.audit.get("scored_tokens")}
+    tokens = {
+        "score": run.scores and run.scores.tokens,
+        "train": run.training.get("tokens"),
+        "audit": run.audit.get("scored_tokens"),
+    }
     tokens["eval"] = sum(m["tokens"] for m in run.eval.values()) if run.eval else None
     rows = [
         (name, f"{s['seconds']:.1f}", _n(tokens.get(name), ","), f"{s['peak_mib']:.0f}", s["command"])
@@ -329,7 +361,7 @@ def cost(run: RunFolder) -> Section:
     ]
     if run.trial and "trial" not in run.stages:
         peak = max(arm["peak_mib"] for arm in run.trial["arms"])
-        rows.append(("trial", f"{run.trial['seconds']:.1f}", UNKNOWN, f"{peak:.0f}", run.command("trial")))
+        rows.append(("trial", f"{run.trial['seconds']:.1f}", UNKNOWN, f"{peak:.0f}", run.noted("trial")))
     table = Table("Measured time and memory", ("stage", "seconds", "tokens", "peak MiB", "command"), rows)
     return Section(
         "cost",
@@ -340,34 +372,29 @@ def cost(run: RunFolder) -> Section:
 
 
 def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
-    config, sources = run.config, [run.config, run.trial]
-    data = {split: d for source in reversed(sources) for split, d in source.get("data", {}).items()}
-    if run.trial.get("general"):
-        data["general text"] = run.trial["general"]
-    facts: list[tuple[str, Any]] = [
-        (f"data: {split}", f"{d['file']}, sha256 {d['sha256']}") for split, d in data.items()
+    facts = _facts(run.config)
+    facts += [(f"trial, {what}", value) for what, value in _facts(run.trial) if (what, value) not in facts]
+    settings = run.config.get("settings", {})
+    seeds = [f"trial, {', '.join(map(str, run.trial['seeds']))}"] if run.trial else []
+    facts += [
+        ("seeds", "; ".join([str(settings.get("seed", UNKNOWN)), *seeds])),
+        ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None) or UNKNOWN),
+        ("this page", f"plopfast report --overwrite --out {shlex.quote(str(run.path))}"),
     ]
-    facts.append(
-        ("versions", ", ".join(f"{name} {version}" for name, version in config.get("versions", {}).items()) or UNKNOWN)
-    )
-    facts.append(("machine", config.get("machine", UNKNOWN)))
-    settings = config.get("settings", {})
-    facts.append(
-        (
-            "seeds",
-            f"{settings.get('seed', UNKNOWN)}"
-            + (f"; trial: {', '.join(map(str, run.trial['seeds']))}" if run.trial else ""),
-        )
-    )
-    facts.append(
-        ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None) or UNKNOWN)
-    )
-    facts.append(("this page", f"plopfast report --overwrite --out {shlex.quote(str(run.path))}"))
-    texts = [KNOWN]
     tables = [Table("Data, versions and settings", ("what", "value"), facts)]
     if missing:
         tables.append(Table("Not on this page yet", ("what", "command that makes it"), missing))
-    return Section("made", "How this was made, and what is known", texts, tables=tables)
+    return Section("made", "How this was made, and what is known", [KNOWN], tables=tables)
+
+
+def _facts(source: dict[str, Any]) -> list[tuple[str, str]]:
+    data = source.get("data", {}) | ({"general text": source["general"]} if "general" in source else {})
+    facts = [(f"data: {split}", f"{d['file']}, sha256 {d['sha256']}") for split, d in data.items()]
+    if "versions" in source:
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in source["versions"].items())))
+    if "machine" in source:
+        facts.append(("machine", source["machine"]))
+    return facts
 
 
 def ties_of(decision: Decision, limit: int = 3) -> str:
@@ -388,7 +415,7 @@ def points_of(versus: dict[str, Any]) -> str:
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
-def _range(values: Sequence[int]) -> str:
+def range_of(values: Sequence[int]) -> str:
     return (
         UNKNOWN if not values else str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
     )
@@ -399,6 +426,8 @@ def _n(value: float | None, form: str) -> str:
 
 
 SECTIONS: tuple[tuple[Callable[[RunFolder], list[Section]], str, str, str], ...] = (
+    (_scores, "scores.json", "NFN by module type and layer", "score"),
+    (lambda run: [], "placement.json", "which modules get adapters, and their rank", "place"),
     (_trial, "trial.json", "a trial of several placements, and forgetting", "trial"),
     (_eval, "eval.json", "the tuned model against the base model", "eval"),
     (_audit, "audit.json", "stability, controls and other criteria", "audit"),

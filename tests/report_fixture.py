@@ -80,7 +80,7 @@ def audit(report: pf.NFNReport) -> dict:
         "pick": lowest, "scored_tokens": report.tokens,
         "stability": [{"kind": "subset", "what": "8 prompts", "repeats": 100, "tau": 0.97, "tau_low": 0.81, "same_pick": 0.94}],
         "tokens": [{"what": "completion tokens"} | alike],
-        "controls": [{"what": "random tokens", "seconds": 1.25} | alike, {"what": "random weights", "seconds": 1.5} | unlike],
+        "controls": [{"what": "random tokens", "seconds": 1.25} | unlike, {"what": "shuffled words", "seconds": 1.25} | alike, {"what": "random weights", "seconds": 1.5} | unlike],
         "verdict": "The pick stays the same on random tokens: it reflects the model rather than the task.",
         "criteria": [{"name": "NFN", "source": "PLoP", "chooses": "lowest", "agrees": True} | alike | cost,
                      {"name": "input spectrum", "source": "EVA", "chooses": "highest", "agrees": False} | unlike | cost],

@@ -1,5 +1,6 @@
 """The audit: each control and criterion against a computation of its own, what is left out and why, and the command."""
 
+import html
 import json
 import math
 import random
@@ -477,6 +478,9 @@ def test_command(model_folder, tmp_path, capsys):
     assert (found["plopfast"], found["prompts"], found["k"], found["seed"]) == ("audit", 18, 2, 3)
     assert found["stability"][-1] == {**found["stability"][-1], "what": "3 other samples", "repeats": 3}
     assert json.loads((tmp_path / "run" / "stages.json").read_text())["audit"]["peak_mib"] == found["peak_mib"]
+    assert plopfast("report")[0] == 0, "of a folder that holds nothing else"
+    page = html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert f'<p class="lead">{found["verdict"]}</p>' in page and "gradient energy" in page and "3 other samples" in page
     code, _, err = plopfast("audit")
     assert code == 2 and "audit.json: exists already" in err
     code, out, _ = plopfast("audit", "--overwrite", "--score-prompts", 100)

@@ -108,7 +108,7 @@ def test_every_section_once(whole):
         "c" * 64,
         "torch 2.13.0",
         "a processor, 2 cores",
-        "0; trial: 0, 1, 2",
+        "0; trial, 0, 1, 2",
         "score_prompts 200",
     ):
         assert fact in page.text
@@ -149,10 +149,38 @@ def test_scores_and_placement_alone(full):
     for _, _, stage in SECTIONS.values():
         assert f"plopfast {stage} --out {full}" in page.text
     assert "only a trial shows" in page.text and page.lead.endswith("than other placements has not been tried.")
-    for name in ("placement.json", "scores.json"):
-        (full / name).unlink()
-        with pytest.raises(FileError, match=rf"{name}: no such file; it is written by plopfast (score|place)"):
-            write_report(full)
+    (full / "placement.json").unlink()
+    page = report(full)
+    assert page.lead.startswith("Put adapters on v_proj, o_proj and down_proj: at 95% confidence"), (
+        "the scores' own choice"
+    )
+    assert "No placement is kept here" in page.text and f"plopfast place --out {full}" in page.text
+    (full / "scores.json").unlink()
+    with pytest.raises(
+        FileError, match=r"scores\.json: no such file, nor another to report; it is written by plopfast score"
+    ):
+        write_report(full)
+
+
+@pytest.mark.parametrize("name", [*SECTIONS, "placement.json"])
+def test_one_file_alone(full, name):
+    for path in [*full.iterdir()]:
+        if path.name != name:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = report(full)
+    titles, pictures, _ = SECTIONS.get(name, ([], [], ""))
+    always = ["What it took", "How this was made, and what is known"]
+    assert [title for tag, title in page.headings if tag == "h2"] == [*titles, *always]
+    assert {path.stem for path in (full / "report").iterdir()} == set(pictures)
+    for other, (_, _, stage) in SECTIONS.items():
+        assert (f"plopfast {stage} --out {full}" in page.text) == (other != name)
+    leads = {
+        "trial.json": "In the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all.",
+        "audit.json": "The pick stays the same on random tokens: it reflects the model rather than the task.",
+        "placement.json": "Put rank-8 adapters on v_proj, o_proj and down_proj: they have the lowest NFN, but how sure this is, "
+        "the scores do not tell; whether they train better than other placements has not been tried.",
+    }  # fmt: skip
+    assert page.lead == leads.get(name, "Which modules should get adapters, the files of this folder do not tell.")
 
 
 def test_the_pictures_numbers_are_the_files(whole):
@@ -196,13 +224,15 @@ def test_the_pictures_numbers_are_the_files(whole):
 
 def test_disagreements_are_marked_in_words(whole):
     marked = {cells[0]: cells for class_, cells in whole[2].rows if class_ == "differs"}
-    assert marked.keys() == {"input spectrum", "random weights", "8 prompts"}
+    assert marked.keys() == {"input spectrum", "random tokens", "8 prompts"}, "the pick of random weights is chance"
     assert all(any(cell.startswith("≠ ") for cell in cells) for cells in marked.values())
 
 
 def test_the_recommendation_says_how_sure_it_is(full):
     lead = report(full).lead
-    assert lead.startswith("Put the adapters on v_proj, o_proj and down_proj: at 95% confidence, 24 prompts tell them")
+    assert lead.startswith(
+        "Put rank-8 adapters on v_proj, o_proj and down_proj: at 95% confidence, 24 prompts tell them"
+    )
     assert "in the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead
     (full / "trial.json").unlink()
     near = make(full / "near", types=TYPES | {"up_proj": 1.04, "down_proj": 1.041})
@@ -217,7 +247,7 @@ def test_the_recommendation_says_how_sure_it_is(full):
     pf.place(scores(), "plop", k=7).save(full / "placement.json")
     assert ", which are all the module types there are; whether" in report(full).lead
     pf.place(scores(), "plop", k=1).save(full / "placement.json")
-    assert report(full).lead.startswith("Put the adapters on v_proj: at 95% confidence"), "judged for this k"
+    assert report(full).lead.startswith("Put rank-16 adapters on v_proj: at 95% confidence"), "judged for this k"
 
 
 def test_single_modules_are_no_decided_types(full):
@@ -226,7 +256,7 @@ def test_single_modules_are_no_decided_types(full):
     placement.save(full / "placement.json")
     lead = report(full).lead
     assert lead.startswith(
-        "Put the adapters on 35 single modules of v_proj, o_proj and down_proj: they have the lowest NFN"
+        "Put rank-8 adapters on 35 single modules of v_proj, o_proj and down_proj: they have the lowest NFN"
     )
     assert "how sure this is, the scores do not tell" in lead and "confidence" not in lead
 
@@ -239,6 +269,37 @@ def test_a_better_arm_is_recommended(full):
     assert report(full).lead == (
         "Use the placement mlp (gate_proj, up_proj and down_proj): in the trial it did better than plop by "
         "+5.0 (+1.0 to +9.0) points of accuracy, at 95% confidence."
+    )
+
+
+def test_a_worse_placement_is_not_recommended(full):
+    pf.place(scores(), "attn", rank=8).save(full / "placement.json")
+    assert report(full).lead == (
+        "Use the placement plop (v_proj): in the trial attn, which this folder holds, lay -9.0 (-11.0 to -7.0) points of "
+        "accuracy from it, at 95% confidence."
+    )
+
+
+def test_all_weights_are_no_placement(full):
+    arms = json.loads((full / "trial.json").read_text())["arms"]
+    arms[4] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}
+    arms[4]["versus"] |= {"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"}
+    change(full, "trial.json", arms=arms)
+    lead = report(full).lead
+    assert lead.startswith("Put rank-8 adapters on v_proj, o_proj and down_proj: at 95% confidence")
+    assert (
+        "in the trial, plop did worse than full, which trains all weights and did better than attn and showed" in lead
+    )
+
+
+def test_a_trial_of_other_data_shows_its_own(full):
+    other = {"train": {"file": "/data/other.jsonl", "sha256": "d" * 64}}
+    change(full, "trial.json", data=other, machine="another machine")
+    facts = {cells[0]: cells[1] for _, cells in report(full).rows if len(cells) == 2}
+    assert facts["data: train"].startswith("/data/train.jsonl") and facts["machine"] == "a processor, 2 cores"
+    assert facts["trial, data: train"] == f"/data/other.jsonl, sha256 {'d' * 64}"
+    assert facts["trial, machine"] == "another machine" and "trial, versions" not in facts, (
+        "the same ones are said once"
     )
 
 
