@@ -4,8 +4,8 @@ import contextlib
 import importlib.util
 import sys
 import weakref
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -19,8 +19,8 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 
 
 @contextlib.contextmanager
-def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]]:
-    """Puts the config's choices in force while it lasts, and yields a line for each one that is.
+def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
+    """Puts the config's choices in force while it lasts, and yields a line for each one that is. `lean`: see `lean_modules`.
 
     Raises ConfigError for choices that this model or device cannot take.
     """
@@ -41,10 +41,10 @@ def prepared_blocks(model: nn.Module, config: TrainConfig) -> Iterator[list[str]
         if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
             undo.enter_context(liger(model))
             notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
-        elif not config.compile and (lean := lean_modules(model)):
-            for module in lean:
+        elif not config.compile and (found := lean_modules(model, lean)):
+            for module in found.values():
                 undo.callback(delattr, module, "forward")
-            notes.append(f"{len(lean)} norms and gated MLPs in fewer operations that keep less for the backward pass")
+            notes.append(f"{len(found)} norms and gated MLPs in fewer operations that keep less for the backward pass")
         if config.compile:
             for block in blocks(model).values():
                 block.compile(dynamic=True)
@@ -120,36 +120,44 @@ class _RMSNorm(torch.autograd.Function):
 
 
 @torch.no_grad()
-def lean_modules(model: nn.Module) -> list[nn.Module]:
+def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict[str, nn.Module]:
     """Gives RMS norms and gated MLPs, recognised by what they compute for a few random tokens, a forward of their own
-    with `_RMSNorm` and `_SwiGLU`; `del module.forward` undoes it. Returns those modules. (Trained norms and sharded
-    weights are left alone.)"""
-    found, training = [], model.training
+    with `_RMSNorm` and `_SwiGLU`; `del module.forward` undoes it. Returns those modules by name. (Trained norms and
+    sharded weights are left alone.) `known`: the names found in a model like this one, whose tensors have no values."""
+    found, training = {}, model.training
     model.eval()  # dropout would hide that two ways agree
-    for module in model.modules():
+    for name, module in model.named_modules():
         forward, width, like = _lean_forward(module)
         if forward is None or "forward" in vars(module):
             continue
-        x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
-        one, other = module(x), forward(x)
-        if one.shape == other.shape and (one - other).norm() <= 4 * torch.finfo(x.dtype).eps * one.norm():
+        if name in known if known is not None else _agree(module, forward, width, like):
             module.forward = forward
-            found.append(module)
+            found[name] = module
     model.train(training)
     return found
+
+
+def _agree(module: nn.Module, forward: Any, width: int, like: torch.Tensor) -> bool:
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
+    one, other = module(x), forward(x)
+    return one.shape == other.shape and bool((one - other).norm() <= 4 * torch.finfo(x.dtype).eps * one.norm())
 
 
 def _lean_forward(module: Any) -> tuple[Any, int, Any]:
     """(forward, width of its input, a tensor of the input's dtype and device), (None, 0, None) for other modules."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     gate, up, down = parts
-    if all(isinstance(part, nn.Module) for part in parts) and type(gate.weight) is nn.Parameter:
+    if all(isinstance(part, nn.Module) for part in parts) and _is_plain(gate.weight):
         return lambda x: down(_SwiGLU.apply(gate(x), up(x))), gate.weight.shape[-1], gate.weight
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if eps is not None and type(weight) is nn.Parameter and weight.dim() == 1 and not weight.requires_grad:
+    if eps is not None and _is_plain(weight) and weight.dim() == 1 and not weight.requires_grad:
         plain = module.forward  # for inputs that are wider than the weights
         return lambda x: _RMSNorm.apply(x, weight, eps) if x.dtype == weight.dtype else plain(x), len(weight), weight
     return None, 0, None
+
+
+def _is_plain(weight: Any) -> TypeGuard[nn.Parameter]:
+    return isinstance(weight, nn.Parameter) and not is_sharded(weight)
 
 
 class _Moved:

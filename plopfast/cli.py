@@ -102,7 +102,7 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except OSError as error:
         return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
-        resumable = arguments.out and arguments.command in ("run", "train", "trial")
+        resumable = arguments.out and arguments.command in ("run", "train", "trial", "search")
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
@@ -152,8 +152,8 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
         if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
-        if name in ("run", "train", "trial"):
-            command.add_argument("--resume", action="store_true", help="go on with an interrupted run or training")
+        if name in ("run", "train", "trial", "search"):
+            command.add_argument("--resume", action="store_true", help="go on with what was interrupted")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")
             command.add_argument("--any-base", action="store_true", help="accept an adapter of other base weights")
@@ -244,7 +244,9 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         settings = config.model, config.device, config.backend, dtype
         return 0 if examine(*settings, seconds=arguments.seconds, rank=config.rank) else 1
     if arguments.out is None:
-        if command in ("place", "train", "report") or (command in ("eval", "merge") and not arguments.adapter):
+        if command in ("place", "estimate", "train", "report") or (
+            command in ("eval", "merge") and not arguments.adapter
+        ):
             raise ConfigError(f"plopfast {command} needs --out DIR, the run folder of the stages before it")
         now = distributed.largest(int(time.time()))
         arguments.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
@@ -262,6 +264,8 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         print(run_audit(run))
     elif command == "place":
         pipeline.run_place(run)
+    elif command == "estimate":
+        print(pipeline.run_estimate(run))
     elif command == "train":
         result = pipeline.run_train(run)
         print(
@@ -274,6 +278,10 @@ def _run(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         from .trial import run_trial
 
         print(run_trial(run))
+    elif command == "search":
+        from .search import run_search  # needs the extra `search`
+
+        print(run_search(run))
     elif command == "report":
         print(pipeline.run_report(run))
     elif command == "merge":

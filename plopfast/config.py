@@ -82,7 +82,7 @@ class TrainConfig:
             )
 
 
-FREE = {"device", "threads", "timeout"} | {
+FREE = {"device", "threads", "timeout", "search_trials"} | {
     item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]
 }
 

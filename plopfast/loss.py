@@ -95,9 +95,10 @@ class Objective(nn.Module):
     def chunked(self) -> bool:
         return self.head is not None
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """0-d float32: sum over the label tokens of `batch` (as data.collate makes it)"""
-        where = positions(batch["labels"])
+    def forward(self, batch: dict[str, Any]) -> torch.Tensor:
+        """0-d float32: sum over the label tokens of `batch` (as data.collate makes it). Their places may be given as "at",
+        a pair of index tensors (rows, columns), where the labels have no values to read (see estimate.py)."""
+        where = batch["at"] if "at" in batch else positions(batch["labels"])
         targets_n = batch["labels"][:, 1:][where]
         short = not self.recomputed and attention_for(batch["input_ids"], self.model.dtype)  # type: ignore[arg-type]
         with short or contextlib.nullcontext():

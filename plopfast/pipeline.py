@@ -1,6 +1,8 @@
 """The stages of a run, each reading and writing files of one run folder:
 
 data -> score -> scores.json -> place -> placement.json -> train -> adapter/ -> evaluate -> eval.json -> report.html
+
+and, between place and train, estimate -> estimate.json: what a step costs on this and other placements.
 """
 
 import contextlib
@@ -20,21 +22,21 @@ from . import distributed, eva, files, machine
 from .checkpoint import checkpoints, load_adapter, save_adapter
 from .config import FREE, RunConfig, load_settings
 from .data import DEMO, Example, batches_of, read_jsonl, read_text, tokenize
-from .errors import ConfigError, FileError, PlacementError, TrainingError
+from .errors import ConfigError, FileError, ModelError, PlacementError, TrainingError
+from .estimate import as_rows, estimate, table
 from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
 from .nfn import NFNReport, score
-from .placement import RULES, Placement, place
-from .train import CHECKPOINTS, Trainer, TrainResult
+from .placement import Placement, place, rule_of
+from .train import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
 STAGES = {  # what each stage leaves behind
-    "score": "scores.json", "place": "placement.json", "train": "adapter", "eval": "eval.json", "report": "report.html",
-    "audit": "audit.json",
-    "trial": "trial.json",
+    "score": "scores.json", "place": "placement.json", "estimate": "estimate.json", "train": "adapter",
+    "eval": "eval.json", "report": "report.html", "audit": "audit.json", "trial": "trial.json", "search": "search.json",
 }  # fmt: skip
 EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
 OTHERS = (
@@ -49,6 +51,7 @@ OTHERS = (
     "merged",
     "report",
     "trial",
+    "search.db",
 )
 
 
@@ -260,9 +263,7 @@ def run_score(run: Run) -> NFNReport:
 
 def run_place(run: Run) -> Placement:
     report, config = NFNReport.load(run.file("score")), run.config
-    rule = config.rule if config.rule in RULES else [name.strip() for name in config.rule.split(",") if name.strip()]
-    shape: dict[str, Any] = {key: getattr(config, key) or None for key in ("budget", "ranks", "granularity", "cap")}
-    placement = place(report, rule, k=config.k, rank=config.rank, alpha=config.alpha, seed=config.seed, **shape)
+    placement = placed(config, report, config.rule, granularity=config.granularity, cap=config.cap)
     highest = max(rank for rank, _ in placement.modules.values())
     if config.init == "eva" and highest > config.rank:
         raise PlacementError(
@@ -270,9 +271,58 @@ def run_place(run: Run) -> Placement:
             f"anew with --rank {highest}, or leave out --init eva"
         )
     run.begin("place")  # only now, as settings that cannot be must not stay in config.json
-    distributed.on_main(lambda: placement.save(run.file("place")))
+    with run.stage("place"):
+        distributed.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
+
+
+def placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Placement:
+    """The placement of a rule, or of types and names with commas, under the settings' budget or rank."""
+    how |= {name: getattr(config, name) for name in ("k", "rank", "alpha", "seed", "ranks")}
+    return place(report, rule_of(rule), budget=config.budget or None, **how)
+
+
+def run_estimate(run: Run) -> str:
+    """What a step costs on the run's placement, on query, key and value, on the MLPs, on all modules, and with all
+    weights, for micro-batches of the longest training rows: estimate.json, and its table."""
+    own, report, config = Placement.load(run.file("place")), NFNReport.load(run.file("score")), run.config
+    if config.parallel == "fsdp" and distributed.size() > 1:
+        raise ConfigError("estimate: weights spread over several processes are not modelled; estimate without fsdp")
+    run.begin("estimate")
+    unload(run.model)
+    choices: dict[str, Placement | None] = {own.rule: own}
+    for rule in ("attn", "mlp", "all"):
+        try:
+            choices.setdefault(rule, placed(config, report, rule))
+        except PlacementError as error:
+            run.say(f"no estimate for {rule}: {error}")
+    choices["full"] = None
+    examples = run.examples("train") + run.examples("unlabeled")
+    total = sum(len(e.tokens) for e in examples)
+    longest = max(len(e.tokens) for e in examples)
+    batch_tokens = config.batch_tokens or max(BATCH_TOKENS, longest)
+    rows, tokens = max(1, batch_tokens // longest), longest
+    if config.packing:
+        rows, tokens = 1, batch_tokens
+    labels = min(tokens - 1, max(1, round(tokens * sum(len(e.tokens) - e.start for e in examples) / total)))
+    with run.stage("estimate"):
+        found = estimate(run.model, choices, config, rows=rows, row_tokens=tokens, label_tokens=labels)
+    value = {
+        "plopfast": "estimate", "model": run.model.name_or_path, "batch_tokens": batch_tokens, "rows": rows,
+        "row_tokens": tokens, "label_tokens": labels, "accumulate": config.accumulate, "device": str(run.model.device),
+        "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
+    }  # fmt: skip
+    distributed.on_main(lambda: files.write_json(run.file("estimate"), value))
+    return f"a step on {config.accumulate} x {rows} rows of {tokens} tokens, estimated\n{table(found)}"
+
+
+def _try_estimate(run: Run) -> None:
+    """Where no estimate is possible the run says so and goes on: nothing else needs it."""
+    try:
+        run.say(run_estimate(run))
+    except (ConfigError, ModelError) as error:
+        run.say(str(error))
 
 
 def run_train(run: Run) -> TrainResult:
@@ -402,7 +452,8 @@ def run_all(run: Run) -> str:
     if run.overwrite and not run.resume:
         distributed.on_main(remove_results)
     for stage, do in (
-        ("score", run_score), ("place", run_place), ("train", run_train), ("eval", run_eval), ("report", run_report),
+        ("score", run_score), ("place", run_place), ("estimate", _try_estimate), ("train", run_train), ("eval", run_eval),
+        ("report", run_report),
     ):  # fmt: skip
         if run.config.full and stage not in ("train", "eval"):
             continue

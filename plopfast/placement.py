@@ -71,6 +71,11 @@ class Placement:
         return "\n".join(lines + self.notes)
 
 
+def rule_of(text: str) -> str | list[str]:
+    """What a setting names: a rule, or module types and module names with commas."""
+    return text if text in RULES else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
     """PEFT's `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` for modules with (rank, alpha): the commonest values, and
     the modules that have others, as regular expressions of their names."""

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -60,7 +60,8 @@ class Trainer:
     label tokens, however many micro-batches they came in. `unlabeled` examples come first, or mixed in as
     `config.unlabeled_share` says. The parameters with the lowest validation loss are kept. With `out` (a folder),
     metrics.jsonl and the newest `config.keep` checkpoints are written there, also on Ctrl-C, and `fit(resume=True)`
-    goes on exactly where the newest good one stopped (bit for bit on the CPU).
+    goes on exactly where the newest good one stopped (bit for bit on the CPU). `on_valid` is told of each look at the
+    validation loss (step, loss); what it raises ends the training.
 
     On N ranks (see `distributed`; all of them make a trainer and fit it) a step takes `config.accumulate` micro-batches
     on each, dealt out from one stream, so that it is the step of one process that accumulates N times as many.
@@ -78,8 +79,9 @@ class Trainer:
         unlabeled: Sequence[Example] = (),
         out: str | Path | None = None,
         progress: bool = False,
+        on_valid: Callable[[int, float], None] | None = None,
     ) -> None:
-        self.model, self.config, self.progress = model, config, progress
+        self.model, self.config, self.progress, self.on_valid = model, config, progress, on_valid
         self.valid = valid[: config.eval_rows]
         self.out = Path(out) if out is not None else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -232,16 +234,20 @@ class Trainer:
 
     def _validate(self) -> None:
         began = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)  # room for the copy that `_averaged` makes
         with self._averaged():
             loss = self._valid_loss()
-            if not math.isfinite(loss):
-                self._stop(f"step {self.step}: validation loss {loss}")
             if loss < self.best_loss:
                 self.best_loss, self.best_step, self.worse = loss, self.step, 0
-                self.best = self._copy()
+                for name, value in self.best.items():  # in place: a second copy would be the peak of a full fine-tuning
+                    value.copy_(self.parameters[name].detach())
             elif self.step > self.first_stage:
                 self.worse += 1
+        if not math.isfinite(loss):  # outside, so that the best values are not overwritten when the context ends
+            self._stop(f"step {self.step}: validation loss {loss}")
         self._record({"step": self.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
+        if self.on_valid:
+            self.on_valid(self.step, loss)
 
     @torch.no_grad()
     def _valid_loss(self) -> float:

@@ -26,7 +26,7 @@ from .nfn import NFNReport
 from .paired import accuracies, compare
 from .pipeline import EVA, Run, run_score
 from .placement import RULES, place
-from .trial_runs import MADE_BY, Arm, Training, Work, general_text, look
+from .trial_runs import MADE_BY, Arm, Training, Work, check_inputs, general_text, look
 
 FULL = "full"
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
@@ -63,6 +63,7 @@ def run_trial(run: Run) -> str:
     budget, arms = matched(run, report, names, lrs)
     vectors = _vectors(run, arms)
     general, told = general_text(run, folder)
+    check_inputs(run, arms, told, folder)
 
     work = Work(run, "training", len(arms) * (len(lrs) + len(seeds) - 1))
     training = Training(run, seeds, vectors, work)

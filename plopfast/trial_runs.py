@@ -6,6 +6,7 @@ What is finished lies in the training's folder (result.json, test.json) and is n
 import contextlib
 import copy
 import dataclasses
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,12 +24,13 @@ from .data import Example, read_text
 from .errors import ConfigError, TrainingError
 from .evaluate import choices_of, evaluate, evaluate_rows
 from .lora import inject, unload
-from .models import context_length
-from .pipeline import Run
+from .models import context_length, fingerprint, linear_modules
+from .pipeline import EVA, Run
 from .placement import Placement
 from .train import CHECKPOINTS, Trainer
 
-GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 8192, 256, 100_000
+GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
+SHARED = 16  # tokens in a row; fewer can be a turn of phrase
 WEIGHTS = "model.safetensors"
 MADE_BY = "plopfast trial"
 
@@ -112,8 +114,8 @@ class Training:
                 inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
             reset, peak = _memory(run)
             reset()
-            rows = {split: run.examples(split) for split in ("train", "valid", "unlabeled")}
-            trainer = Trainer(model, config, **rows, out=out, progress=run.progress)
+            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
             try:
                 fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
@@ -121,15 +123,16 @@ class Training:
                 if not trainer.step:  # it did not begin: no matter of the rate
                     raise
                 run.say(f"{error}")
-                value |= {"error": str(error), "seconds": 0.0}
+                value["error"] = str(error)
             else:
-                value |= {key: fit[key] for key in ("valid_loss", "best_step", "steps", "seconds")}
-                value["tokens_per_s"] = round(fit["tokens"] / fit["seconds"], 1)
+                value |= {key: fit[key] for key in ("valid_loss", "best_step", "steps")}
                 if arm.placement is None:
                     _save_weights(model, out / WEIGHTS)
                 else:
                     save_adapter(model, out / "adapter", overwrite=True)
-            value |= {"seconds": round(value["seconds"], 2), "peak_mib": round(peak(), 1)}
+            seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
+            value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
+            value["peak_mib"] = round(peak(), 1)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value
@@ -187,7 +190,7 @@ def _memory(run: Run) -> tuple[Callable[[], None], Callable[[], float]]:
 
 
 def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
-    """The general text's first 8,192 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
+    """The general text's first 4,096 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
     path = run.config.general
     if path is None:
         try:
@@ -205,4 +208,43 @@ def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]
             rows.append(row)
             tokens += len(row.tokens)
     file = run.config.general or "pydoc_data.topics"
+    _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
     return rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens}
+
+
+def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
+    """Raises ConfigError where a stretch of the general text is in a training row too: what is trained on is not forgotten."""
+
+    def stretches(row: Example) -> Iterator[tuple[int, ...]]:
+        return (row.tokens[i : i + SHARED] for i in range(len(row.tokens) - SHARED + 1))
+
+    seen = {stretch for row in general for stretch in stretches(row)}
+    for row in training:
+        if not seen.isdisjoint(stretches(row)):
+            raise ConfigError(
+                f"general: {file} shares {SHARED} tokens in a row or more with the training row {row.where}, so that its loss "
+                "does not show what is forgotten: pass a --general FILE.txt of other text"
+            )
+
+
+def check_inputs(run: Run, arms: list[Arm], general: dict[str, Any], folder: Path) -> None:
+    """Keeps what trainings and evaluations rest on in inputs.json; with `run.resume`, raises ConfigError where it is not
+    what the trial began with."""
+    names = [info.name for info in linear_modules(run.model)][:8]
+    now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
+    now |= {"the general text": general["sha256"], "the model's weights": fingerprint(run.model, names)}
+    now |= {
+        f"the placement of {arm.name}": {name: list(pair) for name, pair in arm.placement.modules.items()}
+        for arm in arms
+        if arm.placement
+    }
+    if run.config.init == "eva":
+        now["EVA's vectors"] = files.sha256(run.folder / EVA)
+    path = folder / "inputs.json"
+    kept = files.read_json(path, MADE_BY) if run.resume and path.exists() else now
+    if other := sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name)):
+        raise ConfigError(
+            f"{folder}: cannot go on, as the trial began with otherwise: {', '.join(other)}; put that back, or start anew "
+            "with --overwrite"
+        )
+    files.write_json(path, now)

@@ -32,16 +32,19 @@ MAY_IMPORT = {
     "sections": LEAVES | {"confidence", "nfn", "placement", "pictures"},
     "report": LEAVES | {"sections"},
     "pipeline": LEAVES
-    | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"},
+    | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"}
+    | {"estimate"},
     "paired": set(),
     "trial_runs": LEAVES
     | {"data", "models", "lora", "placement", "checkpoint", "evaluate", "train", "pipeline"},
     "trial": LEAVES | {"data", "lora", "eva", "nfn", "placement", "paired", "pipeline", "trial_runs"},
+    "search": LEAVES | {"data", "lora", "models", "nfn", "placement", "pipeline", "train"},
+    "estimate": LEAVES | {"models", "lora", "loss", "blocks", "placement"},
     "audit": LEAVES
     | {"data", "models", "nfn", "confidence", "scores", "controls", "criteria", "pipeline"},
     "benchmark": LEAVES | {"kernels", "lora", "tuning"},
     "doctor": LEAVES | {"kernels", "models", "ops", "lora", "pipeline"},
-    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "trial", "doctor", "benchmark"},
+    "cli": LEAVES | {"distributed", "models", "ops", "tuning", "pipeline", "audit", "trial", "search", "doctor", "benchmark"},
     "__main__": {"cli"}, "__init__": None,
 }  # fmt: skip
 

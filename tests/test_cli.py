@@ -31,7 +31,16 @@ QUICK = [
     "--eval-every",
     "2",
 ]
-STAGES = ["config.json", "scores.json", "placement.json", "metrics.jsonl", "eval.json", "adapter", "report.html"]
+STAGES = [
+    "config.json",
+    "scores.json",
+    "placement.json",
+    "estimate.json",
+    "metrics.jsonl",
+    "eval.json",
+    "adapter",
+    "report.html",
+]
 
 
 @pytest.fixture
@@ -78,12 +87,11 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
     assert len(placement["modules"]) == 9 and len(placement["types"]) == 3
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "adapter")
     page = (out / "report.html").read_text()
-    assert page.count("<img alt=") == 4 and page.count('src="data:image/png;base64,') == 4
+    assert page.count("<img alt=") == 5 and page.count('src="data:image/png;base64,') == 5
     assert not re.search(r'(src|href)="(?!data:|#)', page), "self-contained"
     beside = {path.name for path in (out / "report").iterdir()}
-    assert beside == {
-        f"{n}.{e}" for n in ("nfn_by_type", "nfn_by_layer", "before_after", "training") for e in ("png", "csv")
-    }
+    pictures = ("nfn_by_type", "nfn_by_layer", "memory", "before_after", "training")
+    assert beside == {f"{name}.{ending}" for name in pictures for ending in ("png", "csv")}
     for word in placement["types"]:
         assert word in page
     before = {name: (out / name).stat().st_mtime_ns for name in STAGES}
@@ -115,6 +123,30 @@ def test_stages_one_by_one_equal_the_whole(base, tmp_path, model_folder, capsys)
     other = ["--model", model_folder, *base[2:8], "--adapter", parts / "adapter", "--out", tmp_path / "elsewhere"]
     assert plopfast("eval", *other) == 0
     capsys.readouterr()
+
+
+def test_estimate_compares_the_placement_with_others(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert plopfast("estimate", *base[:8]) == 2 and "needs --out" in capsys.readouterr().err
+    assert plopfast("estimate", *base[:8], "--out", out) == 2 and "plopfast place" in capsys.readouterr().err
+    assert plopfast("score", *base[:8], "--score-prompts", 12, "--out", out) == 0
+    assert plopfast("place", "--out", out, "--rank", 2) == 0
+    assert plopfast("estimate", "--out", out, "--batch-tokens", 400) == 0
+    printed = capsys.readouterr().out
+    value = json.loads((out / "estimate.json").read_text())
+    assert [c["name"] for c in value["choices"]] == ["plop", "attn", "mlp", "all", "full"]
+    assert all(f"\n{c['name']:<13}{c['parameters']:>13,}" in printed for c in value["choices"])
+    assert value["rows"] * value["row_tokens"] <= value["batch_tokens"] == 400 and value["dtype"] == "float32"
+    placement = json.loads((out / "placement.json").read_text())
+    assert value["choices"][0]["types"] == placement["types"]
+    assert value["choices"][0]["parameters"] == placement["parameters"]
+    shares = [c["memory_of_full"] for c in value["choices"]]
+    assert all(0 < share < 1 for share in shares[:-1]) and shares[-1] == 1
+    assert plopfast("estimate", "--out", out) == 2 and "exists already" in capsys.readouterr().err
+    assert plopfast("estimate", "--out", out, "--overwrite", "--packing", "--budget", "match:all:r1") == 0
+    packed = json.loads((out / "estimate.json").read_text())
+    assert packed["rows"] == 1 and packed["row_tokens"] == packed["batch_tokens"]
+    assert packed["choices"][1]["parameters"] <= packed["choices"][3]["parameters"]
 
 
 def test_a_runs_config_repeats_it(base, tmp_path):

@@ -278,7 +278,7 @@ def test_the_pipeline(model_folder, tmp_path, capsys):
     assert "--resume keeps a run's settings, but init was eva, is gaussian" in capsys.readouterr().err
     assert plopfast("place", "--budget", "match:all:r3", "--overwrite") == 2
     assert re.search(r"ranks up to \d, but scoring keeps EVA's vectors for --rank 2", capsys.readouterr().err)
-    assert plopfast("place", "--budget", "", "--rank", 3, "--overwrite") == 0
+    assert plopfast("place", "--rank", 3, "--overwrite") == 0, "what was refused is not kept"
     assert plopfast(*training, "--overwrite") == 2
     assert "rank 3 needs as many EVA vectors, got 2" in capsys.readouterr().err
     assert plopfast("score", "--init", "kaiming", "--overwrite") == 0

@@ -38,6 +38,21 @@ def test_errors_stay_at_the_level_and_differences_are_found(seed_noise, power):
     assert finds >= power * 40
 
 
+def test_the_level_is_not_far_off_where_the_first_arm_varies_most():
+    """Its seeds three times as much as the others', which the method takes to be alike."""
+    generator, trials, claims = torch.Generator().manual_seed(0), 200, 0
+    more = 0.1 * torch.tensor([3.0, 1, 1, 1, 1]).view(ARMS, 1, 1)
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    for number in range(trials):
+        ease = 1.3 + 1.5 * noise(1, 1, ROWS) + 0.5 * noise(ARMS, SEEDS, ROWS) + more * noise(ARMS, SEEDS, 1)
+        found = compare((ease > 0).double(), seed=number, resamples=500)
+        claims += any(versus.verdict != "no difference shown" for versus in found)
+    assert claims <= 0.1 * trials
+
+
 def test_verdicts_and_their_figures():
     generator = torch.Generator().manual_seed(1)
     first = (torch.rand(1, SEEDS, ROWS, generator=generator) < 0.5).double()

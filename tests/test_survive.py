@@ -80,8 +80,9 @@ def test_skipping_ends_where_nothing_is_finite_any_more(examples):
         trainer.fit()
 
 
-def test_a_validation_loss_that_is_not_finite_brings_the_best_back(examples, tmp_path):
-    trainer = made(examples, tmp_path)
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_validation_loss_that_is_not_finite_brings_the_best_back(examples, tmp_path, ema):
+    trainer = made(examples, tmp_path, ema=ema)
     kept = {}
 
     def break_it(module, args, output):

@@ -46,7 +46,7 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
     assert trial["reference"] == "plop" and trial["seeds"] == [0, 1, 2] and trial["lrs"] == [0.01, 0.001]
     assert trial["budget"] == 3840 and trial["test_rows"] == 40 and trial["metric"] == "choice"
     assert set(trial["data"]) == {"train", "valid", "test"} and trial["machine"] and trial["versions"]["torch"]
-    assert trial["general"]["file"] == "pydoc_data.topics" and 8192 <= trial["general"]["tokens"] < 8192 + 256
+    assert trial["general"]["file"] == "pydoc_data.topics" and 4096 <= trial["general"]["tokens"] < 4096 + 256
     for number, arm in enumerate(trial["arms"]):
         full = arm["name"] == "full"
         assert full or abs(arm["parameters"] / trial["budget"] - 1) <= 0.01
@@ -110,8 +110,31 @@ def test_killed_and_resumed_it_ends_alike(options, tmp_path, capsys):
     assert "an unfinished trial; pass --resume" in capsys.readouterr().err
     assert plopfast("trial", *options, "--out", killed, "--resume", "--seeds", "0,1,3") == 2
     assert "--resume keeps a run's settings, but seeds was 0,1,2, is 0,1,3" in capsys.readouterr().err
+    rows = tmp_path / "train.jsonl"
+    kept = rows.read_text()
+    rows.write_text("".join(kept.splitlines(keepends=True)[1:]))
+    assert plopfast("trial", *options, "--out", killed, "--resume") == 2
+    assert "cannot go on, as the trial began with otherwise: the train file;" in capsys.readouterr().err
+    rows.write_text(kept)
     assert plopfast("trial", *options, "--out", killed, "--resume") == 0
     assert untimed(read(killed)) == untimed(read(whole))
+    for result in killed.glob("trial/*/*/result.json"):
+        steps = [json.loads(line)["seconds"] for line in (result.parent / "metrics.jsonl").read_text().splitlines()]
+        assert json.loads(result.read_text())["seconds"] == pytest.approx(sum(steps), abs=0.01), "of both its parts"
+
+
+def test_scores_made_anew_do_not_mix_with_what_they_placed(options, tmp_path, capsys):
+    """As after a kill in the middle, where only one training is left to be done."""
+    out = tmp_path / "run"
+    assert plopfast("trial", *options, "--out", out) == 0
+    (out / "trial.json").unlink()
+    scores = json.loads((out / "scores.json").read_text())
+    for name, module in scores["scores"].items():
+        module["nfn"] += 9 * ("v_proj" in name)
+    (out / "scores.json").write_text(json.dumps(scores))
+    capsys.readouterr()
+    assert plopfast("trial", *options, "--out", out, "--resume") == 2
+    assert "began with otherwise: the placement of attn, the placement of plop" in capsys.readouterr().err
 
 
 def test_other_texts_scores_and_data(options, tmp_path, capsys):
@@ -157,7 +180,13 @@ def test_bad_input(options, tmp_path, capsys):
         ([*options, "--budget", "100"], "budget"),
         ([*options, "--k", "9"], "k = 9: expected 1 to 7"),
         ([*options, "--general", tmp_path / "absent.txt"], r"absent\.txt: no such data file"),
+        (
+            [*options, "--general", tmp_path / "known.txt"],
+            r"known\.txt shares 16 tokens .*training row .*train.jsonl:7,",
+        ),
     ]
+    row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[6])
+    (tmp_path / "known.txt").write_text(f"Far from it.\n\nAnd then: {row['prompt']}{row['completion']}\n")
     (tmp_path / "full.json").write_text('{"full": true}')
     for number, (case, message) in enumerate(cases):
         out = tmp_path / f"case{number}"

@@ -1,0 +1,135 @@
+"""The estimate of a step's memory and FLOPs against measurement, on the default model.
+
+Each case trains in a process of its own. What is compared is the peak resident memory, less what was resident once
+libraries, tokenizer and a first small training had taken their share, and FLOPs by torch's counter. Resident memory is
+measured twice: with an allocator that gives freed blocks back (glibc's MALLOC_MMAP_THRESHOLD_, fixed), which is what the
+estimate speaks of, and with glibc's defaults, which keep and fragment freed blocks.
+
+python bench/estimate.py            writes results/estimate.json
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+
+from measure import save
+
+from plopfast import machine
+
+CHOICES = ("plop", "attn", "all", "full")
+SHAPES = ((8, 20), (4, 256))  # rows, tokens
+PLOP = ("v_proj", "up_proj", "down_proj")  # what PLoP chooses for the default model on the demo data
+STEPS, RANK = 2, 16
+STRICT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def placement_of(choice, model):
+    from plopfast.models import linear_modules
+    from plopfast.placement import Placement
+
+    types = {"plop": PLOP, "attn": ("q_proj", "k_proj", "v_proj")}.get(choice)
+    chosen = [info for info in linear_modules(model) if types is None or info.type in types]
+    size = sum(RANK * (info.n_in + info.n_out) for info in chosen)
+    return Placement({info.name: (RANK, 32.0) for info in chosen}, sorted({i.type for i in chosen}), choice, size)
+
+
+def measured(choice, rows, tokens):
+    """Peak MiB and TFLOPs of real training steps, as JSON on the last line: run in a process of its own."""
+    import torch
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import plopfast as pf
+    from plopfast.blocks import prepared_blocks
+    from plopfast.config import RunConfig
+    from plopfast.data import Example
+    from plopfast.estimate import FORMULAS
+    from plopfast.lora import inject, prepared
+    from plopfast.train import Trainer
+
+    def trainer_of(model, rows, tokens):
+        inject(model, placement_of(choice, model)) if choice != "full" else model.requires_grad_(True)
+        draw = torch.Generator().manual_seed(0)
+        drawn = torch.randint(
+            9, len(model.get_input_embeddings().weight), (rows * STEPS, tokens), generator=draw
+        ).tolist()
+        examples = [Example(tuple(row), 1, None, f"row {i}") for i, row in enumerate(drawn)]
+        return Trainer(model, RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5), examples, examples[:1])
+
+    pf.load_model()  # its tokenizer and code stay
+    small = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
+    )
+    trainer_of(transformers.AutoModelForCausalLM.from_config(small), 2, 8).fit()
+    before = resident_mib()
+    model, _ = pf.load_model()
+    trainer = trainer_of(model, rows, tokens)
+    machine.reset_peak()
+    trainer.fit()
+    mib = machine.peak_mib() - before
+    batch, config = trainer._collate(trainer.rows[:rows]), trainer.config
+    model.train()
+    flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
+    with prepared_blocks(model, config), prepared(model), flops:
+        trainer.objective(batch).backward()
+    print(json.dumps({"mib": mib, "tflops": flops.get_total_flops() / 1e12}))
+
+
+def resident_mib():
+    gc.collect()
+    machine.reset_peak()
+    return machine.peak_mib()
+
+
+def in_process(choice, rows, tokens, environment):
+    command = [sys.executable, __file__, choice, str(rows), str(tokens)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main():
+    import plopfast as pf
+    from plopfast.config import RunConfig
+    from plopfast.estimate import estimate
+
+    model, _ = pf.load_model()
+    cases = []
+    for rows, tokens in SHAPES:
+        placements = {choice: None if choice == "full" else placement_of(choice, model) for choice in CHOICES}
+        began = time.process_time()
+        found = estimate(model, placements, RunConfig(), rows=rows, row_tokens=tokens)
+        seconds = (time.process_time() - began) / len(found)
+        for e in found:
+            real, default = (in_process(e.name, rows, tokens, more) for more in (STRICT, {}))
+            case = {"rows": rows, "tokens": tokens, "seconds": seconds, "estimate": dataclasses.asdict(e)}
+            case |= {"measured": real, "default_allocator_mib": default["mib"]}
+            case["memory_error"] = e.total_mib / real["mib"] - 1
+            case["flops_error"] = e.tflops_per_step / real["tflops"] - 1
+            cases.append(case)
+    lines = [
+        f"{'':<6}{'batch':>9}{'est. MiB':>10}{'resident':>10}{'error':>8}{'(glibc)':>9}{'est. TFLOP':>12}{'counted':>9}"
+        f"{'error':>8}"
+    ]
+    for c in cases:
+        e, real = c["estimate"], c["measured"]
+        lines.append(
+            f"{e['name']:<6}{c['rows']:>4} x {c['tokens']:>3}{e['total_mib']:>9,.0f}{real['mib']:>10,.0f}"
+            f"{c['memory_error']:>+8.1%}{c['default_allocator_mib']:>9,.0f}{e['tflops_per_step']:>12.4f}"
+            f"{real['tflops']:>9.4f}{c['flops_error']:>+8.1%}"
+        )
+    worst = max(abs(c[key]) for c in cases for key in ("memory_error", "flops_error"))
+    lines.append(
+        f"largest error {worst:.1%}; an estimate takes {max(c['seconds'] for c in cases):.1f} s of processor time a choice"
+    )
+    save("estimate", "\n".join(lines), {"cases": cases, "worst": worst})
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        measured(sys.argv[1], *map(int, sys.argv[2:]))
+    else:
+        main()
