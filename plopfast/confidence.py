@@ -110,9 +110,9 @@ def decide(
     said = f"the margin between {names[chosen[-1]]} and {names[others[0]]} is {margin:.3f} NFN, {margin - half:.3f} to {margin + half:.3f}"
     if ties:
         pairs = ", ".join(f"{a} and {b}" for a, b in ties[:3]) + (f" and {len(ties) - 3} more" if len(ties) > 3 else "")
-        note = f"not decided at {confidence:.0%} by {prompts} prompts: near-tie between {pairs}; {said}"
+        note = f"not decided at {confidence:.0%} confidence after {prompts} prompts: near-tie between {pairs}; {said}"
     else:
-        note = f"decided at {confidence:.0%} by {prompts} prompts, looks at {', '.join(map(str, looks))}; {said}"
+        note = f"decided at {confidence:.0%} confidence after {prompts} prompts; {said}"
     return Decision(
         **facts,
         decided=not ties,
