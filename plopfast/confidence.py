@@ -25,9 +25,9 @@ import torch
 from .errors import ConfigError
 
 FIRST_LOOK = 16
-FEWEST = 8  # below that, one odd prompt makes a t-test of skewed ratios err more than it says
+FEWEST = 8  # below that, one odd prompt makes t-tests and intervals of skewed ratios err more than they say
 RESAMPLES = 2000
-ROUNDING = 1e-6  # relative; the sums are float32's, so that equal types can differ by less
+ROUNDING = 1e-6  # relative; the sums are float32's, so that equal types and prompts can differ by less
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,11 @@ def decide(
     said = f"the margin between {names[chosen[-1]]} and {names[others[0]]} is {margin:.3f} NFN, {margin - half:.3f} to {margin + half:.3f}"
     if ties:
         pairs = ", ".join(f"{a} and {b}" for a, b in ties[:3]) + (f" and {len(ties) - 3} more" if len(ties) > 3 else "")
-        note = f"not decided at {confidence:.0%} confidence after {prompts} prompts: near-tie between {pairs}; {said}"
+        note = (
+            f"not decided at {100 * confidence:g}% confidence after {prompts} prompts: near-tie between {pairs}; {said}"
+        )
     else:
-        note = f"decided at {confidence:.0%} confidence after {prompts} prompts; {said}"
+        note = f"decided at {100 * confidence:g}% confidence after {prompts} prompts; {said}"
     return Decision(
         **facts,
         decided=not ties,
@@ -131,14 +133,17 @@ def intervals(
 
     They say how much another sample of as many prompts would move the scores of this model, not how layers differ. With
     skewed prompts, 95 % intervals held the truth in 93 % of simulations with 60 prompts, 90 % with 16; percentile
-    intervals in 90 % and 83 %. Raises ConfigError for a confidence outside 0 to 1 and for fewer than two prompts.
+    intervals in 90 % and 83 %. Prompts that are all alike give an interval of one point. Raises ConfigError for a
+    confidence outside 0 to 1 and for fewer than 8 prompts.
     """
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence: expected a number above 0 and below 1, got {confidence}")
     stats = _used(stats)
     prompts = stats.shape[2]
-    if prompts < 2:
-        raise ConfigError(f"{prompts} prompt: an interval over prompts needs two or more; score more of them")
+    if prompts < FEWEST:
+        raise ConfigError(
+            f"{prompts} prompt{'s' * (prompts != 1)}: an interval over prompts needs {FEWEST} or more; score more of them"
+        )
     kinds, mean_TM = averages(types)
     # a type is one more ratio of sums, of its modules' sums where each module's counts have mean 1
     sums_XP, counts_XP = torch.cat([stats, mean_TM @ (stats / stats[1].mean(1, keepdim=True))], 1)
@@ -156,9 +161,10 @@ def intervals(
     value_X, error_X = (part[0] for part in ratio_and_error(torch.ones(1, prompts, dtype=torch.float64)))
     ratio_BX, error_BX = ratio_and_error(times_BP)
     t_BX = (ratio_BX - value_X) / error_BX
-    t_BX[~t_BX.isfinite()] = math.nan  # a resample of one prompt alone, or of none in which a module saw a token
+    # a resample of prompts that are alike, or of none in which a module saw a token
+    t_BX[~(error_BX > ROUNDING * value_X.abs())] = math.nan
     tails = torch.tensor([(1 + confidence) / 2, (1 - confidence) / 2], dtype=torch.float64)
-    low_X, high_X = (value_X - t_BX.nanquantile(tails, 0) * error_X).tolist()
+    low_X, high_X = (value_X - t_BX.nanquantile(tails, 0).nan_to_num() * error_X).tolist()
     bounds = list(zip(low_X, high_X, strict=True))
     return Intervals(
         confidence, dict(zip(kinds, bounds[len(names) :], strict=True)), dict(zip(names, bounds, strict=False))

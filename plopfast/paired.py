@@ -22,7 +22,6 @@ from dataclasses import dataclass
 import torch
 
 RESAMPLES = 10_000
-LEVEL = 0.05
 CHUNK = 1000  # resamples at a time: their row counts take 8 CHUNK rows bytes
 
 
@@ -40,8 +39,8 @@ class Versus:
 
 
 def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES) -> list[Versus]:
-    """Each further arm against the first. The verdict is "better" or "worse" where the corrected p is below 0.05, else
-    "no difference shown". `right` [arms, seeds, rows]: two seeds and one row at least."""
+    """Each further arm against the first. The verdict is "better" or "worse" where the corrected p is below 1 - confidence,
+    else "no difference shown". `right` [arms, seeds, rows]: two seeds and one row at least."""
     means_AS = right.mean(2)
     gaps_AS = means_AS - means_AS.mean(1, keepdim=True)
     gaps_AS = gaps_AS - gaps_AS.mean(0)  # a seed's data order is the same in all arms, and so is what that does
@@ -56,7 +55,7 @@ def compare(right: torch.Tensor, confidence: float = 0.95, seed: int = 0, resamp
     for one, corrected, mean, (low, high) in zip(
         p, holm(p), difference_CN.mean(1).tolist(), _percentiles(drawn_CB, confidence), strict=True
     ):
-        verdict = "no difference shown" if corrected >= LEVEL else "better" if mean > 0 else "worse"
+        verdict = "no difference shown" if corrected >= 1 - confidence else "better" if mean > 0 else "worse"
         found.append(Versus(mean, low, high, one, corrected, verdict))
     return found
 

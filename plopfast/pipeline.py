@@ -126,13 +126,13 @@ class Run:
                 self._examples[split] = []
         return self._examples[split]
 
-    def sample(self, seed: int | None = None, count: int | None = None) -> list[Example]:
-        """Training rows to score, in random order (default: as many, and drawn with the seed, as the settings say); rows of
+    def sample(self, seed: int | None = None) -> list[Example]:
+        """Training rows to score, in random order, as many as the settings say (and with their seed by default); rows of
         messages know their tokens' roles."""
         rows, config = self.rows("train"), self.config
         self.examples("train")  # raises for a row that cannot be used
-        count = min(count or config.score_prompts, len(rows))
-        chosen = random.Random(config.seed if seed is None else seed).sample(rows, count)
+        rng = random.Random(config.seed if seed is None else seed)
+        chosen = rng.sample(rows, min(config.score_prompts, len(rows)))
         return tokenize(chosen, self.tokenizer, roles=True)
 
     def file(self, stage: str) -> Path:

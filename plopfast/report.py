@@ -70,14 +70,14 @@ def _recommendation(run: RunFolder) -> str:
         best = max(matched, key=lambda arm: arm["versus"]["difference"])
         return (
             f"Use the placement {best['name']} ({listed(best['types'])}): in the trial it did better than {trial['reference']} "
-            f"by {points_of(best['versus'])} points of accuracy, at {trial['confidence']:.0%} confidence."
+            f"by {points_of(best['versus'])} points of accuracy, at {100 * trial['confidence']:g}% confidence."
         )
     for arm in worse:
         if arm["name"] == run.rule:
             first = trial["arms"][0]
             return (
                 f"Use the placement {first['name']} ({listed(first['types'])}): in the trial {arm['name']}, which this folder "
-                f"holds, lay {points_of(arm['versus'])} points of accuracy from it, at {trial['confidence']:.0%} confidence."
+                f"holds, lay {points_of(arm['versus'])} points of accuracy from it, at {100 * trial['confidence']:g}% confidence."
             )
     found = [f"did worse than {listed([arm['name'] for arm in better])}, which trains all weights"] if better else []
     found += [f"did better than {listed([arm['name'] for arm in worse])}"] if worse else []
@@ -111,10 +111,10 @@ def _how_sure(run: RunFolder) -> str:
         return f": {least}, but how sure this is, the scores do not tell"
     if decision.decided:
         others = f"{decision.prompts} prompts tell them from every other module type"
-        return f": at {decision.confidence:.0%} confidence, {others} by their {end_of(run.rule)} NFN"
+        return f": at {100 * decision.confidence:g}% confidence, {others} by their {end_of(run.rule)} NFN"
     if decision.near_ties:
         return (
-            f": {least}, but the choice is not settled: at {decision.confidence:.0%} confidence, {decision.prompts} prompts do "
+            f": {least}, but the choice is not settled: at {100 * decision.confidence:g}% confidence, {decision.prompts} prompts do "
             f"not tell {ties_of(decision)}"
         )
     return f": {least}, but nothing is settled: {decision.note}"

@@ -68,7 +68,7 @@ class NFNReport:
 
     def intervals(self, confidence: float = 0.95, seed: int = 0) -> Intervals:
         """Bootstrap intervals over prompts of the types' and modules' NFN (`confidence.intervals`). Raises ConfigError
-        where there is only one prompt, or no statistics of single prompts."""
+        where there are fewer than 8 prompts, or no statistics of single prompts."""
         if self.prompt_stats is None:
             raise ConfigError("these scores hold no statistics of single prompts (compat='official'): no intervals")
         return intervals(self.prompt_stats, list(self.scores), self._types_in_order(), confidence, seed)
@@ -101,7 +101,7 @@ class NFNReport:
     def table(self) -> str:
         """The types, lowest NFN first, with intervals where there are some, and how sure the choice is, as text."""
         known, why = self._intervals_or_why()
-        head = f"{known.confidence:.0%} interval" if known else ""
+        head = f"{100 * known.confidence:g}% interval" if known else ""
         rows = [f"{'module type':<16} {'NFN':>7} {head:>16}  {'lowest':>7} {'highest':>7}  layers"]
         by_type = self._by_type()
         for type_, mean in self.types.items():

@@ -114,7 +114,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
         for name, nfn in scores.types.items()
     ]
     why = known.get("why", "" if known else "these scores were made before intervals were kept")
-    what = f"{known['confidence']:.0%} interval over prompts" if "types" in known else "no interval"
+    what = f"{100 * known['confidence']:g}% interval over prompts" if "types" in known else "no interval"
     spoken = ", ".join(
         f"{name} {nfn:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})") + (" chosen" if yes else "")
         for name, nfn, low, high, yes in rows
@@ -134,7 +134,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
             else f"On the choice: {decision.note}."
         )
         texts += [
-            f"Near-ties at {decision.confidence:.0%} confidence: these prompts do not tell {ties_of(decision, 99)}."
+            f"Near-ties at {100 * decision.confidence:g}% confidence: these prompts do not tell {ties_of(decision, 99)}."
         ] * bool(decision.near_ties)
     elif run.rule in ("plop", "plop-inverse"):
         texts.append("How sure the choice is, these scores do not tell.")
@@ -293,7 +293,7 @@ def _eval(run: RunFolder) -> list[Section]:
 
 
 def _trial(run: RunFolder) -> list[Section]:
-    trial, level = run.trial, f"{run.trial['confidence']:.0%}"
+    trial, level = run.trial, f"{100 * run.trial['confidence']:g}%"
     arms, reference = trial["arms"], trial["reference"]
     rows = [
         (arm["name"], v["difference"], v["low"], v["high"], v["p_corrected"], v["verdict"])

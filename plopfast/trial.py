@@ -50,8 +50,9 @@ def run_trial(run: Run) -> str:
     if run.resume and run.file("trial").exists():
         run.say("trial: already done")
         return table(files.read_json(run.file("trial"), MADE_BY))
-    if run.rows("test") is run.rows("valid") or run.paths["test"] == run.paths.get("valid"):
-        raise ConfigError("a trial chooses learning rates on the validation rows: give --test FILE rows of its own")
+    seen = {files.sha256(path) for split, path in run.paths.items() if split != "test"}  # a copy is no file of its own
+    if run.rows("test") is run.rows("valid") or files.sha256(run.paths["test"]) in seen:
+        raise ConfigError("a trial trains and chooses on the other rows: give --test FILE rows of its own")
     if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
         raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")
     run.begin("trial")
@@ -218,7 +219,7 @@ def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
 
 def table(value: dict[str, Any]) -> str:
     """trial.json as text: an arm a line, with the interval of its accuracy, and its difference from the first."""
-    level = f"{value['confidence']:.0%}"
+    level = f"{100 * value['confidence']:g}%"
     head = (
         "arm", "parameters", "ranks", "rate", "accuracy", f"{level} interval", "loss", "difference", f"{level} interval",
         "p", "verdict", "forgetting", "seconds", "peak MiB", "types",

@@ -343,7 +343,7 @@ def test_scoring_as_asked(base, tmp_path, capsys):
     assert scores["decision"] is None and scores["prompts"] == 60 and len(scores["intervals"]["types"]) == 7
     scores, told = score("one", "--score-prompts", 1)
     assert "one prompt, of which no interval is possible" in told
-    assert scores["intervals"] == {"why": "1 prompt: an interval over prompts needs two or more; score more of them"}
+    assert scores["intervals"] == {"why": "1 prompt: an interval over prompts needs 8 or more; score more of them"}
     for way, reason in (["--init", "eva"], "EVA's vectors need them"), (["--compat", "official"], "authors' procedure"):
         scores, told = score(way[1], *way, "--rank", 2)
         assert reason in told and scores["prompts"] == 60

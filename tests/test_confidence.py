@@ -173,11 +173,28 @@ def test_intervals_equal_a_loop_and_are_seeded():
 
 
 def test_intervals_refuse():
-    stats = draw([0.7, 1.2], 1, torch.Generator().manual_seed(9))
-    with pytest.raises(ConfigError, match="1 prompt: an interval over prompts needs two or more"):
-        intervals(stats, range(8), types_of(2))
+    """From two prompts they would have no width, as each resample is one prompt alone or both."""
+    stats = draw([0.7, 1.2], 8, torch.Generator().manual_seed(9))
+    for prompts in (1, 2, 7):
+        with pytest.raises(ConfigError, match=f"{prompts} prompts?: an interval over prompts needs 8 or more"):
+            intervals(stats[:, :, :prompts], range(8), types_of(2))
     with pytest.raises(ConfigError, match="above 0 and below 1, got 95"):
         intervals(stats, range(8), types_of(2), 95)
+
+
+def test_prompts_that_are_alike_give_an_interval_of_one_point():
+    """Also where the single prompts differ by as much as float32 rounds."""
+    noise = 1e-8 * torch.rand(8, 20, generator=torch.Generator().manual_seed(11), dtype=torch.float64)
+    for off in (torch.zeros_like(noise), noise):
+        counts = torch.full_like(noise, 7.0)
+        known = intervals(torch.stack([(1.3 + off) * counts, counts]), list(range(8)), types_of(2))
+        for bounds in (*known.types.values(), *known.modules.values()):
+            assert bounds == pytest.approx((1.3, 1.3), rel=1e-6)
+
+
+def test_a_confidence_is_not_rounded_up():
+    stats = draw([0.5, 1.5], 32, torch.Generator().manual_seed(12))
+    assert "decided at 99.9% confidence" in decide(stats, types_of(2), 1, 0.999, [32]).note
 
 
 def test_prompts_without_tokens_do_not_count():

@@ -307,7 +307,7 @@ def test_a_trial_of_other_data_shows_its_own(full):
 def test_one_prompt_has_no_interval(tmp_path):
     make(tmp_path, prompts=1)
     page = report(tmp_path)
-    assert "No interval is possible: 1 prompt: an interval over prompts needs two or more" in page.text
+    assert "No interval is possible: 1 prompt: an interval over prompts needs 8 or more" in page.text
     assert "nothing is settled: one prompt" in page.lead and "confidence" not in page.lead
     assert {(row["low"], row["high"]) for row in table(tmp_path, "nfn_by_type")} == {("", "")}
 

@@ -176,6 +176,7 @@ def test_bad_input(options, tmp_path, capsys):
         ([*options, "--config", tmp_path / "full.json"], "an arm of its own"),
         ([*options[:6], *options[8:]], "give --test FILE rows of its own"),
         (edit(options, "--test", options[options.index("--valid") + 1]), "give --test FILE rows of its own"),
+        (edit(options, "--test", tmp_path / "copy.jsonl"), "give --test FILE rows of its own"),
         (edit(options, "--rank", 1), "arm 'attn' cannot be matched|arm 'random' cannot be matched"),
         ([*options, "--budget", "100"], "budget"),
         ([*options, "--k", "9"], "k = 9: expected 1 to 7"),
@@ -187,6 +188,7 @@ def test_bad_input(options, tmp_path, capsys):
     ]
     row = json.loads((tmp_path / "train.jsonl").read_text().splitlines()[6])
     (tmp_path / "known.txt").write_text(f"Far from it.\n\nAnd then: {row['prompt']}{row['completion']}\n")
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train.jsonl").read_bytes())
     (tmp_path / "full.json").write_text('{"full": true}')
     for number, (case, message) in enumerate(cases):
         out = tmp_path / f"case{number}"
