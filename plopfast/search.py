@@ -24,8 +24,8 @@ from .errors import ConfigError, FileError, PlacementError, TrainingError
 from .lora import INITS, inject, unload
 from .models import fingerprint, linear_modules
 from .nfn import NFNReport, score
-from .pipeline import SCORE_ROWS, Run
-from .placement import Placement, place, rule_of
+from .pipeline import SCORE_ROWS, Run, placed
+from .placement import Placement
 from .train import Trainer
 
 try:
@@ -96,8 +96,7 @@ class Search:
         return score(self.run.model, batches, seed=config.seed, progress=show, **how)
 
     def _place(self, config: RunConfig) -> Placement:
-        how: dict[str, Any] = {"k": config.k, "rank": config.rank, "alpha": config.alpha, "seed": config.seed}
-        return place(self.report, rule_of(config.rule), **how)
+        return placed(config, self.report, config.rule, granularity=config.granularity, cap=config.cap)
 
     def _can_place(self, rule: str, rank: int) -> bool:
         try:
