@@ -134,8 +134,9 @@ def intervals(
     They say how much another sample of as many prompts would move the scores of this model, not how layers differ. With
     skewed prompts, 95 % intervals held the truth in 93 % of simulations with 60 prompts, 90 % with 16; percentile
     intervals in 90 % and 83 %. Where scoring ended early they are too narrow for a type whose nearness to another set the
-    end: 86 % of 1,000 simulations of three close types. Prompts that are all alike give an interval of one point. Raises ConfigError for a
-    confidence outside 0 to 1 and for fewer than 8 prompts.
+    end: 86 % of 1,000 simulations of three close types. Prompts that are all alike give an interval of one point.
+
+    Raises ConfigError for a confidence outside 0 to 1 and for fewer than 8 prompts.
     """
     if not 0 < confidence < 1:
         raise ConfigError(f"confidence: expected a number above 0 and below 1, got {confidence}")

@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeCopyMode,
-    FakeTensorMode,
-)
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flop, shape_wrapper
 
@@ -70,8 +65,8 @@ def estimate(
     first). `best`: a validated training keeps the best values. Packed batches count as rows whose tokens see all earlier
     ones. `model` has no adapters and stays as it is.
 
-    Raises ConfigError for settings that the model cannot take, ModelError where its shapes depend on values (as with some
-    mixtures of experts).
+    Raises ConfigError for settings that the model cannot take, ModelError where it needs values (as some mixtures of
+    experts and kernels of others do).
     """
     objective, lean = Objective(model, recomputed=config.checkpointing), lean_modules(model)
     for module in lean.values():
@@ -79,9 +74,10 @@ def estimate(
     batch = rows, row_tokens, row_tokens - 1 if label_tokens is None else label_tokens
     try:
         return [_one(objective, set(lean), name, p, config, batch, best) for name, p in placements.items()]
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+    except RuntimeError as error:  # which operations raise that need values, or know nothing of tensors without
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ModelError(
-            f"{type(model).__name__}: no estimate is possible, as what it computes depends on its values ({error.func})"
+            f"{type(model).__name__}: no estimate is possible, as what it computes depends on its values ({first[0]})"
         ) from error
 
 

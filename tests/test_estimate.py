@@ -143,10 +143,15 @@ def test_what_cannot_be_estimated():
         def forward(self, x):
             return self.inner(x) if x.abs().sum() >= 0 else x  # as a router does
 
-    model = build("llama")
-    model.model.layers[1].mlp = Choosy(model.model.layers[1].mlp)
-    with pytest.raises(ModelError, match="depends on its values"):
-        estimated(model, placement_on(model))
+    class Foreign(Choosy):
+        def forward(self, x):
+            return self.inner(x) + float(x.detach().numpy().sum())  # as a kernel that torch does not know
+
+    for kind in (Choosy, Foreign):
+        model = build("llama")
+        model.model.layers[1].mlp = kind(model.model.layers[1].mlp)
+        with pytest.raises(ModelError, match="depends on its values"):
+            estimated(model, placement_on(model))
     model = build("llama")
     model.supports_gradient_checkpointing = False
     with pytest.raises(ConfigError, match="no gradient checkpointing"):
