@@ -232,16 +232,11 @@ def _criterion(name, source, highest, values, base, k, seconds, nfn_s, extra_mib
 def _measured(make: Callable[[], Any], model: nn.Module, peaks: list[float]) -> tuple[Any, float, float]:
     """(what `make` returns, seconds, MiB at most above what was taken before). Measuring resident memory starts its peak
     anew, so that the one before goes to `peaks`."""
-    device, began = device_of(model), time.perf_counter()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device) / 2**20
-        value, after = make(), torch.cuda.max_memory_allocated(device) / 2**20
-    else:
-        peaks.append(machine.peak_mib())
-        machine.reset_peak()
-        before = machine.peak_mib()
-        value, after = make(), machine.peak_mib()
+    device = device_of(model)
+    peaks.append(machine.peak_mib())
+    machine.reset_peak(device)
+    before, began = machine.peak_mib(device), time.perf_counter()
+    value, after = make(), machine.peak_mib(device)
     return value, time.perf_counter() - began, round(after - before, 1)
 
 

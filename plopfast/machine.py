@@ -147,8 +147,12 @@ def has_bfloat16() -> bool:
     return False
 
 
-def reset_peak() -> None:
-    """Starts a new measurement of peak resident memory, where the system can (Linux)."""
+def reset_peak(device: "torch.device | None" = None) -> None:
+    """Starts a new measurement of a GPU's peak memory, or of peak resident memory where the system can (Linux)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(
         OSError, AttributeError, TypeError
     ):  # glibc keeps freed memory, which would hide what comes
@@ -157,8 +161,13 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mib() -> float:
-    """Peak resident memory of this process since `reset_peak` (since its start where that does not work)."""
+def peak_mib(device: "torch.device | None" = None) -> float:
+    """Peak memory of torch's tensors on a GPU since `reset_peak`, else this process's resident memory (since its start
+    where that does not work)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,7 @@ class Training:
             else:
                 how: dict[str, Any] = {"dropout": config.dropout, "rslora": config.rslora, "backend": config.backend}
                 inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
-            reset, peak = _memory(run)
-            reset()
+            machine.reset_peak(run.model.device)
             train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
             trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
@@ -132,7 +131,7 @@ class Training:
                     save_adapter(model, out / "adapter", overwrite=True)
             seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
             value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
-            value["peak_mib"] = round(peak(), 1)
+            value["peak_mib"] = round(machine.peak_mib(run.model.device), 1)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value
@@ -176,17 +175,6 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     tensors = load_file(path)
     for name, parameter in model.named_parameters():
         parameter.copy_(tensors[name])
-
-
-def _memory(run: Run) -> tuple[Callable[[], None], Callable[[], float]]:
-    """(reset, peak in MiB): the GPU's memory on a GPU, else this process's."""
-    device = run.model.device
-    if device.type != "cuda":
-        return machine.reset_peak, machine.peak_mib
-    return (
-        lambda: torch.cuda.reset_peak_memory_stats(device),
-        lambda: torch.cuda.max_memory_allocated(device) / 2**20,
-    )
 
 
 def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
