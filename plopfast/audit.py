@@ -280,6 +280,7 @@ def table(found: Mapping[str, Any]) -> str:
         lines.append(
             f"{row['what']:<{width}}  {row['repeats']:>7} {row['tau']:>6.2f} {row['tau_low']:>6.2f}  {row['same_pick']:>9.0%}"
         )
+    lines.append("(subsets are of the scored prompts themselves, and other samples can share some with them)")
     types = list(found["types"])
     for part in ("tokens", "controls"):
         lines += ["", f"{part:<{width}}  {'tau':>6}  " + " ".join(f"{t:>9}" for t in types) + "  pick"]

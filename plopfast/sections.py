@@ -230,7 +230,8 @@ def _audit(run: RunFolder) -> list[Section]:
     texts = [
         audit["verdict"],
         f"Everything is compared with the NFN of {audit['prompts']} prompts, which picks {listed(audit['pick'])}. Tau is Kendall's: "
-        "1 for the same order of the module types, -1 for the opposite one.",
+        "1 for the same order of the module types, -1 for the opposite one. Subsets are of these prompts, and other samples can "
+        "share some with them, so that part of their agreement is built in.",
         *(f"Left out: {row['kind']}, {row['what']}: {row['why']}." for row in audit.get("missing", [])),
     ]
     return [Section("audit", "Can the scores be trusted?", texts, tables=tables, command=run.noted("audit"))]
