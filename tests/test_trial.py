@@ -146,6 +146,8 @@ def test_other_texts_scores_and_data(options, tmp_path, capsys):
         (tmp_path / f"{split}.jsonl").write_text("".join(part))  # in the place of the fixture's
     assert plopfast("score", *options[:8], "--score-prompts", 12, "--out", out) == 0
     scored = (out / "scores.json").stat().st_mtime_ns
+    assert plopfast("trial", *options, "--skip-first", "--out", out) == 2
+    assert "was made with skip_first False, the trial's is True" in capsys.readouterr().err
     assert plopfast("trial", *options, "--general", general, "--out", out) == 0
     trial = read(out)
     assert (out / "scores.json").stat().st_mtime_ns == scored
