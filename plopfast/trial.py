@@ -211,8 +211,13 @@ def matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> 
                 f"arm {name!r} cannot be matched: {placement.parameters:,} parameters are "
                 f"{placement.parameters / budget - 1:+.1%} off {budget:,}, more than {MATCHED:.0%}; {remedy}"
             )
+        same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
         arms.append(Arm(name, placement, lrs))
         run.say(str(placement))
+        if same:
+            run.say(
+                f"{name} is the same placement as {same[0]}, and will show no difference from it: leave one of them out"
+            )
     return budget, arms
 
 

@@ -157,6 +157,13 @@ def test_other_texts_scores_and_data(options, tmp_path, capsys):
     capsys.readouterr()
 
 
+def test_arms_that_are_one_placement_are_named(options, tmp_path, capsys):
+    scored = tmp_path / "run"
+    assert plopfast("trial", *edit(options, "--arms", "mlp,all,plop"), "--k", 7, "--out", scored) == 0
+    told = capsys.readouterr().err
+    assert "plop is the same placement as all" in told and "as mlp" not in told
+
+
 def test_a_rate_at_which_training_breaks_is_not_chosen(options, tmp_path, capsys):
     options = edit(edit(options, "--arms", "plop,attn"), "--max-steps", 6)
     assert plopfast("trial", *edit(options, "--lrs", "1e30,1e-3"), "--clip", 0, "--out", tmp_path / "one") == 0
