@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "place": ("choose modules by their scores: placement.json", PLACING),
     "estimate": (
         "memory and FLOPs of training on each placement, before training: estimate.json",
-        (*PLACING, "batch_tokens", "checkpointing", "packing"),
+        ("k", "rank", "alpha", "budget", "ranks", "batch_tokens", "checkpointing", "packing"),
     ),
     "train": ("train adapters on the placement: adapter/", (*TRAINING, *RANKS)),
     "eval": ("loss and accuracy of base and tuned model on the test rows: eval.json", ("full", *RANKS)),

@@ -139,7 +139,7 @@ class RunConfig(TrainConfig):
     granularity: str = _option(
         "type", "choose whole module types, or (experimental; needs --budget) single modules", ("type", "module")
     )
-    cap: int | None = _option(None, "with --granularity module: most modules of one type", positive=True)
+    cap: int | None = _option(None, "with --granularity module: most modules of one type; 0: any number")
     alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
     rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
     init: str = _option(
@@ -169,6 +169,13 @@ class RunConfig(TrainConfig):
                 raise ConfigError(
                     f"--full trains no adapters, so {', '.join(given)} cannot apply: leave one of them out"
                 )
+        for name, usual in ("granularity", "type"), ("ranks", "equal"):
+            if (value := getattr(self, name)) != usual and not self.budget:
+                raise ConfigError(f"{name} {value!r} needs a budget: give --budget, or --{name} {usual}")
+        if self.cap and self.granularity == "type":
+            raise ConfigError(
+                f"cap {self.cap}: limits the modules of a type, which needs --granularity module; 0 for none"
+            )
         if self.unlabeled_share and not self.unlabeled:
             raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 

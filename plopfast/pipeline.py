@@ -229,10 +229,14 @@ def dtype_for(name: str, device: torch.device, full: bool = False) -> torch.dtyp
 
 
 def run_score(run: Run) -> NFNReport:
-    run.rows("train")  # broken data should stop the run before the model is loaded
-    run.begin("score")
     config = run.config
     masks: dict[str, Any] = {"tokens": config.score_tokens, "skip_first": config.skip_first}
+    if config.compat and masks != {"tokens": "all", "skip_first": False}:
+        raise ConfigError(
+            "--compat official scores every token: leave out --score-tokens and --skip-first, or --compat"
+        )
+    run.rows("train")  # broken data should stop the run before the model is loaded
+    run.begin("score")
     how: dict[str, Any] = {"baseline": config.baseline, "compat": config.compat, "backend": config.backend}
     if config.init == "eva":
         how["eva_rank"] = config.rank
@@ -263,7 +267,7 @@ def run_score(run: Run) -> NFNReport:
 
 def run_place(run: Run) -> Placement:
     report, config = NFNReport.load(run.file("score")), run.config
-    placement = placed(config, report, config.rule, granularity=config.granularity, cap=config.cap)
+    placement = placed(config, report, config.rule, granularity=config.granularity, cap=config.cap or None)
     highest = max(rank for rank, _ in placement.modules.values())
     if config.init == "eva" and highest > config.rank:
         raise PlacementError(

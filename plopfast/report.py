@@ -73,8 +73,8 @@ def _recommendation(run: RunFolder) -> str:
             f"by {points_of(best['versus'])} points of accuracy, at {100 * trial['confidence']:g}% confidence."
         )
     for arm in worse:
-        if arm["name"] == run.rule:
-            first = trial["arms"][0]
+        first = trial["arms"][0]
+        if arm["name"] == run.rule and first["types"]:
             return (
                 f"Use the placement {first['name']} ({listed(first['types'])}): in the trial {arm['name']}, which this folder "
                 f"holds, lay {points_of(arm['versus'])} points of accuracy from it, at {100 * trial['confidence']:g}% confidence."

@@ -55,12 +55,15 @@ def run_trial(run: Run) -> str:
         raise ConfigError("a trial trains and chooses on the other rows: give --test FILE rows of its own")
     if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
         raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")
+    report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
+    if report:
+        _check_scored_alike(run, report)
     run.begin("trial")
     if run.overwrite:
         shutil.rmtree(folder, ignore_errors=True)
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
-    report = NFNReport.load(run.file("score")) if run.file("score").exists() else run_score(run)
+    report = report or run_score(run)
     budget, arms = matched(run, report, names, lrs)
     vectors = _vectors(run, arms)
     general, told = general_text(run, folder)
@@ -100,6 +103,18 @@ def run_trial(run: Run) -> str:
     }  # fmt: skip
     files.write_json(run.file("trial"), value)
     return table(value)
+
+
+def _check_scored_alike(run: Run, report: NFNReport) -> None:
+    """Raises ConfigError where the folder's scores are of other tokens, or made otherwise, than the settings say."""
+    plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
+    for name, default in plain.items():
+        kept, asked = report.settings.get(name.removeprefix("score_"), default), getattr(run.config, name)
+        if kept != asked:
+            raise ConfigError(
+                f"{run.file('score')} was made with {name} {kept}, the trial's is {asked}: give that one, or choose another "
+                "--out"
+            )
 
 
 def _described(
@@ -178,8 +193,8 @@ def matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> 
     ConfigError naming an arm whose parameters are not within 1 % of it."""
     config = run.config
     how: dict[str, Any] = {
-        key: getattr(config, key) for key in ("k", "rank", "alpha", "seed", "ranks", "granularity", "cap")
-    }
+        key: getattr(config, key) for key in ("k", "rank", "alpha", "seed", "ranks", "granularity")
+    } | {"cap": config.cap or None}
     budget = place(report, "plop", budget=config.budget, **how).parameters
     remedy = "choose another --budget or --rank, or leave the arm out of --arms"
     arms = []
@@ -197,8 +212,13 @@ def matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> 
                 f"arm {name!r} cannot be matched: {placement.parameters:,} parameters are "
                 f"{placement.parameters / budget - 1:+.1%} off {budget:,}, more than {MATCHED:.0%}; {remedy}"
             )
+        same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
         arms.append(Arm(name, placement, lrs))
         run.say(str(placement))
+        if same:
+            run.say(
+                f"{name} is the same placement as {same[0]}, and will show no difference from it: leave one of them out"
+            )
     return budget, arms
 
 

@@ -130,7 +130,11 @@ def test_estimate_compares_the_placement_with_others(base, tmp_path, capsys):
     assert plopfast("estimate", *base[:8]) == 2 and "needs --out" in capsys.readouterr().err
     assert plopfast("estimate", *base[:8], "--out", out) == 2 and "plopfast place" in capsys.readouterr().err
     assert plopfast("score", *base[:8], "--score-prompts", 12, "--out", out) == 0
-    assert plopfast("place", "--out", out, "--rank", 2) == 0
+    single = ["--granularity", "module", "--budget", "400", "--cap", 1]
+    assert plopfast("place", "--out", out, "--rank", 2, *single) == 0
+    again = ["--granularity", "type", "--budget", "", "--overwrite"]
+    assert plopfast("place", "--out", out, *again) == 2, "the cap is kept"
+    assert plopfast("place", "--out", out, *again, "--cap", 0) == 0
     assert plopfast("estimate", "--out", out, "--batch-tokens", 400) == 0
     printed = capsys.readouterr().out
     value = json.loads((out / "estimate.json").read_text())
@@ -216,6 +220,9 @@ def test_bad_input(base, tmp_path, model_folder, capsys):
         ([*base, "--budget", "9"], "below the smallest adapter on these 9 modules"),
         ([*base, "--budget", "lots"], "budget 'lots': expected parameters"),
         ([*base, "--granularity", "module"], "granularity 'module' needs a budget"),
+        ([*base, "--ranks", "proportional"], "ranks 'proportional' needs a budget"),
+        ([*base, "--cap", "1"], "cap 1: .* needs --granularity module"),
+        ([*base, "--compat", "official", "--skip-first"], "--compat official scores every token"),
         ([*base, "--lr", "-1"], "lr: expected a number above 0"),
         ([*base, "--device", "cuda:7"], "cannot be used on this machine"),
         ([*base, "--config", str(tmp_path / "no.json")], r"no\.json: no such file"),
@@ -228,7 +235,7 @@ def test_bad_input(base, tmp_path, model_folder, capsys):
         err = capsys.readouterr().err
         assert re.search("plopfast: error: .*" + message, err), err
         assert "Traceback" not in err and not (out / "adapter").exists()
-        if number < 6:
+        if number < 6 or "needs" in message or "every token" in message:
             assert not (out / "scores.json").exists()
     assert plopfast("run", *base, "--out", tmp_path / "case4") == 0, "the corrected command is not refused"
     for locked in (tmp_path / "file" / "run", "/proc/plopfast-run"):

@@ -281,6 +281,15 @@ def test_a_worse_placement_is_not_recommended(full):
     )
 
 
+def test_a_reference_of_all_weights_is_not_recommended_as_a_placement(full):
+    pf.place(scores(), "attn", rank=8).save(full / "placement.json")
+    arms = json.loads((full / "trial.json").read_text())["arms"]
+    arms[0] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}
+    change(full, "trial.json", arms=arms, reference="full")
+    lead = report(full).lead
+    assert "Use the placement" not in lead and "; in the trial, full did better than attn" in lead
+
+
 def test_all_weights_are_no_placement(full):
     arms = json.loads((full / "trial.json").read_text())["arms"]
     arms[4] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}

@@ -214,7 +214,7 @@ def test_without_optuna(base, tmp_path, capsys, monkeypatch):
     [
         (["--full"], "--full has no adapters"),
         (["--budget", "10k"], "--budget fixes the size"),
-        (["--granularity", "module"], "granularity 'module' needs a budget"),
+        (["--granularity", "module"], "needs a budget"),
         (["--k", "9"], "k = 9: expected 1 to 7"),
         (["--rank", "33"], "rank 33"),
         (["--rule", "q_prj"], "did you mean 'q_proj'?"),

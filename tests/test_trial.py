@@ -146,6 +146,8 @@ def test_other_texts_scores_and_data(options, tmp_path, capsys):
         (tmp_path / f"{split}.jsonl").write_text("".join(part))  # in the place of the fixture's
     assert plopfast("score", *options[:8], "--score-prompts", 12, "--out", out) == 0
     scored = (out / "scores.json").stat().st_mtime_ns
+    assert plopfast("trial", *options, "--skip-first", "--out", out) == 2
+    assert "was made with skip_first False, the trial's is True" in capsys.readouterr().err
     assert plopfast("trial", *options, "--general", general, "--out", out) == 0
     trial = read(out)
     assert (out / "scores.json").stat().st_mtime_ns == scored
@@ -153,6 +155,13 @@ def test_other_texts_scores_and_data(options, tmp_path, capsys):
     for arm in trial["arms"]:
         assert arm["accuracy"] == pytest.approx(sum(run["accuracy"] for run in arm["runs"]) / 3)
     capsys.readouterr()
+
+
+def test_arms_that_are_one_placement_are_named(options, tmp_path, capsys):
+    scored = tmp_path / "run"
+    assert plopfast("trial", *edit(options, "--arms", "mlp,all,plop"), "--k", 7, "--out", scored) == 0
+    told = capsys.readouterr().err
+    assert "plop is the same placement as all" in told and "as mlp" not in told
 
 
 def test_a_rate_at_which_training_breaks_is_not_chosen(options, tmp_path, capsys):
