@@ -28,6 +28,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
     try:
         yield scratch / path.name
+        _share(scratch / path.name)
         old = scratch / "old"
         if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
             path.replace(old)
@@ -41,6 +42,14 @@ def replacing(path: Path) -> Iterator[Path]:
         raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share(written: Path) -> None:
+    """Gives files the permissions that new files have here: safetensors' writer keeps everybody else out."""
+    (usual := written.with_name("usual")).touch()
+    for file in (written, *written.rglob("*")):
+        if file.is_file():
+            file.chmod(usual.stat().st_mode)
 
 
 def write_text(path: Path, text: str) -> None:

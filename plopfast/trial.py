@@ -106,7 +106,13 @@ def run_trial(run: Run) -> str:
 
 
 def _check_scored_alike(run: Run, report: NFNReport) -> None:
-    """Raises ConfigError where the folder's scores are of other tokens, or made otherwise, than the settings say."""
+    """Raises ConfigError where the folder's scores are of another model or other tokens, or made otherwise, than the
+    settings say."""
+    if report.model != run.model.name_or_path:
+        raise ConfigError(
+            f"{run.file('score')} holds the scores of {report.model}, the trial's model is {run.model.name_or_path}: choose "
+            "another --out"
+        )
     plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
     for name, default in plain.items():
         kept, asked = report.settings.get(name.removeprefix("score_"), default), getattr(run.config, name)

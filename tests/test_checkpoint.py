@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_whole_types_are_named_shortly(llama, tmp_path):
     pf.inject(llama, placement)
     config = json.loads((pf.save_adapter(llama, tmp_path / "a") / "adapter_config.json").read_text())
     assert config["target_modules"] == ["v_proj"] and not config["rank_pattern"]
+
+
+def test_files_can_be_read_by_those_who_may_read_new_ones(llama, tmp_path):
+    before = os.umask(0o027)
+    try:
+        pf.inject(llama, mixed(llama))
+        pf.save_adapter(llama, tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "adapter").iterdir()} == {0o640}
 
 
 def test_another_base_is_noticed(saved):
