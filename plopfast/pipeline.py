@@ -29,6 +29,7 @@ from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
 from .nfn import NFNReport, score
 from .placement import Placement, place, rule_of
+from .scores import ModuleScore
 from .train import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
@@ -287,6 +288,15 @@ def placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Place
     return place(report, rule_of(rule), budget=config.budget or None, **how)
 
 
+def _check_rule(run: Run) -> None:
+    """Raises PlacementError for a rule that cannot be placed whatever the scores; those that choose by them can fail only
+    on k, which scoring checks itself."""
+    if run.config.full or run.config.rule in ("plop", "plop-inverse", "random"):
+        return
+    unscored = {i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in linear_modules(run.model)}
+    placed(run.config, NFNReport(unscored, 0, 0, 0.0), run.config.rule)
+
+
 def run_estimate(run: Run) -> str:
     """What a step costs on the run's placement, on query, key and value, on the MLPs, on all modules, and with all
     weights, for micro-batches of the longest training rows: estimate.json, and its table."""
@@ -450,6 +460,7 @@ def run_all(run: Run) -> str:
 
     distributed.on_main(refuse_results)
     run.rows("train")
+    _check_rule(run)  # before settings that cannot be are kept
     run.write_config()  # from here on an interrupted run can be resumed
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
         run.examples(split)

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "report": LEAVES | {"sections"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"}
-    | {"estimate"},
+    | {"estimate", "scores"},
     "paired": set(),
     "trial_runs": LEAVES
     | {"data", "models", "lora", "placement", "checkpoint", "evaluate", "train", "pipeline"},
