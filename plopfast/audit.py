@@ -22,7 +22,7 @@ from .errors import ConfigError, DataError, PlopfastError
 from .models import context_length, device_of, linear_modules
 from .nfn import score
 from .pipeline import SCORE_ROWS, Run
-from .scores import NFNReport
+from .scores import NFNReport, types_of
 
 SHORTEST = 8  # prompts in a subset, and tokens of a truncated row; then 16, 32, ...
 REPEATS = 100  # random subsets of each size
@@ -52,7 +52,7 @@ def subset_rows(report: NFNReport, k: int, seed: int = 0, repeats: int = REPEATS
     prompts = stats.shape[2]
     if prompts <= SHORTEST:
         raise ConfigError(f"{prompts} prompts: too few for subsets of {SHORTEST}; score more of them")
-    names, mean_TM = averages(["" if s.layer is None else s.type for s in report.scores.values()])
+    names, mean_TM = averages(types_of(report.scores.values()))
     generator = torch.Generator().manual_seed(seed)
 
     def types(kept_RP: torch.Tensor) -> list[dict[str, float]]:

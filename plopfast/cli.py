@@ -66,6 +66,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         (),
     ),
 }
+RESUMABLE = ("run", "train", "trial", "search")
 ON_RANKS = ("run", "score", "train", "eval")  # what every rank takes part in; the others are rank 0's alone
 BENCH = "time the kernels and a layer against PEFT on this GPU; --tune: measure which path each shape should take"
 DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
@@ -102,7 +103,7 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except OSError as error:
         return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
-        resumable = arguments.out and arguments.command in ("run", "train", "trial", "search")
+        resumable = arguments.out and arguments.command in RESUMABLE
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
@@ -152,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
             command.add_argument("--seconds", type=float, default=60.0, help="for the kernel checks (default: 60)")
         if name not in ("info", "doctor"):
             command.add_argument("--overwrite", action="store_true", help="replace results that exist")
-        if name in ("run", "train", "trial", "search"):
+        if name in RESUMABLE:
             command.add_argument("--resume", action="store_true", help="go on with what was interrupted")
         if name in ("eval", "merge"):
             command.add_argument("--adapter", type=Path, metavar="DIR", help="adapter folder (default: OUT/adapter)")

@@ -33,7 +33,7 @@ from .lora import adapters
 from .models import LinearInfo, body, device_of, linear_modules, whole
 from .ops import row_norms
 from .progress import bar
-from .scores import ModuleScore, NFNReport
+from .scores import ModuleScore, NFNReport, types_of
 
 WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
 MIN_BATCH_TOKENS = 384
@@ -281,7 +281,7 @@ def _score(
     runner = model if include_head else body(model)
     options = {"use_cache": False} if hasattr(model, "config") else {}
     hooks = [state.hook(i, info.name, whole(getattr(info.module, "bias", None))) for i, info in enumerate(infos)]
-    types = ["" if info.layer is None else info.type for info in infos]
+    types = types_of(infos)
     order: list[_Row] = []
     looks: list[int] = []
     decision = None

@@ -28,7 +28,7 @@ from .evaluate import Metrics, choices_of, evaluate
 from .lora import adapters, disabled, inject, merge, unload
 from .models import DEFAULT_HUB_ID, context_length, linear_modules, load_model
 from .nfn import NFNReport, score
-from .placement import Placement, place, rule_of
+from .placement import BY_K, Placement, place, rule_of
 from .scores import ModuleScore
 from .train import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
 
@@ -246,7 +246,7 @@ def run_score(run: Run) -> NFNReport:
         run.say("every row is scored, as the authors' procedure keeps nothing of single prompts")
     elif config.confidence:
         k = config.k
-        if config.rule not in ("plop", "plop-inverse", "random"):  # which do not ask how many types there are
+        if config.rule not in BY_K:  # which do not ask how many types there are
             k = min(k, len({info.type for info in linear_modules(run.model)}))
         how |= {"confidence": config.confidence, "k": k, "inverse": config.rule == "plop-inverse"}
     with run.stage("score"):
@@ -291,7 +291,7 @@ def placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Place
 def _check_rule(run: Run) -> None:
     """Raises PlacementError for a rule that cannot be placed whatever the scores; those that choose by them can fail only
     on k, which scoring checks itself."""
-    if run.config.full or run.config.rule in ("plop", "plop-inverse", "random"):
+    if run.config.full or run.config.rule in BY_K:
         return
     unscored = {i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in linear_modules(run.model)}
     placed(run.config, NFNReport(unscored, 0, 0, 0.0), run.config.rule)
@@ -339,6 +339,12 @@ def _try_estimate(run: Run) -> None:
         run.say(str(error))
 
 
+def adapt(model: Any, placement: Placement, config: RunConfig, vectors: dict[str, torch.Tensor] | None) -> None:
+    """Injects the placement's adapters as the settings say; `vectors` are EVA's, None for another init."""
+    start: dict[str, Any] = {"seed": config.seed, "init": config.init, "eva": vectors}
+    inject(model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, **start)
+
+
 def run_train(run: Run) -> TrainResult:
     config = run.config
     placement = None if config.full else Placement.load(run.file("place"))
@@ -354,8 +360,7 @@ def run_train(run: Run) -> TrainResult:
     if placement is None:
         run.model.requires_grad_(True)
     else:
-        start: dict[str, Any] = {"seed": config.seed, "init": config.init, "eva": vectors}
-        inject(run.model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, **start)
+        adapt(run.model, placement, config, vectors)
     trainer = Trainer(run.model, config, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress)
     for line in (*trainer.paths(), *(machine.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)

@@ -19,7 +19,9 @@ from . import files
 from .errors import FileError, PlacementError
 from .scores import ModuleScore, NFNReport
 
-RULES = ("plop", "plop-inverse", "attn", "mlp", "all", "random")
+BY_NFN = ("plop", "plop-inverse")
+BY_K = (*BY_NFN, "random")  # the rules that choose k types
+RULES = (*BY_NFN, "attn", "mlp", "all", "random")
 # last components of the names that transformers' models give to these projections, fused ones included
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "q", "k", "v")
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc1", "fc2", "w1", "w2", "w3")
@@ -171,13 +173,13 @@ def _by_type(
     if not isinstance(rule, str):
         return *_explicit(rule, scored, types), None, []
     if rule not in RULES:
-        raise PlacementError(f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{_near(rule, RULES)}")
-    if rule in ("plop", "plop-inverse", "random") and not 1 <= k <= len(types):
+        raise PlacementError(f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{nearest(rule, RULES)}")
+    if rule in BY_K and not 1 <= k <= len(types):
         raise PlacementError(f"k = {k}: expected 1 to {len(types)}, this model's module types ({', '.join(types)})")
     margin, notes = None, []
     if rule == "plop-inverse":
         types.reverse()
-    if rule in ("plop", "plop-inverse"):
+    if rule in BY_NFN:
         chosen = types[:k]
         margin = abs(report.types[types[k]] - report.types[types[k - 1]]) if k < len(types) else None
         confidence = report.settings.get("confidence") or 0.95
@@ -196,7 +198,7 @@ def _by_module(
     scored: dict[str, ModuleScore], rule: str | Sequence[str], rank: int, budget: int | None, cap: int | None
 ) -> list[str]:
     """The modules of lowest (or highest) NFN that the budget pays for at `rank`, in the model's order."""
-    if budget is None or rule not in ("plop", "plop-inverse"):
+    if budget is None or rule not in BY_NFN:
         raise PlacementError("granularity 'module' needs a budget, and the rule plop or plop-inverse")
     if rank < 1 or (cap is not None and cap < 1):
         raise PlacementError(f"rank {rank}, cap {cap}: expected 1 or more")
@@ -286,13 +288,14 @@ def _explicit(names: Sequence[str], scored: dict[str, ModuleScore], types: list[
     for name in names:
         if name not in types and name not in scored:
             known = [*types, *scored]
-            raise PlacementError(f"{name!r} is neither a module type nor a module of this model{_near(name, known)}")
+            raise PlacementError(f"{name!r} is neither a module type nor a module of this model{nearest(name, known)}")
     if not names:
         raise PlacementError(f"no module named; expected some of the types {', '.join(types)}")
     modules = [name for name, score in scored.items() if score.type in names or name in names]
     return [type_ for type_ in types if any(scored[name].type == type_ for name in modules)], modules
 
 
-def _near(name: str, known: Sequence[str]) -> str:
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The end of an error about an unknown name: what may have been meant, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -10,6 +10,7 @@ from typing import Any
 
 from . import files
 from .errors import ConfigError, FileError
+from .placement import BY_NFN
 from .sections import SECTIONS, RunFolder, cost, end_of, listed, made, points_of, range_of, ties_of
 
 try:
@@ -103,7 +104,7 @@ def _adapters(run: RunFolder) -> str:
 
 def _how_sure(run: RunFolder) -> str:
     decision, least = run.decision, f"they have the {end_of(run.rule)} NFN"
-    if run.rule not in ("plop", "plop-inverse"):
+    if run.rule not in BY_NFN:
         return f": so says the rule {run.rule!r}, which does not ask for the scores"
     if run.scores and len(run.types) == len(run.scores.types):
         return ", which are all the module types there are"

@@ -1,6 +1,7 @@
 """The scores of a model's modules: what nfn.py measures, placement reads and the report shows."""
 
 import statistics
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ class ModuleScore:
     layer: int | None
     n_in: int
     n_out: int
+
+
+def types_of(modules: Iterable[Any]) -> list[str]:
+    """The type of each module (ModuleScore or LinearInfo), empty for the output head, which is in none: what confidence.py
+    takes."""
+    return ["" if module.layer is None else module.type for module in modules]
 
 
 @dataclass
@@ -82,7 +89,7 @@ class NFNReport:
         return decide(self.prompt_stats, self._types_in_order(), k, confidence, looks, inverse)
 
     def _types_in_order(self) -> list[str]:
-        return ["" if score.layer is None else score.type for score in self.scores.values()]
+        return types_of(self.scores.values())
 
     def z_scores(self) -> dict[str, float]:
         """Module -> how far its NFN lies from its type's median over the layers, in robust standard deviations (1.4826

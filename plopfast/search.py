@@ -21,10 +21,10 @@ from . import files
 from .config import FREE, RunConfig
 from .data import batches_of
 from .errors import ConfigError, FileError, PlacementError, TrainingError
-from .lora import INITS, inject, unload
+from .lora import INITS, unload
 from .models import fingerprint, linear_modules
 from .nfn import NFNReport, score
-from .pipeline import SCORE_ROWS, Run, placed
+from .pipeline import SCORE_ROWS, Run, adapt, placed
 from .placement import Placement
 from .train import Trainer
 
@@ -160,8 +160,7 @@ class Search:
         """The validation loss of a training as `pipeline.run_train` does it, kept nowhere."""
         run = self.run
         config = dataclasses.replace(run.config, **trial.params, log_to="none")
-        start: dict[str, Any] = {"seed": config.seed, "init": config.init, "backend": config.backend}
-        start["eva"] = self.scored(config.rank).eva if config.init == "eva" else None
+        vectors = self.scored(config.rank).eva if config.init == "eva" else None
         train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
 
         def look(step: int, loss: float) -> None:
@@ -171,7 +170,7 @@ class Search:
                 raise optuna.TrialPruned
 
         try:
-            inject(run.model, self._place(config), dropout=config.dropout, rslora=config.rslora, **start)
+            adapt(run.model, self._place(config), config, vectors)
             how: dict[str, Any] = {"unlabeled": unlabeled, "progress": run.progress, "on_valid": look}
             trainer = Trainer(run.model, config, train, valid, **how)
             loss = trainer.fit().valid_loss

@@ -10,7 +10,7 @@ from . import files, pictures
 from .confidence import Decision
 from .nfn import NFNReport
 from .pictures import Picture
-from .placement import Placement
+from .placement import BY_NFN, Placement
 
 UNKNOWN = "-"
 DIFFERS = "≠ "  # begins a cell that disagrees; its row stands out
@@ -92,7 +92,7 @@ class RunFolder:
         if not (self.scores and self.placement):
             return kept
         rule, types = self.placement.rule, self.placement.types
-        if rule not in ("plop", "plop-inverse") or not self.whole_types:
+        if rule not in BY_NFN or not self.whole_types:
             return None
         found = None
         if kept and kept.rule == rule and set(kept.types) == set(types):
@@ -136,7 +136,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
         texts += [
             f"Near-ties at {100 * decision.confidence:g}% confidence: these prompts do not tell {ties_of(decision, 99)}."
         ] * bool(decision.near_ties)
-    elif run.rule in ("plop", "plop-inverse"):
+    elif run.rule in BY_NFN:
         texts.append("How sure the choice is, these scores do not tell.")
     if placement:
         texts += [note for note in placement.notes if not run.decision or run.decision.note not in note]

@@ -9,7 +9,6 @@ paired.py says. Forgetting is the rise of the loss on general text that has noth
 """
 
 import dataclasses
-import difflib
 import math
 import shutil
 import sys
@@ -25,7 +24,7 @@ from .lora import unload
 from .nfn import NFNReport
 from .paired import accuracies, compare
 from .pipeline import EVA, Run, run_score
-from .placement import RULES, place
+from .placement import RULES, nearest, place
 from .trial_runs import MADE_BY, Arm, Training, Work, check_inputs, general_text, look
 
 FULL = "full"
@@ -145,9 +144,7 @@ def listed_arms(text: str) -> list[str]:
     names, known = _listed("arms", text), (*RULES, FULL)
     for name in names:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"arms: expected some of {', '.join(known)}, got {name!r}{hint}")
+            raise ConfigError(f"arms: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     if len(names) < 2:
         raise ConfigError(f"arms: expected two or more to compare, got {text!r}")
     return names

@@ -23,9 +23,9 @@ from .checkpoint import checkpoints, load_adapter, save_adapter
 from .data import Example, read_text
 from .errors import ConfigError, TrainingError
 from .evaluate import choices_of, evaluate, evaluate_rows
-from .lora import inject, unload
+from .lora import unload
 from .models import context_length, fingerprint, linear_modules
-from .pipeline import EVA, Run
+from .pipeline import EVA, Run, adapt
 from .placement import Placement
 from .train import CHECKPOINTS, Trainer
 
@@ -110,8 +110,7 @@ class Training:
             if arm.placement is None:
                 model = copy.deepcopy(run.model).float().requires_grad_(True)
             else:
-                how: dict[str, Any] = {"dropout": config.dropout, "rslora": config.rslora, "backend": config.backend}
-                inject(model, arm.placement, seed=seed, init=config.init, eva=self.vectors, **how)
+                adapt(model, arm.placement, config, self.vectors)
             machine.reset_peak(run.model.device)
             train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
             trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "criteria": LEAVES | {"data", "models", "scores", "lora", "loss", "placement"},
     "pictures": {"errors"},
     "sections": LEAVES | {"confidence", "nfn", "placement", "pictures"},
-    "report": LEAVES | {"sections"},
+    "report": LEAVES | {"sections", "placement"},
     "pipeline": LEAVES
     | {"data", "distributed", "models", "lora", "eva", "nfn", "placement", "checkpoint", "evaluate", "train", "report"}
     | {"estimate", "scores"},
