@@ -201,7 +201,7 @@ def test_the_mask_is_that_of_the_torch_backend(seed, backend, watched):
 
 @pytest.mark.parametrize("backend, reentrant", [("fused", False), ("lora-first", False), ("fused", True)])
 def test_dropout_is_restored_under_checkpointing(backend, reentrant, watched):
-    module = pf.LoRALinear(torch.nn.Linear(40, 24), 4, 8, dropout=0.5, backend=backend).to(DEVICE)
+    module = pf.LoRALinear(torch.nn.Linear(40, 24, device=DEVICE), 4, 8, dropout=0.5, backend=backend)
     o = operands(16, 24, 40, 4)
     with torch.no_grad():
         module.lora_B.copy_(o.b)
