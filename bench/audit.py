@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 

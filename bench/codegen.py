@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 os.environ.pop("TRITON_CACHE_DIR", None)  # a kernel from a cache has no compile time
 
 import aot_jobs

@@ -10,15 +10,16 @@ import argparse
 import random
 from collections import Counter
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 
 import measure
 
 import plopfast as pf
-from plopfast.confidence import decide, next_look
-from plopfast.data import DEMO, batches_of
+from plopfast.data.batches import batches_of
+from plopfast.data.rows import DEMO
+from plopfast.scoring.stopping import decide, next_look
 
 PAPER = 200
 

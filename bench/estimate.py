@@ -18,7 +18,7 @@ import time
 
 from measure import save
 
-from plopfast import machine
+from plopfast.support import machine
 
 CHOICES = ("plop", "attn", "all", "full")
 SHAPES = ((8, 20), (4, 256))  # rows, tokens
@@ -28,8 +28,8 @@ STRICT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def placement_of(choice, model):
-    from plopfast.models import linear_modules
-    from plopfast.placement import Placement
+    from plopfast.lora.placement import Placement
+    from plopfast.models.linears import linear_modules
 
     types = {"plop": PLOP, "attn": ("q_proj", "k_proj", "v_proj")}.get(choice)
     chosen = [info for info in linear_modules(model) if types is None or info.type in types]
@@ -44,12 +44,13 @@ def measured(choice, rows, tokens):
     from torch.utils.flop_counter import FlopCounterMode
 
     import plopfast as pf
-    from plopfast.blocks import prepared_blocks
-    from plopfast.config import RunConfig
-    from plopfast.data import Example
-    from plopfast.estimate import FORMULAS
-    from plopfast.lora import inject, prepared
-    from plopfast.train import Trainer
+    from plopfast.data.rows import Example
+    from plopfast.lora.layer import inject
+    from plopfast.lora.shared import prepared
+    from plopfast.support.config import RunConfig
+    from plopfast.training.blocks import prepared_blocks
+    from plopfast.training.estimate import FORMULAS
+    from plopfast.training.trainer import Trainer
 
     def trainer_of(model, rows, tokens):
         inject(model, placement_of(choice, model)) if choice != "full" else model.requires_grad_(True)
@@ -93,8 +94,8 @@ def in_process(choice, rows, tokens, environment):
 
 def main():
     import plopfast as pf
-    from plopfast.config import RunConfig
-    from plopfast.estimate import estimate
+    from plopfast.support.config import RunConfig
+    from plopfast.training.estimate import estimate
 
     model, _ = pf.load_model()
     cases = []

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plopfast import machine
+from plopfast.support import machine
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -8,7 +8,7 @@ Target: a call (forward, with gradients wanted) no slower than PEFT's.
 
 import argparse
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 

@@ -8,7 +8,7 @@ it in time and 1.05 in peak memory, and at most 1/6 of the authors' procedure in
 
 import argparse
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 
@@ -16,7 +16,8 @@ import measure
 import torch
 
 import plopfast as pf
-from plopfast.data import DEMO, batches_of
+from plopfast.data.batches import batches_of
+from plopfast.data.rows import DEMO
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 

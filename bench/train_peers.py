@@ -36,7 +36,7 @@ from itertools import islice
 from pydoc_data.topics import topics
 from typing import Any
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 
@@ -52,9 +52,9 @@ except ImportError as error:
     raise SystemExit(f"{error}: the trainers to compare with come with pip install 'plopfast[hf,bench]'") from None
 
 import plopfast as pf
-from plopfast.data import DEMO, IGNORE, Example
-from plopfast.evaluate import choices_of, evaluate
-from plopfast.lora import adapters
+from plopfast.data.rows import DEMO, IGNORE, Example
+from plopfast.lora.layer import adapters
+from plopfast.training.evaluate import choices_of, evaluate
 
 PEERS = ("peft", "transformers", "accelerate", "datasets", "trl")
 TYPES = ["v_proj", "up_proj", "down_proj"]

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from plopfast import machine
+from plopfast.support import machine
 
 machine.set_waiting_policy()
 

@@ -15,7 +15,7 @@ import sys
 
 import measure
 
-from plopfast import machine
+from plopfast.support import machine
 
 SETTINGS = {
     "no spinning": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},

@@ -18,26 +18,41 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .checkpoint import load_adapter as load_adapter, save_adapter as save_adapter
-    from .config import RunConfig as RunConfig, TrainConfig as TrainConfig
-    from .data import read_jsonl as read_jsonl, tokenize as tokenize
-    from .errors import BackendError as BackendError, PlopfastError as PlopfastError
-    from .lora import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
-    from .models import linear_modules as linear_modules, load_model as load_model
-    from .nfn import NFNReport as NFNReport, score as score
-    from .ops import linear_norms as linear_norms, lora_linear as lora_linear
-    from .placement import Placement as Placement, place as place
-    from .train import Trainer as Trainer, TrainResult as TrainResult
+    from .data.labels import tokenize as tokenize
+    from .data.rows import read_jsonl as read_jsonl
+    from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
+    from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
+    from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
+    from .lora.placement import Placement as Placement
+    from .models.linears import linear_modules as linear_modules
+    from .models.loading import load_model as load_model
+    from .placing.place import place as place
+    from .scoring.nfn import score as score
+    from .scoring.report import NFNReport as NFNReport
+    from .support.config import RunConfig as RunConfig, TrainConfig as TrainConfig
+    from .support.errors import BackendError as BackendError, PlopfastError as PlopfastError
+    from .training.trainer import Trainer as Trainer, TrainResult as TrainResult
 
 _HOME = {
     name: module
     for module, names in {
-        "checkpoint": "load_adapter save_adapter", "config": "RunConfig TrainConfig", "data": "read_jsonl tokenize",
-        "errors": "BackendError PlopfastError", "lora": "LoRALinear inject merge unload", "models": "linear_modules load_model",
-        "nfn": "NFNReport score", "ops": "linear_norms lora_linear", "placement": "Placement place", "train": "Trainer TrainResult",
+        "lora.layer": "LoRALinear inject merge unload",
+        "lora.ops": "linear_norms lora_linear",
+        "lora.peft_files": "load_adapter save_adapter",
+        "lora.placement": "Placement",
+        "data.labels": "tokenize",
+        "data.rows": "read_jsonl",
+        "models.linears": "linear_modules",
+        "models.loading": "load_model",
+        "placing.place": "place",
+        "scoring.nfn": "score",
+        "scoring.report": "NFNReport",
+        "support.config": "RunConfig TrainConfig",
+        "support.errors": "BackendError PlopfastError",
+        "training.trainer": "Trainer TrainResult",
     }.items()
     for name in names.split()
-}  # fmt: skip
+}
 __all__ = sorted(_HOME)
 
 

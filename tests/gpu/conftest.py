@@ -7,8 +7,6 @@ With neither an interpreter nor a GPU nothing here is collected; tests/test_trit
 
 import contextlib
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,14 +18,6 @@ elif torch.cuda.is_available():
     collect_ignore_glob = ["test_checked_interpreter.py", "test_traffic.py"]  # of the interpreter itself
 else:
     collect_ignore_glob = ["test_*.py"]
-
-
-def pytest_plugin_registered(plugin, manager):
-    """All conftests are called `conftest`: hands the name back to the parent's, which tests/test_*.py import from."""
-    if plugin is sys.modules.get(__name__):
-        parent = manager.get_plugin(str(Path(__file__).parents[1] / "conftest.py"))
-        if parent is not None:
-            sys.modules[__name__] = parent
 
 
 @pytest.fixture

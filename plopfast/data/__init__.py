@@ -1,0 +1,1 @@
+"""Data: files to rows, rows to tokens, tokens to batches."""

@@ -1,0 +1,194 @@
+"""Rows of tokens to batches: padded, packed, grouped by length, epoch after epoch."""
+
+import bisect
+import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count, islice
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from ..support.errors import DataError
+from .rows import IGNORE, Example
+
+
+def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """Right-padded int64 `input_ids`, `attention_mask` and `labels`, each [rows, longest]; padding is token 0."""
+    longest = max(map(len, sequences))
+    batch = {
+        "input_ids": torch.zeros(len(sequences), longest, dtype=torch.long),
+        "attention_mask": torch.zeros(len(sequences), longest, dtype=torch.long),
+        "labels": torch.full((len(sequences), longest), IGNORE),
+    }
+    for i, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
+        row = torch.tensor(tokens)
+        batch["input_ids"][i, : len(row)] = row
+        batch["attention_mask"][i, : len(row)] = 1
+        batch["labels"][i, start : len(row)] = row[start:]
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def collate_packed(
+    sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu"
+) -> dict[str, torch.Tensor]:
+    """int64 `input_ids`, `position_ids` and `labels`, each [1, tokens]: the sequences end to end, without padding.
+
+    Positions restart at 0 with each sequence, and its first token has no label, as the token before it is another
+    sequence's. There is no attention mask on purpose: without one (and without a cache) transformers takes the
+    sequences' borders from the positions, in every layer's mask (full or sliding; sdpa, eager) and as
+    cu_seqlens of flash attention. `models.check_packing` tells whether a model does.
+    """
+    rows = [torch.tensor(tokens) for tokens in sequences]
+    labels = [row.clone() for row in rows]
+    for label, start in zip(labels, starts, strict=True):
+        label[: max(start, 1)] = IGNORE
+    batch = {
+        "input_ids": torch.cat(rows),
+        "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
+        "labels": torch.cat(labels),
+    }
+    return {key: value.unsqueeze(0).to(device) for key, value in batch.items()}
+
+
+def batches_of(
+    examples: Sequence[Example], rows: int, tokens: str = "all", skip_first: bool = False
+) -> list[dict[str, torch.Tensor]]:
+    """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them; with `counted`
+    [rows, tokens] where only some tokens are to be scored: the "prompt", the "completion", or those of a role. `skip_first`
+    leaves out each row's first token, whose large norms are the attention sink's (Xiao et al., arXiv 2309.17453).
+
+    Raises DataError where no token would be left, or a role is asked for and the examples have none.
+    """
+    chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
+    batches = [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
+    if tokens == "all" and not skip_first:
+        return batches
+    for batch, chunk in zip(batches, chunks, strict=True):
+        batch["counted"] = pad_sequence([_counted(e, tokens, skip_first) for e in chunk], batch_first=True)
+    if not any(batch["counted"].any() for batch in batches):
+        known = sorted({role for e in examples for role in e.roles or ()})
+        raise DataError(
+            f"{examples[0].where} and {len(examples) - 1} more rows: no {tokens} token to score"
+            + (f"; the rows' roles are {', '.join(known)}" if known else "")
+        )
+    return batches
+
+
+def _counted(example: Example, tokens: str, skip_first: bool) -> torch.Tensor:
+    place = torch.arange(len(example.tokens))
+    if tokens in ("prompt", "completion"):
+        counted = (place >= example.start) == (tokens == "completion")
+    elif tokens == "all":
+        counted = torch.ones_like(place, dtype=torch.bool)
+    elif example.roles is None:
+        raise DataError(
+            f"{example.where}: scoring the {tokens}'s tokens needs rows of messages, and a chat template that adds "
+            "each message to those before it; score all, prompt or completion tokens"
+        )
+    else:
+        counted = torch.tensor([role == tokens for role in example.roles])
+    return counted & (place > 0) if skip_first else counted
+
+
+def group_by_length(
+    lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024
+) -> list[list[int]]:
+    """Index groups whose padded size (rows x longest) stays within `budget` tokens; every index appears once.
+
+    Indices are sorted by length within windows (shuffled before, and the groups after, when there is a `seed`), which
+    leaves a few per cent of padding. A row longer than the budget makes a group of its own.
+    """
+
+    def fill(window: list[int]) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        for index in sorted(window, key=lambda i: lengths[i]):
+            if groups[-1] and (len(groups[-1]) + 1) * lengths[index] > budget:
+                groups.append([])
+            groups[-1].append(index)
+        return groups
+
+    return _in_windows(len(lengths), fill, seed, window)
+
+
+def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024) -> list[list[int]]:
+    """Index groups whose summed length stays within `budget` tokens; every index appears once.
+
+    Best fit decreasing within windows: each row, longest first, joins the fullest group that has room for it. Indices
+    are shuffled before, and the groups after, when there is a `seed`. Raises DataError for a row above the budget.
+    """
+    above = [length for length in lengths if length > budget]
+    if above:
+        raise DataError(
+            f"{len(above)} of {len(lengths)} rows do not fit a packed batch of {budget} tokens (the longest has "
+            f"{max(above)}): allow {max(above)} tokens a batch, or shorten or split these rows"
+        )
+
+    def fill(window: list[int]) -> list[list[int]]:
+        groups: list[list[int]] = []
+        rooms: list[tuple[int, int]] = []  # (free tokens, number of the group), ascending
+        for index in sorted(window, key=lambda i: -lengths[i]):
+            at = bisect.bisect_left(rooms, (lengths[index], 0))
+            free, number = rooms.pop(at) if at < len(rooms) else (budget, len(groups))
+            if number == len(groups):
+                groups.append([])
+            groups[number].append(index)
+            bisect.insort(rooms, (free - lengths[index], number))
+        return groups
+
+    return _in_windows(len(lengths), fill, seed, window)
+
+
+def _in_windows(
+    count: int, fill: Callable[[list[int]], list[list[int]]], seed: int | None, window: int
+) -> list[list[int]]:
+    """The groups that `fill` makes of each window of the indices, which are shuffled before, and the groups after, where
+    there is a seed."""
+    order = list(range(count))
+    rng = random.Random(seed)
+    if seed is not None:
+        rng.shuffle(order)
+    groups = [group for begin in range(0, count, window) for group in fill(order[begin : begin + window])]
+    if seed is not None:
+        rng.shuffle(groups)
+    return groups
+
+
+def micro_batches(
+    lengths: Sequence[int], labelled: int, budget: int, seed: int, share: float = 0.0, packing: bool = False
+) -> Iterator[list[int]]:
+    """Endless index groups, epoch after epoch, each epoch in an order of its own: a pure function of the arguments, so
+    that a position in the data is a number of groups.
+
+    Indices from `labelled` on are unlabelled rows: with `share` 0 they come once, before the others; else that share of
+    the groups holds them.
+    """
+    ours = _epochs(lengths[:labelled], 0, budget, seed, packing)
+    others: Iterator[list[int]] = iter(())
+    if labelled < len(lengths):
+        others = _epochs(lengths[labelled:], labelled, budget, seed, packing)
+        if not share:
+            yield from islice(others, groups_in_epoch(lengths[labelled:], budget, seed, packing))
+    owed = 0.0
+    while True:
+        owed += share
+        if owed >= 1.0:
+            owed -= 1.0
+            yield next(others)
+        else:
+            yield next(ours)
+
+
+def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> int:
+    """Micro-batches in the first epoch."""
+    return len((pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, 0)))
+
+
+def _epochs(lengths: Sequence[int], first: int, budget: int, seed: int, packing: bool) -> Iterator[list[int]]:
+    for epoch in count():
+        for group in (pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, epoch)):
+            yield [first + index for index in group]
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return seed * 1_000_003 + epoch

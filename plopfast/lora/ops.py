@@ -1,0 +1,236 @@
+"""The functional core: checks arguments and ties the kernels to autograd.
+
+    S = c drop(X) A^T;  Y = X W^T + S B^T + bias                         c = scaling / (1 - p)
+    dS = c dY B;  dB = dY^T S;  dA = dS^T drop(X);  dX = dY W + mask (dS A)
+
+M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 2106.09685, section 4.1); drop zeroes
+elements and leaves the factor 1 / (1 - p) to c, which is applied in float32 before S and dS are rounded.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..kernels import dispatch, library
+from ..support.errors import BackendError
+
+
+def lora_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    lora_A: torch.Tensor,
+    lora_B: torch.Tensor,
+    *,
+    scaling: float,
+    bias: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: int | torch.Tensor | None = None,
+    backend: str = "auto",
+    low: tuple[torch.Tensor, torch.Tensor] | None = None,
+    s: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """A frozen linear layer plus its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
+
+    x [..., K], weight [N, K] (frozen; a transposed view is fine), lora_A [R, K], lora_B [N, R], bias [N] (frozen);
+    returns [..., N] in x's dtype. x, weight and bias share one floating dtype; the adapters may have another, their
+    gradients come in it. Under autocast everything is computed in the autocast dtype. Saved for the backward pass:
+    x and S = drop(x) A^T alone. The dropout mask is a function of (seed, row, column) and is never stored; `seed` is a
+    64-bit integer, or a 0-d int64 tensor on the CPU (which torch.compile can trace).
+
+    `backend`: "auto" (Triton where it runs, else torch), "torch", "triton" (strategy from the tuning table), or
+    "fused" / "lora-first" for one strategy.
+
+    What a caller knows already, for eager mode: `low`, copies of lora_A and lora_B in x's dtype, so that no call casts
+    them again; `s` [M, R], scaling * x lora_A^T as `shrink` gives it for several modules that share x.
+
+    Raises ValueError for shapes, dtypes, devices, dropout rates or a missing seed that cannot work, and BackendError
+    where `backend` cannot run.
+    """
+    kind = x.device.type
+    autocast = torch.is_autocast_enabled(kind)
+    if autocast:
+        dtype = torch.get_autocast_dtype(kind)
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+    if backend != "auto" and not torch.compiler.is_compiling():
+        rows = x.numel() // max(x.shape[-1], 1)
+        or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
+    if isinstance(seed, int):
+        seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
+    # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
+    x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    arguments = (
+        x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend, low, s,
+    )  # fmt: skip
+    if autocast:
+        with torch.autocast(kind, enabled=False):
+            y_MN = _LoRALinear.apply(*arguments)
+    else:
+        y_MN = _LoRALinear.apply(*arguments)
+    return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.shape[0])
+
+
+def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
+    """||W x|| of every token: x [..., K], weight [N, K] -> [...] in float32 (float64 for float64).
+
+    Where Triton runs, the outputs are never written: it scores weights that are not on the forward path. No gradient.
+    Raises ValueError for shapes and dtypes that do not match, BackendError where `backend` cannot run.
+    """
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
+        raise ValueError(
+            f"linear_norms: expected x [..., K] and weight [N, K] of one dtype, got x {list(x.shape)} {x.dtype} and "
+            f"weight {list(weight.shape)} {weight.dtype}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them to one device")
+    or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
+    with torch.no_grad():
+        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+        return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
+
+
+def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto") -> torch.Tensor:
+    """||y - bias|| over the last dimension: y [..., N], bias [N] -> [...] in float32 (float64 for float64).
+
+    One read of y where Triton runs, and no float32 copy of it. No gradient. Raises BackendError where `backend` cannot run.
+    """
+    or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
+    with torch.no_grad():
+        return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
+
+
+def path(device: torch.device, backend: str) -> str:
+    """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
+    return or_backend_error(dispatch.resolve, device, backend)
+
+
+def or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`; the kernels' UnsupportedError becomes the BackendError that users see."""
+    try:
+        return function(*arguments)
+    except dispatch.UnsupportedError as error:
+        raise BackendError(str(error)) from None
+
+
+class _LoRALinear(torch.autograd.Function):
+    # an autograd function around the op, not torch.library.register_autograd: half the overhead in eager mode
+    @staticmethod
+    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend, low, s_MR):
+        ctx.settings = scaling, p, backend
+        ctx.dtypes = a_RK.dtype, b_NR.dtype
+        if not _direct(x_MK):
+            op = torch.ops.plopfast.lora_forward.default
+            y_MN, s_MR = op(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
+        else:
+            if low is not None and low[0].dtype == x_MK.dtype:
+                a_RK, b_NR = low
+            if s_MR is None:
+                s_MR = library.shrink(x_MK, w_NK, a_RK, scaling, p, seed, backend)
+            y_MN = library.forward(x_MK, s_MR, w_NK, b_NR, bias_N, backend)
+        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
+        return y_MN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_MN):
+        x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+        scaling, p, backend = ctx.settings
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
+        arguments = (dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+        if _direct(dy_MN):
+            dx_MK, da_RK, db_NR = library.lora_backward(*arguments, *ctx.dtypes)
+        else:
+            dx_MK, da_RK, db_NR = torch.ops.plopfast.lora_backward.default(*arguments)
+        return (
+            dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, *(None,) * 7,
+        )  # fmt: skip
+
+
+def shrink(
+    x: torch.Tensor, weight: torch.Tensor, stacked_A: torch.Tensor, scaling: float, backend: str
+) -> torch.Tensor:
+    """scaling * x A^T for the stacked lora_A of modules that share x: [..., K] and [R, K] -> [M, R]. No gradient of its
+    own: the modules' backward passes hold it."""
+    with torch.no_grad():
+        return library.shrink(x.reshape(-1, x.shape[-1]).contiguous(), weight, stacked_A, scaling, 0.0, None, backend)
+
+
+def _direct(x: torch.Tensor) -> bool:
+    """Whether to call an op's implementation itself: torch's dispatcher takes a tenth of a small eager call."""
+    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+
+
+def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+    """Raises ValueError for what cannot work; what can work passes in one expression, as small models feel each call."""
+    dtype, device, n_in = x.dtype, x.device, x.shape[-1] if x.dim() else -1
+    a_shape, b_shape, w_shape = lora_A.shape, lora_B.shape, weight.shape
+    if not (
+        len(w_shape) == len(a_shape) == len(b_shape) == 2
+        and w_shape[1] == a_shape[1] == n_in
+        and w_shape[0] == b_shape[0]
+        and a_shape[0] == b_shape[1] >= 1
+        and weight.dtype == dtype
+        and dtype.is_floating_point
+        and (lora_A.dtype == dtype or lora_A.dtype == torch.float32)
+        and (lora_B.dtype == dtype or lora_B.dtype == torch.float32)
+        and weight.device == lora_A.device == lora_B.device == device
+        and not weight.requires_grad
+        and (
+            bias is None
+            or (bias.shape == w_shape[:1] and bias.dtype == dtype and bias.device == device and not bias.requires_grad)
+        )
+        and math.isfinite(scaling)
+        and 0.0 <= dropout_p < 1.0
+        and (not dropout_p or _is_seed(seed))
+    ):
+        _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
+
+
+def _is_seed(seed) -> bool:
+    if isinstance(seed, torch.Tensor):
+        return seed.numel() == 1 and not seed.dtype.is_floating_point
+    return isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64
+
+
+def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "
+            f"{list(weight.shape)}; a weight stored [in, out] (GPT-2's Conv1D) is passed as weight.T"
+        )
+    n_out, n_in = weight.shape
+    rank = lora_A.shape[0]
+    if rank < 1:
+        raise ValueError(f"lora_A: expected rank >= 1, got shape {list(lora_A.shape)}")
+    for name, tensor, want in (("lora_A", lora_A, ["rank", n_in]), ("lora_B", lora_B, [n_out, rank])):
+        got = list(tensor.shape)
+        if len(got) != 2 or any(isinstance(w, int) and w != g for w, g in zip(want, got, strict=True)):
+            hint = ": transposed?" if got[::-1][-1:] == want[:1] or got[:1] == want[-1:] else ""
+            raise ValueError(f"{name}: expected [{want[0]}, {want[1]}], got {got}{hint}")
+        if tensor.dtype not in (x.dtype, torch.float32):
+            raise ValueError(f"{name}: expected float32 or x's dtype {x.dtype}, got {tensor.dtype}")
+    if bias is not None and list(bias.shape) != [n_out]:
+        raise ValueError(f"bias: expected [{n_out}], got {list(bias.shape)}")
+    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+        if name in ("weight", "bias"):
+            if tensor.dtype != x.dtype:
+                raise ValueError(f"{name} is {tensor.dtype}, x {x.dtype}: cast x, or use torch.autocast")
+            if tensor.requires_grad:
+                raise ValueError(f"{name} requires a gradient, but LoRA keeps it frozen: {name}.requires_grad_(False)")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    if not math.isfinite(scaling):
+        raise ValueError(f"scaling: expected a finite number, got {scaling}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p: expected 0 <= p < 1, got {dropout_p}")
+    if seed is None:
+        raise ValueError("dropout_p > 0 needs a seed: the mask is a function of (seed, row, column)")
+    raise ValueError(f"seed: expected a 64-bit integer or a tensor of one, got {seed}")

@@ -1,0 +1,65 @@
+"""A placement: which modules get adapters, and of what rank and alpha."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..support import files
+from ..support.errors import FileError
+
+
+@dataclass
+class Placement:
+    """`modules`: name -> (rank, alpha); `margin`: NFN between the k-th and the (k+1)-th type, for plop rules; `notes`: how
+    sure the choice is, and what a budget did."""
+
+    modules: dict[str, tuple[int, float]]
+    types: list[str]
+    rule: str
+    parameters: int
+    margin: float | None = None
+    model: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, atomically."""
+        files.write_json(Path(path), {"plopfast": "placement", **asdict(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Placement":
+        value = files.read_json(Path(path), "plopfast place")
+        try:
+            value.pop("plopfast")
+            placement = cls(**value)
+            placement.modules = {name: (int(rank), float(alpha)) for name, (rank, alpha) in placement.modules.items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FileError(f"{path}: not a placement file ({error}); make it anew with plopfast place") from None
+        return placement
+
+    def peft_config(self) -> dict[str, Any]:
+        """Arguments of `peft.LoraConfig` that adapt the same modules with the same ranks and alphas."""
+        return {"task_type": "CAUSAL_LM", "target_modules": sorted(self.modules), **ranks_and_patterns(self.modules)}
+
+    def __str__(self) -> str:
+        ranks = [rank for rank, _ in self.modules.values()]
+        span = f"rank {ranks[0]}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"
+        lines = [
+            f"{self.rule}: {', '.join(self.types)}: {len(self.modules)} modules, {span}, "
+            f"{self.parameters:,} trainable parameters"
+        ]
+        if self.margin is not None and not any("margin" in note for note in self.notes):
+            lines.append(f"margin between the last type chosen and the first left out: {self.margin:.3f} NFN")
+        return "\n".join(lines + self.notes)
+
+
+def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
+    """PEFT's `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` for modules with (rank, alpha): the commonest values, and
+    the modules that have others, as regular expressions of their names."""
+    common = [Counter(column).most_common(1)[0][0] for column in zip(*modules.values(), strict=True)]
+    rank_pattern, alpha_pattern = (
+        {re.escape(name): values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)
+    )
+    return {"r": common[0], "lora_alpha": common[1], "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}

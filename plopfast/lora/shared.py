@@ -1,0 +1,89 @@
+"""Modules that read one input shrink it in one product."""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+
+from ..models.linears import body, device_of
+from .layer import LoRALinear, adapters
+from .ops import shrink
+
+
+class SharedInput:
+    """Modules that read one input (query, key and value; gate and up): their shrinks S = c x A^T as one product."""
+
+    def __init__(self, members: list[LoRALinear]) -> None:
+        self.members = members
+        self.stacked_A: torch.Tensor | None = None  # set while `prepared` lasts
+        self._x: Callable[[], torch.Tensor | None] = lambda: None
+        self._version = 0  # of x, which could be changed in place
+        self._parts: dict[LoRALinear, torch.Tensor] = {}
+
+    def s_of(self, member: LoRALinear, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor | None:
+        """This member's S [M, rank], or None where it has to be computed alone."""
+        if self.stacked_A is None or self.stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
+            return None
+        if self._x() is not x or self._version != x._version or member not in self._parts:
+            s_MR = shrink(x, weight_NK, self.stacked_A, member.scaling, member.backend)
+            parts = s_MR.split([m.rank for m in self.members], dim=1)
+            # contiguous: torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly
+            self._parts = {m: part.contiguous() for m, part in zip(self.members, parts, strict=True)}
+            self._x, self._version = weakref.ref(x), x._version
+        return self._parts.pop(member)
+
+
+@contextlib.contextmanager
+def prepared(model: nn.Module) -> Iterator[None]:
+    """For a training step: while it lasts, the adapters' casts to the weights' dtype are made once and not in every
+    call, and modules that share an input (see `find_shared_inputs`) shrink it in one product. The adapters must not
+    change meanwhile."""
+    modules = list(adapters(model).values())
+    groups = {id(m.shared): m.shared for m in modules if m.shared}.values()
+    with torch.no_grad():
+        for module in modules:
+            module.low = module.lora_A.to(module.weight.dtype), module.lora_B.to(module.weight.dtype)
+        for group in groups:
+            group.stacked_A = torch.cat([m.low[0] for m in group.members if m.low])
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.low = None
+        for group in groups:
+            group.stacked_A, group._parts = None, {}
+
+
+@torch.no_grad()
+def find_shared_inputs(model: nn.Module) -> list[list[str]]:
+    """Groups the adapters that read the same input tensor, seen while the model runs on two tokens, for `prepared`;
+    returns the groups' names. A group has one scaling, and at most 256 ranks together (the shrink kernel's limit)."""
+    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so that their identities differ
+    modules = adapters(model)
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            last = modules[seen[-1][1][0]] if seen else None
+            if last is not None and seen[-1][0] is args[0] and last.scaling == module.scaling:
+                seen[-1][1].append(name)
+            else:
+                seen.append((args[0], [name]))
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    try:
+        body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    groups = [names for _, names in seen if len(names) > 1 and sum(modules[n].rank for n in names) <= 256]
+    for names in groups:
+        shared = SharedInput([modules[name] for name in names])
+        for module in shared.members:
+            module.shared = shared
+    return groups

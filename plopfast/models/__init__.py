@@ -1,0 +1,1 @@
+"""Causal language models: loading them, and what their linear modules are."""

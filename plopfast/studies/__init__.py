@@ -1,0 +1,1 @@
+"""Studies: whether scores can be trusted, and whether placements differ once they are trained."""

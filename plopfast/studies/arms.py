@@ -1,0 +1,240 @@
+"""One training, and one look at the test rows, of an arm of a trial; all on one loaded model.
+
+What is finished lies in the training's folder (result.json, test.json) and is not done again.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..data.rows import Example
+from ..data.text import read_text
+from ..lora.layer import unload
+from ..lora.peft_files import load_adapter, save_adapter
+from ..lora.placement import Placement
+from ..models.linears import context_length, fingerprint, linear_modules
+from ..run.folder import EVA, Run
+from ..run.stages import adapt
+from ..support import files, machine
+from ..support.errors import ConfigError, TrainingError
+from ..training.evaluate import choices_of, evaluate, evaluate_rows
+from ..training.state import checkpoints
+from ..training.trainer import CHECKPOINTS, Trainer
+
+GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
+SHARED = 16  # tokens in a row; fewer can be a turn of phrase
+WEIGHTS = "model.safetensors"
+MADE_BY = "plopfast trial"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`placement` is None where all weights are trained; `lrs` are the peak learning rates it tries."""
+
+    name: str
+    placement: Placement | None
+    lrs: list[float]
+
+
+class Work:
+    """Says which piece of work begins, of how many, and the time left."""
+
+    def __init__(self, run: Run, what: str, total: int) -> None:
+        self.run, self.what, self.total = run, what, total
+        self.begun, self.seconds = 0, list[float]()
+
+    @contextlib.contextmanager
+    def piece(self, text: str) -> Iterator[None]:
+        self.begun += 1
+        left = ""
+        if self.seconds:
+            each = sum(self.seconds) / len(self.seconds)
+            left = f", about {each * (self.total - self.begun + 1) / 60:.0f} min left"
+        self.run.say(f"{self.what} {self.begun} of {self.total}: {text}{left}")
+        began = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - began)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the trainings of a trial share."""
+
+    run: Run
+    seeds: list[int]
+    vectors: dict[str, torch.Tensor] | None
+    work: Work
+
+    def arm(self, arm: Arm, folder: Path) -> tuple[dict[float, float | None], list[Path], list[dict[str, Any]]]:
+        """The sweep's validation losses, the folders of the seeds at the chosen rate, and all results, the chosen ones
+        first."""
+        at = {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
+        tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
+        losses = {lr: result["valid_loss"] for lr, result in tried.items()}
+        finite = [lr for lr in arm.lrs if losses[lr] is not None]
+        if not finite:
+            raise TrainingError(
+                f"arm {arm.name!r} trains at none of its rates, lower --lrs: {tried[arm.lrs[-1]]['error']}"
+            )
+        best = min(finite, key=lambda lr: losses[lr])
+        others = [tried[lr] for lr in arm.lrs if lr != best]
+        for lr in set(arm.lrs) - {best}:
+            (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
+        results = [tried[best]]
+        for seed, path in zip(self.seeds[1:], at[best][1:], strict=True):
+            results.append(self.once(arm, best, seed, path))
+            if results[-1]["valid_loss"] is None:
+                raise TrainingError(
+                    f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {results[-1]['error']}"
+                )
+        return losses, at[best], [*results, *others]
+
+    def once(self, arm: Arm, lr: float, seed: int, out: Path) -> dict[str, Any]:
+        """One training, its result in out/result.json; "valid_loss" is None where its loss was not finite."""
+        run, done = self.run, out / "result.json"
+        if done.exists():
+            self.work.begun += 1
+            return files.read_json(done, MADE_BY)
+        with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
+            config = dataclasses.replace(run.config, lr=lr, seed=seed)
+            unload(run.model)
+            model = run.model
+            if arm.placement is None:
+                model = copy.deepcopy(run.model).float().requires_grad_(True)
+            else:
+                adapt(model, arm.placement, config, self.vectors)
+            machine.reset_peak(run.model.device)
+            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
+            value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
+            try:
+                fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
+            except TrainingError as error:
+                if not trainer.step:  # it did not begin: no matter of the rate
+                    raise
+                run.say(f"{error}")
+                value["error"] = str(error)
+            else:
+                value |= {key: fit[key] for key in ("valid_loss", "best_step", "steps")}
+                if arm.placement is None:
+                    _save_weights(model, out / WEIGHTS)
+                else:
+                    save_adapter(model, out / "adapter", overwrite=True)
+            seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
+            value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
+            value["peak_mib"] = round(machine.peak_mib(run.model.device), 1)
+            files.write_json(done, value)
+            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+        return value
+
+
+def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:
+    """The look of one trained model (None: the base) at the test rows and the general text, kept in out/test.json."""
+    done = out / "test.json"
+    if done.exists():
+        (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
+        work.begun += 1
+        return files.read_json(done, MADE_BY)
+    with work.piece(f"{arm.name}, {out.name}" if arm else "base"):
+        began = time.perf_counter()
+        unload(run.model)
+        model = run.model
+        if arm and arm.placement is None:
+            model = copy.deepcopy(run.model).float()
+            _load_weights(model, out / WEIGHTS)
+        elif arm:
+            load_adapter(model, out / "adapter", backend=run.config.backend)
+        examples = run.examples("test")
+        label = "test" if run.progress else ""
+        metrics, right = evaluate_rows(model, examples, choices_of(examples, run.tokenizer), progress=label)
+        value = {
+            "accuracy": metrics.accuracy, "loss": metrics.loss, "general_loss": evaluate(model, general).loss,
+            "metric": metrics.metric, "right": right, "seconds": time.perf_counter() - began,
+        }  # fmt: skip
+        files.write_json(done, value)
+        (out / WEIGHTS).unlink(missing_ok=True)
+    return value
+
+
+def _save_weights(model: nn.Module, path: Path) -> None:
+    with files.replacing(path) as scratch:
+        save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, scratch)
+
+
+@torch.no_grad()
+def _load_weights(model: nn.Module, path: Path) -> None:
+    tensors = load_file(path)
+    for name, parameter in model.named_parameters():
+        parameter.copy_(tensors[name])
+
+
+def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
+    """The general text's first 4,096 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
+    path = run.config.general
+    if path is None:
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:
+            raise ConfigError(
+                "this Python lacks pydoc_data.topics, whose texts are the default for --general: pass a FILE.txt"
+            ) from None
+        path = str(folder / "general.txt")
+        files.write_text(Path(path), "\n\n".join(topics.values())[:GENERAL_CHARACTERS])
+    limits = (GENERAL_ROW, run.config.max_length, context_length(run.model))
+    rows, tokens = [], 0
+    for row in read_text(path, run.tokenizer, min(n for n in limits if n)):
+        if tokens < GENERAL_TOKENS:
+            rows.append(row)
+            tokens += len(row.tokens)
+    file = run.config.general or "pydoc_data.topics"
+    _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
+    return rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens}
+
+
+def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
+    """Raises ConfigError where a stretch of the general text is in a training row too: what is trained on is not forgotten."""
+
+    def stretches(row: Example) -> Iterator[tuple[int, ...]]:
+        return (row.tokens[i : i + SHARED] for i in range(len(row.tokens) - SHARED + 1))
+
+    seen = {stretch for row in general for stretch in stretches(row)}
+    for row in training:
+        if not seen.isdisjoint(stretches(row)):
+            raise ConfigError(
+                f"general: {file} shares {SHARED} tokens in a row or more with the training row {row.where}, so that its loss "
+                "does not show what is forgotten: pass a --general FILE.txt of other text"
+            )
+
+
+def check_inputs(run: Run, arms: list[Arm], general: dict[str, Any], folder: Path) -> None:
+    """Keeps what trainings and evaluations rest on in inputs.json; with `run.resume`, raises ConfigError where it is not
+    what the trial began with."""
+    names = [info.name for info in linear_modules(run.model)][:8]
+    now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
+    now |= {"the general text": general["sha256"], "the model's weights": fingerprint(run.model, names)}
+    now |= {
+        f"the placement of {arm.name}": {name: list(pair) for name, pair in arm.placement.modules.items()}
+        for arm in arms
+        if arm.placement
+    }
+    if run.config.init == "eva":
+        now["EVA's vectors"] = files.sha256(run.folder / EVA)
+    path = folder / "inputs.json"
+    kept = files.read_json(path, MADE_BY) if run.resume and path.exists() else now
+    if other := sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name)):
+        raise ConfigError(
+            f"{folder}: cannot go on, as the trial began with otherwise: {', '.join(other)}; put that back, or start anew "
+            "with --overwrite"
+        )
+    files.write_json(path, now)

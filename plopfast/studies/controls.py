@@ -1,0 +1,117 @@
+"""Controls of a score: the same tokens without their meaning, the same words without their order, a model that has
+learned nothing. What a score says of the task cannot survive them."""
+
+import copy
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.rows import Example
+from ..models.linears import device_of
+from ..support import machine
+from ..support.errors import ConfigError, DataError, ModelError
+
+
+def random_tokens(examples: Sequence[Example], tokenizer: Any, seed: int = 0) -> list[Example]:
+    """The rows with every ordinary token replaced by one drawn uniformly from the tokenizer's ordinary tokens.
+
+    Special tokens (begin and end of text, a chat template's marks) stay where they are, so that lengths, labels and roles
+    do. Raises ConfigError without a tokenizer, DataError where all its tokens, or all of the rows', are special.
+    """
+    special = _special(tokenizer)
+    ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
+    if not ordinary:
+        raise DataError("random tokens cannot be drawn: the tokenizer's vocabulary holds special tokens only")
+    if all(token in special for example in examples for token in example.tokens):
+        raise DataError(f"random tokens: all tokens of the {len(examples)} rows are special, nothing could be replaced")
+    rng = random.Random(seed)
+    return [replace(e, tokens=tuple(t if t in special else rng.choice(ordinary) for t in e.tokens)) for e in examples]
+
+
+def shuffled_words(
+    examples: Sequence[Example], tokenizer: Any, seed: int = 0, max_length: int | None = None
+) -> list[Example]:
+    """The rows decoded, with the words in random order, and tokenised again.
+
+    Words are what white space parts; it stays in place, and so do special tokens. Words stay among those of the same
+    label (prompt or completion) and role, so that token masks keep their meaning. Another order can take more tokens: what
+    is beyond `max_length` is cut off. Raises ConfigError without a tokenizer, DataError where no row has two words that
+    could change places.
+    """
+    special, rng = _special(tokenizer), random.Random(seed)
+    shuffled, changeable = [], False
+    for example in examples:
+        tokens: list[int] = []
+        start, roles = 0, []
+        for (labelled, role, is_special), places in groupby(range(len(example.tokens)), _kind_of(example, special)):
+            part = [example.tokens[i] for i in places]
+            if not is_special:
+                text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
+                pieces = re.split(r"(\s+)", text)  # words at even places, white space at odd ones
+                words = [word for word in pieces[::2] if word]
+                changeable |= len(set(words)) > 1
+                rng.shuffle(words)
+                pieces[::2] = [words.pop() if word else "" for word in pieces[::2]]
+                text = "".join(pieces)
+                part = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            tokens += part
+            roles += [role] * len(part)
+            start += 0 if labelled else len(part)
+        new = replace(example, tokens=tuple(tokens), start=max(start, 1), roles=tuple(roles) if example.roles else None)
+        shuffled.append(truncated(new, max_length or len(tokens)))
+    if not changeable:
+        raise DataError(
+            f"shuffled words: none of the {len(examples)} rows has two different words (parted by white space)"
+        )
+    return shuffled
+
+
+def truncated(example: Example, length: int) -> Example:
+    """The first `length` tokens of a row."""
+    roles = example.roles and example.roles[:length]
+    return replace(example, tokens=example.tokens[:length], start=min(example.start, length), roles=roles)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    if tokenizer is None:
+        raise ConfigError("random tokens and shuffled words need the model's tokenizer, got none")
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # also the reserved ones that no setting names
+    return set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
+
+
+def _kind_of(example: Example, special: set[int]) -> Callable[[int], tuple[bool, str, bool]]:
+    roles = example.roles or ("",) * len(example.tokens)
+    text_alone = (
+        example.completion is None and example.start <= 1
+    )  # its first token has no label, but belongs to the rest
+    return lambda place: (text_alone or place >= example.start, roles[place], example.tokens[place] in special)
+
+
+def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
+    """A model of the same class, configuration, dtype and device in evaluation mode, with its random initialisation.
+
+    torch's generators (the CPU's and the device's) are left as they were. Raises ModelError where transformers cannot build it from `model.config`,
+    or its memory, that of the model's parameters once more, is not there.
+    """
+    config, device = getattr(model, "config", None), device_of(model)
+    if config is None:
+        raise ModelError(f"{type(model).__name__} has no transformers configuration to build a random model from")
+    import transformers
+
+    need_mib, free_mib = sum(p.nbytes for p in model.parameters()) / 2**20, machine.free_mib(device)
+    if need_mib > free_mib:
+        raise ModelError(f"a random model takes {need_mib:.0f} MiB, {free_mib:.0f} MiB are free on {device}")
+    dtype = next(p.dtype for p in model.parameters())
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
+            torch.manual_seed(seed)
+            return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+    except Exception as error:  # out of memory, or what the model's own code raises
+        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise ModelError(f"a random {type(model).__name__} cannot be built: {first[0]}") from error

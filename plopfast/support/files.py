@@ -1,0 +1,110 @@
+"""Reading and writing run files: JSON and safetensors only, written under a temporary name and renamed."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from .errors import FileError
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success it takes the place of `path`, on failure it goes.
+
+    Works for files and folders. Raises FileError where the system refuses (permission, full disk, not a folder).
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise FileError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
+    try:
+        yield scratch / path.name
+        _share(scratch / path.name)
+        old = scratch / "old"
+        if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
+            path.replace(old)
+        try:
+            (scratch / path.name).replace(path)
+        except OSError:
+            if old.exists():
+                old.replace(path)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _share(written: Path) -> None:
+    """Gives files the permissions that new files have here: safetensors' writer keeps everybody else out."""
+    (usual := written.with_name("usual")).touch()
+    for file in (written, *written.rglob("*")):
+        if file.is_file():
+            file.chmod(usual.stat().st_mode)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path, made_by: str) -> Any:
+    """The JSON value in `path`; `made_by` names what writes such a file, for the error of a missing one."""
+    return _parse(path, _read(path, made_by), 1)
+
+
+def read_json_lines(path: Path, made_by: str) -> list[Any]:
+    lines = _read(path, made_by).split("\n")
+    return [_parse(path, line, number) for number, line in enumerate(lines, 1) if line]
+
+
+def _read(path: Path, made_by: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; it is written by {made_by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: cannot be read ({error})") from error
+
+
+def _parse(path: Path, text: str, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        at = line + error.lineno - 1
+        raise FileError(f"{path}, line {at}: not valid JSON ({error.msg}); was it edited by hand?") from None
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises FileError where `path` exists and is not an empty folder, unless `overwrite`."""
+    if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise FileError(f"{path}: exists already; choose another --out, or pass --overwrite to replace it")
+
+
+def cache_dir() -> Path:
+    """Where converted GGUF files lie: $PLOPFAST_CACHE, else the user's cache folder."""
+    root = os.environ.get("PLOPFAST_CACHE")
+    return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plopfast"

@@ -1,0 +1,1 @@
+"""Training: a step, its loss and state, evaluation, and what a step costs."""

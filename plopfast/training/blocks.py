@@ -1,0 +1,193 @@
+"""What a trainer may do to a model's repeated blocks: recompute, offload, compile, or run liger-kernel's operations."""
+
+import contextlib
+import importlib.util
+import sys
+import weakref
+from collections.abc import Collection, Iterator
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from ..models.linears import blocks, device_of, is_sharded
+from ..support.config import TrainConfig
+from ..support.errors import ConfigError
+
+OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
+
+
+@contextlib.contextmanager
+def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
+    """Puts the config's choices in force while it lasts, and yields a line for each one that is. `lean`: see `lean_modules`.
+
+    Raises ConfigError for choices that this model or device cannot take.
+    """
+    device, notes = device_of(model), []
+    if config.offload and device.type == "cpu":
+        raise ConfigError(
+            "offload moves activations from a GPU to CPU memory, but the model is on the CPU: leave it out"
+        )
+    if config.offload and any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
+    if config.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
+    with contextlib.ExitStack() as undo:
+        if config.checkpointing:
+            _checkpointing(model, "enable")({"use_reentrant": False})
+            undo.callback(_checkpointing(model, "disable"))
+            notes.append("each block's activations are computed again in the backward pass")
+        if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+            undo.enter_context(liger(model))
+            notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
+        elif not config.compile and (found := lean_modules(model, lean)):
+            for module in found.values():
+                undo.callback(delattr, module, "forward")
+            notes.append(f"{len(found)} norms and gated MLPs in fewer operations that keep less for the backward pass")
+        if config.compile:
+            for block in blocks(model).values():
+                block.compile(dynamic=True)
+                undo.callback(setattr, block, "_compiled_call_impl", None)
+            notes.append("blocks compiled by torch.compile")
+        if config.offload:
+            undo.enter_context(offloaded(model))
+            notes.append("activations kept in CPU memory until the backward pass")
+        yield notes
+
+
+@contextlib.contextmanager
+def liger(model: nn.Module) -> Iterator[None]:
+    """liger-kernel's norm, SwiGLU and RoPE in the model while it lasts; afterwards its modules, and the names that liger
+    replaces in the model's own source file, are as before. Its losses stay out: ours needs no logits either, and knows
+    the label positions."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    source = vars(sys.modules[type(model).__module__])
+    names, states = dict(source), [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
+        yield
+    finally:
+        source.update(names)
+        for module, state in states:
+            for name in set(vars(module)) - set(state):
+                del vars(module)[name]
+            vars(module).update({name: state[name] for name in ("forward", "extra_repr") if name in state})
+
+
+def _checkpointing(model: Any, what: str) -> Any:
+    """transformers' switch, which 5.23 renamed."""
+    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(g) u, from g and u alone in the backward pass: torch's own graph keeps silu(g) too, a sixth of what a Llama
+    block saves."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), nn.functional.silu(gate).mul_(dy)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """y = w x / rms(x), from x and 1 / rms(x) [..., 1] in the backward pass, with 8 passes over x where autograd makes 18:
+
+    dx = (g - x mean(g x) / rms(x)^2) / rms(x),   g = w dy
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, weight)
+        return (x * scale).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        x, scale, weight = ctx.saved_tensors
+        g = (dy * weight).float()
+        mean = (g * x).sum(-1, keepdim=True).div_(x.shape[-1])
+        return g.mul_(scale).addcmul_(x.float(), mean.mul_(scale**3), value=-1).to(x.dtype), None, None
+
+
+@torch.no_grad()
+def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict[str, nn.Module]:
+    """Gives RMS norms and gated MLPs, recognised by what they compute for a few random tokens, a forward of their own
+    with `_RMSNorm` and `_SwiGLU`; `del module.forward` undoes it. Returns those modules by name. (Trained norms and
+    sharded weights are left alone.) `known`: the names found in a model like this one, whose tensors have no values."""
+    found, training = {}, model.training
+    model.eval()  # dropout would hide that two ways agree
+    for name, module in model.named_modules():
+        forward, width, like = _lean_forward(module)
+        if forward is None or "forward" in vars(module):
+            continue
+        if name in known if known is not None else _agree(module, forward, width, like):
+            module.forward = forward
+            found[name] = module
+    model.train(training)
+    return found
+
+
+def _agree(module: nn.Module, forward: Any, width: int, like: torch.Tensor) -> bool:
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
+    one, other = module(x), forward(x)
+    return one.shape == other.shape and bool((one - other).norm() <= 4 * torch.finfo(x.dtype).eps * one.norm())
+
+
+def _lean_forward(module: Any) -> tuple[Any, int, Any]:
+    """(forward, width of its input, a tensor of the input's dtype and device), (None, 0, None) for other modules."""
+    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    gate, up, down = parts
+    if all(isinstance(part, nn.Module) for part in parts) and _is_plain(gate.weight):
+        return lambda x: down(_SwiGLU.apply(gate(x), up(x))), gate.weight.shape[-1], gate.weight
+    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
+    if eps is not None and _is_plain(weight) and weight.dim() == 1 and not weight.requires_grad:
+        plain = module.forward  # for inputs that are wider than the weights
+        return lambda x: _RMSNorm.apply(x, weight, eps) if x.dtype == weight.dtype else plain(x), len(weight), weight
+    return None, 0, None
+
+
+def _is_plain(weight: Any) -> TypeGuard[nn.Parameter]:
+    return isinstance(weight, nn.Parameter) and not is_sharded(weight)
+
+
+class _Moved:
+    """A copy in CPU memory of a tensor on `device`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.device, self.origin = tensor.device, weakref.ref(tensor)
+        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self.kept = kept.copy_(tensor, non_blocking=True)
+
+
+def offloaded(model: nn.Module) -> Any:
+    """A context in which tensors that autograd saves go to CPU memory and come back when the backward pass asks.
+
+    Parameters and small tensors stay; what several operations save is moved once. The copies go to pinned memory
+    without a wait: the stream keeps their order.
+    """
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    moved: weakref.WeakValueDictionary[Any, _Moved] = weakref.WeakValueDictionary()
+
+    def pack(tensor: torch.Tensor) -> Any:
+        if tensor.nbytes < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in weights:
+            return tensor
+        key = tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
+        found = moved.get(key)
+        if found is None or found.origin() is None:  # else the address may have been given to another tensor
+            found = moved[key] = _Moved(tensor)
+        return found
+
+    def unpack(packed: Any) -> torch.Tensor:
+        return packed if isinstance(packed, torch.Tensor) else packed.kept.to(packed.device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,0 +1,136 @@
+"""Loss and accuracy of a model on held-out examples, from forward passes with logits only where they are read."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..data.batches import collate, group_by_length
+from ..data.rows import Example
+from ..models.linears import device_of, run_for_logits
+from ..support.errors import TrainingError
+from ..support.progress import bar
+from .loss import inputs_of, positions
+
+MAX_CHOICES = 32
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """`loss`: mean negative log-likelihood of a label token, in nats; `accuracy` of the kind `metric` names."""
+
+    loss: float
+    accuracy: float
+    metric: str
+    examples: int
+    tokens: int
+    seconds: float
+
+
+def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
+    where = positions(batch["labels"])
+    logits = run_for_logits(model, inputs_of(batch), where)
+    targets = batch["labels"][:, 1:][where]
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
+
+
+def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] | None:
+    """The answers' tokens where the task is a choice: at most 32 distinct completions, each used four times or more on
+    average, none of them a beginning of another. None where it is not."""
+    texts = sorted({e.completion for e in examples if e.completion is not None})
+    if any(e.completion is None for e in examples) or not 2 <= len(texts) <= min(MAX_CHOICES, len(examples) // 4):
+        return None
+    answers = {(e.completion, e.tokens[e.start :]) for e in examples}
+    if len(answers) != len(texts):
+        return None  # the prompt changes how an answer is tokenised
+    end = 0 if tokenizer.eos_token_id is None else 1  # tokenize() puts an end-of-text token after each completion
+    choices = [list(tokens[: len(tokens) - end]) for _, tokens in sorted(answers)]
+    prefixes = [a == b[: len(a)] for a in choices for b in choices if a is not b]
+    return None if any(prefixes) or not all(choices) else choices
+
+
+def evaluate(
+    model: nn.Module,
+    examples: Sequence[Example],
+    *,
+    choices: list[list[int]] | None = None,
+    batch_tokens: int = 512,
+    progress: str = "",
+) -> Metrics:
+    """Loss over all label tokens, and accuracy.
+
+    With `choices` (token lists) the accuracy is "choice": the share of examples whose own completion is the likeliest of
+    the choices after the prompt. Without, it is "exact-match" for prompt/completion examples (every label token is the
+    likeliest one) and "token" for plain text (share of label tokens). `progress` is a bar's label, empty for none.
+    """
+    return evaluate_rows(model, examples, choices, batch_tokens, progress)[0]
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    examples: Sequence[Example],
+    choices: list[list[int]] | None = None,
+    batch_tokens: int = 512,
+    progress: str = "",
+) -> tuple[Metrics, list[float]]:
+    """What `evaluate` returns, and how right each example was: numbers whose mean is the accuracy, 0 or 1 each but for
+    "token" accuracy, where longer examples weigh more."""
+    began = time.perf_counter()
+    training = model.training
+    model.eval()
+    device = device_of(model)
+    # one sequence an example, and one more for each further way a choice of several tokens can begin
+    jobs: list[tuple[int, tuple[int, ...], int]] = [(i, e.tokens, e.start) for i, e in enumerate(examples)]
+    for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
+        jobs += [
+            (i, (*e.tokens[: e.start], *begin, 0), e.start)  # the last token is read by nobody
+            for i, e in enumerate(examples)
+            if e.tokens[e.start : e.start + len(begin)] != begin
+        ]
+    loss, count = 0.0, 0
+    hits, exact = [0] * len(examples), [False] * len(examples)
+    ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
+    try:
+        with bar(progress, len(jobs), "rows", bool(progress)) as meter:
+            for group in group_by_length([len(job[1]) for job in jobs], batch_tokens):
+                batch = collate([jobs[i][1] for i in group], [jobs[i][2] for i in group], device)
+                losses, logits, where = label_loss(model, batch)
+                logprobs = logits.float().log_softmax(-1) if choices else logits
+                best = logits.argmax(-1)
+                for i, row_losses, row_logprobs, row_best in zip(
+                    group, *(t.split(where.sum(1).tolist()) for t in (losses, logprobs, best)), strict=True
+                ):
+                    index, tokens, start = jobs[i]
+                    if i < len(examples):
+                        right = row_best.cpu() == torch.tensor(tokens[start:])
+                        loss += float(row_losses.sum())
+                        count += len(row_losses)
+                        hits[i], exact[i] = int(right.sum()), bool(right.all())
+                    for choice in choices or []:
+                        if tuple(choice[:-1]) == tokens[start : start + len(choice) - 1]:
+                            steps = range(len(choice))
+                            ranking[index][tuple(choice)] = sum(float(row_logprobs[s, choice[s]]) for s in steps)
+                meter.update(len(group))
+    finally:
+        model.train(training)
+    if not math.isfinite(loss):
+        raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
+    if choices:
+        metric, rows = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
+    elif all(e.completion is not None for e in examples):
+        metric, rows = "exact-match", [float(right) for right in exact]
+    else:
+        metric, rows = "token", [n * len(examples) / count for n in hits]
+    accuracy = sum(rows) / len(examples)
+    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began), rows
+
+
+def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:
+    likeliest = max(ranking, key=lambda choice: ranking[choice])
+    return example.tokens[example.start : example.start + len(likeliest)] == likeliest

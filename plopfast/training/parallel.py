@@ -1,0 +1,50 @@
+"""A model on several ranks: gradients averaged by DDP, frozen blocks sharded by FSDP2."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.linears import blocks, body, is_sharded
+from ..support.errors import TrainingError
+from ..support.ranks import size
+
+
+def shard(model: nn.Module, device: torch.device) -> None:
+    """Freezes `model` and spreads its blocks' weights over all ranks, in place: a block is gathered while it runs.
+
+    What lies outside the blocks (embeddings, last norm, head) stays whole on each rank: it would be gathered from the
+    first block's forward pass to the end of the backward pass anyway. Adapters are injected afterwards. Every rank
+    must then run the model, `score` it and save its adapters equally often.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard  # takes 0.6 s to import
+
+    model.requires_grad_(False)  # before the first pass: fully_shard keeps what it gathered with its requires_grad
+    mesh = init_device_mesh(device.type, (size(),))
+    for block in blocks(model).values():
+        fully_shard(block, mesh=mesh)
+    whole = {parameter for parameter in model.parameters() if not is_sharded(parameter)}
+    fully_shard(body(model), mesh=mesh, ignored_params=whole)  # holds nothing, but orders the blocks' gathering
+    model.to(device)
+
+
+def averaged(objective: nn.Module) -> nn.Module:
+    """`objective` with its trainable parameters' gradients averaged over all ranks in each backward pass that is not
+    `held`. Raises TrainingError where a sharded weight is to be trained."""
+    if size() == 1:
+        return objective
+    sharded = [p for p in objective.parameters() if is_sharded(p)]
+    if any(p.requires_grad for p in sharded):
+        raise TrainingError("sharded weights are frozen: train adapters, or all weights without --parallel fsdp")
+    # sharded weights cannot be broadcast; they, and the adapters, are the same by construction
+    parallel = DistributedDataParallel(objective, init_sync=not sharded, gradient_as_bucket_view=True)
+    parallel.broadcast_buffers = False  # the argument has another name from torch 2.13 on
+    return parallel
+
+
+def held(objective: nn.Module) -> Any:
+    """A context in which gradients are only added up on this rank."""
+    return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()

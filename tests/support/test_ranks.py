@@ -1,0 +1,183 @@
+"""Two processes on the CPU against one that accumulates two micro-batches: what they compute, and how they fail."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_program
+import torch
+from helpers import build
+from safetensors.torch import load_file
+
+import plopfast as pf
+from plopfast.cli import main
+from plopfast.data.rows import DEMO
+from plopfast.support.errors import ConfigError, TrainingError
+
+HERE = Path(__file__).parent
+CHECKS = ("ddp", "fsdp", "full", "score", "resume")
+
+
+def run(*command):
+    """The finished torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
+    environment |= {"PYTHONWARNINGS": "error::FutureWarning:plopfast"}
+    whole = [sys.executable, *launcher, *map(str, command)]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """(one process's results, two processes', what torchrun printed when rank 1 had died at last)"""
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "two")]
+    done = run(HERE / "rank_program.py", folders[1], *CHECKS, "not_finite", "dies")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun does
+    for check in CHECKS:
+        rank_program.CHECKS[check](folders[0])
+    torch.set_num_threads(threads)
+    return *folders, done
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp", "full"])
+def test_training_equals_one_process_with_the_doubled_batch(found, kind):
+    print(found[2].stderr)
+    one, two = (metrics(folder / kind) for folder in found[:2])
+    assert len(one) == len(two) == 8, "one rank alone writes"
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for key in a.keys() - {"seconds"}:
+            assert b[key] == pytest.approx(a[key], rel=1e-5), (key, a["step"])
+    losses = [record["loss"] for record in one if "loss" in record]
+    assert len(set(losses)) == 6
+    if kind == "full":
+        one, two = (read(folder / kind / "weights.0.json") for folder in found[:2])
+        assert two == pytest.approx(one, rel=1e-6)
+        assert two == read(found[1] / kind / "weights.1.json"), "both ranks hold the same"
+    else:
+        one, two = (load_file(folder / kind / "adapter" / "adapter_model.safetensors") for folder in found[:2])
+        # by norm: sharded blocks keep torch's own norms and MLPs, which round otherwise
+        for name, value in one.items():
+            assert (two[name] - value).norm() <= 1e-5 * value.norm(), name
+        assert all(value.abs().max() > 0 for value in one.values())
+        pf.load_adapter(build("llama"), found[1] / kind / "adapter")  # knows its base again
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["plain", "monte-carlo", "stopped", "official"])
+def test_scores_are_those_of_one_process_to_the_last_bit(found, kind, how):
+    one = read(found[0] / "score" / kind / f"{how}.0.json")
+    for rank in (0, 1):
+        assert read(found[1] / "score" / kind / f"{how}.{rank}.json") == one
+
+
+def test_eva_vectors_span_the_same(found):
+    one = read(found[0] / "score" / "eva.0.json")
+    for rank in (0, 1):
+        for name, projector in read(found[1] / "score" / f"eva.{rank}.json").items():
+            torch.testing.assert_close(torch.tensor(projector), torch.tensor(one[name]), rtol=0, atol=1e-5)
+
+
+def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_uninterrupted(found):
+    for rank in (0, 1):
+        assert read(found[1] / "resume" / f"message.{rank}.json").startswith("stopped after step 2 of 6")
+        assert read(found[1] / "resume" / f"found.{rank}.json") == [True, True]
+        assert read(found[1] / "resume" / f"own masks.{rank}.json") == [True]
+
+
+def test_another_number_of_ranks_cannot_resume(found):
+    with pytest.raises(TrainingError, match=r"on 2 ranks, this one has 1: .*--nproc-per-node = 2.*--overwrite"):
+        rank_program.trainer(rank_program.adapted(dropout=0.2), found[1] / "resume").fit(resume=True)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all(found):
+    for rank in (0, 1):
+        message = read(found[1] / "not_finite" / f"message.{rank}.json")
+        assert message.startswith("step 5: loss nan") and "adapters are those of step 3" in message
+
+
+def per_rank(model, rank, processes):
+    """The README's formula for --parallel fsdp in float32: weights, adapters, AdamW's moments, in bytes."""
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    outside = sum(p.numel() for p in model.parameters()) - blocks
+    adapters = sum(rank * (info.n_in + info.n_out) for info in pf.linear_modules(model))
+    return {"weights": 4 * (blocks / processes + outside), "adapters": 4 * adapters, "optimizer": 8 * adapters}
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("ddp", 1), ("fsdp", 2)])
+def test_memory_by_the_formula(found, kind, processes):
+    want = per_rank(build("llama"), 4, processes)
+    for rank in (0, 1):
+        held = read(found[1] / kind / f"held.{rank}.json")
+        held["optimizer"] -= 4 * len(pf.linear_modules(build("llama"))) * 2  # a step count for each parameter
+        assert held == want
+
+
+def test_full_training_is_not_sharded():
+    with pytest.raises(ConfigError, match="--full trains them: leave one of them out"):
+        pf.RunConfig(full=True, parallel="fsdp")
+
+
+@pytest.fixture
+def options(model_folder, tmp_path):
+    rows = []
+    for split, count in (("train", 40), ("valid", 8), ("test", 12)):
+        file = tmp_path / f"{split}.jsonl"
+        file.write_text("".join(line + "\n" for line in DEMO[split].read_text().splitlines()[:count]))
+        rows += [f"--{split}", file]
+    quick = ["--score-prompts", 12, "--max-steps", 4, "--rank", 2, "--eval-every", 2, "--device", "cpu"]
+    return ["--model", model_folder, *rows, *quick]
+
+
+def test_the_command_line_on_two_ranks(options, tmp_path, monkeypatch):
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run("-m", "plopfast", "run", *options, "--parallel", "fsdp", "--out", two)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("adapters") == done.stdout.count(str(two)) == 1, "rank 0 alone prints"
+    assert done.stderr.count("loading") == 1
+    assert main.main([str(a) for a in ["run", *options, "--accumulate", 2, "--out", one]]) == 0
+    torch.testing.assert_close(*(load_file(f / "adapter" / "adapter_model.safetensors") for f in (two, one)))
+    scores = [pf.NFNReport.load(folder / "scores.json").modules for folder in (two, one)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    for who in ("base", "tuned"):
+        a, b = (read(f / "eval.json")[who] for f in (two, one))
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["accuracy"] == b["accuracy"]
+    left = [{p.name for p in folder.iterdir()} for folder in (two, one)]
+    assert left[0] | {"estimate.json"} == left[1]
+    assert "estimate: weights spread over several processes are not modelled" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_others(found):
+    assert found[2].returncode != 0
+    for line in ("Root Cause", "rank      : 1 (local_rank: 1)", "exitcode  : 7"):
+        assert line in found[2].stderr
+    assert read(found[1] / "dies.0.json"), "rank 0 knows that it is not to blame"
+
+
+def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
+    out = ["--out", tmp_path / "run"]
+    assert main.main([str(a) for a in ["score", *options[:-6], *out]]) == 0
+    assert main.main(["place", *map(str, out)]) == 0
+    for command, message in (
+        (["-m", "plopfast", "score", *out], r"rank 0 of 2: .*scores\.json: exists already; choose another --out"),
+        (
+            [HERE / "rank_program.py", "command_line", "train", *out],
+            "rank 1 of 2: RuntimeError: the cat sat on the power",
+        ),
+    ):
+        done = run(*command)
+        assert done.returncode != 0 and done.stderr.count("plopfast: error") == 1, done.stderr
+        assert re.search(f"plopfast: error: {message}", done.stderr), done.stderr

@@ -1,0 +1,108 @@
+"""Loss and the three kinds of accuracy against plain full-logits computations."""
+
+import pytest
+import torch
+from helpers import build
+
+from plopfast.data.rows import Example
+from plopfast.support.errors import TrainingError
+from plopfast.training.evaluate import choices_of, evaluate, evaluate_rows, label_loss
+
+
+def logprobs(model, tokens):
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].double().log_softmax(-1)
+
+
+def likelihood(model, prompt, completion):
+    lp = logprobs(model, [*prompt, *completion])
+    return sum(lp[len(prompt) - 1 + i, t].item() for i, t in enumerate(completion))
+
+
+def some_examples(answers, count=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        prompt = torch.randint(
+            3, 300, (int(torch.randint(2, 12, (), generator=generator)),), generator=generator
+        ).tolist()
+        made.append(
+            Example((*prompt, *answers[i % len(answers)], 2), len(prompt), str(answers[i % len(answers)]), f"x:{i}")
+        )
+    return made
+
+
+@pytest.mark.parametrize(
+    "answers", [[(5,), (6,), (7,)], [(5, 6), (5, 7, 8), (9,), (6, 5)]], ids=["one token", "several tokens"]
+)
+def test_choice(answers, tokenizer):
+    model, examples = build("llama"), some_examples(answers)
+    choices = choices_of(examples, tokenizer)
+    assert sorted(map(tuple, choices)) == sorted(answers)
+    got = evaluate(model, examples, choices=choices, batch_tokens=64)
+    loss = right = tokens = 0
+    for e in examples:
+        prompt, own = e.tokens[: e.start], e.tokens[e.start :]
+        loss -= likelihood(model, prompt, own)
+        tokens += len(own)
+        right += max(answers, key=lambda a: likelihood(model, prompt, a)) == own[:-1]
+    assert got.metric == "choice" and got.tokens == tokens and got.examples == 24
+    assert got.loss == pytest.approx(loss / tokens, rel=1e-5)
+    assert got.accuracy == pytest.approx(right / 24)
+
+
+def test_exact_match_and_token_accuracy():
+    model, examples = build("llama"), some_examples([(5,), (6, 7)])
+    greedy = []
+    for e in examples:  # half of the rows answer what the model would say
+        tokens = list(e.tokens[: e.start])
+        for _ in range(2):
+            tokens.append(int(logprobs(model, tokens)[-1].argmax()))
+        greedy.append(Example(tuple(tokens), e.start, "x", e.where))
+    mixed = [*greedy[:12], *examples[12:]]
+    got = evaluate(model, mixed)
+    assert got.metric == "exact-match" and 0.5 <= got.accuracy < 1
+    plain = [Example(e.tokens, e.start, None, e.where) for e in mixed]
+    token = evaluate(model, plain)
+    hits = sum(
+        int(logprobs(model, e.tokens)[i - 1].argmax()) == e.tokens[i]
+        for e in plain
+        for i in range(e.start, len(e.tokens))
+    )
+    assert token.metric == "token" and token.accuracy == pytest.approx(hits / token.tokens)
+    assert token.loss == pytest.approx(got.loss)
+    for rows, whole in ((mixed, got), (plain, token)):
+        metrics, right = evaluate_rows(model, rows)
+        assert metrics.accuracy == whole.accuracy == pytest.approx(sum(right) / 24) and len(right) == 24
+        if rows is mixed:
+            assert set(right) == {0.0, 1.0} and right[:12] == [1.0] * 12
+
+
+def test_what_is_no_choice(tokenizer):
+    assert choices_of(some_examples([(5,), (5, 6)]), tokenizer) is None, "one answer begins another"
+    assert choices_of(some_examples([(5,)]), tokenizer) is None
+    assert choices_of(some_examples([(i,) for i in range(3, 27)]), tokenizer) is None, "nearly all answers differ"
+    assert choices_of([Example((1, 2), 1, None, "")] * 9, tokenizer) is None
+
+
+def test_an_answer_with_two_tokenisations_is_no_choice(tokenizer):
+    examples = some_examples([(5,), (6,)])
+    odd = Example((*examples[0].tokens[: examples[0].start], 7, 8, 2), examples[0].start, examples[0].completion, "")
+    assert choices_of(examples, tokenizer) and choices_of([*examples, odd], tokenizer) is None
+
+
+def test_label_loss_equals_the_plain_loss(any_model, examples):
+    from plopfast.data.batches import collate
+
+    batch = collate([e.tokens for e in examples[:8]], [e.start for e in examples[:8]])
+    losses, logits, where = label_loss(any_model, batch)
+    plain = any_model(**batch).loss
+    torch.testing.assert_close(losses.mean(), plain)
+    assert logits.shape[0] == int(where.sum()) == int((batch["labels"][:, 1:] != -100).sum())
+
+
+def test_damaged_weights(llama):
+    with torch.no_grad():
+        llama.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="NaN or infinite"):
+        evaluate(llama, some_examples([(5,)]))
