@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
-import sys, pathlib, plopfast, plopfast.kernels.reference, plopfast.data
-assert all(p.is_file() for p in plopfast.data.DEMO.values())
+import sys, pathlib, plopfast, plopfast.kernels.reference, plopfast.data.rows
+assert all(p.is_file() for p in plopfast.data.rows.DEMO.values())
 print(pathlib.Path(plopfast.__file__).resolve().parent)
 """
 NO_KERNELS = "import importlib.util as u; assert u.find_spec('kernels') is None, u.find_spec('kernels')"
@@ -77,7 +77,7 @@ def run(python, code, cwd):
 
 def test_wheel_holds_plopfast_alone(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "plopfast/kernels/torch_ops.py" in names and "plopfast/report.html.j2" in names
+    assert "plopfast/kernels/torch_ops.py" in names and "plopfast/report/page.html.j2" in names
     assert "plopfast/demo/wordnet_categories.train.jsonl" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"plopfast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)

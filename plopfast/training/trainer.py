@@ -357,11 +357,11 @@ class Trainer:
         if self.out is None:
             raise TrainingError("resume needs the folder `out` that holds the checkpoints")
         tensors, facts, path = load_state(self.out / CHECKPOINTS)
-        ranks = facts["identity"]["ranks"]
-        if ranks != ranks.size():
+        before = facts["identity"]["ranks"]
+        if before != ranks.size():
             raise TrainingError(
-                f"{path}: belongs to a training on {ranks} ranks, this one has {ranks.size()}: resume it under "
-                f"torchrun with nodes x --nproc-per-node = {ranks}, or start anew with --overwrite"
+                f"{path}: belongs to a training on {before} ranks, this one has {ranks.size()}: resume it under "
+                f"torchrun with nodes x --nproc-per-node = {before}, or start anew with --overwrite"
             )
         changed = {
             k: (facts["identity"].get(k), v) for k, v in self._identity().items() if facts["identity"].get(k) != v

@@ -163,7 +163,7 @@ def test_a_backend_that_cannot_run(examine, backend):
 def test_triton_kernels_under_the_interpreter():
     code = f"""
 import torch
-from plopfast import doctor
+from plopfast.cli import doctor
 doctor.CASES = {SMALL[2:4]}
 for strategy in ("fused", "lora-first"):
     print(doctor._kernels(torch.device("cpu"), strategy, torch.float32, 60))

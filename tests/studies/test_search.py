@@ -39,7 +39,7 @@ def base(tmp_path_factory, tokenizer):
 
 
 def plopfast(*arguments):
-    return main.main([str(a) for a in arguments])
+    return main([str(a) for a in arguments])
 
 
 def search(base, out, *more, trials=TRIALS):
@@ -204,7 +204,7 @@ def test_without_optuna(base, tmp_path, capsys, monkeypatch):
         return import_(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", none_here)
-    monkeypatch.delitem(sys.modules, "plopfast.search", raising=False)
+    monkeypatch.delitem(sys.modules, "plopfast.studies.search", raising=False)
     assert search(base, tmp_path / "run") == 2
     assert "pip install 'plopfast[search]'" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
