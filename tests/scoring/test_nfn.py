@@ -31,7 +31,9 @@ def exact_scores(model, batches, skip_bos=True, keep=lambda labels: torch.ones_l
                 if skip_bos and ids[mask][0] == 1:
                     counts[0] = False
                 for info in infos:
-                    ratios.setdefault(info.name, []).append(reference.nfn(inputs[info.name][0], info.weight_NK)[counts])
+                    ratios.setdefault(info.name, []).append(
+                        reference.nfn(inputs[info.name][0], info.frozen.dequantize())[counts]
+                    )
     for handle in handles:
         handle.remove()
     model.float()
@@ -196,7 +198,7 @@ def test_monte_carlo_agrees_with_the_closed_form(default_model):
     assert torch.equal(sampled[:3], nfn._monte_carlo(2048, 0)(infos[:3])), "seeded"
     gaps = {}
     for info, one, other in zip(infos, closed.tolist(), sampled.tolist(), strict=True):
-        w = info.weight_NK.double()
+        w = info.frozen.dequantize().double()
         r = (w.norm() ** 4 / (w @ w.T).square().sum()).item()
         known = (1 - r / info.n_in) / (4 * r)
         assert other / one == pytest.approx(1 - known, abs=0.01), info.name
