@@ -9,7 +9,7 @@ from ..support.errors import ModelError
 from .frozen import FrozenWeight, frozen_of, is_linear
 from .running import output_head
 
-_LAYER = re.compile(r"(^|\.)\d+(?=\.)")
+_LAYER = re.compile(r"(.*?\.)??\d+(?=\.)")  # a name up to its first number
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
 
 
 def _shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """Gives each path its shortest end that no other path has, joined by dots."""
     result = {}
     for path in paths:
         for length in range(1, len(path) + 1):
@@ -76,6 +77,7 @@ def _shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str
 
 
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The repeated layers that hold linear modules, by name, in order."""
-    names = {info.name[: _LAYER.search(info.name).end()]: None for info in linear_modules(model)}  # type: ignore[union-attr]
+    """Returns the repeated layers that hold linear modules, by name, in order."""
+    matches = (_LAYER.match(info.name) for info in linear_modules(model))
+    names = dict.fromkeys(match.group() for match in matches if match)
     return {name: model.get_submodule(name) for name in names}

@@ -1,4 +1,4 @@
-"""Running a model: its parts, logits only where they are asked for, and whether it keeps packed rows apart."""
+"""Running a model: its body and head, logits only where they are asked for, and a check of packed batches."""
 
 import torch
 from torch import nn
@@ -7,30 +7,33 @@ from ..support.errors import ModelError
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the module that makes the logits, or None where the model has none."""
     get = getattr(model, "get_output_embeddings", None)
     return get() if get else None
 
 
 def body(model: nn.Module) -> nn.Module:
-    """The model without its output head, which scoring does not need."""
+    """Returns the model without its output head, which scoring does not need."""
     inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
     return inner if isinstance(inner, nn.Module) else model
 
 
 def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the model's first parameter."""
     return next(model.parameters()).device
 
 
 def context_length(model: nn.Module) -> int | None:
+    """Returns the most tokens that a row may have, or None where the model's configuration does not say."""
     config = getattr(model, "config", None)
     return getattr(config, "max_position_embeddings", None)
 
 
 def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
-    """Logits [n, vocabulary] at the n True positions of the bool mask `where` [rows, tokens], in row order.
+    """Returns logits [n, vocabulary] at the n True positions of the bool mask `where` [rows, tokens], in row order.
 
-    The hidden states are gathered just before the output head, so that logits exist only where they are asked for,
-    and everything the model does to its logits (soft-capping, scaling) stays in force.
+    The hidden states are gathered just before the output head. So logits exist only where they are asked for, and the
+    model still does to them what it does to all logits (soft-capping, scaling).
     """
     head = output_head(model)
     if head is None:
@@ -47,11 +50,11 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
 def check_packing(model: nn.Module) -> None:
     """Raises ModelError unless the model keeps the sequences of a packed batch (`data.collate_packed`) apart.
 
-    Two forward passes of two short sequences: other tokens in the first one must not move the logits of the second.
+    It runs two short sequences twice: other tokens in the first one must not change the logits of the second.
     """
     device, training = device_of(model), model.training
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
-    model.eval()  # dropout would move them too
+    model.eval()  # dropout would change them too
     try:
         one, two = (
             model(

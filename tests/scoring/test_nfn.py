@@ -7,6 +7,7 @@ from torch import nn
 
 import plopfast as pf
 from plopfast.kernels import reference
+from plopfast.models.frozen import FrozenWeight
 from plopfast.models.linears import linear_modules
 from plopfast.scoring import nfn
 from plopfast.support.errors import ConfigError, DataError, FileError, ModelError
@@ -292,14 +293,15 @@ def test_head_and_cache_are_left_out(llama):
 
 
 def test_shared_inputs_are_measured_once(llama, monkeypatch):
-    counted = []
-    norm = nfn.row_norms
+    counted, weights = [], []
+    norm, frobenius = nfn.row_norms, FrozenWeight.frobenius
+    monkeypatch.setattr(FrozenWeight, "frobenius", lambda self: weights.append(self) or frobenius(self))
     monkeypatch.setattr(
         nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options)
     )
     pf.score(llama, random_batches(count=1))
     # per layer 7 outputs and 4 inputs (qkv, o, gate/up, down), 3 layers; 21 weights
-    assert counted.count(3) == 3 * (7 + 4) and counted.count(2) == 21
+    assert counted.count(3) == 3 * (7 + 4) == len(counted) and len(weights) == 21
 
 
 def test_no_wait_for_the_device_inside_the_loop():
