@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.lora.layer import adapters
-from plopfast.models.linears import body
+from plopfast.models.running import body
 
 SMALL = {
     "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,

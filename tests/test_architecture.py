@@ -13,7 +13,7 @@ ROOT = Path(plopfast.__file__).parent
 BELOW = {"support", "models", "data"}
 MAY_IMPORT = {  # wing -> the other wings that it may import; kernels import only torch and triton
     "support": set(),
-    "models": {"support"},
+    "models": {"kernels", "support"},
     "data": {"support"},
     "lora": {"kernels", "models", "support"},
     "scoring": {"lora", *BELOW},

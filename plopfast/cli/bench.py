@@ -28,6 +28,7 @@ from torch import nn
 from ..kernels import dispatch, reference
 from ..lora import tuning
 from ..lora.layer import LoRALinear, replace_module
+from ..models.frozen import frozen_of
 from ..support import files, machine
 from ..support.errors import BackendError, ConfigError
 from ..support.progress import bar
@@ -146,7 +147,7 @@ class _Plain(LoRALinear):
     """What one writes without a library, the yardstick; for float64 inputs the specification."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w, a, b = self.weight, self.lora_A, self.lora_B
+        w, a, b = self.frozen.weight_NK, self.lora_A, self.lora_B
         if x.dtype == torch.float64:
             return reference.lora_linear(x.flatten(0, -2), w, a, b, C).unflatten(0, x.shape[:-1])
         return x @ w.T + C * (x @ a.to(x.dtype).T @ b.to(x.dtype).T)
@@ -264,7 +265,7 @@ class _Bench:
         """Adds the rows of one case, each variant checked before it is timed."""
         base, x, dy = self.operands(case)
         if case.kind == "ops":
-            return self.measure_ops(case, budget_s, x.detach(), dy, base.weight)  # type: ignore[arg-type]
+            return self.measure_ops(case, budget_s, x.detach(), dy, frozen_of(base).weight_NK)
         modules = {name: _adapted(base, LoRALinear, case.rank, to) for name, to in self.backends.items()}
         if importlib.util.find_spec("peft"):
             modules["peft"] = _adapted(base, "peft", case.rank)

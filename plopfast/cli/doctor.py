@@ -103,7 +103,7 @@ def module_paths(
     rows = Counter[tuple[str, str, str]]()
     for info in linear_modules(model):
         x_MK = torch.empty(1, 1, dtype=dtype, device=device).expand(tokens, info.n_in)
-        w_NK = torch.empty_strided((info.n_out, info.n_in), info.weight_NK.stride(), dtype=dtype, device="meta")
+        w_NK = torch.empty_strided((info.n_out, info.n_in), info.frozen.weight_NK.stride(), dtype=dtype, device="meta")
         plan = or_backend_error(library.plan_of, x_MK, w_NK, rank, backend)
         rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
     return [(number, *row) for row, number in rows.items()]
@@ -158,7 +158,7 @@ def _case(device: torch.device, strategy: str, dtype: torch.dtype, m, n, k, r, p
 
 def _layer(info: LinearInfo, backend: str, rank: int) -> str:
     """Our adapter and PEFT's on one module; says how far they are apart. Raises ArithmeticError where ours is worse."""
-    base, w_NK, generator = info.module, info.weight_NK, torch.Generator().manual_seed(0)
+    base, w_NK, generator = info.module, info.frozen.weight_NK, torch.Generator().manual_seed(0)
     bias_N: Any = base.bias
     rank = min(rank, info.n_in, info.n_out)
     shapes = (96, info.n_in), (96, info.n_out), (rank, info.n_in), (info.n_out, rank)

@@ -1,10 +1,10 @@
-"""The functional core: checks arguments and ties the kernels to autograd.
+"""LoRA as functions: they check their arguments and tie the kernels to autograd.
 
     S = c drop(X) A^T;  Y = X W^T + S B^T + bias                         c = scaling / (1 - p)
     dS = c dY B;  dB = dY^T S;  dA = dS^T drop(X);  dX = dY W + mask (dS A)
 
-M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 2106.09685, section 4.1); drop zeroes
-elements and leaves the factor 1 / (1 - p) to c, which is applied in float32 before S and dS are rounded.
+M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 2106.09685, section 4.1). `drop` only
+zeroes elements. The factor 1 / (1 - p) is part of c, which is applied in float32 before S and dS are rounded.
 """
 
 import math
@@ -32,22 +32,25 @@ def lora_linear(
     low: tuple[torch.Tensor, torch.Tensor] | None = None,
     s: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """A frozen linear layer plus its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
+    """Applies a frozen linear layer and its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
 
-    x [..., K], weight [N, K] (frozen; a transposed view is fine), lora_A [R, K], lora_B [N, R], bias [N] (frozen);
-    returns [..., N] in x's dtype. x, weight and bias share one floating dtype; the adapters may have another, their
-    gradients come in it. Under autocast everything is computed in the autocast dtype. Saved for the backward pass:
-    x and S = drop(x) A^T alone. The dropout mask is a function of (seed, row, column) and is never stored; `seed` is a
-    64-bit integer, or a 0-d int64 tensor on the CPU (which torch.compile can trace).
+    x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N]; returns [..., N] in x's dtype. `weight` and `bias`
+    are frozen; `weight` may be a transposed view. x, weight and bias have one floating dtype. The adapters, and so their
+    gradients, may be float32 instead. Under autocast everything is computed in the autocast dtype.
+
+    The backward pass keeps only x and S = drop(x) A^T. The dropout mask is a function of (seed, row, column) and is never
+    stored. `seed` is a 64-bit integer, or a 0-d int64 tensor on the CPU, which torch.compile can trace.
 
     `backend`: "auto" (Triton where it runs, else torch), "torch", "triton" (strategy from the tuning table), or
-    "fused" / "lora-first" for one strategy.
+    "fused" or "lora-first" for one strategy.
 
-    What a caller knows already, for eager mode: `low`, copies of lora_A and lora_B in x's dtype, so that no call casts
-    them again; `s` [M, R], scaling * x lora_A^T as `shrink` gives it for several modules that share x.
+    In eager mode, a caller can pass what it has computed already: `low`, copies of lora_A and lora_B in x's dtype, which
+    saves a cast in each call; and `s` [M, R], scaling * x lora_A^T, as `shrink` computes it for modules that share x.
 
-    Raises ValueError for shapes, dtypes, devices, dropout rates or a missing seed that cannot work, and BackendError
-    where `backend` cannot run.
+    Raises ValueError for shapes, dtypes, devices and dropout rates that cannot work and for a missing seed, and
+    BackendError where `backend` cannot run.
+
+        y = pf.lora_linear(x, linear.weight, lora_A, lora_B, scaling=2.0, bias=linear.bias)
     """
     kind = x.device.type
     autocast = torch.is_autocast_enabled(kind)
@@ -74,10 +77,10 @@ def lora_linear(
 
 
 def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto") -> torch.Tensor:
-    """||W x|| of every token: x [..., K], weight [N, K] -> [...] in float32 (float64 for float64).
+    """Computes ||W x|| of every token: x [..., K], weight [N, K] -> [...] in float32 (float64 for float64).
 
-    Where Triton runs, the outputs are never written: it scores weights that are not on the forward path. No gradient.
-    Raises ValueError for shapes and dtypes that do not match, BackendError where `backend` cannot run.
+    Use it to score weights that are not on the forward path. Where Triton runs, W x is never written. It has no gradient.
+    Raises ValueError for shapes and dtypes that do not match, and BackendError where `backend` cannot run.
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(
@@ -93,9 +96,10 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
 
 
 def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str = "auto") -> torch.Tensor:
-    """||y - bias|| over the last dimension: y [..., N], bias [N] -> [...] in float32 (float64 for float64).
+    """Computes ||y - bias|| over the last dimension: y [..., N], bias [N] -> [...] in float32 (float64 for float64).
 
-    One read of y where Triton runs, and no float32 copy of it. No gradient. Raises BackendError where `backend` cannot run.
+    Where Triton runs, it reads y once and makes no float32 copy of it. It has no gradient. Raises BackendError where
+    `backend` cannot run.
     """
     or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
     with torch.no_grad():
@@ -103,12 +107,12 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
 
 
 def path(device: torch.device, backend: str) -> str:
-    """The backend that "auto" or a name stands for on `device`. Raises BackendError with the reason where it can't run."""
+    """Returns what "auto" or another backend stands for on `device`. Raises BackendError with the reason if it can't run."""
     return or_backend_error(dispatch.resolve, device, backend)
 
 
 def or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
-    """`function(*arguments)`; the kernels' UnsupportedError becomes the BackendError that users see."""
+    """Returns `function(*arguments)`. The kernels' UnsupportedError becomes a BackendError, which users know."""
     try:
         return function(*arguments)
     except dispatch.UnsupportedError as error:
@@ -153,19 +157,21 @@ class _LoRALinear(torch.autograd.Function):
 def shrink(
     x: torch.Tensor, weight: torch.Tensor, stacked_A: torch.Tensor, scaling: float, backend: str
 ) -> torch.Tensor:
-    """scaling * x A^T for the stacked lora_A of modules that share x: [..., K] and [R, K] -> [M, R]. No gradient of its
-    own: the modules' backward passes hold it."""
+    """Computes scaling * x A^T for the stacked lora_A of modules that share x: [..., K] and [R, K] -> [M, R].
+
+    It has no gradient of its own, because the modules' backward passes compute it.
+    """
     with torch.no_grad():
         return library.shrink(x.reshape(-1, x.shape[-1]).contiguous(), weight, stacked_A, scaling, 0.0, None, backend)
 
 
 def _direct(x: torch.Tensor) -> bool:
-    """Whether to call an op's implementation itself: torch's dispatcher takes a tenth of a small eager call."""
+    """Whether to call an op's implementation directly: torch's dispatcher takes a tenth of a small eager call."""
     return type(x) is torch.Tensor and not torch.compiler.is_compiling()
 
 
 def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
-    """Raises ValueError for what cannot work; what can work passes in one expression, as small models feel each call."""
+    """One fast check, because small models feel each call; `_explain` builds the error."""
     dtype, device, n_in = x.dtype, x.device, x.shape[-1] if x.dim() else -1
     a_shape, b_shape, w_shape = lora_A.shape, lora_B.shape, weight.shape
     if not (
@@ -197,6 +203,7 @@ def _is_seed(seed) -> bool:
 
 
 def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+    """Raises the ValueError that says which of `_check`'s conditions failed."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format, and the resumable state of a training run: safetensors and JSON, written atomically."""
+"""Adapters on disk in PEFT's format: adapter_model.safetensors and adapter_config.json in a folder, written atomically."""
 
 import json
 import re
@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.linears import fingerprint, is_linear, is_transposed, same_fingerprint
+from ..models.frozen import fingerprint, frozen_of, is_linear, same_fingerprint
 from ..support import files, ranks
-from ..support.errors import AdapterError, PlacementError
+from ..support.errors import AdapterError, FileError, PlacementError
 from .layer import adapters, inject, unload
 from .placement import Placement, ranks_and_patterns
 
@@ -26,13 +25,17 @@ _UNSUPPORTED = {
     "trainable_token_indices": None,
 }
 
+Parts = dict[str, dict[str, torch.Tensor]]  # module name -> "A" [rank, in] and "B" [out, rank]
+
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the model's adapters as PEFT does: adapter_config.json and adapter_model.safetensors in the folder `path`.
+    """Writes the model's adapters as PEFT does, in the folder `path`, which it returns.
 
-    Ranks and alphas that differ go into rank_pattern and alpha_pattern. Of several processes, rank 0 alone writes.
-    Raises AdapterError where the model has no adapters or weights are not finite, FileError where the folder exists
-    (unless `overwrite`) or cannot be written.
+    Ranks and alphas that differ go into `rank_pattern` and `alpha_pattern`. Of several processes, only rank 0 writes, but
+    all have to call this.
+
+    Raises AdapterError where the model has no adapters or one of them is not finite, and FileError where the folder
+    exists (unless `overwrite`) or cannot be written.
     """
     path = Path(path)
     modules = adapters(model)
@@ -67,14 +70,14 @@ def _peft_config(model: nn.Module) -> dict[str, Any]:
         "lora_dropout": first.dropout,
         "use_rslora": first.rslora,
         "target_modules": _target_modules(model, list(modules)),
-        "fan_in_fan_out": is_transposed(first.base),
+        "fan_in_fan_out": first.frozen.transposed,
         "bias": "none",
         "init_lora_weights": True,
     }
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """Last name components where they hit exactly the adapted modules, else the full names."""
+    """The names' last components where these match only the adapted modules, else the full names."""
     lasts = {name.rpartition(".")[2] for name in names}
     others = {n.removesuffix(".base") for n, m in model.named_modules() if is_linear(m)} - set(names)
     exact = not any(name.rpartition(".")[2] in lasts for name in others)
@@ -82,32 +85,16 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
-    """Injects a LoRA adapter in PEFT's format, ours or PEFT's own, into `model`; returns the modules' names.
+    """Injects the LoRA adapter in the folder `path`, saved by plopfast or by PEFT, into `model`; returns the modules' names.
+
+    An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check.
 
     Raises AdapterError for files that are missing, truncated or of another kind, for PEFT features that plopfast does
-    not have, for modules or shapes this model lacks, and, for adapters that plopfast saved, where the base model's
-    weights are not those it was trained on (`check_base=False` lets that pass).
+    not have, for modules or shapes that this model lacks, and for other base weights than those of the training.
     """
     path = Path(path)
-    if not (path / CONFIG).is_file():
-        raise AdapterError(f"{path}: not an adapter folder, it has no {CONFIG}")
-    config = files.read_json(path / CONFIG, "plopfast train")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path / CONFIG}: expected the configuration of a LoRA adapter (peft_type LORA)")
-    for key, plain in _UNSUPPORTED.items():
-        if config.get(key, plain) not in (plain, None, False, [], {}):
-            raise AdapterError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported; merge it with PEFT first")
-    tensors, metadata = _read(path / WEIGHTS)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if match is None:
-            raise AdapterError(
-                f"{path / WEIGHTS}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight"
-            )
-        parts.setdefault(match["name"], {})[match["part"]] = tensor
-    if not parts:
-        raise AdapterError(f"{path / WEIGHTS}: holds no tensors")
+    config = _read_config(path)
+    parts, metadata = _read_parts(path)
     _check_base(model, path, parts)
     ranks = {name: int(part["A"].shape[0]) for name, part in parts.items()}
     placement = Placement({name: (rank, _alpha(config, name)) for name, rank in ranks.items()}, [], "adapter", 0)
@@ -130,7 +117,40 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     return names
 
 
-def _check_base(model: nn.Module, path: Path, parts: dict[str, dict[str, torch.Tensor]]) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG).is_file():
+        raise AdapterError(f"{path}: not an adapter folder, it has no {CONFIG}")
+    config = files.read_json(path / CONFIG, "plopfast train")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path / CONFIG}: expected the configuration of a LoRA adapter (peft_type LORA)")
+    for key, plain in _UNSUPPORTED.items():
+        if config.get(key, plain) not in (plain, None, False, [], {}):
+            raise AdapterError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported; merge it with PEFT first")
+    return config
+
+
+def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
+    """The adapters' tensors and the file's metadata."""
+    file = path / WEIGHTS
+    if not file.is_file():
+        raise AdapterError(f"{file}: no such file (adapters in pickle format, .bin, are not read)")
+    try:
+        tensors, metadata = files.read_tensors(file, "plopfast train")
+    except FileError as error:
+        raise AdapterError(str(error)) from error
+    parts: Parts = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise AdapterError(f"{file}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight")
+        parts.setdefault(match["name"], {})[match["part"]] = tensor
+    if not parts:
+        raise AdapterError(f"{file}: holds no tensors")
+    return parts, metadata
+
+
+def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
+    """Raises AdapterError where a module of the adapter is incomplete, absent from the model, or of another shape."""
     modules = dict(model.named_modules())
     for name, part in parts.items():
         if set(part) != {"A", "B"}:
@@ -138,9 +158,7 @@ def _check_base(model: nn.Module, path: Path, parts: dict[str, dict[str, torch.T
         module = modules.get(name)
         if module is None or not is_linear(module):
             raise AdapterError(f"{path}: made for another base model: this one has no linear module {name!r}")
-        weight = module.weight
-        assert isinstance(weight, torch.Tensor)
-        n_out, n_in = weight.shape[::-1] if is_transposed(module) else weight.shape
+        n_out, n_in = frozen_of(module, name).shape
         got = [part["A"].shape[1], part["B"].shape[0]]
         if got != [n_in, n_out] or part["A"].shape[0] != part["B"].shape[1]:
             raise AdapterError(
@@ -153,13 +171,3 @@ def _alpha(config: dict[str, Any], name: str) -> float:
         if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT matches its patterns
             return float(alpha)
     return float(config.get("lora_alpha", 8))
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise AdapterError(f"{path}: no such file (adapters in pickle format, .bin, are not read)") from None
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path}: truncated or not a safetensors file ({error})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support import files
-from ..support.errors import FileError
+from ..support.errors import FileError, PlacementError
 
 
 @dataclass
@@ -63,3 +63,16 @@ def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, An
         {re.escape(name): values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)
     )
     return {"r": common[0], "lora_alpha": common[1], "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def full_rank(n_in: int, n_out: int) -> int:
+    """Returns the highest rank that an adapter of an n_out x n_in weight can use: the smaller side."""
+    return min(n_in, n_out)
+
+
+def check_rank(rank: int, n_in: int, n_out: int, where: str = "") -> None:
+    """Raises PlacementError for a rank below 1 or above `full_rank`. `where` begins the message, such as "q_proj: "."""
+    if not 1 <= rank <= full_rank(n_in, n_out):
+        raise PlacementError(
+            f"{where}rank {rank} does not fit a {n_out} x {n_in} weight: choose 1 to {full_rank(n_in, n_out)}"
+        )

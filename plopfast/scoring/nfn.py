@@ -26,7 +26,9 @@ from ..data.batches import group_by_length
 from ..data.rows import IGNORE
 from ..lora.layer import adapters
 from ..lora.ops import row_norms
-from ..models.linears import LinearInfo, body, device_of, linear_modules, whole
+from ..models.frozen import whole
+from ..models.linears import LinearInfo, linear_modules
+from ..models.running import body, device_of
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
 from ..support.progress import bar
@@ -332,8 +334,8 @@ def _score(
 
 def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
     """||W||_F / sqrt(n_in) for each module: E||W u|| of a random unit vector u, up to the gap in nfn's docstring."""
-    first = infos[0].weight_NK.device
-    return torch.stack([row_norms(i.weight_NK).norm().to(first) / i.n_in**0.5 for i in infos])
+    first = infos[0].frozen.device
+    return torch.stack([i.frozen.frobenius().to(first) / i.n_in**0.5 for i in infos])
 
 
 def _monte_carlo(samples: int, seed: int) -> Any:
@@ -346,8 +348,9 @@ def _monte_carlo(samples: int, seed: int) -> Any:
 
 def _mean_random_norm(info: LinearInfo, samples: int, generator: torch.Generator) -> torch.Tensor:
     g = torch.randn(samples, info.n_in, generator=generator)  # on the CPU: the same draws on every device
-    unit = (g / g.norm(dim=1, keepdim=True)).to(info.weight_NK.device)
-    return (unit @ info.weight_NK.float().T).norm(dim=1).mean().cpu()
+    w_NK = info.frozen.dequantize()
+    unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
+    return (unit @ w_NK.float().T).norm(dim=1).mean().cpu()
 
 
 def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.linears import LinearInfo, device_of, linear_modules
+from ..models.linears import LinearInfo, linear_modules
+from ..models.running import device_of
 from ..support.errors import ConfigError, DataError, ModelError
 from .hooks import _hooked
 from .report import ModuleScore, NFNReport
@@ -28,7 +29,7 @@ def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed
     def hook_for(info: LinearInfo) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
             z_MK = args[0].float().reshape(-1, info.n_in)
-            w_NK = info.weight_NK.float()
+            w_NK = info.frozen.dequantize().float()
             w = w_NK / (w_NK.square().mean().sqrt() + 1e-8)
             z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
             g = torch.randn(z.shape, generator=generator, device=device)

@@ -23,7 +23,9 @@ from ..data.text import read_text
 from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
-from ..models.linears import context_length, fingerprint, linear_modules
+from ..models.frozen import fingerprint
+from ..models.linears import linear_modules
+from ..models.running import context_length
 from ..run.folder import EVA, Run
 from ..run.stages import adapt
 from ..support import files, machine

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..data.batches import batches_of
 from ..data.rows import Example
-from ..models.linears import context_length, device_of, linear_modules
+from ..models.linears import linear_modules
+from ..models.running import context_length, device_of
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport, types_of

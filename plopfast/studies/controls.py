@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..data.rows import Example
-from ..models.linears import device_of
+from ..models.running import device_of
 from ..support import machine
 from ..support.errors import ConfigError, DataError, ModelError
 

@@ -17,7 +17,8 @@ from ..data.batches import collate, group_by_length
 from ..data.rows import Example
 from ..lora.layer import adapters, inject, unload
 from ..lora.placement import Placement
-from ..models.linears import device_of, linear_modules
+from ..models.linears import linear_modules
+from ..models.running import device_of
 from ..scoring.report import NFNReport
 from ..support.errors import DataError, ModelError
 from ..support.progress import bar
@@ -51,7 +52,8 @@ def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, flo
     found, infos = {}, linear_modules(model)
     with bar("kappa", len(infos), "modules", progress) as meter:
         for info in infos:
-            weight = info.weight_NK if info.weight_NK.is_cuda else info.weight_NK.cpu()  # mps has no float64
+            weight = info.frozen.dequantize()
+            weight = weight if weight.is_cuda else weight.cpu()  # mps has no float64
             w = (weight if info.n_out <= info.n_in else weight.T).double()
             gram = w @ w.T
             if not 0 < float(gram.trace()) < math.inf:

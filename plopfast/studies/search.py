@@ -18,9 +18,11 @@ from typing import Any
 import torch
 
 from ..data.batches import batches_of
-from ..lora.layer import INITS, unload
+from ..lora.init import INITS
+from ..lora.layer import unload
 from ..lora.placement import Placement
-from ..models.linears import fingerprint, linear_modules
+from ..models.frozen import fingerprint
+from ..models.linears import linear_modules
 from ..run.folder import SCORE_ROWS, Run
 from ..run.stages import adapt, placed
 from ..scoring.nfn import score

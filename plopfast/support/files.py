@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from .errors import FileError
 
@@ -87,6 +87,17 @@ def _parse(path: Path, text: str, line: int) -> Any:
     except json.JSONDecodeError as error:
         at = line + error.lineno - 1
         raise FileError(f"{path}, line {at}: not valid JSON ({error.msg}); was it edited by hand?") from None
+
+
+def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tensors of a safetensors file, on the CPU, and its metadata; `made_by` as for `read_json`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise FileError(f"{path}: no such file; it is written by {made_by}") from None
+    except (SafetensorError, OSError) as error:
+        raise FileError(f"{path}: truncated or not a safetensors file ({error}); it is written by {made_by}") from None
 
 
 def sha256(path: Path) -> str:

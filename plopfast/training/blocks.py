@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from ..models.linears import blocks, device_of, is_sharded
+from ..models.frozen import find_frozen, is_sharded
+from ..models.linears import blocks
+from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError
 
@@ -147,8 +149,9 @@ def _lean_forward(module: Any) -> tuple[Any, int, Any]:
     """(forward, width of its input, a tensor of the input's dtype and device), (None, 0, None) for other modules."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     gate, up, down = parts
-    if all(isinstance(part, nn.Module) for part in parts) and _is_plain(gate.weight):
-        return lambda x: down(_SwiGLU.apply(gate(x), up(x))), gate.weight.shape[-1], gate.weight
+    frozen = find_frozen(gate) if all(isinstance(part, nn.Module) for part in parts) else None
+    if frozen and not is_sharded(frozen.stored):
+        return lambda x: down(_SwiGLU.apply(gate(x), up(x))), frozen.shape[1], frozen.stored
     weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if eps is not None and _is_plain(weight) and weight.dim() == 1 and not weight.requires_grad:
         plain = module.forward  # for inputs that are wider than the weights

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import prepared
-from ..models.linears import device_of
+from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ModelError
 from .blocks import lean_modules, prepared_blocks

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.batches import collate, group_by_length
 from ..data.rows import Example
-from ..models.linears import device_of, run_for_logits
+from ..models.running import device_of, run_for_logits
 from ..support.errors import TrainingError
 from ..support.progress import bar
 from .loss import inputs_of, positions

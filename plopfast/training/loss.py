@@ -19,7 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.rows import IGNORE
 from ..lora.layer import LoRALinear
-from ..models.linears import body, output_head, run_for_logits
+from ..models.frozen import frozen_of
+from ..models.running import body, output_head, run_for_logits
 
 CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
 SHORT_ROW = 128
@@ -34,9 +35,13 @@ class Head:
     multiplier: float = 1.0
     cap: float | None = None
 
+    @property
+    def weight_VH(self) -> torch.Tensor:
+        return frozen_of(self.module).weight_NK
+
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """[n, hidden] -> [n, vocabulary] in float32"""
-        z_nV = nn.functional.linear(hidden_nH, self.module.weight, self.module.bias).float()  # type: ignore[arg-type]
+        z_nV = nn.functional.linear(hidden_nH, self.weight_VH, self.module.bias).float()  # type: ignore[arg-type]
         if self.multiplier != 1.0:
             z_nV *= self.multiplier
         return z_nV if self.cap is None else z_nV.div_(self.cap).tanh_().mul_(self.cap)
@@ -106,7 +111,7 @@ class Objective(nn.Module):
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
             hidden_nH = body(self.model)(**inputs_of(batch), use_cache=False)[0][where]
-        tensors: list[Any] = [hidden_nH, self.head.module.weight, self.head.module.bias]
+        tensors: list[Any] = [hidden_nH, self.head.weight_VH, self.head.module.bias]
         if not torch.is_grad_enabled():  # which needs_input_grad does not tell
             tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
         return _ChunkedCrossEntropy.apply(*tensors, targets_n, self.head)
@@ -115,8 +120,7 @@ class Objective(nn.Module):
     def _agrees(self) -> bool:
         """Whether body and head, run by hand, give the model's own logits."""
         assert self.head is not None
-        weight = self.head.module.weight
-        assert isinstance(weight, torch.Tensor)
+        weight = self.head.weight_VH
         ids = torch.arange(1, 9, device=weight.device).view(2, 4) % len(weight)
         training = self.model.training
         self.model.eval()

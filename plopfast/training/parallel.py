@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models.linears import blocks, body, is_sharded
+from ..models.frozen import is_sharded
+from ..models.linears import blocks
+from ..models.running import body
 from ..support.errors import TrainingError
 from ..support.ranks import size
 

@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..lora.peft_files import _read
 from ..support import files
-from ..support.errors import AdapterError, FileError
+from ..support.errors import FileError
 
 
 def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> Path:
@@ -49,9 +48,9 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], P
     problems: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
-            tensors, metadata = _read(path)
+            tensors, metadata = files.read_tensors(path, "plopfast train")
             facts = json.loads(metadata["facts"])
-        except (AdapterError, KeyError, json.JSONDecodeError) as error:
+        except (FileError, KeyError, json.JSONDecodeError) as error:
             problems[path] = f"{path}: not a readable training checkpoint ({error})"
             continue
         for damaged, problem in problems.items():

@@ -22,7 +22,9 @@ from ..data.batches import collate, collate_packed, group_by_length, groups_in_e
 from ..data.rows import Example
 from ..lora.layer import adapters
 from ..lora.shared import find_shared_inputs, prepared
-from ..models.linears import check_packing, device_of, fingerprint, linear_modules
+from ..models.frozen import fingerprint
+from ..models.linears import linear_modules
+from ..models.running import check_packing, device_of
 from ..support import files, machine, ranks
 from ..support.config import FREE, TrainConfig
 from ..support.errors import ConfigError, FileError, Interrupted, TrainingError

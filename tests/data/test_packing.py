@@ -7,7 +7,7 @@ from helpers import CONFIGS, build
 import plopfast as pf
 from plopfast.data.batches import collate, collate_packed, pack
 from plopfast.lora.layer import adapters
-from plopfast.models.linears import check_packing
+from plopfast.models.running import check_packing
 from plopfast.support.errors import DataError, ModelError
 
 ROWS = [(1, 40, 41, 42, 43, 44, 45), (1, 60), (1, *range(100, 125)), (1, 7, 7, 7, 7)]

@@ -39,7 +39,7 @@ def test_initialisation_is_pefts_and_depends_on_seed_and_name_alone(llama):
     assert torch.equal(torch.get_rng_state(), state), "the caller's generator is left alone"
     first = {n: m.lora_A.detach().clone() for n, m in adapters(llama).items()}
     for name, a in first.items():
-        bound = adapters(llama)[name].weight_NK.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
+        bound = adapters(llama)[name].frozen.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5))
         assert a.abs().max() <= bound and a.abs().max() > 0.8 * bound
     assert len({a.sum().item() for a in first.values()}) == len(first)
     pf.unload(llama)

@@ -8,7 +8,7 @@ from helpers import build
 from torch import nn
 
 import plopfast as pf
-from plopfast.models import linears, loading
+from plopfast.models import loading, running
 from plopfast.support.errors import ModelError
 
 TYPES = {
@@ -25,7 +25,7 @@ def test_types_come_from_the_structure(architecture):
     assert types == TYPES.get(architecture, TYPES["llama"])
     assert {info.layer for info in infos} == {0, 1, 2} and len(infos) == 3 * len(types)
     for info in infos:
-        assert info.weight_NK.shape == (info.n_out, info.n_in)
+        assert info.frozen.shape == (info.n_out, info.n_in)
     assert any(info.transposed for info in infos) == (architecture == "gpt2")
 
 
@@ -50,7 +50,7 @@ def test_logits_only_where_asked(any_model):
     ids = torch.randint(3, 300, (3, 9))
     where = torch.rand(3, 9) < 0.4
     with torch.no_grad():
-        got = linears.run_for_logits(any_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, where)
+        got = running.run_for_logits(any_model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, where)
         want = any_model(input_ids=ids).logits[where]
     torch.testing.assert_close(got, want)
     assert not any_model.get_output_embeddings()._forward_pre_hooks

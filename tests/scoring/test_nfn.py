@@ -7,6 +7,7 @@ from torch import nn
 
 import plopfast as pf
 from plopfast.kernels import reference
+from plopfast.models.frozen import FrozenWeight
 from plopfast.models.linears import linear_modules
 from plopfast.scoring import nfn
 from plopfast.support.errors import ConfigError, DataError, FileError, ModelError
@@ -31,7 +32,9 @@ def exact_scores(model, batches, skip_bos=True, keep=lambda labels: torch.ones_l
                 if skip_bos and ids[mask][0] == 1:
                     counts[0] = False
                 for info in infos:
-                    ratios.setdefault(info.name, []).append(reference.nfn(inputs[info.name][0], info.weight_NK)[counts])
+                    ratios.setdefault(info.name, []).append(
+                        reference.nfn(inputs[info.name][0], info.frozen.dequantize())[counts]
+                    )
     for handle in handles:
         handle.remove()
     model.float()
@@ -196,7 +199,7 @@ def test_monte_carlo_agrees_with_the_closed_form(default_model):
     assert torch.equal(sampled[:3], nfn._monte_carlo(2048, 0)(infos[:3])), "seeded"
     gaps = {}
     for info, one, other in zip(infos, closed.tolist(), sampled.tolist(), strict=True):
-        w = info.weight_NK.double()
+        w = info.frozen.dequantize().double()
         r = (w.norm() ** 4 / (w @ w.T).square().sum()).item()
         known = (1 - r / info.n_in) / (4 * r)
         assert other / one == pytest.approx(1 - known, abs=0.01), info.name
@@ -290,14 +293,15 @@ def test_head_and_cache_are_left_out(llama):
 
 
 def test_shared_inputs_are_measured_once(llama, monkeypatch):
-    counted = []
-    norm = nfn.row_norms
+    counted, weights = [], []
+    norm, frobenius = nfn.row_norms, FrozenWeight.frobenius
+    monkeypatch.setattr(FrozenWeight, "frobenius", lambda self: weights.append(self) or frobenius(self))
     monkeypatch.setattr(
         nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options)
     )
     pf.score(llama, random_batches(count=1))
     # per layer 7 outputs and 4 inputs (qkv, o, gate/up, down), 3 layers; 21 weights
-    assert counted.count(3) == 3 * (7 + 4) and counted.count(2) == 21
+    assert counted.count(3) == 3 * (7 + 4) == len(counted) and len(weights) == 21
 
 
 def test_no_wait_for_the_device_inside_the_loop():

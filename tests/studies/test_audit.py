@@ -227,7 +227,7 @@ def test_condition_numbers(any_model):
     found = condition_numbers(any_model)
     assert list(found) == [info.name for info in linear_modules(any_model)]
     for info in linear_modules(any_model):
-        assert found[info.name] == pytest.approx(float(torch.linalg.cond(info.weight_NK.detach().double())), rel=1e-6)
+        assert found[info.name] == pytest.approx(float(torch.linalg.cond(info.frozen.dequantize().double())), rel=1e-6)
 
 
 def test_condition_number_of_odd_weights(llama):

@@ -1,0 +1,155 @@
+"""The frozen weight of a linear module, however it is stored.
+
+LoRA, scoring, merging and file checks ask a FrozenWeight; nothing else reads the weight of a frozen module. So another
+kind of storage (4-bit codes, say) is a subclass of FrozenWeight, and one line of `frozen_of` that chooses it.
+
+N out, K in.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import library  # noqa: F401  # registers the operation that `frobenius` calls
+from ..support.errors import ModelError
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class FrozenWeight:
+    """The weight W [N, K] of a module that stores it densely: [N, K] in nn.Linear, [K, N] in transformers' Conv1D.
+
+    It holds the module and not the tensor, because `model.to`, FSDP and `functional_call` put other tensors in the
+    module's place. It is cheap to make, and a LoRALinear keeps one as its attribute `frozen`.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.transposed = is_transposed(module)  # PEFT's fan_in_fan_out
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The parameter itself, in the module's own layout."""
+        return self.module.weight  # type: ignore[return-value]
+
+    @property
+    def weight_NK(self) -> torch.Tensor:
+        """A view [N, K] of the parameter, for products. A sharded weight stays sharded."""
+        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
+        return weight.T if self.transposed else weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)"""
+        n_out, n_in = self.weight_NK.shape
+        return n_out, n_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that products with W are computed in."""
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def dequantize(self) -> torch.Tensor:
+        """All values of W as a dense tensor [N, K], which must not be written to. It has no gradient.
+
+        A sharded weight is gathered, so every rank has to call this.
+        """
+        weight = whole(self.stored.detach())
+        return weight.T if self.transposed else weight
+
+    def frobenius(self) -> torch.Tensor:
+        """||W||_F, 0-d, in float32 (float64 for float64). Every rank has to call this."""
+        return torch.ops.plopfast.row_norms(self.dequantize(), None, "auto").norm()
+
+    def fingerprint(self) -> list[float]:
+        """The first four values as they are stored. Every rank has to call this."""
+        return whole(self.stored.detach()).flatten()[:4].float().tolist()
+
+    @torch.no_grad()
+    def add_(self, delta_NK: torch.Tensor) -> None:
+        """W += delta: the sum is taken in float32 and rounded once."""
+        stored = self.stored
+        delta = delta_NK.T if self.transposed else delta_NK
+        stored.copy_((stored.float() + delta).to(stored.dtype))
+
+
+def frozen_of(module: nn.Module, name: str = "") -> FrozenWeight:
+    """The frozen weight of a linear module, or of the one that a LoRALinear or a PEFT module wraps.
+
+    Raises ModelError for every other module and for quantised weights, with `name`, the module's class and its tensors.
+    """
+    frozen = find_frozen(module)
+    if frozen is None:
+        got = ", ".join(
+            f"{key} {type(t).__name__} {t.dtype} {list(t.shape)}" for key, t in _own_tensors(module).items()
+        )
+        raise ModelError(
+            f"{name or 'module'}: expected a floating-point weight [out, in] in an nn.Linear or transformers' Conv1D, got "
+            f"{type(module).__name__} ({got or 'no tensors'}); quantised weights are not supported yet: load the model in "
+            "bfloat16 or float32"
+        )
+    return frozen
+
+
+def find_frozen(module: nn.Module) -> FrozenWeight | None:
+    """As `frozen_of`, but None where that raises."""
+    carried = getattr(module, "frozen", None)
+    if isinstance(carried, FrozenWeight):
+        return carried
+    module = getattr(module, "base_layer", module)  # PEFT's name for it
+    weight = getattr(module, "weight", None)
+    plain = isinstance(module, nn.Linear) or is_transposed(module)
+    return FrozenWeight(module) if plain and _is_dense(weight) else None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for nn.Linear, transformers' Conv1D, and the linear modules of quantisation libraries, which `frozen_of` refuses.
+
+    The latter are told by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
+    """
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        return True
+    return "Linear" in type(module).__name__ and any(
+        t.dim() > 1 and not t.is_floating_point() for t in _own_tensors(module).values()
+    )
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True for transformers' Conv1D, which stores its weight [in, out]."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def is_sharded(tensor: torch.Tensor) -> bool:
+    """True for a DTensor, which is spread over several ranks. (Importing that class takes torch 0.6 s.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Any) -> Any:
+    """Gathers a sharded tensor on each rank; returns any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def fingerprint(model: nn.Module, names: list[str]) -> list[float]:
+    """The first four weights of each named linear module, in the order of their names: an adapter knows its base by them."""
+    return [value for name in sorted(names) for value in frozen_of(model.get_submodule(name), name).fingerprint()]
+
+
+def same_fingerprint(one: list[float], two: list[float]) -> bool:
+    """True where they agree within 1 %: rounding to bfloat16 moves a weight by at most 0.4 %."""
+    a, b = torch.tensor(one), torch.tensor(two)
+    return a.shape == b.shape and bool((a - b).norm() <= 0.01 * a.norm())
+
+
+def _is_dense(weight: Any) -> bool:
+    """Whether a product can take it. Quantisation libraries have tensor classes that give a floating dtype as theirs."""
+    own = isinstance(weight, torch.Tensor) and type(weight).__module__.partition(".")[0] == "torch"
+    return own and weight.dim() == 2 and weight.dtype in DTYPES
+
+
+def _own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    return dict(module.named_parameters(recurse=False)) | dict(module.named_buffers(recurse=False))

@@ -1,0 +1,75 @@
+"""Running a model: its body and head, logits only where they are asked for, and a check of packed batches."""
+
+import torch
+from torch import nn
+
+from ..support.errors import ModelError
+
+
+def output_head(model: nn.Module) -> nn.Module | None:
+    """Returns the module that makes the logits, or None where the model has none."""
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def body(model: nn.Module) -> nn.Module:
+    """Returns the model without its output head, which scoring does not need."""
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns the device of the model's first parameter."""
+    return next(model.parameters()).device
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Returns the most tokens that a row may have, or None where the model's configuration does not say."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None)
+
+
+def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
+    """Returns logits [n, vocabulary] at the n True positions of the bool mask `where` [rows, tokens], in row order.
+
+    The hidden states are gathered just before the output head. So logits exist only where they are asked for, and the
+    model still does to them what it does to all logits (soft-capping, scaling).
+    """
+    head = output_head(model)
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no output head; load it as a causal language model")
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][where].unsqueeze(0),))
+    try:
+        logits = model(**batch, use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits[0]
+
+
+@torch.no_grad()
+def check_packing(model: nn.Module) -> None:
+    """Raises ModelError unless the model keeps the sequences of a packed batch (`data.collate_packed`) apart.
+
+    It runs two short sequences twice: other tokens in the first one must not change the logits of the second.
+    """
+    device, training = device_of(model), model.training
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    model.eval()  # dropout would change them too
+    try:
+        one, two = (
+            model(
+                input_ids=torch.tensor([[*first, 9, 8, 7, 6]], device=device), position_ids=positions, use_cache=False
+            )
+            .logits[0, 4:]
+            .float()
+            for first in ((1, 2, 3, 4), (9, 5, 8, 7))
+        )
+    except TypeError as error:
+        raise ModelError(f"{type(model).__name__} takes no position_ids ({error}): train it without packing") from error
+    finally:
+        model.train(training)
+    if not (one - two).norm() <= 0.01 * one.norm():  # 0 in dense models; rounding where experts share a batch
+        raise ModelError(
+            f"{type(model).__name__} mixes the sequences of a packed batch (its attention does not follow position_ids, "
+            "or a recurrent state runs through them): train it without packing"
+        )
