@@ -87,7 +87,7 @@ def test_each_criterion_places_what_the_audit_picks(name, tokenizer):
     model, examples = build("llama"), tokenize(read_jsonl(DEMO["train"])[:8], tokenizer)
     with_eva = pf.score(model, random_batches(), eva_rank=2)
     by_module = COMPUTE[name](Given(model, examples, 2, 0, False, lambda: with_eva))
-    placement = pf.place(with_eva, name, k=2, rank=2, criteria={name: by_module})
+    placement = pf.place(with_eva, name, k=2, rank=8, criteria={name: by_module})
     rule, by_type = RULES[name], {}
     for module, score in with_eva.scores.items():
         by_type.setdefault(score.type, []).append(by_module[module])
@@ -96,7 +96,7 @@ def test_each_criterion_places_what_the_audit_picks(name, tokenizer):
     assert set(placement.modules) == {n for n, s in with_eva.scores.items() if s.type in placement.types}
     best = (max if rule.highest else min)(means.values())
     assert means[placement.types[0]] == best
-    matched = pf.place(with_eva, "all", budget=f"match:{name}:r2", k=2, criteria={name: by_module})
+    matched = pf.place(with_eva, "all", budget=f"match:{name}:r8", k=2, criteria={name: by_module})
     assert 0 <= placement.parameters - matched.parameters < 80, "less than a rank of the largest module"
 
 
