@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from ..placing.rules import help_words
 from ..support import machine
 from ..support.config import RunConfig, TrainConfig, load_settings
 from ..support.errors import ConfigError, Interrupted, PlopfastError, RankError
@@ -182,11 +183,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_settings(command: argparse.ArgumentParser, names: Sequence[str]) -> None:
     types, group = get_type_hints(RunConfig), command.add_argument_group("settings")
-    fields = {f.name: f for f in dataclasses.fields(RunConfig)}
+    fields, words = {f.name: f for f in dataclasses.fields(RunConfig)}, help_words()
     for name in names:
         field, hint = fields[name], types[name]
         plain = next((t for t in get_args(hint) if t is not type(None)), hint)  # int | None -> int
-        text = field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)")
+        text = field.metadata["help"].format(**words) + ("" if field.default is None else " (default: %(default)s)")
         options: dict[str, Any] = {
             "default": argparse.SUPPRESS,
             "help": text.replace("%(default)s", str(field.default)),

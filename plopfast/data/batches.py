@@ -65,7 +65,11 @@ def batches_of(
     if tokens == "all" and not skip_first:
         return batches
     for batch, chunk in zip(batches, chunks, strict=True):
-        batch["counted"] = pad_sequence([_counted(e, tokens, skip_first) for e in chunk], batch_first=True)
+        labelled = [torch.arange(len(e.tokens)) >= e.start for e in chunk]
+        rows_counted = [
+            counted_tokens(tokens, row, e.roles, skip_first, e.where) for e, row in zip(chunk, labelled, strict=True)
+        ]
+        batch["counted"] = pad_sequence(rows_counted, batch_first=True)
     if not any(batch["counted"].any() for batch in batches):
         known = sorted({role for e in examples for role in e.roles or ()})
         raise DataError(
@@ -75,20 +79,32 @@ def batches_of(
     return batches
 
 
-def _counted(example: Example, tokens: str, skip_first: bool) -> torch.Tensor:
-    place = torch.arange(len(example.tokens))
-    if tokens in ("prompt", "completion"):
-        counted = (place >= example.start) == (tokens == "completion")
-    elif tokens == "all":
-        counted = torch.ones_like(place, dtype=torch.bool)
-    elif example.roles is None:
+def counted_tokens(
+    which: str,
+    labelled: torch.Tensor,
+    roles: Sequence[str] | None = None,
+    skip_first: bool = False,
+    where: str = "rows",
+) -> torch.Tensor:
+    """Return which tokens of a row are scored, bool [tokens].
+
+    `which`: "all", "prompt" (tokens without a label), "completion" (tokens with one), or a role. `labelled`: bool
+    [tokens]. `roles`: the role of each token. Raises DataError, beginning with `where`, for a role that the row lacks.
+    """
+    if which in ("prompt", "completion"):
+        counted = labelled == (which == "completion")
+    elif which == "all":
+        counted = torch.ones_like(labelled)
+    elif roles is None:
         raise DataError(
-            f"{example.where}: scoring the {tokens}'s tokens needs rows of messages, and a chat template that adds "
-            "each message to those before it; score all, prompt or completion tokens"
+            f"{where}: scoring the {which}'s tokens needs rows of messages, and a chat template that adds each message "
+            "to those before it; score all, prompt or completion tokens"
         )
     else:
-        counted = torch.tensor([role == tokens for role in example.roles])
-    return counted & (place > 0) if skip_first else counted
+        counted = torch.tensor([role == which for role in roles])
+    if skip_first:
+        counted[:1] = False
+    return counted
 
 
 def group_by_length(

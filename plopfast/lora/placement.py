@@ -1,4 +1,4 @@
-"""A placement: which modules get adapters, and of what rank and alpha."""
+"""A placement: which modules get adapters, with what rank and alpha; and which ranks fit a weight."""
 
 import re
 from collections import Counter
@@ -13,8 +13,12 @@ from ..support.errors import FileError, PlacementError
 
 @dataclass
 class Placement:
-    """`modules`: name -> (rank, alpha); `margin`: NFN between the k-th and the (k+1)-th type, for plop rules; `notes`: how
-    sure the choice is, and what a budget did."""
+    """The modules that get adapters.
+
+    `modules`: name -> (rank, alpha). `types`: the module types chosen. `parameters`: trainable parameters in all.
+    `margin`: the NFN between the last type chosen and the first left out, for rules that choose types by NFN.
+    `notes`: how sure the choice is, and what a budget did.
+    """
 
     modules: dict[str, tuple[int, float]]
     types: list[str]
@@ -25,11 +29,12 @@ class Placement:
     notes: list[str] = field(default_factory=list)
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, atomically."""
+        """Writes the placement as JSON, atomically."""
         files.write_json(Path(path), {"plopfast": "placement", **asdict(self)})
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
+        """Reads what `save` wrote. Raises FileError for a missing file and for one that holds no placement."""
         value = files.read_json(Path(path), "plopfast place")
         try:
             value.pop("plopfast")
@@ -40,7 +45,10 @@ class Placement:
         return placement
 
     def peft_config(self) -> dict[str, Any]:
-        """Arguments of `peft.LoraConfig` that adapt the same modules with the same ranks and alphas."""
+        """Returns the arguments of `peft.LoraConfig` that adapt the same modules with the same ranks and alphas.
+
+        Example: `peft.get_peft_model(model, peft.LoraConfig(**placement.peft_config()))`.
+        """
         return {"task_type": "CAUSAL_LM", "target_modules": sorted(self.modules), **ranks_and_patterns(self.modules)}
 
     def __str__(self) -> str:
@@ -56,8 +64,11 @@ class Placement:
 
 
 def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, Any]:
-    """PEFT's `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` for modules with (rank, alpha): the commonest values, and
-    the modules that have others, as regular expressions of their names."""
+    """Returns PEFT's `r`, `lora_alpha`, `rank_pattern` and `alpha_pattern` for `modules`: name -> (rank, alpha).
+
+    `r` and `lora_alpha` are the commonest values. The patterns hold the modules with other values, their names written as
+    regular expressions.
+    """
     common = [Counter(column).most_common(1)[0][0] for column in zip(*modules.values(), strict=True)]
     rank_pattern, alpha_pattern = (
         {re.escape(name): values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)

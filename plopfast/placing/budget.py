@@ -1,47 +1,76 @@
-"""How many parameters a budget allows, and the ranks it gives to modules."""
+"""Budgets: how many parameters one allows, and the ranks it gives to modules."""
 
 import heapq
+import re
+from collections.abc import Callable
+from fractions import Fraction
 
+from ..lora.placement import full_rank
 from ..scoring.report import ModuleScore
 from ..support.errors import PlacementError
 
 PARAMETER_BYTES = 4  # adapters are float32
 
 
-def _shared_out(budget: int, modules: dict[str, ModuleScore], proportional: bool) -> dict[str, int]:
-    """The ranks that a budget of parameters gives to modules, one at least to each."""
-    least = sum(map(_size, modules.values()))
-    most = sum(_full_rank(score) * _size(score) for score in modules.values())
-    if budget < least:
-        raise PlacementError(
-            f"budget {budget:,} parameters: below the smallest adapter on these {len(modules)} modules, which takes {least:,} "
-            "at rank 1: raise it, or choose fewer modules"
-        )
-    if budget > most:
-        raise PlacementError(
-            f"budget {budget:,} parameters: above the {most:,} that full ranks of these {len(modules)} modules take: "
-            "lower it, or choose more modules"
-        )
+def parameters_at(rank: int, score: ModuleScore) -> int:
+    """Returns the parameters of an adapter of this rank on a module."""
+    return rank * (score.n_in + score.n_out)
+
+
+def allowed_parameters(budget: int | str, match: Callable[[str, int], int]) -> int:
+    """Returns the parameters that a budget allows: 2396160, "2.5M", "10MB", "8MiB" or "match:all:r8".
+
+    `match(rule, rank)` returns the parameters of another rule at a rank. Raises PlacementError for any other text.
+    """
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return budget
+    text = str(budget).strip()
+    if found := re.fullmatch(r"match:(?P<rule>[^:]+):r(?P<rank>\d+)", text):
+        return match(found["rule"], int(found["rank"]))
+    if found := re.fullmatch(r"(?P<number>\d+(\.\d+)?) *(?P<unit>|[kKMG]|[kKMG]i?B|B)", text):
+        base, power = 1024 if "i" in found["unit"] else 1000, "BKMG".index((found["unit"].upper() or "B")[0])
+        allowed = Fraction(found["number"]) * base**power  # exact: the float 67.1 * 10**6 is below 67,100,000
+        return int(allowed / (PARAMETER_BYTES if "B" in found["unit"] else 1))
+    raise PlacementError(
+        f"budget {budget!r}: expected parameters (2396160, 2.5M), bytes (10MB, 8MiB) or match:RULE:rRANK (match:all:r8)"
+    )
+
+
+def share_out(budget: int, modules: dict[str, ModuleScore], proportional: bool) -> dict[str, int]:
+    """Returns the ranks that a budget of parameters gives to modules, at least 1 to each.
+
+    Ranks are given one by one, each to the module with the most weight for every rank that it would then have (D'Hondt's
+    apportionment). All weights are 1, or 1 / NFN if `proportional`; equal claims go to the lower NFN. Raises
+    PlacementError for a budget below rank 1 or above full rank on these modules.
+    """
+    most = {name: full_rank(score.n_in, score.n_out) for name, score in modules.items()}
+    size = {name: parameters_at(1, score) for name, score in modules.items()}
+    _check_budget(budget, sum(size.values()), sum(most[name] * size[name] for name in modules), len(modules))
     order = sorted(modules, key=lambda name: modules[name].nfn)
-    price = {name: modules[name].nfn if proportional else 1.0 for name in order}  # 1 / weight, which NFN 0 has not
+    price = {
+        name: modules[name].nfn if proportional else 1.0 for name in order
+    }  # 1 / weight: an NFN of 0 has no weight
     given = dict.fromkeys(modules, 1)
-    left = budget - least
+    left = budget - sum(size.values())
     queue = [(2 * price[name], place, name) for place, name in enumerate(order)]
     heapq.heapify(queue)
     while queue:
         _, place, name = heapq.heappop(queue)
-        size, full = _size(modules[name]), _full_rank(modules[name])
-        if size <= left and given[name] < full:  # else never again: left only falls
+        if size[name] <= left and given[name] < most[name]:  # otherwise it never will again, as `left` only falls
             given[name] += 1
-            left -= size
+            left -= size[name]
             heapq.heappush(queue, ((given[name] + 1) * price[name], place, name))
     return given
 
 
-def _size(score: ModuleScore) -> int:
-    """Parameters of one rank."""
-    return score.n_in + score.n_out
-
-
-def _full_rank(score: ModuleScore) -> int:
-    return min(score.n_in, score.n_out)
+def _check_budget(budget: int, least: int, most: int, modules: int) -> None:
+    if budget < least:
+        raise PlacementError(
+            f"budget {budget:,} parameters: below the smallest adapter on these {modules} modules, which takes {least:,} "
+            "at rank 1: raise it, or choose fewer modules"
+        )
+    if budget > most:
+        raise PlacementError(
+            f"budget {budget:,} parameters: above the {most:,} that full ranks of these {modules} modules take: "
+            "lower it, or choose more modules"
+        )

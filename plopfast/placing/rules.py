@@ -1,15 +1,23 @@
-"""The placement rules, by name."""
+"""The placement rules: `RULES`, the one table of them, and what is derived from it.
+
+A new rule is one entry of `RULES`. `place`, the help of --rule and --arms, the arms of a trial, the rules that a search
+tries, early stopping, the audit's list of criteria and the report's sentences all read the table.
+
+This file imports no torch, as the command line reads it for --help.
+"""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, geometric_mean
+from typing import TYPE_CHECKING
 
-from ..scoring.report import ModuleScore, NFNReport
-from ..support.errors import PlacementError, nearest
+if TYPE_CHECKING:
+    from ..scoring.report import NFNReport
 
-BY_NFN = ("plop", "plop-inverse")
-BY_K = (*BY_NFN, "random")  # the rules that choose k types
-RULES = (*BY_NFN, "attn", "mlp", "all", "random")
-
+Scores = dict[str, float]
+NFN = "NFN"
+FULL = "full"  # the arm that trains all weights; it is no rule, and no rule may take its name
 
 # last components of the names that transformers' models give to these projections, fused ones included
 ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "q", "k", "v")
@@ -17,54 +25,129 @@ MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc1",
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How module types are chosen: either the first k of a ranking (`ranks_by`), or what a function returns (`pick`).
+
+    A rule that ranks by NFN also tells early scoring when to stop, and can choose single modules. The scores of any other
+    criterion take passes of their own, so `place` has to be given them and no command but the audit computes them.
+    """
+
+    name: str
+    help: str  # the types it chooses, in a few words, for --rule
+    ranks_by: str = ""  # NFN, or a criterion by its name in the audit
+    highest: bool = False  # whether a ranking begins with the highest score
+    mean: Callable[[list[float]], float] = fmean  # a type's score in a ranking, from its modules' scores
+    pick: Callable[["NFNReport", int, int], list[str]] | None = None  # (report, k, seed) -> types
+    needs_k: bool = False  # whether it chooses k types
+    seeded: bool = False  # whether another seed gives other types
+    source: str = ""  # the audit compares the rules that have a source
+    needs: str = ""  # what its scores take, for the audit
+
+    @property
+    def by_nfn(self) -> bool:
+        return self.ranks_by == NFN
+
+    @property
+    def from_report(self) -> bool:
+        """Whether the NFN report is all that it needs."""
+        return self.ranks_by in ("", NFN)
+
+    @property
+    def criterion(self) -> str:
+        """Its name in the audit."""
+        return self.ranks_by or self.name
+
+    def type_scores(self, by_module: Mapping[str, float], type_of: Mapping[str, str], types: Iterable[str]) -> Scores:
+        """Returns type -> mean score of its modules, in the order of `types`. `type_of`: module -> type."""
+        return {
+            type_: self.mean([score for name, score in by_module.items() if type_of[name] == type_]) for type_ in types
+        }
+
+
+def ranked(scores: Mapping[str, float], highest: bool = False) -> list[str]:
+    """Returns the names by score, lowest first unless `highest`. Equal scores keep their order."""
+    return sorted(scores, key=lambda name: scores[name], reverse=highest)
+
+
+def _attention(report: "NFNReport", _k: int, _seed: int) -> list[str]:
+    return [type_ for type_ in report.types if type_.split(".")[-1] in ATTENTION_INPUTS]
+
+
+def _mlp(report: "NFNReport", _k: int, _seed: int) -> list[str]:
+    parents: dict[str, set[str]] = {}
+    for name, score in report.scores.items():
+        if score.layer is not None:
+            parents.setdefault(score.type, set()).update(name.split(".")[:-1])
+    return [t for t in report.types if t.split(".")[-1] in MLP_NAMES or parents[t] & set(MLP_PARENTS)]
+
+
+def _all(report: "NFNReport", _k: int, _seed: int) -> list[str]:
+    return list(report.types)
+
+
+def _random(report: "NFNReport", k: int, seed: int) -> list[str]:
+    return random.Random(seed).sample(sorted(report.types), k)
+
+
+RULES: dict[str, Rule] = {
+    rule.name: rule
+    for rule in (
+        Rule(
+            name="plop", help="the k types of lowest NFN", ranks_by=NFN, needs_k=True,
+            source="PLoP, arXiv 2506.20629", needs="forward passes",
+        ),
+        Rule(name="plop-inverse", help="the k types of highest NFN", ranks_by=NFN, highest=True, needs_k=True),
+        Rule(name="attn", help="query, key and value", pick=_attention),
+        Rule(name="mlp", help="the MLPs", pick=_mlp),
+        Rule(name="all", help="every type", pick=_all),
+        Rule(
+            name="input-spectrum", help="the k types whose inputs lie most along a few directions", needs_k=True,
+            ranks_by="input spectrum", highest=True, source="EVA, arXiv 2410.07170", needs="forward passes",
+        ),
+        Rule(
+            name="condition-number", help="the k types of lowest condition number", needs_k=True,
+            ranks_by="condition number", mean=geometric_mean, source="KappaTune, arXiv 2506.16289", needs="weights alone",
+        ),
+        Rule(
+            name="gradient-energy", help="the k types of highest gradient energy", needs_k=True,
+            ranks_by="gradient energy", highest=True, source="first-order gain of a step in B at B = 0",
+            needs="one backward pass",
+        ),
+        Rule(
+            name="random", help="k types drawn with the seed", pick=_random, needs_k=True, seeded=True,
+            source="seeded draw", needs="nothing",
+        ),
+    )
+}  # fmt: skip
+
+
 def rule_of(text: str) -> str | list[str]:
-    """What a setting names: a rule, or module types and module names with commas."""
+    """Returns what a setting names: a rule, or a list of the module types and module names between its commas."""
     return text if text in RULES else [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _by_type(
-    report: NFNReport, scored: dict[str, ModuleScore], rule: str | Sequence[str], k: int, seed: int
-) -> tuple[list[str], list[str], float | None, list[str]]:
-    """Types, modules, margin and notes of a rule."""
-    types = list(report.types)
-    if not isinstance(rule, str):
-        return *_explicit(rule, scored, types), None, []
-    if rule not in RULES:
-        raise PlacementError(f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{nearest(rule, RULES)}")
-    if rule in BY_K and not 1 <= k <= len(types):
-        raise PlacementError(f"k = {k}: expected 1 to {len(types)}, this model's module types ({', '.join(types)})")
-    margin, notes = None, []
-    if rule == "plop-inverse":
-        types.reverse()
-    if rule in BY_NFN:
-        chosen = types[:k]
-        margin = abs(report.types[types[k]] - report.types[types[k - 1]]) if k < len(types) else None
-        confidence = report.settings.get("confidence") or 0.95
-        if decision := report.decide(k, confidence, inverse=rule == "plop-inverse"):
-            notes.append(decision.note)
-    elif rule == "random":
-        chosen = random.Random(seed).sample(sorted(types), k)
-    else:
-        chosen = [type_ for type_ in types if rule == "all" or _is_of(rule, type_, scored)]
-        if not chosen:
-            raise PlacementError(f"rule {rule!r} knows none of the types {', '.join(types)}: name them instead")
-    return chosen, [name for name, score in scored.items() if score.type in chosen], margin, notes
+def nfn_rule(name: str) -> Rule | None:
+    """Returns the rule of this name if it ranks by NFN; None for other rules and for what is no rule."""
+    rule = RULES.get(name)
+    return rule if rule and rule.by_nfn else None
 
 
-def _is_of(rule: str, type_: str, scored: dict[str, ModuleScore]) -> bool:
-    last = type_.split(".")[-1]
-    if rule == "attn":
-        return last in ATTENTION_INPUTS
-    parents = {part for name, score in scored.items() if score.type == type_ for part in name.split(".")[:-1]}
-    return last in MLP_NAMES or bool(parents & set(MLP_PARENTS))
+def command_rules() -> list[str]:
+    """Returns the rules that a command can place by: those that need nothing but the NFN report."""
+    return [name for name, rule in RULES.items() if rule.from_report]
 
 
-def _explicit(names: Sequence[str], scored: dict[str, ModuleScore], types: list[str]) -> tuple[list[str], list[str]]:
-    for name in names:
-        if name not in types and name not in scored:
-            known = [*types, *scored]
-            raise PlacementError(f"{name!r} is neither a module type nor a module of this model{nearest(name, known)}")
-    if not names:
-        raise PlacementError(f"no module named; expected some of the types {', '.join(types)}")
-    modules = [name for name, score in scored.items() if score.type in names or name in names]
-    return [type_ for type_ in types if any(scored[name].type == type_ for name in modules)], modules
+def arm_names() -> list[str]:
+    """Returns the arms that a trial can compare."""
+    return [*command_rules(), FULL]
+
+
+def help_words() -> dict[str, str]:
+    """Returns the words that the help texts in support/config.py leave open, as support may not import this wing."""
+    *most, last = [name for name in command_rules() if RULES[name].needs_k]
+    return {
+        "rules": ", ".join(f"{name} ({RULES[name].help})" for name in command_rules()),
+        "arms": ", ".join(arm_names()),
+        "rules_with_k": f"{', '.join(most)} and {last}",
+    }

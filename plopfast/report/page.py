@@ -8,7 +8,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
-from ..placing.rules import BY_NFN
+from ..placing.rules import RULES, nfn_rule
 from ..support import files
 from ..support.errors import ConfigError, FileError
 from .sections import SECTIONS, RunFolder, cost, end_of, listed, made, points_of, range_of, ties_of
@@ -104,8 +104,10 @@ def _adapters(run: RunFolder) -> str:
 
 def _how_sure(run: RunFolder) -> str:
     decision, least = run.decision, f"they have the {end_of(run.rule)} NFN"
-    if run.rule not in BY_NFN:
-        return f": so says the rule {run.rule!r}, which does not ask for the scores"
+    if not nfn_rule(run.rule):
+        ranks_by = RULES[run.rule].ranks_by if run.rule in RULES else ""
+        how = f"ranks by {ranks_by}" if ranks_by else "does not ask for the scores"
+        return f": so says the rule {run.rule!r}, which {how}"
     if run.scores and len(run.types) == len(run.scores.types):
         return ", which are all the module types there are"
     if decision is None:

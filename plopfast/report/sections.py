@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..lora.placement import Placement
-from ..placing.rules import BY_NFN
+from ..placing.rules import nfn_rule
 from ..scoring.report import NFNReport
 from ..scoring.stopping import Decision
 from ..support import files
@@ -93,14 +93,15 @@ class RunFolder:
         kept = self.scores.decision if self.scores else None
         if not (self.scores and self.placement):
             return kept
-        rule, types = self.placement.rule, self.placement.types
-        if rule not in BY_NFN or not self.whole_types:
+        name, types = self.placement.rule, self.placement.types
+        rule = nfn_rule(name)
+        if rule is None or not self.whole_types:
             return None
         found = None
-        if kept and kept.rule == rule and set(kept.types) == set(types):
+        if kept and kept.rule == name and set(kept.types) == set(types):
             found = kept
         elif self.scores.prompt_stats is not None:
-            found = self.scores.decide(len(types), self.intervals.get("confidence", 0.95), rule == "plop-inverse")
+            found = self.scores.decide(len(types), self.intervals.get("confidence", 0.95), rule.highest)
         return found if found and set(found.types) == set(types) else None
 
 
@@ -138,7 +139,7 @@ def _choice(run: RunFolder, scores: NFNReport) -> Section:
         texts += [
             f"Near-ties at {100 * decision.confidence:g}% confidence: these prompts do not tell {ties_of(decision, 99)}."
         ] * bool(decision.near_ties)
-    elif run.rule in BY_NFN:
+    elif nfn_rule(run.rule):
         texts.append("How sure the choice is, these scores do not tell.")
     if placement:
         texts += [note for note in placement.notes if not run.decision or run.decision.note not in note]
@@ -406,7 +407,8 @@ def ties_of(decision: Decision, limit: int = 3) -> str:
 
 
 def end_of(rule: str) -> str:
-    return "highest" if rule == "plop-inverse" else "lowest"
+    entry = nfn_rule(rule)
+    return "highest" if entry and entry.highest else "lowest"
 
 
 def listed(words: Sequence[str]) -> str:

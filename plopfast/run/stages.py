@@ -20,7 +20,7 @@ from ..lora.placement import Placement
 from ..models.linears import linear_modules
 from ..models.loading import load_model
 from ..placing.place import place
-from ..placing.rules import BY_K, rule_of
+from ..placing.rules import FULL, RULES, nfn_rule, rule_of
 from ..scoring import eva
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
@@ -51,10 +51,10 @@ def run_score(run: Run) -> NFNReport:
     elif config.compat:
         run.say("every row is scored, as the authors' procedure keeps nothing of single prompts")
     elif config.confidence:
-        k = config.k
-        if config.rule not in BY_K:  # which do not ask how many types there are
+        k, rule, by_nfn = config.k, RULES.get(config.rule), nfn_rule(config.rule)
+        if not (rule and rule.needs_k):  # then k is not checked against the number of types
             k = min(k, len({info.type for info in linear_modules(run.model)}))
-        how |= {"confidence": config.confidence, "k": k, "inverse": config.rule == "plop-inverse"}
+        how |= {"confidence": config.confidence, "k": k, "inverse": bool(by_nfn and by_nfn.highest)}
     with run.stage("score"):
         batches = batches_of(run.sample(), SCORE_ROWS, **masks)
         report = score(run.model, batches, seed=config.seed, progress=run.progress, **how)
@@ -95,9 +95,10 @@ def placed(config: RunConfig, report: NFNReport, rule: str, **how: Any) -> Place
 
 
 def _check_rule(run: Run) -> None:
-    """Raises PlacementError for a rule that cannot be placed whatever the scores; those that choose by them can fail only
-    on k, which scoring checks itself."""
-    if run.config.full or run.config.rule in BY_K:
+    """Raises PlacementError for a rule that cannot be placed whatever the scores are. A rule that chooses k types by
+    them can fail only on k, which scoring checks itself."""
+    rule = RULES.get(run.config.rule)
+    if run.config.full or (rule and rule.needs_k and rule.from_report):
         return
     unscored = {i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in linear_modules(run.model)}
     placed(run.config, NFNReport(unscored, 0, 0, 0.0), run.config.rule)
@@ -112,12 +113,12 @@ def run_estimate(run: Run) -> str:
     run.begin("estimate")
     unload(run.model)
     choices: dict[str, Placement | None] = {own.rule: own}
-    for rule in ("attn", "mlp", "all"):
+    for rule in [name for name, entry in RULES.items() if not entry.needs_k]:  # those that need no scores
         try:
             choices.setdefault(rule, placed(config, report, rule))
         except PlacementError as error:
             run.say(f"no estimate for {rule}: {error}")
-    choices["full"] = None
+    choices[FULL] = None
     examples = run.examples("train") + run.examples("unlabeled")
     total = sum(len(e.tokens) for e in examples)
     longest = max(len(e.tokens) for e in examples)

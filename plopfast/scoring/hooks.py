@@ -1,4 +1,4 @@
-"""Forward hooks on linear modules, for as long as a context lasts."""
+"""Forward hooks on linear modules, removed when a context ends."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,8 @@ from ..models.linears import LinearInfo
 
 
 @contextlib.contextmanager
-def _hooked(infos: Sequence[LinearInfo], hooks: Sequence[Any]) -> Iterator[None]:
+def hooked(infos: Sequence[LinearInfo], hooks: Sequence[Any]) -> Iterator[None]:
+    """Registers one forward hook on each module, and removes them all at the end."""
     handles = [info.module.register_forward_hook(hook) for info, hook in zip(infos, hooks, strict=True)]
     try:
         yield

@@ -2,13 +2,16 @@
 
     NFN(W, z) = ||W z|| / E||W z~||,   z~ = ||z|| g / ||g||,  g ~ N(0, I)
 
-Hayou, Ghosh, Yu, "PLoP", arXiv 2506.20629. Unsquared norms, without the bias, averaged over tokens and then, for a
-module type, over layers. The expectation has the closed form ||z|| ||W||_F / sqrt(n_in), the root of the exact second
-moment, which lies at most 0.2 % per type above the Monte Carlo mean on the authors' published models.
+Hayou, Ghosh, Yu, "PLoP", arXiv 2506.20629. The norms are unsquared and leave out the bias. NFN is averaged over tokens
+and then, for a module type, over layers. The expectation has the closed form ||z|| ||W||_F / sqrt(n_in), the root of the
+exact second moment. On the authors' published models it lies at most 0.2 % per type above the Monte Carlo mean.
 
-Cost above the forward pass: one read of each output, ||z|| once per shared input, ||W||_F once. No gradient, no kept
-activation, no further matrix product, no wait for the device inside the loop; and the output head, the key-value cache
-and most of the padding of the forward pass itself are left out.
+Cost above the forward pass: one read of each output, ||z|| once for modules that share an input, ||W||_F once. There is
+no gradient, no kept activation, no further matrix product, and no wait for the device inside the loop. The forward pass
+itself leaves out the output head, the key-value cache and most of the padding.
+
+A scoring reads top to bottom: `score` -> `Scoring.run`; prompts.py prepares the rows, sums.py adds up the norms,
+stopping.py decides when there are enough.
 """
 
 import math
@@ -23,113 +26,24 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batches import group_by_length
-from ..data.rows import IGNORE
 from ..lora.layer import adapters
-from ..lora.ops import row_norms
 from ..models.frozen import whole
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import body, device_of
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
 from ..support.progress import bar
+from .baselines import check_denominators, closed_form, monte_carlo
 from .eva import InputSketch
-from .hooks import _hooked
-from .official import _score_official
+from .hooks import hooked
+from .official import score_official
+from .prompts import Row, rows_of
 from .report import ModuleScore, NFNReport, types_of
-from .stopping import decide, next_look
+from .stopping import Decision, decide, next_look
+from .sums import NFNState
 
 WINDOW_ROWS = 256  # rows gathered before they are sorted by length and batched anew
 MIN_BATCH_TOKENS = 384
-
-
-class NFNState:
-    """Running sums of the token ratios ||W z|| / (||z|| denominator), per module and prompt, on the device.
-
-    `hook(index, name, bias)` is put on a module; `open(counted, first)` and `close()` enclose the forward pass of one batch
-    of the prompts from number `first` on, where `counted` [rows, tokens] is True for the tokens that count. `sketch`, if
-    given, takes the inputs too.
-    """
-
-    def __init__(self, denominators: torch.Tensor, backend: str = "auto", sketch: InputSketch | None = None) -> None:
-        self.backend, self.sketch = backend, sketch
-        self.scale = 1.0 / denominators  # [modules]
-        self.parts: list[tuple[int, torch.Tensor]] = []  # (first, [sums, squares, counts] x modules x rows) of a batch
-        self._first = 0
-        self._counted: torch.Tensor | None = None
-        self._calls: list[tuple[int, torch.Tensor, torch.Tensor, int, bool]] = []
-        self._input: torch.Tensor | None = None  # the last module's input, and its norms
-        self._input_norm = torch.empty(0)
-
-    def hook(self, index: int, name: str, bias: torch.Tensor | None) -> Any:
-        def record(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = args[0]
-            if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
-                self._input, self._input_norm = x, row_norms(x, backend=self.backend)
-                if self.sketch is not None:
-                    counted = self._spread(*self._layout(name, self._input_norm))
-                    self.sketch.add(name, x, self._input_norm, counted)
-            elif self.sketch is not None:
-                self.sketch.share(name)
-            y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
-            self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
-
-        return record
-
-    def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
-        """How a module's rows lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
-        assert self._counted is not None
-        rows, tokens = self._counted.shape
-        shape = norms.shape
-        if shape[:2] == (rows, tokens):
-            return math.prod(shape[2:]), False
-        if shape == (rows * tokens,):
-            return 1, False
-        if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):  # [rows, heads, tokens]
-            return shape[1], True
-        raise ModelError(
-            f"{name}: its inputs {list(shape)} cannot be matched with the batch's {rows} rows x {tokens} tokens, so "
-            "padding cannot be told apart (routed experts are not supported yet)"
-        )
-
-    def _spread(self, extra: int, inner: bool) -> torch.Tensor:
-        """`counted` for a module's rows: [rows, tokens * extra]."""
-        assert self._counted is not None
-        return self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
-
-    def open(self, counted: torch.Tensor, first: int = 0) -> None:
-        self._counted, self._first = counted, first
-        self._calls = []
-
-    def close(self) -> None:
-        """Folds the batch's norms into the sums: one set of operations for all modules of a shape."""
-        assert self._counted is not None
-        rows = self._counted.shape[0]
-        part = self.scale.new_zeros(3, len(self.scale), rows)
-        sums, squares, counts = part
-        groups: dict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
-        for i, x_norm, y_norm, extra, inner in self._calls:
-            groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
-        for (extra, inner), calls in groups.items():
-            counted = self._spread(extra, inner)
-            index = torch.tensor([call[0] for call in calls], device=self.scale.device)
-            x_CRT = torch.stack([call[1].to(sums.device) for call in calls])
-            y_CRT = torch.stack([call[2].to(sums.device) for call in calls])
-            valid = counted & (x_CRT != 0)  # a zero input has no direction; NaN stays valid, to be found at the end
-            ratio = torch.where(valid, y_CRT / x_CRT * self.scale[index, None, None], 0.0)
-            sums.index_add_(0, index, ratio.sum(-1))
-            counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
-            squares.index_add_(0, index, ratio.square_().sum(-1))
-        self.parts.append((self._first, part))
-        self._counted = self._input = None
-        self._calls = []
-
-    def table(self, prompts: int) -> torch.Tensor:
-        """Sums, squares and counts of all ranks' batches: [3, modules, prompts] float64. A prompt is one rank's alone, so
-        that the others only add zeros to it, and the result does not depend on the number of ranks."""
-        table = torch.zeros(3, len(self.scale), prompts, dtype=torch.float64)
-        for first, part in self.parts:
-            table[:, :, first : first + part.shape[2]] = part
-        return ranks.total(table)
 
 
 def score(
@@ -151,224 +65,206 @@ def score(
     backend: str = "auto",
     progress: bool = False,
 ) -> NFNReport:
-    """NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, equation 2).
+    """Returns the NFN of every linear module in the repeated layers, from forward passes alone (arXiv 2506.20629, eq. 2).
 
-    `batches`: dicts as a Hugging Face tokenizer returns them: `input_ids` and `attention_mask` [rows, tokens], with
-    `labels` (-100 on the prompt) where `tokens` is "prompt" or "completion", and `counted` [rows, tokens] (0 for tokens to
-    leave out; `data.batches_of` makes it) where only some are to count. Padding never counts; rows are batched anew by
-    length within windows, `batch_tokens` a batch (default: the largest batch that comes, at least 384). On several ranks
-    (all of them call it, with the same batches) each runs its share, and all get the same report as one process.
+    `batches`: dicts of `input_ids` and `attention_mask` [rows, tokens], as a Hugging Face tokenizer returns them;
+    `data.batches_of` makes them from rows. `labels` (-100 on the prompt) are needed where `tokens` is "prompt" or
+    "completion". `counted` [rows, tokens] is 0 for tokens to leave out. Padding never counts. Rows are sorted by length
+    within windows and batched anew, `batch_tokens` a batch (default: the largest batch that comes, at least 384). On
+    several ranks all call it with the same batches, each runs its share, and all get the report of a single process.
 
     `skip_bos` leaves out a leading beginning-of-text token. `include_head` also runs and scores the output head.
-    `baseline`: "closed-form", or "monte-carlo" with `mc_samples` seeded draws of a unit vector for each module (its
-    mean does not depend on z). `compat="official"` follows the authors' code instead: see `_score_official`. `backend`:
-    what takes the norms, as in `lora_linear`.
+    `baseline`: "closed-form", or "monte-carlo" with `mc_samples` unit vectors for each module, drawn with `seed`.
+    `compat="official"` follows the authors' code instead (official.py). `backend`: see `lora_linear`.
 
-    `confidence`: scoring ends at the first look, after 16, 32, 64, ... prompts, at which the `k` lowest types (highest, if
-    `inverse`) are decided with that confidence (see confidence.py); the batches should come in random order, and
-    `report.decision` tells how it ended. None: every batch is scored.
-
-    `eva_rank`: also take that many EVA vectors of each module's inputs from the same passes (`report.eva`, for
-    `inject(init="eva")`); `seed` draws their sketch.
+    `confidence`: scoring looks after 16, 32, 64, ... prompts and ends once the `k` lowest types (highest, if `inverse`) are
+    decided with that confidence (stopping.py). Batches should come in random order. `report.decision` tells how it ended.
+    None: every batch is scored. `eva_rank`: the same passes also give that many EVA vectors of each module's inputs
+    (`report.eva`, for `inject(init="eva")`), from a sketch drawn with `seed`.
 
     Raises ModelError for a model without linear modules and for NaN or infinity, naming module, batch and row; DataError
     for batches that cannot be scored; ConfigError for unknown options.
     """
-    if tokens not in ("all", "prompt", "completion"):
-        raise ConfigError(f"tokens: expected all, prompt or completion, got {tokens!r}")
-    if baseline not in ("closed-form", "monte-carlo"):
-        raise ConfigError(f"baseline: expected closed-form or monte-carlo, got {baseline!r}")
-    if compat not in (None, "official"):
-        raise ConfigError(f"compat: expected official or nothing, got {compat!r}")
-    if compat and (tokens, skip_bos, include_head, baseline) != ("all", True, False, "closed-form"):
-        raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
-    if compat and confidence is not None:
-        raise ConfigError("compat='official' keeps nothing of single prompts: leave out confidence")
-    if confidence is not None and not 0 < confidence < 1:
-        raise ConfigError(f"confidence: expected a number above 0 and below 1, got {confidence}")
-    if compat and eva_rank is not None:
-        raise ConfigError("compat='official' counts padding, EVA does not: leave out compat, or eva_rank (init 'eva')")
+    options = Options(
+        tokens=tokens, skip_bos=skip_bos, include_head=include_head, baseline=baseline, mc_samples=mc_samples, seed=seed,
+        compat=compat, confidence=confidence, k=k, inverse=inverse, eva_rank=eva_rank, batch_tokens=batch_tokens,
+        backend=backend,
+    )  # fmt: skip
     if adapters(model):
         raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
-    began = time.perf_counter()
-    training = model.training
+    began, training = time.perf_counter(), model.training
     model.eval()
     try:
-        known: Any = batches if isinstance(batches, list) else ()
-        prompts = sum(len(batch.get("input_ids", ())) for batch in known) or None
-        with torch.no_grad(), bar("score", prompts and -(-prompts // ranks.size()), "prompts", progress) as meter:
+        with torch.no_grad(), bar("score", _prompts_of_a_rank(batches), "prompts", progress) as meter:
             if compat == "official":
-                report = _score_official(model, batches, seed, meter)
+                report = score_official(model, batches, seed, meter)
             else:
                 bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
-                rows = _rows(batches, tokens, bos)
-                denominators = _closed_form if baseline == "closed-form" else _monte_carlo(mc_samples, seed)
-                eva = None if eva_rank is None else (eva_rank, seed)
-                stop = None if confidence is None else Stop(k, confidence, inverse)
-                report = _score(model, rows, denominators, include_head, batch_tokens, backend, meter, eva, stop)
-                report.settings = {"baseline": baseline, "tokens": tokens, "skip_bos": skip_bos}
-                if stop:
-                    report.settings |= {"confidence": confidence, "k": k}
-                if eva:
-                    report.settings |= {"eva_rank": eva_rank, "seed": seed}
-                if baseline == "monte-carlo":
-                    report.settings |= {"mc_samples": mc_samples, "seed": seed}
+                report = Scoring(model, options).run(rows_of(batches, tokens, bos), meter)
     finally:
         model.train(training)
-    report.model = getattr(model, "name_or_path", "")
-    report.seconds = time.perf_counter() - began
+    report.model, report.seconds = getattr(model, "name_or_path", ""), time.perf_counter() - began
     return report
 
 
-@dataclass(frozen=True)
-class _Row:
-    tokens: torch.Tensor  # [tokens] int64, without padding
-    counted: torch.Tensor  # [tokens] bool
-    number: int  # as it came
-    batch: int
-    row: int
-    room: int  # padded size of the batch it came in
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `score`, checked. Raises ConfigError for values that cannot be."""
 
-
-@dataclass(frozen=True)
-class Stop:
-    """When scoring may end before its rows do: see `decide`."""
-
+    tokens: str
+    skip_bos: bool
+    include_head: bool
+    baseline: str
+    mc_samples: int
+    seed: int
+    compat: str | None
+    confidence: float | None
     k: int
-    confidence: float
     inverse: bool
+    eva_rank: int | None
+    batch_tokens: int | None
+    backend: str
+
+    def __post_init__(self) -> None:
+        if self.tokens not in ("all", "prompt", "completion"):
+            raise ConfigError(f"tokens: expected all, prompt or completion, got {self.tokens!r}")
+        if self.baseline not in ("closed-form", "monte-carlo"):
+            raise ConfigError(f"baseline: expected closed-form or monte-carlo, got {self.baseline!r}")
+        if self.compat not in (None, "official"):
+            raise ConfigError(f"compat: expected official or nothing, got {self.compat!r}")
+        if self.compat:
+            self._check_official()
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise ConfigError(f"confidence: expected a number above 0 and below 1, got {self.confidence}")
+
+    def _check_official(self) -> None:
+        plain = ("all", True, False, "closed-form")
+        if (self.tokens, self.skip_bos, self.include_head, self.baseline) != plain:
+            raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
+        if self.confidence is not None:
+            raise ConfigError("compat='official' keeps nothing of single prompts: leave out confidence")
+        if self.eva_rank is not None:
+            raise ConfigError(
+                "compat='official' counts padding, EVA does not: leave out compat, or eva_rank (init 'eva')"
+            )
+
+    def denominators(self, infos: Sequence[LinearInfo]) -> torch.Tensor:
+        """Returns E||W u|| of a random unit vector u for each module. Raises ModelError for a damaged weight."""
+        closed = self.baseline == "closed-form"
+        found = closed_form(infos) if closed else monte_carlo(infos, self.mc_samples, self.seed)
+        check_denominators(found, infos)
+        return found
+
+    def for_report(self) -> dict[str, Any]:
+        """Returns what the report's `settings` keep of the options."""
+        kept: dict[str, Any] = {"baseline": self.baseline, "tokens": self.tokens, "skip_bos": self.skip_bos}
+        if self.confidence is not None:
+            kept |= {"confidence": self.confidence, "k": self.k}
+        if self.eva_rank is not None:
+            kept |= {"eva_rank": self.eva_rank, "seed": self.seed}
+        if self.baseline == "monte-carlo":
+            kept |= {"mc_samples": self.mc_samples, "seed": self.seed}
+        return kept
 
 
-def _rows(batches: Iterable[Mapping[str, Any]], which: str, bos: int | None) -> Iterator[_Row]:
-    number = 0
-    for index, batch in enumerate(batches):
-        unknown = set(batch) - {"input_ids", "attention_mask", "labels", "counted", "token_type_ids"}
-        if unknown or "input_ids" not in batch:
-            raise DataError(f"batch {index}: expected input_ids, attention_mask and labels, got {sorted(batch)}")
-        if which != "all" and "labels" not in batch:
-            raise DataError(f"batch {index}: scoring {which} tokens needs labels (-100 on the prompt)")
-        ids = [torch.as_tensor(row).cpu() for row in batch["input_ids"]]
-        masks = [
-            torch.as_tensor(row).cpu().bool() for row in batch.get("attention_mask", [torch.ones_like(i) for i in ids])
-        ]
-        room = sum(len(row) for row in ids)
-        for row, (tokens, mask) in enumerate(zip(ids, masks, strict=True)):
-            counted = torch.ones_like(tokens, dtype=torch.bool)
-            if "counted" in batch:
-                counted = torch.as_tensor(batch["counted"][row]).cpu().bool()
-            if which != "all":
-                counted = counted & ((torch.as_tensor(batch["labels"][row]).cpu() != IGNORE) == (which == "completion"))
-            tokens, counted = tokens[mask], counted[mask]
-            if bos is not None and len(tokens) and tokens[0] == bos:
-                counted[0] = False
-            if counted.any():
-                yield _Row(tokens, counted, number, index, row, room)
-                number += 1
+def _prompts_of_a_rank(batches: Iterable[Mapping[str, Any]]) -> int | None:
+    """How many prompts this rank scores at most, for the progress bar; None where that is not known."""
+    known: Any = batches if isinstance(batches, list) else ()
+    prompts = sum(len(batch.get("input_ids", ())) for batch in known)
+    return -(-prompts // ranks.size()) if prompts else None
 
 
-def _score(
-    model: nn.Module,
-    rows: Iterator[_Row],
-    denominators: Any,
-    include_head: bool,
-    batch_tokens: int | None,
-    backend: str,
-    meter: Any,
-    eva: tuple[int, int] | None = None,
-    stop: Stop | None = None,
-) -> NFNReport:
-    infos = linear_modules(model, include_head)
-    device = device_of(model)
-    sketch = InputSketch(eva[0], infos, eva[1]) if eva else None
-    state = NFNState(_checked(denominators(infos), infos).to(device), backend, sketch)
-    runner = model if include_head else body(model)
-    options = {"use_cache": False} if hasattr(model, "config") else {}
-    hooks = [state.hook(i, info.name, whole(getattr(info.module, "bias", None))) for i, info in enumerate(infos)]
-    types = types_of(infos)
-    order: list[_Row] = []
-    looks: list[int] = []
-    decision = None
-    tokens = 0
+class Scoring:
+    """One scoring: window after window of rows, until they end or the k types are decided."""
 
-    def window_of_rows() -> list[_Row]:
-        return list(islice(rows, min(WINDOW_ROWS, next_look(len(order)) - len(order)) if stop else WINDOW_ROWS))
+    def __init__(self, model: nn.Module, options: Options) -> None:
+        self.options, self.device = options, device_of(model)
+        self.infos = linear_modules(model, options.include_head)
+        self.types = types_of(self.infos)
+        self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, self.infos, options.seed)
+        self.state = NFNState(options.denominators(self.infos).to(self.device), options.backend, self.sketch)
+        self.runner = model if options.include_head else body(model)
+        self.without_cache = {"use_cache": False} if hasattr(model, "config") else {}
+        self.order: list[Row] = []  # the rows scored so far, in the order in which they were run
+        self.tokens = 0
+        self.looks: list[int] = []
+        self.decision: Decision | None = None
 
-    with _hooked(infos, hooks):
-        while window := window_of_rows():
-            budget = batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
-            groups = group_by_length([len(row.tokens) for row in window], budget)
-            begins = [len(order) + n for n in accumulate(map(len, groups), initial=0)]
-            order += [window[i] for group in groups for i in group]
-            tokens += sum(int(row.counted.sum()) for row in window)  # still on the CPU
-            for index, mine in ranks.share(len(groups)):
-                chosen = order[begins[index] : begins[index + 1]]
-                ids = pad_sequence([row.tokens for row in chosen], batch_first=True)
-                mask = pad_sequence([torch.ones_like(row.tokens) for row in chosen], batch_first=True)
-                counted = pad_sequence([row.counted for row in chosen], batch_first=True)
-                state.open(counted.to(device) & mine, begins[index])
-                runner(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
-                state.close()
-                meter.update(len(chosen))
-            if stop and len(order) == next_look(len(order) - 1):
-                looks.append(len(order))
-                stats = _as_they_came(state.table(len(order)), order)
-                if not stats.isfinite().all():
-                    break  # _collect names the module and the row
-                decision = decide(stats, types, stop.k, stop.confidence, looks, stop.inverse)
-                if decision.decided:
+    def run(self, rows: Iterator[Row], meter: Any) -> NFNReport:
+        hooks = [self.state.hook(i, m.name, whole(getattr(m.module, "bias", None))) for i, m in enumerate(self.infos)]
+        with hooked(self.infos, hooks):
+            while window := list(islice(rows, self._window_size())):
+                self._forward(window, meter)
+                if self._look_says_stop():
                     break
-    if not tokens:
-        raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
-    if sketch and tokens < sketch.rank:
-        raise DataError(f"eva_rank {sketch.rank}: expected at most {tokens}, the tokens scored; score more prompts")
-    table = state.table(len(order))
-    stats = _as_they_came(table, order)
-    report = NFNReport(_collect(table, infos, order), tokens, len(order), 0.0, prompt_stats=stats)
-    if stop and looks[-1:] != [len(order)]:
-        decision = decide(stats, types, stop.k, stop.confidence, [*looks, len(order)], stop.inverse)
-    report.decision = decision
-    if sketch:
-        report.eva, report.eva_ratios = sketch.vectors()
-    return report
+        return self._report()
+
+    def _window_size(self) -> int:
+        """A window ends at the next look, if any."""
+        if self.options.confidence is None:
+            return WINDOW_ROWS
+        return min(WINDOW_ROWS, next_look(len(self.order)) - len(self.order))
+
+    def _forward(self, window: Sequence[Row], meter: Any) -> None:
+        """Runs a window of rows, batched anew by length."""
+        budget = self.options.batch_tokens or max(MIN_BATCH_TOKENS, max(row.room for row in window))
+        groups = group_by_length([len(row.tokens) for row in window], budget)
+        begins = [len(self.order) + n for n in accumulate(map(len, groups), initial=0)]
+        self.order += [window[i] for group in groups for i in group]
+        self.tokens += sum(int(row.counted.sum()) for row in window)  # still on the CPU
+        for index, mine in ranks.share(len(groups)):
+            rows = self.order[begins[index] : begins[index + 1]]
+            ids = pad_sequence([row.tokens for row in rows], batch_first=True)
+            mask = pad_sequence([torch.ones_like(row.tokens) for row in rows], batch_first=True)
+            counted = pad_sequence([row.counted for row in rows], batch_first=True)
+            self.state.open(counted.to(self.device) & mine, begins[index])
+            self.runner(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self.without_cache)
+            self.state.close()
+            meter.update(len(rows))
+
+    def _look_says_stop(self) -> bool:
+        """Looks at the scores so far, if it is time for that; True where scoring can end."""
+        prompts = len(self.order)
+        if self.options.confidence is None or prompts != next_look(prompts - 1):
+            return False
+        stats = self._as_they_came(self.state.table(prompts))
+        if not stats.isfinite().all():
+            return True  # the report names the module and the row
+        return self._decide(stats).decided
+
+    def _decide(self, stats: torch.Tensor) -> Decision:
+        assert self.options.confidence is not None
+        self.looks.append(len(self.order))
+        how = self.options
+        self.decision = decide(stats, self.types, how.k, self.options.confidence, self.looks, how.inverse)
+        return self.decision
+
+    def _as_they_came(self, table: torch.Tensor) -> torch.Tensor:
+        """Sums and counts [2, modules, prompts] of a table [3, modules, prompts], prompts in their order of arrival."""
+        return table[[0, 2]][:, :, torch.tensor([row.number for row in self.order]).argsort()]
+
+    def _report(self) -> NFNReport:
+        if not self.tokens:
+            raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
+        if self.sketch and self.tokens < self.sketch.rank:
+            raise DataError(
+                f"eva_rank {self.sketch.rank}: expected at most {self.tokens}, the tokens scored; score more prompts"
+            )
+        prompts = len(self.order)
+        table = self.state.table(prompts)
+        stats, scores = self._as_they_came(table), _module_scores(table, self.infos, self.order)
+        if self.options.confidence is not None and self.looks[-1:] != [prompts]:
+            self._decide(stats)  # the rows ended before the next look
+        report = NFNReport(scores, self.tokens, prompts, 0.0, settings=self.options.for_report(), prompt_stats=stats)
+        report.decision = self.decision
+        if self.sketch:
+            report.eva, report.eva_ratios = self.sketch.vectors()
+        return report
 
 
-def _closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
-    """||W||_F / sqrt(n_in) for each module: E||W u|| of a random unit vector u, up to the gap in nfn's docstring."""
-    first = infos[0].frozen.device
-    return torch.stack([i.frozen.frobenius().to(first) / i.n_in**0.5 for i in infos])
-
-
-def _monte_carlo(samples: int, seed: int) -> Any:
-    def denominators(infos: Sequence[LinearInfo]) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        return torch.stack([_mean_random_norm(info, samples, generator) for info in infos])
-
-    return denominators
-
-
-def _mean_random_norm(info: LinearInfo, samples: int, generator: torch.Generator) -> torch.Tensor:
-    g = torch.randn(samples, info.n_in, generator=generator)  # on the CPU: the same draws on every device
-    w_NK = info.frozen.dequantize()
-    unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
-    return (unit @ w_NK.float().T).norm(dim=1).mean().cpu()
-
-
-def _checked(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> torch.Tensor:
-    for info, value in zip(infos, denominators.tolist(), strict=True):
-        if not math.isfinite(value):
-            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
-        if value == 0:
-            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")
-    return denominators
-
-
-def _as_they_came(table: torch.Tensor, order: Sequence[_Row]) -> torch.Tensor:
-    """Sums and counts [2, modules, prompts] of a table [3, modules, prompts] whose prompts lie in `order`."""
-    return table[[0, 2]][:, :, torch.tensor([row.number for row in order]).argsort()]
-
-
-def _collect(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequence[_Row]) -> dict[str, ModuleScore]:
-    sums, squares, counts = table  # [modules, prompts] each
+def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequence[Row]) -> dict[str, ModuleScore]:
+    """The scores of a table [3, modules, prompts]. Raises ModelError for NaN, infinity and modules that saw no token."""
+    sums, squares, counts = table
     squares, counts = squares.sum(1), counts.sum(1)
     bad = (~sums.isfinite()).nonzero()
     if len(bad):

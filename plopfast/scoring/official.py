@@ -1,4 +1,4 @@
-"""NFN as the PLoP authors' code takes it."""
+"""NFN as the PLoP authors' code computes it."""
 
 import math
 import statistics
@@ -11,14 +11,17 @@ from torch import nn
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import device_of
 from ..support.errors import ConfigError, DataError, ModelError
-from .hooks import _hooked
+from .hooks import hooked
 from .report import ModuleScore, NFNReport
 
 
-def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, meter: Any) -> NFNReport:
-    """The authors' procedure (github soufiane001/plop at 561524d), seeded: padding and BOS count; a random unit vector
-    per token; ratio of batch means, then the mean over batches; W z and W z~ computed again in float32; every module
-    with a weight but embeddings and those named "norm", the output head included.
+def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, meter: Any) -> NFNReport:
+    """Scores by the authors' procedure (github soufiane001/plop at 561524d), seeded.
+
+    Padding and BOS count. Each token has a random unit vector of its own. A score is the ratio of batch means, averaged
+    over batches. W z and W z~ are computed again in float32. Every module with a weight is scored, the output head too,
+    but embeddings and modules named "norm" are not. Raises ConfigError for batches with `counted`, DataError where there
+    is no token, ModelError for NaN, infinity and unused modules.
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -40,7 +43,7 @@ def _score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed
         return hook
 
     chosen = [info for name, info in infos.items() if "norm" not in name.lower()]
-    with _hooked(chosen, [hook_for(info) for info in chosen]):
+    with hooked(chosen, [hook_for(info) for info in chosen]):
         for index, batch in enumerate(batches):
             if "counted" in batch:
                 raise ConfigError(f"batch {index}: compat='official' scores every token, but 'counted' leaves some out")

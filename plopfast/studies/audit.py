@@ -7,7 +7,6 @@ same k types are picked.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import fmean, geometric_mean
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ..data.batches import batches_of
 from ..data.rows import Example
 from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
+from ..placing.rules import RULES, Rule, ranked
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport, types_of
@@ -24,15 +24,11 @@ from ..scoring.stopping import averages
 from ..support import files, machine
 from ..support.errors import ConfigError, DataError, PlopfastError
 from .controls import random_model, random_tokens, shuffled_words, truncated
-from .criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
+from .criteria import Given, compared
 
 SHORTEST = 8  # prompts in a subset, and tokens of a truncated row; then 16, 32, ...
 REPEATS = 100  # random subsets of each size
 OTHER_SAMPLES = 3
-PLOP = "PLoP, arXiv 2506.20629"
-EVA = "EVA, arXiv 2410.07170"
-KAPPA = "KappaTune, arXiv 2506.16289"
-GRADIENT = "first-order gain of a step in B at B = 0"
 NEAR_ONE = 0.1  # how far a random model's types may lie from 1
 
 
@@ -89,7 +85,7 @@ def _tau(base: Mapping[str, float], other: Mapping[str, float], sign: int = 1) -
 
 def pick(types: Mapping[str, float], k: int, highest: bool = False) -> list[str]:
     """The k lowest (or highest) types, in that order."""
-    return sorted(types, key=lambda type_: types[type_], reverse=highest)[:k]
+    return ranked(types, highest)[:k]
 
 
 def audit(
@@ -179,22 +175,13 @@ def audit(
         if report := tried("control", what, make):
             controls.append(_ranked(what, report.types, types, k) | {"seconds": time.perf_counter() - began})
 
-    criteria = [_criterion("NFN", PLOP, False, types, types, k, nfn_s, nfn_s, nfn_mib, "forward passes")]
-    for name, source, highest, needs, mean, compute in (
-        ("input spectrum", EVA, True, "forward passes", fmean,
-         lambda: explained_variance(scored(examples, eva_rank=rank))),
-        ("condition number", KAPPA, False, "weights alone", geometric_mean,
-         lambda: condition_numbers(model, progress)),
-        ("gradient energy", GRADIENT, True, "one backward pass", fmean,
-         lambda: gradient_energy(model, examples, rank, seed, progress)),
-        ("random", "seeded draw", False, "nothing", fmean,
-         lambda: random_ranks(model, seed)),
-    ):  # fmt: skip
-        if got := tried("criterion", name, partial(_measured, compute, model, peaks)):
+    criteria = [_criterion(RULES["plop"], types, types, k, nfn_s, nfn_s, nfn_mib)]
+    given = Given(model, examples, rank, seed, progress, lambda: scored(examples, eva_rank=rank))
+    for rule, compute in compared():
+        if got := tried("criterion", rule.criterion, partial(_measured, partial(compute, given), model, peaks)):
             by_module, seconds, extra_mib = got
-            means = {t: mean([value for n, value in by_module.items() if of_type[n] == t]) for t in types}
-            row = _criterion(name, source, highest, means, types, k, seconds, nfn_s, extra_mib, needs)
-            criteria.append(row)
+            means = rule.type_scores(by_module, of_type, types)
+            criteria.append(_criterion(rule, means, types, k, seconds, nfn_s, extra_mib))
     ours = pick(types, k)
     return {
         "model": base.model, "k": k, "rank": rank, "prompts": base.prompts, "scored_tokens": base.tokens, "seed": seed,
@@ -221,13 +208,21 @@ def _ranked(what: str, values: Mapping[str, float], base: Mapping[str, float], k
     return {"what": what, "types": dict(values), "pick": pick(values, k), "tau": _tau(base, values)}
 
 
-def _criterion(name, source, highest, values, base, k, seconds, nfn_s, extra_mib, needs) -> dict[str, Any]:
-    picked = pick(values, k, highest)
+def _criterion(
+    rule: Rule,
+    values: Mapping[str, float],
+    base: Mapping[str, float],
+    k: int,
+    seconds: float,
+    nfn_s: float,
+    extra_mib: float,
+) -> dict[str, Any]:
+    picked = pick(values, k, rule.highest)
     return {
-        "name": name, "source": source, "chooses": "highest" if highest else "lowest",
-        "types": {type_: values[type_] for type_ in pick(values, len(values), highest)}, "pick": picked,
-        "tau": _tau(base, values, -1 if highest else 1), "agrees": set(picked) == set(pick(base, k)),
-        "seconds": seconds, "cost": seconds / nfn_s, "extra_mib": extra_mib, "needs": needs,
+        "name": rule.criterion, "source": rule.source, "chooses": "highest" if rule.highest else "lowest",
+        "types": {type_: values[type_] for type_ in ranked(values, rule.highest)}, "pick": picked,
+        "tau": _tau(base, values, -1 if rule.highest else 1), "agrees": set(picked) == set(pick(base, k)),
+        "seconds": seconds, "cost": seconds / nfn_s, "extra_mib": extra_mib, "needs": rule.needs,
     }  # fmt: skip
 
 

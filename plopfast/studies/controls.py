@@ -1,5 +1,7 @@
-"""Controls of a score: the same tokens without their meaning, the same words without their order, a model that has
-learned nothing. What a score says of the task cannot survive them."""
+"""Controls of a score: random tokens, the same words in random order, and a model that has learned nothing.
+
+If a score reflects the task, it changes under them. If it stays the same, it reflects something else.
+"""
 
 import copy
 import random
@@ -19,15 +21,15 @@ from ..support.errors import ConfigError, DataError, ModelError
 
 
 def random_tokens(examples: Sequence[Example], tokenizer: Any, seed: int = 0) -> list[Example]:
-    """The rows with every ordinary token replaced by one drawn uniformly from the tokenizer's ordinary tokens.
+    """Returns the rows with every ordinary token replaced by one drawn uniformly from the tokenizer's ordinary tokens.
 
-    Special tokens (begin and end of text, a chat template's marks) stay where they are, so that lengths, labels and roles
-    do. Raises ConfigError without a tokenizer, DataError where all its tokens, or all of the rows', are special.
+    Special tokens (begin and end of text, a chat template's marks) stay, so lengths, labels and roles stay too. Raises
+    ConfigError without a tokenizer, DataError where all tokens of the tokenizer, or of the rows, are special.
     """
     special = _special(tokenizer)
     ordinary = sorted(set(tokenizer.get_vocab().values()) - special)
     if not ordinary:
-        raise DataError("random tokens cannot be drawn: the tokenizer's vocabulary holds special tokens only")
+        raise DataError("random tokens: none can be drawn, the tokenizer's vocabulary holds special tokens only")
     if all(token in special for example in examples for token in example.tokens):
         raise DataError(f"random tokens: all tokens of the {len(examples)} rows are special, nothing could be replaced")
     rng = random.Random(seed)
@@ -37,12 +39,11 @@ def random_tokens(examples: Sequence[Example], tokenizer: Any, seed: int = 0) ->
 def shuffled_words(
     examples: Sequence[Example], tokenizer: Any, seed: int = 0, max_length: int | None = None
 ) -> list[Example]:
-    """The rows decoded, with the words in random order, and tokenised again.
+    """Returns the rows decoded, with their words in random order, and tokenised again.
 
-    Words are what white space parts; it stays in place, and so do special tokens. Words stay among those of the same
-    label (prompt or completion) and role, so that token masks keep their meaning. Another order can take more tokens: what
-    is beyond `max_length` is cut off. Raises ConfigError without a tokenizer, DataError where no row has two words that
-    could change places.
+    White space separates words. It stays in place, and so do special tokens. A word stays in its part of the row (prompt
+    or completion, and role), so token masks keep their meaning. Another order can take more tokens: a row is cut off at
+    `max_length`. Raises ConfigError without a tokenizer, DataError where no row has two different words in one part.
     """
     special, rng = _special(tokenizer), random.Random(seed)
     shuffled, changeable = [], False
@@ -52,14 +53,8 @@ def shuffled_words(
         for (labelled, role, is_special), places in groupby(range(len(example.tokens)), _kind_of(example, special)):
             part = [example.tokens[i] for i in places]
             if not is_special:
-                text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
-                pieces = re.split(r"(\s+)", text)  # words at even places, white space at odd ones
-                words = [word for word in pieces[::2] if word]
-                changeable |= len(set(words)) > 1
-                rng.shuffle(words)
-                pieces[::2] = [words.pop() if word else "" for word in pieces[::2]]
-                text = "".join(pieces)
-                part = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+                part, several = _shuffled(part, tokenizer, rng)
+                changeable |= several
             tokens += part
             roles += [role] * len(part)
             start += 0 if labelled else len(part)
@@ -67,13 +62,24 @@ def shuffled_words(
         shuffled.append(truncated(new, max_length or len(tokens)))
     if not changeable:
         raise DataError(
-            f"shuffled words: none of the {len(examples)} rows has two different words (parted by white space)"
+            f"shuffled words: none of the {len(examples)} rows has two different words (white space separates words)"
         )
     return shuffled
 
 
+def _shuffled(part: list[int], tokenizer: Any, rng: random.Random) -> tuple[list[int], bool]:
+    """The tokens of a part of a row with its words in random order, and whether it has two different words."""
+    text = tokenizer.decode(part, clean_up_tokenization_spaces=False)
+    pieces = re.split(r"(\s+)", text)  # words at even places, white space at odd ones
+    words = [word for word in pieces[::2] if word]
+    several = len(set(words)) > 1
+    rng.shuffle(words)
+    pieces[::2] = [words.pop() if word else "" for word in pieces[::2]]
+    return list(tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]), several
+
+
 def truncated(example: Example, length: int) -> Example:
-    """The first `length` tokens of a row."""
+    """Returns a row's first `length` tokens."""
     roles = example.roles and example.roles[:length]
     return replace(example, tokens=example.tokens[:length], start=min(example.start, length), roles=roles)
 
@@ -81,23 +87,23 @@ def truncated(example: Example, length: int) -> Example:
 def _special(tokenizer: Any) -> set[int]:
     if tokenizer is None:
         raise ConfigError("random tokens and shuffled words need the model's tokenizer, got none")
-    added = getattr(tokenizer, "added_tokens_decoder", {})  # also the reserved ones that no setting names
+    added = getattr(tokenizer, "added_tokens_decoder", {})  # with the reserved ones, which no setting names
     return set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
 def _kind_of(example: Example, special: set[int]) -> Callable[[int], tuple[bool, str, bool]]:
+    """A function of a token's place: (whether it belongs to the labelled part, its role, whether it is special)."""
     roles = example.roles or ("",) * len(example.tokens)
-    text_alone = (
-        example.completion is None and example.start <= 1
-    )  # its first token has no label, but belongs to the rest
+    # the first token of plain text has no label, but belongs with the rest
+    text_alone = example.completion is None and example.start <= 1
     return lambda place: (text_alone or place >= example.start, roles[place], example.tokens[place] in special)
 
 
 def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
-    """A model of the same class, configuration, dtype and device in evaluation mode, with its random initialisation.
+    """Returns a randomly initialised model of the same class, configuration, dtype and device, in evaluation mode.
 
-    torch's generators (the CPU's and the device's) are left as they were. Raises ModelError where transformers cannot build it from `model.config`,
-    or its memory, that of the model's parameters once more, is not there.
+    torch's generators, the CPU's and the device's, are left as they were. Raises ModelError where transformers cannot
+    build the model from `model.config`, or there is no memory for the model's parameters a second time.
     """
     config, device = getattr(model, "config", None), device_of(model)
     if config is None:

@@ -1,14 +1,18 @@
-"""Other answers to where adapters belong, to be set beside NFN: each gives a number for every linear module.
+"""Criteria other than NFN of where adapters belong. Each gives a number for every linear module.
 
 explained_variance   share of an input's energy along its `rank` leading directions    EVA, arXiv 2410.07170: highest
 condition_numbers    largest over smallest singular value of W                         KappaTune, arXiv 2506.16289: lowest
 gradient_energy      ||dL/dB||^2 at B = 0, for each trainable parameter                first order in the loss: highest
+
+The audit compares them with NFN, and `place(..., criteria=...)` places by them. A new one is an entry of the table in
+placing/rules.py (its direction, mean and source) and its function in `COMPUTE`.
 """
 
 import contextlib
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,6 +23,7 @@ from ..lora.layer import adapters, inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
 from ..models.running import device_of
+from ..placing.rules import RULES, Rule
 from ..scoring.report import NFNReport
 from ..support.errors import DataError, ModelError
 from ..support.progress import bar
@@ -28,26 +33,26 @@ BATCH_TOKENS = 384  # padded tokens in a batch of gradient_energy; a longer row 
 
 
 def explained_variance(report: NFNReport) -> dict[str, float]:
-    """Module -> share of ||X||_F^2 of its inputs X [tokens, n_in] along their `eva_rank` leading directions, 0 to 1 (a
-    lower bound; see `eva.InputSketch`), for a report of `score(..., eva_rank=...)`.
+    """Returns module -> share of its inputs' energy along their `eva_rank` leading directions, 0 to 1.
 
-    EVA (Paischer et al., arXiv 2410.07170) gives the most rank to where that share is highest. Raises DataError for a
-    report without it.
+    The energy is ||X||_F^2 of the inputs X [tokens, n_in]; the share is a lower bound (see `eva.InputSketch`). `report` is
+    that of `score(..., eva_rank=...)`. EVA (Paischer et al., arXiv 2410.07170) gives the most rank to where the share is
+    highest. Raises DataError for a report without EVA's vectors.
     """
     if not report.eva_ratios:
-        raise DataError("this report holds no spectrum of the inputs: score(model, batches, eva_rank=...)")
+        raise DataError("this report holds no spectrum of the inputs: make it with score(model, batches, eva_rank=...)")
     return {name: float(ratios.sum()) for name, ratios in report.eva_ratios.items()}
 
 
 @torch.no_grad()
 def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, float]:
-    """Module -> largest over smallest singular value of its weight, from the weights alone.
+    """Returns module -> largest over smallest singular value of its weight, from the weights alone.
 
-    KappaTune (Ludwig, arXiv 2506.16289) adapts the tensors where it is lowest, as less specialised. It is the root of the
-    ratio of the extreme eigenvalues of the smaller of W W^T and W^T W in float64: on SmolLM2-135M's weights a third of
-    the time of svdvals in float64 and within 2e-9 of it (svdvals in float32 takes twice as long and errs by 1e-4). Beyond
-    1 / sqrt(n eps), n the smaller side, rounding hides it: a singular weight has that value, 2e6 for n = 1024. Raises
-    ModelError for a weight that is not finite or all zeros.
+    KappaTune (Ludwig, arXiv 2506.16289) adapts the tensors where it is lowest: they are less specialised. The number is the
+    root of the ratio of the extreme eigenvalues of the smaller of W W^T and W^T W in float64. On SmolLM2-135M's weights
+    this takes a third of the time of svdvals in float64 and agrees with it to 2e-9; svdvals in float32 takes twice as long
+    and errs by 1e-4. Rounding hides numbers above 1 / sqrt(n eps), where n is the smaller side: a singular weight gets that
+    value, 2e6 for n = 1024. Raises ModelError for a weight that is not finite or all zeros.
     """
     found, infos = {}, linear_modules(model)
     with bar("kappa", len(infos), "modules", progress) as meter:
@@ -68,35 +73,25 @@ def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, flo
 def gradient_energy(
     model: nn.Module, examples: Sequence[Example], rank: int = 16, seed: int = 0, progress: bool = False
 ) -> dict[str, float]:
-    """Module -> ||dL/dB||_F^2 / (rank (n_in + n_out)) at B = 0 under a Gaussian A [rank, n_in] drawn with `seed`.
+    """Returns module -> ||dL/dB||_F^2 / (rank (n_in + n_out)) at B = 0, with a Gaussian A [rank, n_in] drawn from `seed`.
 
     L is the mean loss over the label tokens of `examples`. A step of gradient descent of size eta lowers L by
-    eta ||dL/dB||^2 to first order (dL/dA = 0 there), so this is the gain for each trainable parameter; where it is
+    eta ||dL/dB||^2 to first order (dL/dA = 0 there), so this is the gain for each trainable parameter: where it is
     highest, adapters promise most. As dL/dB = (dL/dW) A^T, it is LoRA-GA's gradient (Wang et al., arXiv 2407.05000) in
-    `rank` random directions, without the gradient of any base weight: one forward and backward pass, as in training.
+    `rank` random directions. It takes one forward and backward pass, as in training, and no base weight's gradient.
 
-    The model is left as it was, also where this fails. Raises DataError where no token has a label or the loss is not
-    finite, PlacementError for a rank that does not fit, AdapterError where the model has adapters already.
+    The model is left as it was, even on an error. Raises DataError where no token has a label or the loss is not finite,
+    PlacementError for a rank that does not fit, AdapterError where the model has adapters already.
     """
     infos = {info.name: info for info in linear_modules(model)}
-    sequences, starts = [e.tokens for e in examples], [e.start for e in examples]
-    labels = sum(len(tokens) - max(start, 1) for tokens, start in zip(sequences, starts, strict=True))
+    labels = sum(len(e.tokens) - max(e.start, 1) for e in examples)
     if labels < 1:
-        raise DataError(f"no label token in {len(sequences)} rows: there is no loss to take a gradient of")
+        raise DataError(f"no label token in {len(examples)} rows: there is no loss to take a gradient of")
     with _injected(model, Placement(dict.fromkeys(infos, (rank, float(rank))), [], "all", 0), seed):
         added = adapters(model)
         for module in added.values():
             module.lora_A.requires_grad_(False)
-        objective, total = Objective(model), torch.zeros((), device=device_of(model))
-        with bar("gradient", len(sequences), "prompts", progress) as meter:
-            for group in group_by_length([len(tokens) for tokens in sequences], BATCH_TOKENS):
-                batch = collate([sequences[i] for i in group], [starts[i] for i in group], device_of(model))
-                loss = objective(batch)  # a sum: divided at the end, lest small gradients vanish in half precision
-                loss.backward()
-                total += loss.detach()
-                meter.update(len(group))
-        if not total.isfinite():
-            raise DataError("the loss is not finite: no gradient; try dtype bfloat16 or float32, or leave a row out")
+        _backward(model, examples, progress)
         found = {}
         for name, module in added.items():
             if module.lora_B.grad is None:
@@ -106,9 +101,23 @@ def gradient_energy(
         return found
 
 
+def _backward(model: nn.Module, examples: Sequence[Example], progress: bool) -> None:
+    """Adds the gradient of the summed loss to the parameters that take one. Raises DataError for a loss that is not finite."""
+    objective, total = Objective(model), torch.zeros((), device=device_of(model))
+    with bar("gradient", len(examples), "prompts", progress) as meter:
+        for group in group_by_length([len(e.tokens) for e in examples], BATCH_TOKENS):
+            rows = [examples[i] for i in group]
+            batch = collate([e.tokens for e in rows], [e.start for e in rows], device_of(model))
+            loss = objective(batch)  # the sum, not the mean: small gradients would vanish in half precision
+            loss.backward()
+            total += loss.detach()
+            meter.update(len(group))
+    if not total.isfinite():
+        raise DataError("the loss is not finite: no gradient; try dtype bfloat16 or float32, or leave a row out")
+
+
 def random_ranks(model: nn.Module, seed: int = 0) -> dict[str, float]:
-    """Module -> its type's place in a random order, lowest chosen: the types that `place(report, "random", seed=seed)`
-    draws."""
+    """Returns module -> its type's place in a random order. The lowest k are what `place(report, "random")` draws."""
     infos = linear_modules(model)
     types = sorted({info.type for info in infos})
     order = random.Random(seed).sample(types, len(types))
@@ -117,11 +126,10 @@ def random_ranks(model: nn.Module, seed: int = 0) -> dict[str, float]:
 
 @contextlib.contextmanager
 def _injected(model: nn.Module, placement: Placement, seed: int) -> Iterator[None]:
-    """`model` in evaluation mode with adapters while it lasts; afterwards its modules, their modes, and what requires a
-    gradient are as before."""
+    """Puts adapters into `model` and sets evaluation mode; afterwards modules, modes and `requires_grad` are as before."""
     needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    mine = not adapters(model)  # else inject refuses, and they are not ours to take out
+    mine = not adapters(model)  # otherwise inject refuses, and these adapters must stay
     model.eval()
     try:
         inject(model, placement, seed=seed, init="gaussian")
@@ -133,3 +141,30 @@ def _injected(model: nn.Module, placement: Placement, seed: int) -> Iterator[Non
             parameter.requires_grad_(value)
         for module, mode in modes:
             module.training = mode
+
+
+@dataclass(frozen=True)
+class Given:
+    """What criteria are computed from."""
+
+    model: nn.Module
+    examples: Sequence[Example]
+    rank: int  # of the inputs' spectrum and of the gradient
+    seed: int
+    progress: bool
+    score_with_eva: Callable[[], NFNReport]  # the NFN report with EVA's vectors of `rank`
+
+
+COMPUTE: dict[str, Callable[[Given], dict[str, float]]] = {  # rule -> module -> score
+    "input-spectrum": lambda given: explained_variance(given.score_with_eva()),
+    "condition-number": lambda given: condition_numbers(given.model, given.progress),
+    "gradient-energy": lambda given: gradient_energy(
+        given.model, given.examples, given.rank, given.seed, given.progress
+    ),
+    "random": lambda given: random_ranks(given.model, given.seed),
+}
+
+
+def compared() -> list[tuple[Rule, Callable[[Given], dict[str, float]]]]:
+    """Returns the criteria that the audit sets beside NFN, each with its function."""
+    return [(rule, COMPUTE[name]) for name, rule in RULES.items() if rule.source and not rule.by_nfn]

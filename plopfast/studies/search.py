@@ -20,9 +20,10 @@ import torch
 from ..data.batches import batches_of
 from ..lora.init import INITS
 from ..lora.layer import unload
-from ..lora.placement import Placement
+from ..lora.placement import Placement, full_rank
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
+from ..placing.rules import RULES, command_rules
 from ..run.folder import SCORE_ROWS, Run
 from ..run.stages import adapt, placed
 from ..scoring.nfn import score
@@ -44,7 +45,6 @@ except ImportError as error:
 STORE, STUDY = "search.db", "plopfast"
 RANKS = (4, 8, 16, 32, 64)
 ALPHAS, LRS = (4.0, 128.0), (1e-4, 1e-2)
-RULES_TRIED = ("plop", "plop-inverse", "attn", "mlp", "all")
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
 # settings on which no trial depends: files are known by their hashes, and every row is scored
 APART = {*FREE, "model", "train", "valid", "test", "unlabeled", "confidence", "arms", "lrs", "seeds", "general"}
@@ -66,7 +66,7 @@ class Search:
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
         infos = [info for info in linear_modules(run.model) if info.layer is not None]
-        most = min(min(info.n_in, info.n_out) for info in infos)
+        most = min(full_rank(info.n_in, info.n_out) for info in infos)
         ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
         self.scored = functools.cache(self._scored)
         self.report = self.scored(ranks[0])  # NFN is the same whatever EVA's rank
@@ -74,7 +74,8 @@ class Search:
             raise ConfigError(
                 f"EVA's vectors of rank {ranks[-1]} need as many tokens, got {self.report.tokens}: score more prompts"
             )
-        rules = [rule for rule in dict.fromkeys((config.rule, *RULES_TRIED)) if self._can_place(rule, ranks[-1])]
+        tried = [name for name in command_rules() if not RULES[name].seeded]  # a draw is worth no training
+        rules = [rule for rule in dict.fromkeys((config.rule, *tried)) if self._can_place(rule, ranks[-1])]
         self.space: dict[str, BaseDistribution] = {
             "rank": CategoricalDistribution(ranks),
             "alpha": FloatDistribution(min(ALPHAS[0], config.alpha), max(ALPHAS[1], config.alpha), log=True),

@@ -20,7 +20,7 @@ import torch
 from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..placing.place import place
-from ..placing.rules import RULES
+from ..placing.rules import FULL, arm_names
 from ..run.folder import EVA, Run
 from ..run.stages import run_score
 from ..scoring import eva
@@ -30,7 +30,6 @@ from ..support.errors import ConfigError, FileError, PlacementError, nearest
 from .arms import MADE_BY, Arm, Training, Work, check_inputs, general_text, look
 from .paired import accuracies, compare
 
-FULL = "full"
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
 MEASURED = ("accuracy", "loss", "general_loss")
@@ -144,7 +143,7 @@ def _described(
 
 def listed_arms(text: str) -> list[str]:
     """The names in `--arms`. Raises ConfigError for unknown ones (with the nearest), doubles and fewer than two."""
-    names, known = _listed("arms", text), (*RULES, FULL)
+    names, known = _listed("arms", text), arm_names()
     for name in names:
         if name not in known:
             raise ConfigError(f"arms: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}")

@@ -127,8 +127,9 @@ class RunConfig(TrainConfig):
     skip_first: bool = _option(False, "leave out each row's first token, where attention sinks")
     baseline: str = _option("closed-form", "NFN denominator", ("closed-form", "monte-carlo"))
     compat: str | None = _option(None, "'official' scores exactly as the PLoP authors' code", ("official",))
-    rule: str = _option("plop", "plop, plop-inverse, attn, mlp, all, random, or module types and names with commas")
-    k: int = _option(3, "module types that plop, plop-inverse and random choose", positive=True)
+    # {words} in help texts are filled in by the command line, from placing/rules.py
+    rule: str = _option("plop", "{rules}, or module types and names with commas")
+    k: int = _option(3, "module types that {rules_with_k} choose", positive=True)
     rank: int = _option(16, "LoRA rank", positive=True)
     budget: str | None = _option(
         None, "instead of --rank: parameters (2.5M), bytes of float32 (10MB, 8MiB) or match:RULE:rRANK; empty: none"
@@ -147,7 +148,7 @@ class RunConfig(TrainConfig):
         "A at first; eva: the inputs' leading singular vectors, taken while scoring",
         ("kaiming", "gaussian", "orthogonal", "eva"),
     )
-    arms: str = _option("plop,plop-inverse,attn,mlp,all", "placements that a trial compares, also random and full")
+    arms: str = _option("plop,plop-inverse,attn,mlp,all", "placements that a trial compares, some of {arms}")
     lrs: str = _option("5e-4,1e-3,2e-3", "learning rates that each arm of a trial tries")
     seeds: str = _option("0,1,2", "seeds of each arm of a trial, three at least")
     general: str | None = _option(

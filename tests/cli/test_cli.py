@@ -385,3 +385,9 @@ def test_unlabelled_text_is_learned_first(base, tmp_path):
     assert json.loads((out / "training.json").read_text())["padding"] < 0.3
     with pytest.raises(SystemExit):
         plopfast("score", "--unlabeled", text)
+
+
+def test_a_rule_whose_scores_no_command_computes_stops_before_the_work(base, tmp_path, capsys):
+    assert plopfast("run", *base, "--rule", "gradient-energy", "--out", tmp_path / "run") == 2
+    assert "rule 'gradient-energy' ranks by gradient energy" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "scores.json").exists()

@@ -6,10 +6,13 @@ from helpers import Odd, Syncs, build, random_batches
 from torch import nn
 
 import plopfast as pf
+from plopfast.data.batches import batches_of
+from plopfast.data.rows import DEMO
 from plopfast.kernels import reference
 from plopfast.models.frozen import FrozenWeight
 from plopfast.models.linears import linear_modules
-from plopfast.scoring import nfn
+from plopfast.scoring import sums
+from plopfast.scoring.baselines import closed_form, monte_carlo
 from plopfast.support.errors import ConfigError, DataError, FileError, ModelError
 
 
@@ -88,6 +91,16 @@ def test_tokens_that_are_marked(llama):
     assert 0 < both.prompts <= 9
     with pytest.raises(ConfigError, match="batch 0: compat='official' scores every token"):
         pf.score(llama, batches, compat="official")
+
+
+@pytest.mark.parametrize("which", ["all", "prompt", "completion"])
+def test_tokens_are_masked_alike_by_labels_and_by_rows(llama, examples, which):
+    by_rows = pf.score(llama, batches_of(examples[:12], 4, which))
+    assert by_rows.modules == pf.score(llama, batches_of(examples[:12], 4), tokens=which).modules
+    assert by_rows.tokens == sum(
+        len(e.tokens) if which == "all" else e.start if which == "prompt" else len(e.tokens) - e.start
+        for e in examples[:12]
+    )
 
 
 def test_statistics_of_single_prompts(llama):
@@ -173,9 +186,6 @@ def test_padding_content_never_matters(llama):
 def test_default_model_types(default_model):
     """The published-style ordering on the real model and task, as measured before with another implementation."""
     model, tokenizer = default_model
-    from plopfast.data.batches import batches_of
-    from plopfast.data.rows import DEMO
-
     batches = batches_of(pf.tokenize(pf.read_jsonl(DEMO["train"])[:16], tokenizer), 8)
     types = pf.score(model, batches).types
     want = {
@@ -195,8 +205,8 @@ def test_monte_carlo_agrees_with_the_closed_form(default_model):
     is taken off (it reaches 1.4 % in this model's first k_proj, whose r is 17)."""
     model, _ = default_model
     infos = [info for info in linear_modules(model) if info.layer % 5 == 0]
-    closed, sampled = nfn._closed_form(infos), nfn._monte_carlo(2048, 0)(infos)
-    assert torch.equal(sampled[:3], nfn._monte_carlo(2048, 0)(infos[:3])), "seeded"
+    closed, sampled = closed_form(infos), monte_carlo(infos, 2048, 0)
+    assert torch.equal(sampled[:3], monte_carlo(infos[:3], 2048, 0)), "seeded"
     gaps = {}
     for info, one, other in zip(infos, closed.tolist(), sampled.tolist(), strict=True):
         w = info.frozen.dequantize().double()
@@ -278,7 +288,7 @@ def test_bfloat16_accumulates_in_float32(llama):
     got = pf.score(llama.bfloat16(), batches).modules
     assert got == pytest.approx(want, rel=0.02)
     x = torch.full((1, 4096), 1.0, dtype=torch.bfloat16)
-    assert nfn.row_norms(x).dtype == torch.float32 and nfn.row_norms(x).item() == 64.0
+    assert sums.row_norms(x).dtype == torch.float32 and sums.row_norms(x).item() == 64.0
 
 
 def test_head_and_cache_are_left_out(llama):
@@ -294,10 +304,10 @@ def test_head_and_cache_are_left_out(llama):
 
 def test_shared_inputs_are_measured_once(llama, monkeypatch):
     counted, weights = [], []
-    norm, frobenius = nfn.row_norms, FrozenWeight.frobenius
+    norm, frobenius = sums.row_norms, FrozenWeight.frobenius
     monkeypatch.setattr(FrozenWeight, "frobenius", lambda self: weights.append(self) or frobenius(self))
     monkeypatch.setattr(
-        nfn, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options)
+        sums, "row_norms", lambda x, *rest, **options: counted.append(x.dim()) or norm(x, *rest, **options)
     )
     pf.score(llama, random_batches(count=1))
     # per layer 7 outputs and 4 inputs (qkv, o, gate/up, down), 3 layers; 21 weights
@@ -305,7 +315,7 @@ def test_shared_inputs_are_measured_once(llama, monkeypatch):
 
 
 def test_no_wait_for_the_device_inside_the_loop():
-    state = nfn.NFNState(torch.ones(3))
+    state = sums.NFNState(torch.ones(3))
     hooks = [state.hook(i, f"m{i}", torch.zeros(8)) for i in range(3)]
     with Syncs() as syncs:
         for _ in range(2):

@@ -10,7 +10,7 @@ import optuna
 import pytest
 import torch
 
-from plopfast.cli.main import main
+from plopfast.cli import main
 from plopfast.data.rows import DEMO
 from plopfast.placing import rules
 from plopfast.training.trainer import Trainer
@@ -256,3 +256,11 @@ def test_types_named_by_hand_are_one_more_choice(base, tmp_path):
     value, trials = results(tmp_path / "run")
     assert trials[0]["params"]["rule"] == "q_proj, v_proj"
     assert value["space"]["rule"]["choices"][1:] == ["plop", "plop-inverse", "attn", "mlp", "all"]
+
+
+def test_a_rule_of_the_table_is_searched_unless_it_is_drawn_or_lacks_scores(base, tmp_path, monkeypatch):
+    rule = rules.Rule(name="made-up", help="the last type by name", pick=lambda report, _k, _seed: [max(report.types)])
+    monkeypatch.setitem(rules.RULES, "made-up", rule)
+    assert search(base, tmp_path / "run", trials=1) == 0
+    value, _ = results(tmp_path / "run")
+    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "mlp", "all", "made-up"]

@@ -1,0 +1,40 @@
+"""The denominators of NFN: the norm that a random input of length 1 has after each module's weight."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..models.linears import LinearInfo
+from ..support.errors import ModelError
+
+
+def closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
+    """Returns ||W||_F / sqrt(n_in) of each module, [modules] float32.
+
+    This is the root of the second moment of ||W u|| for a random unit vector u; nfn.py says how far it is from the mean.
+    """
+    first = infos[0].frozen.device
+    return torch.stack([i.frozen.frobenius().to(first) / i.n_in**0.5 for i in infos])
+
+
+def monte_carlo(infos: Sequence[LinearInfo], samples: int, seed: int) -> torch.Tensor:
+    """Returns the mean of ||W u|| over `samples` random unit vectors u for each module, [modules] float32."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.stack([_mean_random_norm(info, samples, generator) for info in infos])
+
+
+def _mean_random_norm(info: LinearInfo, samples: int, generator: torch.Generator) -> torch.Tensor:
+    g = torch.randn(samples, info.n_in, generator=generator)  # on the CPU: the same draws on every device
+    w_NK = info.frozen.dequantize()
+    unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
+    return (unit @ w_NK.float().T).norm(dim=1).mean().cpu()
+
+
+def check_denominators(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> None:
+    """Raises ModelError naming the first module whose weight is all zeros or not finite."""
+    for info, value in zip(infos, denominators.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
+        if value == 0:
+            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")

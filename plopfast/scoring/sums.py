@@ -1,0 +1,105 @@
+"""The running sums of NFN: forward hooks take norms, and each batch's norms are added up on the device."""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..lora.ops import row_norms
+from ..support import ranks
+from ..support.errors import ModelError
+from .eva import InputSketch
+
+
+class NFNState:
+    """Sums the token ratios ||W z|| / (||z|| denominator) of each module and prompt, on the device.
+
+    `hook(index, name, bias)` returns a forward hook for a module. `open(counted, first)` and `close()` enclose the forward
+    pass of one batch: its prompts are numbered from `first` on, and `counted` [rows, tokens] is True for the tokens that
+    count. `sketch`, if given, sees the inputs too. `denominators`: [modules] float32.
+    """
+
+    def __init__(self, denominators: torch.Tensor, backend: str = "auto", sketch: InputSketch | None = None) -> None:
+        self.backend, self.sketch = backend, sketch
+        self.scale = 1.0 / denominators  # [modules]
+        self.parts: list[tuple[int, torch.Tensor]] = []  # (first, [sums, squares, counts] x modules x rows) of a batch
+        self._first = 0
+        self._counted: torch.Tensor | None = None
+        self._calls: list[tuple[int, torch.Tensor, torch.Tensor, int, bool]] = []
+        self._input: torch.Tensor | None = None  # the last module's input, and its norms
+        self._input_norm = torch.empty(0)
+
+    def hook(self, index: int, name: str, bias: torch.Tensor | None) -> Any:
+        def record(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            x = args[0]
+            if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
+                self._input, self._input_norm = x, row_norms(x, backend=self.backend)
+                if self.sketch is not None:
+                    counted = self._spread(*self._layout(name, self._input_norm))
+                    self.sketch.add(name, x, self._input_norm, counted)
+            elif self.sketch is not None:
+                self.sketch.share(name)
+            y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
+            self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
+
+        return record
+
+    def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
+        """Returns how a module's norms lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
+        assert self._counted is not None
+        rows, tokens = self._counted.shape
+        shape = norms.shape
+        if shape[:2] == (rows, tokens):
+            return math.prod(shape[2:]), False
+        if shape == (rows * tokens,):
+            return 1, False
+        if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):  # [rows, heads, tokens]
+            return shape[1], True
+        raise ModelError(
+            f"{name}: its inputs {list(shape)} cannot be matched with the batch's {rows} rows x {tokens} tokens, so "
+            "padding cannot be told apart (routed experts are not supported yet)"
+        )
+
+    def _spread(self, extra: int, inner: bool) -> torch.Tensor:
+        """Returns `counted` for a module's norms: [rows, tokens * extra]."""
+        assert self._counted is not None
+        return self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
+
+    def open(self, counted: torch.Tensor, first: int = 0) -> None:
+        """Begins a batch."""
+        self._counted, self._first = counted, first
+        self._calls = []
+
+    def close(self) -> None:
+        """Ends a batch: adds its norms to the sums, with one set of operations for all modules of a shape."""
+        assert self._counted is not None
+        rows = self._counted.shape[0]
+        part = self.scale.new_zeros(3, len(self.scale), rows)
+        sums, squares, counts = part
+        groups: dict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
+        for i, x_norm, y_norm, extra, inner in self._calls:
+            groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
+        for (extra, inner), calls in groups.items():
+            counted = self._spread(extra, inner)
+            index = torch.tensor([call[0] for call in calls], device=self.scale.device)
+            x_CRT = torch.stack([call[1].to(sums.device) for call in calls])
+            y_CRT = torch.stack([call[2].to(sums.device) for call in calls])
+            valid = counted & (x_CRT != 0)  # a zero input has no direction; NaN stays, to be found at the end
+            ratio = torch.where(valid, y_CRT / x_CRT * self.scale[index, None, None], 0.0)
+            sums.index_add_(0, index, ratio.sum(-1))
+            counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
+            squares.index_add_(0, index, ratio.square_().sum(-1))
+        self.parts.append((self._first, part))
+        self._counted = self._input = None
+        self._calls = []
+
+    def table(self, prompts: int) -> torch.Tensor:
+        """Returns sums, squares and counts of all ranks' batches: [3, modules, prompts] float64.
+
+        The result does not depend on the number of ranks: each prompt is one rank's, and the others add zeros to it.
+        """
+        table = torch.zeros(3, len(self.scale), prompts, dtype=torch.float64)
+        for first, part in self.parts:
+            table[:, :, first : first + part.shape[2]] = part
+        return ranks.total(table)
