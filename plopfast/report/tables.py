@@ -69,13 +69,13 @@ def _criteria(audit: dict[str, Any]) -> Table:
         (r["name"], _picked(audit, r), r["chooses"], r["tau"], r["seconds"], r["cost"], r["extra_mib"], r["needs"], r["source"])
         for r in audit["criteria"]
     ]  # fmt: skip
-    return Table("Other criteria beside NFN (≠: another pick than NFN's)", columns, rows)
+    return Table("Other criteria beside NFN (*: another pick than NFN's)", columns, rows)
 
 
 def _rankings(audit: dict[str, Any], part: str) -> Table:
     captions = {
-        "controls": "Controls (≠: another pick)",
-        "tokens": "NFN of other tokens (≠: another pick)",
+        "controls": "Controls (*: another pick)",
+        "tokens": "NFN of other tokens (*: another pick)",
     }
     notes = {"controls": "With random weights, all scores should be near 1, and the pick is chance."}
     types = list(audit["types"])
@@ -98,7 +98,7 @@ def _stability(audit: dict[str, Any]) -> Table:
         "Subsets are drawn from the scored prompts, and other samples can share some with them: part of the agreement is "
         "built in."
     )
-    return Table(f"Stability (≠: fewer than {UNSTABLE:.0%} pick the same)", columns, rows, note)
+    return Table(f"Stability (*: fewer than {UNSTABLE:.0%} pick the same)", columns, rows, note)
 
 
 def _picked(audit: dict[str, Any], row: dict[str, Any]) -> str:

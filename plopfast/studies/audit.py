@@ -7,7 +7,7 @@ types are picked.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import fmean, geometric_mean
 from typing import Any
@@ -49,14 +49,6 @@ class AuditSettings:
 
 
 @dataclass(frozen=True)
-class Mask:
-    """Which tokens are scored: `tokens` and `skip_first` of `data.batches_of`."""
-
-    tokens: str
-    skip_first: bool
-
-
-@dataclass(frozen=True)
 class Measured:
     """A result, the seconds it took, and the MiB it took at most above what was in use before."""
 
@@ -78,21 +70,17 @@ class Work:
     missing: list[dict[str, str]] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
 
-    @property
-    def mask(self) -> Mask:
-        return Mask(self.settings.tokens, self.settings.skip_first)
-
     def scored(
         self,
         rows: Sequence[Example],
         *,
-        model: nn.Module | None = None,
-        mask: Mask | None = None,
+        model: Any = None,
+        mask: AuditSettings | None = None,
         eva_rank: int | None = None,
     ) -> NFNReport:
-        """Score `rows` by the settings, or on another `model` or the tokens of another `mask`."""
-        mask, s = mask or self.mask, self.settings
-        batches = batches_of(rows, SCORE_ROWS, mask.tokens, mask.skip_first)
+        """Score `rows` by the settings, or on another `model`, or the tokens that the settings `mask` name."""
+        s = mask or self.settings
+        batches = batches_of(rows, SCORE_ROWS, s.tokens, s.skip_first)
         return score(
             model or self.model, batches, baseline=s.baseline, seed=s.seed, backend=s.backend, eva_rank=eva_rank,
             progress=self.progress,
@@ -111,43 +99,41 @@ class Work:
         except PlopfastError as error:
             self.skip(kind, what, str(error))
 
-    def measured(self, make: Callable[[], Any]) -> Measured:
-        """Call `make`, and measure its time and memory (resident memory on the CPU, torch's on a GPU)."""
+    def measured(self, criterion: "Criterion") -> Measured:
+        """Compute a criterion, and measure its time and memory (resident memory on the CPU, torch's on a GPU)."""
         device = device_of(self.model)
         self.peaks.append(machine.peak_mib())  # the next line resets it
         machine.reset_peak(device)
         before, began = machine.peak_mib(device), time.perf_counter()
-        value, after = make(), machine.peak_mib(device)
+        value, after = criterion.compute(self), machine.peak_mib(device)
         return Measured(value, time.perf_counter() - began, round(after - before, 1))
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """An answer to where adapters belong. `highest`: it picks the highest types, otherwise the lowest."""
+    """An answer to where adapters belong.
+
+    It picks the `highest` types, or the lowest. `compute` gives a number for each module, `mean` one for each type.
+    """
 
     name: str
     source: str
     highest: bool
     needs: str
+    compute: Callable[[Work], Any]
+    mean: Callable[[Any], float] = fmean
 
 
-@dataclass(frozen=True)
-class OtherCriterion(Criterion):
-    """A criterion beside NFN: `compute` gives a number for each module, `mean` one for each type."""
-
-    mean: Callable[[Any], float]
-    compute: Callable[[Work], Mapping[str, float]]
-
-
-NFN = Criterion("NFN", "PLoP, arXiv 2506.20629", False, "forward passes")
-CRITERIA = (
-    OtherCriterion("input spectrum", "EVA, arXiv 2410.07170", True, "forward passes", fmean,
-                   lambda w: explained_variance(w.scored(w.examples, eva_rank=w.settings.rank))),
-    OtherCriterion("condition number", "KappaTune, arXiv 2506.16289", False, "weights alone", geometric_mean,
-                   lambda w: condition_numbers(w.model, w.progress)),
-    OtherCriterion("gradient energy", "first-order gain of a step in B at B = 0", True, "one backward pass", fmean,
-                   lambda w: gradient_energy(w.model, w.examples, w.settings.rank, w.settings.seed, w.progress)),
-    OtherCriterion("random", "seeded draw", False, "nothing", fmean, lambda w: random_ranks(w.model, w.settings.seed)),
+# `compute` of NFN returns the whole report: the other parts need it
+NFN = Criterion("NFN", "PLoP, arXiv 2506.20629", False, "forward passes", lambda w: w.scored(w.examples))
+OTHER_CRITERIA = (
+    Criterion("input spectrum", "EVA, arXiv 2410.07170", True, "forward passes",
+              lambda w: explained_variance(w.scored(w.examples, eva_rank=w.settings.rank))),
+    Criterion("condition number", "KappaTune, arXiv 2506.16289", False, "weights alone",
+              lambda w: condition_numbers(w.model, w.progress), geometric_mean),
+    Criterion("gradient energy", "first-order gain of a step in B at B = 0", True, "one backward pass",
+              lambda w: gradient_energy(w.model, w.examples, w.settings.rank, w.settings.seed, w.progress)),
+    Criterion("random", "seeded draw", False, "nothing", lambda w: random_ranks(w.model, w.settings.seed)),
 )  # fmt: skip
 
 
@@ -185,7 +171,7 @@ def audit(
     work = Work(model, tokenizer, examples, settings, progress, say)
     say(f"NFN of {len(examples)} prompts")
     work.scored(examples[:SCORE_ROWS])  # the cost of a first pass must not count as NFN's
-    base = work.measured(partial(work.scored, examples))
+    base = work.measured(NFN)
     report: NFNReport = base.value
     stability, masks, controls = _stability(work, report, others), _tokens(work, report), _controls(work, report)
     criteria, ours = _criteria(work, base), pick(report.types, settings.k)
@@ -221,17 +207,21 @@ def _tokens(work: Work, base: NFNReport) -> list[dict[str, Any]]:
     """Rank the types by the NFN of other tokens."""
     rows = []
     for what, mask in _masks(work).items():
-        same = mask == work.mask
+        same = mask == work.settings
         if report := base if same else work.tried("tokens", what, partial(work.scored, work.examples, mask=mask)):
             rows.append(_ranked(what, report, base, work.settings.k))
     return rows
 
 
-def _masks(work: Work) -> dict[str, Mask]:
-    """Return the masks that these rows allow, by name."""
-    masks = {"all tokens": Mask("all", False), "without the first token": Mask("all", True)}
+def _masks(work: Work) -> dict[str, AuditSettings]:
+    """Return the settings that score other tokens, as far as these rows allow, by the tokens' name."""
+
+    def mask(tokens: str, skip_first: bool = False) -> AuditSettings:
+        return replace(work.settings, tokens=tokens, skip_first=skip_first)
+
+    masks = {"all tokens": mask("all"), "without the first token": mask("all", skip_first=True)}
     if any(example.completion is not None or example.start > 1 for example in work.examples):
-        masks |= {"prompt tokens": Mask("prompt", False), "completion tokens": Mask("completion", False)}
+        masks |= {f"{part} tokens": mask(part) for part in ("prompt", "completion")}
     else:
         work.skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")
     roles = sorted({role for example in work.examples for role in example.roles or ()})
@@ -239,7 +229,7 @@ def _masks(work: Work) -> dict[str, Mask]:
         work.skip(
             "tokens", "tokens by role", "the rows are no messages, or the chat template rewrites earlier messages"
         )
-    return masks | {f"{role} tokens": Mask(role, False) for role in roles}
+    return masks | {f"{role} tokens": mask(role) for role in roles}
 
 
 def _controls(work: Work, base: NFNReport) -> list[dict[str, Any]]:
@@ -266,8 +256,8 @@ def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
     types = base.value.types
     of_type = {info.name: info.type for info in linear_modules(work.model)}
     rows = [_criterion_row(NFN, types, base, base, work.settings.k)]
-    for criterion in CRITERIA:
-        if got := work.tried("criterion", criterion.name, partial(work.measured, partial(criterion.compute, work))):
+    for criterion in OTHER_CRITERIA:
+        if got := work.tried("criterion", criterion.name, partial(work.measured, criterion)):
             means = {t: criterion.mean([v for name, v in got.value.items() if of_type[name] == t]) for t in types}
             rows.append(_criterion_row(criterion, means, got, base, work.settings.k))
     return rows

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 UNKNOWN = "-"
-DIFFERS = "≠ "  # begins a cell that disagrees with the rest; the page highlights its row
+DIFFERS = "* "  # begins a cell that disagrees with the rest; the page highlights its row. ASCII, for any terminal
 
 
 @dataclass(frozen=True)

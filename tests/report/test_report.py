@@ -14,6 +14,7 @@ import plopfast as pf
 from plopfast.cli import main
 from plopfast.report.page import write_report
 from plopfast.support.errors import FileError
+from plopfast.support.tables import DIFFERS
 
 SECTIONS = {  # file -> headings that need it, pictures that need it, the command that makes it
     "trial.json": (["Placements compared", "Forgetting"], ["trial", "forgetting"], "trial"),
@@ -228,7 +229,7 @@ def test_the_pictures_numbers_are_the_files(whole):
 def test_disagreements_are_marked_in_words(whole):
     marked = {cells[0]: cells for class_, cells in whole[2].rows if class_ == "differs"}
     assert marked.keys() == {"input spectrum", "random tokens", "8 prompts"}, "the pick of random weights is chance"
-    assert all(any(cell.startswith("≠ ") for cell in cells) for cells in marked.values())
+    assert all(any(cell.startswith(DIFFERS) for cell in cells) for cells in marked.values())
 
 
 def test_the_recommendation_says_how_sure_it_is(full):

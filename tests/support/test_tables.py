@@ -20,7 +20,7 @@ def test_the_terminal_shows_aligned_text():
         "arm      loss  chosen",
         "plop     0.12  yes",
         "all         -  no",
-        "mlp   ≠ 12.00  no",
+        "mlp   * 12.00  no",
         "Nats per token.",
     ]
 
