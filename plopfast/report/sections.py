@@ -122,8 +122,7 @@ def audit(run: RunFolder) -> list[Section]:
     found = run.audit
     texts = [
         found["verdict"],
-        f"The NFN of {found['prompts']} prompts picks {listed(found['pick'])}. Everything is compared with that. Tau is Kendall's: "
-        "1 for the same order of the module types, -1 for the opposite order.",
+        f"NFN of {found['prompts']} prompts picks {listed(found['pick'])}. Everything is compared with that.",
         *(f"Skipped: {row['kind']}, {row['what']}: {row['why']}." for row in found.get("missing", [])),
     ]
     return [
@@ -253,7 +252,7 @@ def cost(run: RunFolder) -> Section:
     ]
     tables = [Table("Measured time and memory", columns, rows)] if rows else []
     return Section(
-        "cost", "What it took", [] if rows else ["stages.json is missing: no time was noted."], tables=tables
+        "cost", "Time and memory used", [] if rows else ["stages.json is missing: no time was noted."], tables=tables
     )
 
 

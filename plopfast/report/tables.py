@@ -31,7 +31,7 @@ def trial_table(trial: dict[str, Any]) -> Table:
     interval = f"{100 * trial['confidence']:g}% interval"
     columns = [
         Column("placement"), Column("accuracy", ".4f"), Column(interval), Column("loss", ".4f"),
-        Column(f"accuracy minus {trial['reference']}'s", "+.4f"), Column(interval), Column("p, corrected", ".4f"),
+        Column(f"accuracy minus {trial['reference']}'s", "+.4f"), Column(interval), Column("corrected p", ".4f"),
         Column("verdict"), Column("forgetting", "+.4f"), Column("parameters", ",d"), Column("ranks"),
         Column("learning rate", "g"), Column("seconds", ".0f"), Column("peak MiB", ".0f"), Column("module types"),
     ]  # fmt: skip
@@ -63,25 +63,25 @@ def audit_tables(audit: dict[str, Any]) -> list[Table]:
 def _criteria(audit: dict[str, Any]) -> Table:
     columns = [
         Column("criterion"), Column("picks"), Column("chooses the"), Column("tau", ".2f"), Column("seconds", ".2f"),
-        Column("times NFN's", ".1f"), Column("extra MiB", ".0f"), Column("needs"), Column("source"),
+        Column("time (NFN = 1)", ".1f"), Column("extra MiB", ".0f"), Column("needs"), Column("source"),
     ]  # fmt: skip
     rows = [
         (r["name"], _picked(audit, r), r["chooses"], r["tau"], r["seconds"], r["cost"], r["extra_mib"], r["needs"], r["source"])
         for r in audit["criteria"]
     ]  # fmt: skip
-    return Table("Other criteria beside NFN (*: another pick than NFN's)", columns, rows)
+    note = "Tau is Kendall's: 1 for the same order of the module types as NFN's, -1 for the opposite order."
+    return Table("NFN and other criteria (*: another pick than NFN's)", columns, rows, note)
 
 
 def _rankings(audit: dict[str, Any], part: str) -> Table:
-    captions = {
-        "controls": "Controls (*: another pick)",
-        "tokens": "NFN of other tokens (*: another pick)",
-    }
-    notes = {"controls": "With random weights, all scores should be near 1, and the pick is chance."}
+    caption, note = {
+        "controls": ("Controls", "With random weights, all scores should be near 1, and the pick is chance."),
+        "tokens": ("NFN of other tokens", ""),
+    }[part]
     types = list(audit["types"])
     columns = [Column("scored"), Column("picks"), Column("tau", ".2f"), *(Column(type_, ".3f") for type_ in types)]
     rows = [(r["what"], _picked(audit, r), r["tau"], *(r["types"][t] for t in types)) for r in audit[part]]
-    return Table(captions[part], columns, rows, notes.get(part, ""))
+    return Table(f"{caption} (*: another pick)", columns, rows, note)
 
 
 def _stability(audit: dict[str, Any]) -> Table:

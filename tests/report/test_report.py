@@ -173,7 +173,7 @@ def test_one_file_alone(full, name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(full)
     titles, pictures, _ = SECTIONS.get(name, ([], [], ""))
-    always = ["What it took", "How this was made, and what is known"]
+    always = ["Time and memory used", "How this was made, and what is known"]
     assert [title for tag, title in page.headings if tag == "h2"] == [*titles, *always]
     assert {path.stem for path in (full / "report").iterdir()} == set(pictures)
     for other, (_, _, stage) in SECTIONS.items():
