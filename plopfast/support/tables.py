@@ -39,15 +39,13 @@ class Table:
     note: str = ""
 
     def cells(self) -> Iterator[list[str]]:
-        """The text of each row's cells. Raises ValueError for a row that is longer or shorter than the columns."""
+        """Yield the text of each row's cells. Raises ValueError for a row that is longer or shorter than the columns."""
         for row in self.rows:
             yield [column.cell(value) for column, value in zip(self.columns, row, strict=True)]
 
     def __str__(self) -> str:
-        """Aligned text for the terminal. Without any heading there is no line of headings."""
-        lines = list(self.cells())
-        if any(column.heading for column in self.columns):
-            lines.insert(0, [column.heading for column in self.columns])
+        """Return aligned text for the terminal. Empty lines are left out, so a table without headings has no head."""
+        lines = [[column.heading for column in self.columns], *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = [
             "  ".join(
@@ -59,6 +57,6 @@ class Table:
         return "\n".join(filter(None, (self.caption, *aligned, self.note)))
 
     def write_csv(self, path: Path) -> None:
-        """Writes the headings and the values in full precision; None is an empty cell."""
+        """Write the headings and the values in full precision; None is an empty cell."""
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([[column.heading for column in self.columns], *self.rows])
