@@ -21,7 +21,7 @@ MAY_IMPORT = {  # wing -> the other wings that it may import; kernels import onl
     "placing": {"scoring", "lora", "support"},
     "report": {"placing", "scoring", "lora", "support"},  # reads files only: what they hold, and nothing that computes
     "run": {"report", "placing", "training", "scoring", "lora", *BELOW},
-    "studies": {"run", "placing", "training", "scoring", "lora", *BELOW},
+    "studies": {"run", "report", "placing", "training", "scoring", "lora", *BELOW},
     "cli": {"studies", "run", "report", "placing", "training", "scoring", "lora", "kernels", *BELOW},
 }
 PACKAGE = sorted(path for wing in MAY_IMPORT for path in (ROOT / wing).glob("*.py"))

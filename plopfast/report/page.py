@@ -1,7 +1,7 @@
-"""One self-contained HTML page, and its pictures as PNG and CSV, from the files of a run folder alone.
+"""The report: one self-contained HTML page, and its pictures as PNG and CSV, from the files of a run folder alone.
 
-Each section is there if its file is; the page names the commands that make those missing. What it says is what the files
-hold: a choice that the prompts do not settle, or placements between which a trial shows no difference, are called so.
+Each section is there if its file is; the page names the commands that make those that are missing. The page claims no more
+than the files hold: it says so where the prompts do not settle the choice, or where a trial shows no difference.
 """
 
 import base64
@@ -11,7 +11,10 @@ from typing import Any
 from ..placing.rules import RULES, nfn_rule
 from ..support import files
 from ..support.errors import ConfigError, FileError
-from .sections import SECTIONS, RunFolder, cost, end_of, listed, made, points_of, range_of, ties_of
+from ..support.tables import DIFFERS
+from .folder import RunFolder
+from .sections import SOURCES, Section, Source, cost, made
+from .words import end_of, listed, points_of, range_of, ties_of
 
 try:
     import jinja2
@@ -23,35 +26,23 @@ PICTURES = "report"  # the folder of PNG and CSV files
 
 
 def write_report(folder: str | Path) -> Path:
-    """Writes report.html into a run folder, and its pictures as PNG and CSV into the folder `report` there.
+    """Write report.html into a run folder, and its pictures as PNG and CSV into the folder `report` there.
 
-    Raises FileError where the folder holds nothing that it shows, and for a file that is damaged or lacks what its section
-    shows.
+    Returns the page's path. Raises FileError where the folder holds nothing to show, and for a file that is damaged or
+    lacks what its section shows.
     """
     run = RunFolder(Path(folder))
-    sections, missing = [], []
-    for make, name, what, stage in SECTIONS:
-        if not (run.path / name).exists():
-            missing.append((what, run.command(stage)))
-            continue
-        try:
-            found = make(run)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileError(
-                f"{run.path / name}: not what plopfast {stage} writes ({type(error).__name__}: {error}); make it anew with "
-                f"plopfast {stage} --overwrite"
-            ) from error
-        sections += found
-    if len(missing) == len(SECTIONS):
+    present = [source for source in SOURCES if (run.path / source.file).exists()]
+    missing = [(source.adds, run.command(source.stage)) for source in SOURCES if source not in present]
+    if not present:
         raise FileError(
             f"{run.path / 'scores.json'}: no such file, nor another to report; it is written by plopfast score"
         )
+    sections = [section for source in present for section in _sections_of(source, run)]
     sections += [cost(run), made(run, missing)]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = _rendered(
         model=(run.scores.model if run.scores else "") or run.config.get("model") or "the model",
-        lead=_recommendation(run), figures=_figures(run), sections=sections,
+        lead=_lead(run), figures=_figures(run), sections=sections,
     )  # fmt: skip
     with files.replacing(run.path / PICTURES) as scratch:
         scratch.mkdir()
@@ -62,36 +53,70 @@ def write_report(folder: str | Path) -> Path:
     return target
 
 
-def _recommendation(run: RunFolder) -> str:
-    """The sentence that the page begins with."""
+def _sections_of(source: Source, run: RunFolder) -> list[Section]:
+    try:
+        return source.sections(run)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise FileError(
+            f"{run.path / source.file}: not what plopfast {source.stage} writes ({type(error).__name__}: {error}); make it "
+            f"anew with plopfast {source.stage} --overwrite"
+        ) from error
+
+
+def _rendered(**values: Any) -> str:
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["base64"] = lambda png: base64.b64encode(png).decode()
+    environment.tests["differing"] = lambda cells: any(cell.startswith(DIFFERS) for cell in cells)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(values)
+
+
+def _lead(run: RunFolder) -> str:
+    """Return the sentences that open the page: which placement to use, and how sure that is."""
+    if recommended := _shown_by_trial(run):
+        return recommended
+    said = _findings(run.trial)
+    if run.types:
+        tried = f"In the trial, {said}." if said else "No trial has compared them with other placements yet."
+        return f"Put {_adapters(run)}{listed(run.types)}. {_how_sure(run)} {tried}"
+    if said:
+        return f"In the trial, {said}."
+    return run.audit.get("verdict") or "The files of this folder do not tell which modules should get adapters."
+
+
+def _shown_by_trial(run: RunFolder) -> str:
+    """Recommend a placement that the trial showed to be better than the folder's or the trial's first one, if any."""
     trial = run.trial
-    better, equal, worse = (_arms(trial, verdict) for verdict in ("better", "no difference shown", "worse"))
-    matched = [arm for arm in better if arm["types"]]  # `full` trains all weights, which is no placement
+    matched = [arm for arm in _arms(trial, "better") if arm["types"]]  # `full` trains all weights: it is no placement
     if matched:
         best = max(matched, key=lambda arm: arm["versus"]["difference"])
         return (
-            f"Use the placement {best['name']} ({listed(best['types'])}): in the trial it did better than {trial['reference']} "
+            f"Use the placement {best['name']} ({listed(best['types'])}). In the trial it did better than {trial['reference']}, "
             f"by {points_of(best['versus'])} points of accuracy, at {100 * trial['confidence']:g}% confidence."
         )
-    for arm in worse:
+    for arm in _arms(trial, "worse"):
         first = trial["arms"][0]
         if arm["name"] == run.rule and first["types"]:
             return (
-                f"Use the placement {first['name']} ({listed(first['types'])}): in the trial {arm['name']}, which this folder "
-                f"holds, lay {points_of(arm['versus'])} points of accuracy from it, at {100 * trial['confidence']:g}% confidence."
+                f"Use the placement {first['name']} ({listed(first['types'])}). In the trial {arm['name']}, which this folder "
+                f"holds, differed from it by {points_of(arm['versus'])} points of accuracy, at {100 * trial['confidence']:g}% "
+                "confidence."
             )
-    found = [f"did worse than {listed([arm['name'] for arm in better])}, which trains all weights"] if better else []
-    found += [f"did better than {listed([arm['name'] for arm in worse])}"] if worse else []
-    found += [f"showed no difference from {listed([arm['name'] for arm in equal])}"] if equal else []
-    if found:
-        tried = f"; in the trial, {trial['reference']} {' and '.join(found)}"
-    else:
-        tried = "; whether they train better than other placements has not been tried"
-    if run.types:
-        return f"Put {_adapters(run)}{listed(run.types)}{_how_sure(run)}{tried}."
-    if found:
-        return f"In the trial, {tried.partition(', ')[2]}."
-    return run.audit.get("verdict") or "Which modules should get adapters, the files of this folder do not tell."
+    return ""
+
+
+def _findings(trial: dict[str, Any]) -> str:
+    """Say how the trial's first placement did against the others; nothing without a trial."""
+    better, equal, worse = (
+        [arm["name"] for arm in _arms(trial, verdict)] for verdict in ("better", "no difference shown", "worse")
+    )
+    found = [f"did worse than {listed(better)}, which trains all weights"] if better else []
+    found += [f"did better than {listed(worse)}"] if worse else []
+    found += [f"showed no difference from {listed(equal)}"] if equal else []
+    return f"{trial['reference']} {' and '.join(found)}" if found else ""
+
+
+def _arms(trial: dict[str, Any], verdict: str) -> list[dict[str, Any]]:
+    return [arm for arm in trial.get("arms", []) if (arm.get("versus") or {}).get("verdict") == verdict]
 
 
 def _adapters(run: RunFolder) -> str:
@@ -103,43 +128,40 @@ def _adapters(run: RunFolder) -> str:
 
 
 def _how_sure(run: RunFolder) -> str:
-    decision, least = run.decision, f"they have the {end_of(run.rule)} NFN"
+    """Say in a sentence why these types were chosen, and how sure that is."""
+    decision, least = run.decision, f"They have the {end_of(run.rule)} NFN"
     if not nfn_rule(run.rule):
         ranks_by = RULES[run.rule].ranks_by if run.rule in RULES else ""
-        how = f"ranks by {ranks_by}" if ranks_by else "does not ask for the scores"
-        return f": so says the rule {run.rule!r}, which {how}"
+        return f"The rule {run.rule!r} chose them {f'by {ranks_by}' if ranks_by else 'without the scores'}."
     if run.scores and len(run.types) == len(run.scores.types):
-        return ", which are all the module types there are"
+        return "These are all the module types there are."
     if decision is None:
-        return f": {least}, but how sure this is, the scores do not tell"
+        return f"{least}, but the scores do not say how sure this is."
+    level = f"{100 * decision.confidence:g}%"
     if decision.decided:
-        others = f"{decision.prompts} prompts tell them from every other module type"
-        return f": at {100 * decision.confidence:g}% confidence, {others} by their {end_of(run.rule)} NFN"
-    if decision.near_ties:
+        side = "higher" if end_of(run.rule) == "highest" else "lower"
         return (
-            f": {least}, but the choice is not settled: at {100 * decision.confidence:g}% confidence, {decision.prompts} prompts do "
-            f"not tell {ties_of(decision)}"
+            f"Their scores are {side} than every other module type's, and {decision.prompts} prompts were enough to be {level} "
+            "sure."
         )
-    return f": {least}, but nothing is settled: {decision.note}"
+    if decision.near_ties:
+        return f"{least}, but this is not settled: at {level} confidence, {decision.prompts} prompts do not tell {ties_of(decision)}."
+    return f"{least}, but nothing is settled: {decision.note}."
 
 
 def _figures(run: RunFolder) -> list[tuple[str, str]]:
-    """The few numbers below the recommendation."""
+    """Return the few numbers below the opening sentences, each with its title."""
     found = []
     if run.eval:
         base, tuned = run.eval["base"], run.eval["tuned"]
         found.append((f"Accuracy on {base['examples']} test rows", f"{base['accuracy']:.1%} → {tuned['accuracy']:.1%}"))
     if run.placement:
-        found.append(("Trainable parameters", f"{run.placement.parameters:,}"))
+        found.append(("Trained parameters", f"{run.placement.parameters:,}"))
     if run.scores:
         found.append(("Prompts scored", f"{run.scores.prompts} in {run.scores.seconds:.1f} s"))
     for row in run.estimate.get("choices", []):
         if row["name"] == run.rule:
-            found.append(("Training memory, of full fine-tuning's", f"{row['memory_of_full']:.0%} (estimated)"))
+            found.append(("Memory, compared with full fine-tuning", f"{row['memory_of_full']:.0%} (estimated)"))
     if "train" in run.stages:
         found.append(("Training time", f"{run.stages['train']['seconds']:.0f} s"))
     return found
-
-
-def _arms(trial: dict[str, Any], verdict: str) -> list[dict[str, Any]]:
-    return [arm for arm in trial.get("arms", []) if (arm.get("versus") or {}).get("verdict") == verdict]

@@ -1,10 +1,9 @@
-"""The report's pictures: each is drawn from the very rows that its CSV holds, so that the two cannot differ.
+"""The report's pictures. Each is drawn from the rows that its CSV file holds, so the two cannot differ.
 
-Nothing is told by colour alone: what matters differs by marker, hatch or line too, and the one colour map, cividis, rises in
-lightness throughout. They are as wide as a phone shows without shrinking the text.
+Colour never speaks alone: what matters also differs by marker, hatch or line, and the lightness of the one colour map,
+cividis, rises throughout. The pictures are as wide as a phone shows without shrinking the text.
 """
 
-import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import ConfigError
+from ..support.tables import Column, Table
 
 try:
     import matplotlib
@@ -36,7 +36,7 @@ PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text, 
 
 @dataclass
 class Picture:
-    """A PNG, the rows that it shows (`head` names their columns; None is an empty cell), and what it says in words."""
+    """A PNG, what it shows in words (`alt`), and its rows under `head`; None is an empty cell."""
 
     name: str
     alt: str
@@ -46,14 +46,13 @@ class Picture:
     png: bytes = field(repr=False)
 
     def save(self, folder: Path) -> None:
-        """Writes NAME.png and NAME.csv into `folder`."""
+        """Write NAME.png and NAME.csv into `folder`."""
         (folder / f"{self.name}.png").write_bytes(self.png)
-        with (folder / f"{self.name}.csv").open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([self.head, *self.rows])
+        Table(self.name, [Column(name) for name in self.head], self.rows).write_csv(folder / f"{self.name}.csv")
 
 
 def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
-    """A dot and its interval for each (type, NFN, low, high, chosen); without an interval, low and high are None."""
+    """Draw a dot and its interval for each (type, NFN, low, high, chosen). Without an interval, low and high are None."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 1.0))
         axes.axvline(1.0, color="#777777", linestyle=":", zorder=0)
@@ -85,7 +84,7 @@ def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
-    """A cell for each (module, type, layer, NFN, z, outlier); outliers bear a cross."""
+    """Draw a cell for each (module, type, layer, NFN, z, outlier), with a cross on outliers."""
     types = list(dict.fromkeys(row[1] for row in rows))
     layers = sorted({row[2] for row in rows})
     cells: dict[tuple[str, int], list[float]] = {}
@@ -108,7 +107,7 @@ def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def memory(rows: Sequence[Sequence[Any]]) -> bytes:
-    """A bar for each (name, MiB, ...), full fine-tuning's hatched."""
+    """Draw a bar for each (name, MiB, ...), hatched for full fine-tuning."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.7))
         for at, (name, total, *_) in enumerate(rows):
@@ -122,7 +121,7 @@ def memory(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def curve(rows: Sequence[Sequence[Any]]) -> bytes:
-    """Lines through (step, training loss, validation loss); a None leaves its point out."""
+    """Draw lines through (step, training loss, validation loss). A None leaves its point out."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 2.6))
         for column, style, color, label in ((1, "-", "#777777", "training"), (2, "o--", INK, "validation")):
@@ -137,7 +136,7 @@ def curve(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
-    """Two panels of bars, for (model, accuracy, loss, rows)."""
+    """Draw two panels of bars for (model, accuracy, loss, rows)."""
     with plt.rc_context(STYLE):
         figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 2.3))
         for axes, column, title in zip(panels, (1, 2), ("accuracy", "loss"), strict=True):
@@ -153,8 +152,11 @@ def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 def forest(rows: Sequence[Sequence[Any]], words: Sequence[str], filled: Sequence[bool], label: str) -> bytes:
-    """A mark and its interval for each (name, value, low, high, ...) with a word above it: a filled square or an open circle.
-    Without an interval, low and high are None. The dotted line is at 0."""
+    """Draw a mark and its interval for each (name, value, low, high, ...), with one of the `words` above it.
+
+    The mark is a square where `filled`, otherwise an open circle. Without an interval, low and high are None. The dotted
+    line is at 0; `label` names the axis.
+    """
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(WIDTH, 0.4 * len(rows) + 0.8))
         axes.axvline(0.0, color="#777777", linestyle=":", zorder=0)

@@ -21,6 +21,7 @@ from ..models.linears import linear_modules
 from ..models.loading import load_model
 from ..placing.place import place
 from ..placing.rules import FULL, RULES, nfn_rule, rule_of
+from ..report.tables import estimate_table
 from ..scoring import eva
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
@@ -28,7 +29,8 @@ from ..support import files, machine, ranks
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, ModelError, PlacementError, TrainingError
-from ..training.estimate import as_rows, estimate, table
+from ..support.tables import Column, Table
+from ..training.estimate import as_rows, estimate
 from ..training.evaluate import Metrics, choices_of, evaluate
 from ..training.state import checkpoints
 from ..training.trainer import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
@@ -135,7 +137,7 @@ def run_estimate(run: Run) -> str:
         "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
     }  # fmt: skip
     ranks.on_main(lambda: files.write_json(run.file("estimate"), value))
-    return f"a step on {config.accumulate} x {rows} rows of {tokens} tokens, estimated\n{table(found)}"
+    return str(estimate_table(value))
 
 
 def _try_estimate(run: Run) -> None:
@@ -292,7 +294,7 @@ def run_all(run: Run) -> str:
 
 
 def summary(folder: Path) -> str:
-    """The short table that ends a run."""
+    """Return the short table that ends a run."""
     what = "all weights trained"
     if not (folder / "model").is_dir():
         scores, placement = NFNReport.load(folder / STAGES["score"]), Placement.load(folder / STAGES["place"])
@@ -309,4 +311,4 @@ def summary(folder: Path) -> str:
         ("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())),
         ("written", str(folder)),
     ]
-    return "\n".join(f"{label:<10}{text}" for label, text in rows)
+    return str(Table("", [Column(""), Column("")], rows))

@@ -1,7 +1,7 @@
-"""The scores of a model's modules: what nfn.py measures, placement reads and the report shows."""
+"""The scores of a model's modules: nfn.py measures them, placement chooses by them, the report shows them."""
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from ..support import files
 from ..support.errors import ConfigError, FileError
+from ..support.tables import Column, Table
 from .stopping import Decision, Intervals, decide, intervals
 
-OUTLIER = 3.5  # a robust z beyond it marks an outlier (Iglewicz and Hoaglin 1993)
+OUTLIER = 3.5  # a module with a larger robust z is an outlier (Iglewicz and Hoaglin 1993)
 
 
 @dataclass(frozen=True)
 class ModuleScore:
-    """One module's NFN: mean and standard deviation over `tokens` tokens, and what placement needs to know of it."""
+    """One module's NFN, its mean and standard deviation over `tokens` tokens, and the module's type, layer and shape."""
 
     nfn: float
     std: float
@@ -30,19 +31,20 @@ class ModuleScore:
 
 
 def types_of(modules: Iterable[Any]) -> list[str]:
-    """The type of each module (ModuleScore or LinearInfo), empty for the output head, which is in none: what confidence.py
-    takes."""
+    """Return the type of each module (ModuleScore or LinearInfo), as stopping.py takes it; the output head's is empty."""
     return ["" if module.layer is None else module.type for module in modules]
 
 
 @dataclass
 class NFNReport:
-    """Scores of a model on a sample: `modules` name -> NFN, `types` type -> mean over layers.
+    """Scores of a model on a sample of prompts. `print(report.table())` shows them.
 
-    `prompt_stats` [2, modules, prompts] float64: sums and counts of the token ratios, modules in the order of `scores`,
-    prompts in the order they came; None for the authors' procedure, which has none. `decision`: whether they tell the k
-    chosen types from the others. With `eva_rank`, `eva` holds each module's vectors [eva_rank, n_in] and `eva_ratios` the
-    shares that they explain [eva_rank] (`InputSketch.vectors`); these stay out of the files here: `eva.save` writes them.
+    `scores`: module name -> ModuleScore.
+    `prompt_stats` [2, modules, prompts] float64: sums and counts of the token ratios; modules as in `scores`, prompts in
+    the order they came. None for the authors' procedure, which keeps none.
+    `decision`: whether the prompts tell the k chosen types from the others.
+    `eva` [eva_rank, n_in] and `eva_ratios` [eva_rank], for each module: vectors and the shares that they explain
+    (`InputSketch.vectors`). Empty without `eva_rank`. `eva.save` writes them, not `save`.
     """
 
     scores: dict[str, ModuleScore]
@@ -58,11 +60,12 @@ class NFNReport:
 
     @property
     def modules(self) -> dict[str, float]:
+        """Module name -> NFN."""
         return {name: score.nfn for name, score in self.scores.items()}
 
     @property
     def types(self) -> dict[str, float]:
-        """Type -> mean over layers, lowest first; the output head is in no type."""
+        """Type -> mean NFN over the layers, lowest first. The output head is in no type."""
         means = {type_: statistics.fmean(by_name.values()) for type_, by_name in self._by_type().items()}
         return dict(sorted(means.items(), key=lambda item: item[1]))
 
@@ -74,15 +77,19 @@ class NFNReport:
         return found
 
     def intervals(self, confidence: float = 0.95, seed: int = 0) -> Intervals:
-        """Bootstrap intervals over prompts of the types' and modules' NFN (`confidence.intervals`). Raises ConfigError
-        where there are fewer than 8 prompts, or no statistics of single prompts."""
+        """Compute bootstrap intervals over prompts of the types' and modules' NFN (`stopping.intervals`).
+
+        Raises ConfigError for fewer than 8 prompts, and where no statistics of single prompts were kept.
+        """
         if self.prompt_stats is None:
-            raise ConfigError("these scores hold no statistics of single prompts (compat='official'): no intervals")
+            raise ConfigError("no intervals: these scores hold no statistics of single prompts (compat='official')")
         return intervals(self.prompt_stats, list(self.scores), self._types_in_order(), confidence, seed)
 
     def decide(self, k: int, confidence: float = 0.95, inverse: bool = False) -> Decision | None:
-        """How sure the k lowest types are (highest, if `inverse`), counting the looks that scoring took; None where
-        there are no statistics of single prompts."""
+        """Test how sure the k lowest types are (highest, if `inverse`), given the looks that scoring took.
+
+        Returns None where no statistics of single prompts were kept.
+        """
         if self.prompt_stats is None:
             return None
         looks = self.decision.looks if self.decision else [self.prompts]
@@ -92,8 +99,10 @@ class NFNReport:
         return types_of(self.scores.values())
 
     def z_scores(self) -> dict[str, float]:
-        """Module -> how far its NFN lies from its type's median over the layers, in robust standard deviations (1.4826
-        times the median absolute deviation; 0 where that is 0)."""
+        """Module -> distance of its NFN from its type's median over the layers, in robust standard deviations.
+
+        One is 1.4826 times the median absolute deviation. Where that is 0, so is the distance.
+        """
         found: dict[str, float] = {}
         for by_name in self._by_type().values():
             median = statistics.median(by_name.values())
@@ -102,22 +111,31 @@ class NFNReport:
         return {name: found[name] for name in self.scores if name in found}
 
     def outliers(self) -> list[str]:
-        """The modules whose NFN lies more than 3.5 robust standard deviations off their type's median."""
+        """List the modules whose NFN is more than 3.5 robust standard deviations from their type's median."""
         return [name for name, z in self.z_scores().items() if abs(z) > OUTLIER]
 
     def table(self) -> str:
-        """The types, lowest NFN first, with intervals where there are some, and how sure the choice is, as text."""
+        """Return the types, lowest NFN first, with their intervals and how sure the choice is, as text."""
         known, why = self._intervals_or_why()
-        head = f"{100 * known.confidence:g}% interval" if known else ""
-        rows = [f"{'module type':<16} {'NFN':>7} {head:>16}  {'lowest':>7} {'highest':>7}  layers"]
-        by_type = self._by_type()
+        chosen = self.decision.types if self.decision else ()
+        notes = (why, self.decision.note if self.decision else "")
+        return "\n".join(filter(None, (str(self.types_table(known, chosen)), *notes)))
+
+    def types_table(self, known: Intervals | None, chosen: Sequence[str] = ()) -> Table:
+        """Return the types, lowest NFN first, for the terminal and the page: `known` intervals and `chosen` types."""
+        columns = [Column("module type"), Column("mean NFN", ".3f")]
+        if known:
+            columns.append(Column(f"{100 * known.confidence:g}% interval"))
+        columns += [Column("lowest", ".3f"), Column("highest", ".3f"), Column("modules", "d")]
+        if chosen:
+            columns.append(Column("chosen"))
+        rows, by_type = [], self._by_type()
         for type_, mean in self.types.items():
-            values = list(by_type[type_].values())
-            low_high = "{:.3f} to {:.3f}".format(*known.types[type_]) if known else ""
-            rows.append(
-                f"{type_:<16} {mean:>7.3f} {low_high:>16}  {min(values):>7.3f} {max(values):>7.3f}  {len(values)}"
-            )
-        return "\n".join([*rows, *filter(None, (why, self.decision.note if self.decision else ""))])
+            values = by_type[type_].values()
+            interval = ["{:.3f} to {:.3f}".format(*known.types[type_])] if known else []
+            picked = [type_ in chosen] if chosen else []
+            rows.append((type_, mean, *interval, min(values), max(values), len(values), *picked))
+        return Table("NFN by module type", columns, rows)
 
     def _intervals_or_why(self) -> tuple[Intervals | None, str]:
         try:
@@ -126,7 +144,7 @@ class NFNReport:
             return None, str(error)
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON, and the statistics of single prompts beside it as safetensors, both atomically."""
+        """Write JSON to `path`, and the statistics of single prompts beside it as safetensors, both atomically."""
         path = Path(path)
         value = asdict(replace(self, prompt_stats=None, eva={}, eva_ratios={}))
         del value["prompt_stats"], value["eva"], value["eva_ratios"]
@@ -143,8 +161,10 @@ class NFNReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "NFNReport":
-        """What `save` wrote; without the file beside it, there are no statistics of single prompts. Raises FileError
-        for a file that is damaged, of another kind, or does not belong to the one beside it."""
+        """Read what `save` wrote. Without the safetensors file, there are no statistics of single prompts.
+
+        Raises FileError for a file that is damaged, of another kind, or does not belong to the one beside it.
+        """
         path = Path(path)
         value = files.read_json(path, "plopfast score")
         try:
@@ -153,7 +173,9 @@ class NFNReport:
             decision = value.get("decision")
             rest["decision"] = decision and Decision(**decision)
         except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path}: not a scores file ({error}); make it anew with plopfast score") from None
+            raise FileError(
+                f"{path}: expected scores, got another file ({error}); make it anew with plopfast score"
+            ) from None
         beside = path.with_suffix(".safetensors")
         if not beside.is_file() or "prompt_stats_sha256" not in value:
             return cls(scores, **rest)

@@ -1,260 +1,273 @@
-"""Can the scores be trusted, and what do they say? Their stability, what other tokens give, controls, other criteria.
+"""`plopfast audit`: can the scores be trusted, and what do they say?
 
-Every ranking is compared with that of the scores themselves, by Kendall's tau-b over the module types and by whether the
-same k types are picked.
+The audit compares the ranking of the module types by NFN with other rankings: by fewer prompts, by other tokens, by
+controls without meaning, and by other criteria. It says how far the orders agree (Kendall's tau-b), and whether the same k
+types are picked.
 """
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..data.batches import batches_of
 from ..data.rows import Example
 from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
-from ..placing.rules import RULES, Rule, ranked
+from ..placing.rules import RULES, Rule
+from ..report.tables import audit_tables
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
-from ..scoring.report import NFNReport, types_of
-from ..scoring.stopping import averages
+from ..scoring.report import NFNReport
 from ..support import files, machine
 from ..support.errors import ConfigError, DataError, PlopfastError
+from .agreement import SHORTEST, agreement, doubled_below, pick, subset_rows, tau_of
 from .controls import random_model, random_tokens, shuffled_words, truncated
 from .criteria import Given, compared
 
-SHORTEST = 8  # prompts in a subset, and tokens of a truncated row; then 16, 32, ...
-REPEATS = 100  # random subsets of each size
 OTHER_SAMPLES = 3
-NEAR_ONE = 0.1  # how far a random model's types may lie from 1
+NEAR_ONE = 0.1  # how far a random model's scores may lie from 1
 
 
-def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
-    """Kendall's tau-b of two lists of equal length, -1 to 1 (Kendall, "The treatment of ties in ranking problems",
-    Biometrika 1945): 1 for the same order. 0 where either list is all ties, for which it is undefined."""
-    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
-    sign_a, sign_b = ((x[:, None] - x).sign() for x in (a, b))
-    pairs = float((sign_a.abs().sum() * sign_b.abs().sum()).sqrt())
-    return float((sign_a * sign_b).sum()) / pairs if pairs else 0.0
+@dataclass(frozen=True, kw_only=True)
+class AuditSettings:
+    """What an audit compares: the k lowest types, criteria of this `rank`, and how the prompts are scored.
+
+    `rank` is the rank of the inputs' spectrum and of the gradient. `tokens` and `skip_first` are those of
+    `data.batches_of`, `baseline` and `backend` those of `score`.
+    """
+
+    k: int = 3
+    rank: int = 16
+    seed: int = 0
+    tokens: str = "all"
+    skip_first: bool = False
+    baseline: str = "closed-form"
+    backend: str = "auto"
 
 
-def subset_rows(report: NFNReport, k: int, seed: int = 0, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """How `repeats` random subsets of 8, 16, 32, ... prompts rank the types, against all prompts: a row for each size, from
-    `report.prompt_stats` alone. Raises ConfigError where there are none, or not more than 8 prompts."""
-    if report.prompt_stats is None:
-        raise ConfigError("these scores hold no statistics of single prompts (compat='official'): no subsets")
-    stats = report.prompt_stats[:, :, report.prompt_stats[1].any(0)]
-    prompts = stats.shape[2]
-    if prompts <= SHORTEST:
-        raise ConfigError(f"{prompts} prompts: too few for subsets of {SHORTEST}; score more of them")
-    names, mean_TM = averages(types_of(report.scores.values()))
-    generator = torch.Generator().manual_seed(seed)
+@dataclass(frozen=True)
+class Measured:
+    """A result, the seconds it took, and the MiB it took at most above what was in use before."""
 
-    def types(kept_RP: torch.Tensor) -> list[dict[str, float]]:
-        sums_RM, counts_RM = (kept_RP @ part.T for part in stats)
-        return [dict(zip(names, row, strict=True)) for row in (sums_RM / counts_RM @ mean_TM.T).tolist()]
-
-    (whole,) = types(torch.ones(1, prompts, dtype=torch.float64))
-    rows = []
-    for size in _doubled_below(prompts):
-        order_RP = torch.rand(repeats, prompts, generator=generator).argsort(1)
-        kept_RP = torch.zeros(repeats, prompts, dtype=torch.float64).scatter_(1, order_RP[:, :size], 1.0)
-        rows.append(_agreement("subset", f"{size} prompts", whole, types(kept_RP), k))
-    return rows
+    value: Any
+    seconds: float
+    extra_mib: float
 
 
-def _doubled_below(limit: int) -> list[int]:
-    return [SHORTEST << i for i in range(limit.bit_length()) if SHORTEST << i < limit]
+@dataclass
+class Work:
+    """What the parts of an audit share. `missing` fills with the checks that were skipped, `peaks` with MiB in use."""
 
+    model: nn.Module
+    tokenizer: Any
+    examples: Sequence[Example]
+    settings: AuditSettings
+    progress: bool
+    say: Callable[[str], None]
+    missing: list[dict[str, str]] = field(default_factory=list)
+    peaks: list[float] = field(default_factory=list)
 
-def _agreement(kind: str, what: str, base: Mapping[str, float], others: Sequence[Mapping[str, float]], k: int) -> Any:
-    taus = [_tau(base, other) for other in others]
-    same = [set(pick(other, k)) == set(pick(base, k)) for other in others]
-    return {
-        "kind": kind, "what": what, "repeats": len(others),
-        "tau": sum(taus) / len(taus), "tau_low": min(taus), "same_pick": sum(same) / len(same),
-    }  # fmt: skip
+    def scored(
+        self,
+        rows: Sequence[Example],
+        *,
+        model: Any = None,
+        mask: AuditSettings | None = None,
+        eva_rank: int | None = None,
+    ) -> NFNReport:
+        """Score `rows` by the settings, or on another `model`, or the tokens that the settings `mask` name."""
+        s = mask or self.settings
+        batches = batches_of(rows, SCORE_ROWS, s.tokens, s.skip_first)
+        return score(
+            model or self.model, batches, baseline=s.baseline, seed=s.seed, backend=s.backend, eva_rank=eva_rank,
+            progress=self.progress,
+        )  # fmt: skip
 
+    def skip(self, kind: str, what: str, why: str) -> None:
+        """Note a check that this data or model does not allow."""
+        self.missing.append({"kind": kind, "what": what, "why": why})
+        self.say(f"{kind}, {what}: skipped: {why}")
 
-def _tau(base: Mapping[str, float], other: Mapping[str, float], sign: int = 1) -> float:
-    return kendall_tau(list(base.values()), [sign * other[type_] for type_ in base])
+    def tried(self, kind: str, what: str, make: Callable[[], Any]) -> Any:
+        """Return what `make` returns. Where it raises one of our errors, skip the check and return None."""
+        self.say(f"{kind}: {what}")
+        try:
+            return make()
+        except PlopfastError as error:
+            self.skip(kind, what, str(error))
 
-
-def pick(types: Mapping[str, float], k: int, highest: bool = False) -> list[str]:
-    """The k lowest (or highest) types, in that order."""
-    return ranked(types, highest)[:k]
+    def measured(self, compute: Callable[[], Any]) -> Measured:
+        """Compute a criterion, and measure its time and memory (resident memory on the CPU, torch's on a GPU)."""
+        device = device_of(self.model)
+        self.peaks.append(machine.peak_mib())  # the next line resets it
+        machine.reset_peak(device)
+        before, began = machine.peak_mib(device), time.perf_counter()
+        value, after = compute(), machine.peak_mib(device)
+        return Measured(value, time.perf_counter() - began, round(after - before, 1))
 
 
 def audit(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
+    settings: AuditSettings | None = None,
     *,
     others: Sequence[Sequence[Example]] = (),
-    k: int = 3,
-    rank: int = 16,
-    seed: int = 0,
-    tokens: str = "all",
-    skip_first: bool = False,
-    baseline: str = "closed-form",
-    backend: str = "auto",
     progress: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """What audit.json holds, as plain values; `table` shows it.
+    """Return what audit.json holds, as plain values; `audit_text` shows it.
 
-    `examples` are the prompts, in random order, of which `tokens` and `skip_first` (as in `data.batches_of`) are scored;
-    `others` are other samples of the same task. `rank` is that of the inputs' spectrum and of the gradient. Parts:
-    "stability" over subsets of the prompts, shorter rows and other samples; "tokens": other token masks; "controls", with
-    a "verdict" on them; "criteria" beside NFN, each with its seconds, their ratio to NFN's, and the memory in MiB that it
-    took above what was there (resident memory on the CPU, torch's on a GPU).
+    `examples` are the prompts, in random order; `others` are other samples of the same task. The parts:
 
-    What this data or model does not allow (no roles, words that cannot be shuffled, no memory for a random model, ...) is
-    left out and listed with its reason under "missing". Raises what `score` raises for the scores themselves, and
-    ConfigError for a k that is not between 1 and the number of types.
+    - "stability": subsets of the prompts, shorter rows and other samples;
+    - "tokens": NFN of other tokens;
+    - "controls": random tokens, shuffled words and random weights, with a "verdict" on them;
+    - "criteria": NFN and others, each with its seconds, their ratio to NFN's, and the MiB that it took above what was in
+      use before (resident memory on the CPU, torch's on a GPU).
+
+    Unavailable checks are skipped; "missing" lists why. Raises what `score` raises for the scores themselves, ConfigError
+    for a k outside 1 to the number of types, and DataError without examples.
     """
-    of_type = {info.name: info.type for info in linear_modules(model)}
-    known = list(dict.fromkeys(of_type.values()))
-    if not 1 <= k <= len(known):
-        raise ConfigError(f"k = {k}: expected 1 to {len(known)}, this model's module types ({', '.join(known)})")
+    settings = settings or AuditSettings()
+    known = list(dict.fromkeys(info.type for info in linear_modules(model)))
+    if not 1 <= settings.k <= len(known):
+        raise ConfigError(
+            f"k = {settings.k}: expected 1 to {len(known)}, this model's module types ({', '.join(known)})"
+        )
     if not examples:
         raise DataError("there is no prompt to score: expected one example or more")
-    missing: list[dict[str, str]] = []
-    peaks: list[float] = []
-
-    def scored(rows: Sequence[Example], of=model, mask=(tokens, skip_first), eva_rank: int | None = None) -> NFNReport:
-        batches = batches_of(rows, SCORE_ROWS, *mask)
-        return score(of, batches, baseline=baseline, seed=seed, backend=backend, eva_rank=eva_rank, progress=progress)
-
-    def skip(kind: str, what: str, why: str) -> None:
-        missing.append({"kind": kind, "what": what, "why": why})
-        say(f"{kind}, {what}: left out: {why}")
-
-    def tried(kind: str, what: str, make: Callable[[], Any]) -> Any:
-        say(f"{kind}: {what}")
-        try:
-            return make()
-        except PlopfastError as error:
-            skip(kind, what, str(error))
-
+    work = Work(model, tokenizer, examples, settings, progress, say)
     say(f"NFN of {len(examples)} prompts")
-    scored(examples[:SCORE_ROWS])  # what only a first pass pays for is no part of the cost
-    base, nfn_s, nfn_mib = _measured(partial(scored, examples), model, peaks)
-    types = base.types
+    work.scored(examples[:SCORE_ROWS])  # the cost of a first pass must not count as NFN's
+    base = work.measured(lambda: work.scored(examples))
+    report: NFNReport = base.value
+    stability, masks, controls = _stability(work, report, others), _tokens(work, report), _controls(work, report)
+    criteria, ours = _criteria(work, base), pick(report.types, settings.k)
+    return {
+        "model": report.model, "k": settings.k, "rank": settings.rank, "prompts": report.prompts,
+        "scored_tokens": report.tokens, "seed": settings.seed, "score_tokens": settings.tokens,
+        "skip_first": settings.skip_first, "pick": ours, "types": report.types, "stability": stability, "tokens": masks,
+        "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria, "missing": work.missing,
+        "peak_mib": round(max([*work.peaks, machine.peak_mib()]), 1),
+    }  # fmt: skip
 
-    stability = tried("stability", "random subsets of the prompts", lambda: subset_rows(base, k, seed)) or []
-    lengths = _doubled_below(max(len(example.tokens) for example in examples))
+
+def _stability(work: Work, base: NFNReport, others: Sequence[Sequence[Example]]) -> list[dict[str, Any]]:
+    """Compare the ranking with those of fewer prompts, shorter rows and other samples."""
+    k, kind = work.settings.k, "stability"
+    rows = work.tried(kind, "random subsets of the prompts", lambda: subset_rows(base, k, work.settings.seed)) or []
+    lengths = doubled_below(max(len(example.tokens) for example in work.examples))
     if not lengths:
-        skip("stability", "shorter rows", f"no row is longer than {SHORTEST} tokens")
+        work.skip(kind, "shorter rows", f"no row is longer than {SHORTEST} tokens")
     for length in lengths:
-        what = f"first {length} tokens"
-        if report := tried("stability", what, partial(scored, [truncated(e, length) for e in examples])):
-            stability.append(_agreement("length", what, types, [report.types], k))
+        what, shorter = f"first {length} tokens", [truncated(e, length) for e in work.examples]
+        if report := work.tried(kind, what, partial(work.scored, shorter)):
+            rows.append(agreement("length", what, base.types, [report.types], k))
     if not others:
-        skip("stability", "other samples", "none was given (a run draws none where it scores every training row)")
-    found = [tried("stability", f"other sample {i}", partial(scored, rows)) for i, rows in enumerate(others, 1)]
+        work.skip(kind, "other samples", "none was given (a run draws none where it scores every training row)")
+    found = [work.tried(kind, f"other sample {i}", partial(work.scored, sample)) for i, sample in enumerate(others, 1)]
     if drawn := [report.types for report in found if report]:
-        stability.append(_agreement("seed", f"{len(drawn)} other samples", types, drawn, k))
+        rows.append(agreement("seed", f"{len(drawn)} other samples", base.types, drawn, k))
+    return rows
 
-    masks = []
-    for what, mask in _masks(examples, skip).items():
-        same = mask == (tokens, skip_first)
-        if report := base if same else tried("tokens", what, partial(scored, examples, mask=mask)):
-            masks.append(_ranked(what, report.types, types, k))
 
-    controls = []
+def _tokens(work: Work, base: NFNReport) -> list[dict[str, Any]]:
+    """Rank the types by the NFN of other tokens."""
+    rows = []
+    for what, mask in _masks(work).items():
+        same = mask == work.settings
+        if report := base if same else work.tried("tokens", what, partial(work.scored, work.examples, mask=mask)):
+            rows.append(_ranked(what, report, base, work.settings.k))
+    return rows
+
+
+def _masks(work: Work) -> dict[str, AuditSettings]:
+    """Return the settings that score other tokens, as far as these rows allow, by the tokens' name."""
+
+    def mask(tokens: str, skip_first: bool = False) -> AuditSettings:
+        return replace(work.settings, tokens=tokens, skip_first=skip_first)
+
+    masks = {"all tokens": mask("all"), "without the first token": mask("all", skip_first=True)}
+    if any(example.completion is not None or example.start > 1 for example in work.examples):
+        masks |= {f"{part} tokens": mask(part) for part in ("prompt", "completion")}
+    else:
+        work.skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")
+    roles = sorted({role for example in work.examples for role in example.roles or ()})
+    if not roles:
+        work.skip(
+            "tokens", "tokens by role", "the rows are no messages, or the chat template rewrites earlier messages"
+        )
+    return masks | {f"{role} tokens": mask(role) for role in roles}
+
+
+def _controls(work: Work, base: NFNReport) -> list[dict[str, Any]]:
+    """Rank the types on text and weights without meaning."""
+    examples, tokenizer, seed, rows = work.examples, work.tokenizer, work.settings.seed, []
     for what, make in {
-        "random tokens": lambda: scored(random_tokens(examples, tokenizer, seed)),
-        "shuffled words": lambda: scored(shuffled_words(examples, tokenizer, seed, context_length(model))),
-        "random weights": lambda: scored(examples, of=random_model(model, seed)),
+        "random tokens": lambda: work.scored(random_tokens(examples, tokenizer, seed)),
+        "shuffled words": lambda: work.scored(shuffled_words(examples, tokenizer, seed, context_length(work.model))),
+        "random weights": lambda: work.scored(examples, model=random_model(work.model, seed)),
     }.items():
         began = time.perf_counter()
-        if report := tried("control", what, make):
-            controls.append(_ranked(what, report.types, types, k) | {"seconds": time.perf_counter() - began})
+        if report := work.tried("control", what, make):
+            row = _ranked(what, report, base, work.settings.k)
+            rows.append(row | {"seconds": time.perf_counter() - began})
+    return rows
 
-    criteria = [_criterion(RULES["plop"], types, types, k, nfn_s, nfn_s, nfn_mib)]
-    given = Given(model, examples, rank, seed, progress, lambda: scored(examples, eva_rank=rank))
+
+def _ranked(what: str, report: NFNReport, base: NFNReport, k: int) -> dict[str, Any]:
+    return {"what": what, "types": report.types, "pick": pick(report.types, k), "tau": tau_of(base.types, report.types)}
+
+
+def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
+    """Rank the types by NFN and by each other criterion; `base` is the measured scoring."""
+    types = base.value.types
+    of_type = {info.name: info.type for info in linear_modules(work.model)}
+    settings, rows = work.settings, [_criterion_row(RULES["plop"], types, base, base, work.settings.k)]
+    with_eva = partial(work.scored, work.examples, eva_rank=settings.rank)
+    given = Given(work.model, work.examples, settings.rank, settings.seed, work.progress, with_eva)
     for rule, compute in compared():
-        if got := tried("criterion", rule.criterion, partial(_measured, partial(compute, given), model, peaks)):
-            by_module, seconds, extra_mib = got
-            means = rule.type_scores(by_module, of_type, types)
-            criteria.append(_criterion(rule, means, types, k, seconds, nfn_s, extra_mib))
-    ours = pick(types, k)
+        if got := work.tried("criterion", rule.criterion, partial(work.measured, partial(compute, given))):
+            means = rule.type_scores(got.value, of_type, types)
+            rows.append(_criterion_row(rule, means, got, base, settings.k))
+    return rows
+
+
+def _criterion_row(rule: Rule, types: Mapping[str, float], cost: Measured, base: Measured, k: int) -> dict[str, Any]:
+    ours, highest = base.value.types, rule.highest
+    picked = pick(types, k, highest)
     return {
-        "model": base.model, "k": k, "rank": rank, "prompts": base.prompts, "scored_tokens": base.tokens, "seed": seed,
-        "score_tokens": tokens, "skip_first": skip_first, "pick": ours, "types": types, "stability": stability,
-        "tokens": masks, "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria,
-        "missing": missing, "peak_mib": round(max([*peaks, machine.peak_mib()]), 1),
+        "name": rule.criterion, "source": rule.source, "chooses": "highest" if highest else "lowest",
+        "types": {type_: types[type_] for type_ in pick(types, len(types), highest)}, "pick": picked,
+        "tau": tau_of(ours, types, highest), "agrees": set(picked) == set(pick(ours, k)),
+        "seconds": cost.seconds, "cost": cost.seconds / base.seconds, "extra_mib": cost.extra_mib,
+        "needs": rule.needs,
     }  # fmt: skip
-
-
-def _masks(examples: Sequence[Example], skip: Callable[[str, str, str], None]) -> dict[str, tuple[str, bool]]:
-    """What to call it -> `tokens` and `skip_first` of `batches_of`, for what these rows have."""
-    masks = {"all tokens": ("all", False), "without the first token": ("all", True)}
-    if any(example.completion is not None or example.start > 1 for example in examples):
-        masks |= {"prompt tokens": ("prompt", False), "completion tokens": ("completion", False)}
-    else:
-        skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")
-    roles = sorted({role for example in examples for role in example.roles or ()})
-    if not roles:
-        skip("tokens", "tokens by role", "the rows are no messages, or the chat template rewrites earlier messages")
-    return masks | {f"{role} tokens": (role, False) for role in roles}
-
-
-def _ranked(what: str, values: Mapping[str, float], base: Mapping[str, float], k: int) -> dict[str, Any]:
-    return {"what": what, "types": dict(values), "pick": pick(values, k), "tau": _tau(base, values)}
-
-
-def _criterion(
-    rule: Rule,
-    values: Mapping[str, float],
-    base: Mapping[str, float],
-    k: int,
-    seconds: float,
-    nfn_s: float,
-    extra_mib: float,
-) -> dict[str, Any]:
-    picked = pick(values, k, rule.highest)
-    return {
-        "name": rule.criterion, "source": rule.source, "chooses": "highest" if rule.highest else "lowest",
-        "types": {type_: values[type_] for type_ in ranked(values, rule.highest)}, "pick": picked,
-        "tau": _tau(base, values, -1 if rule.highest else 1), "agrees": set(picked) == set(pick(base, k)),
-        "seconds": seconds, "cost": seconds / nfn_s, "extra_mib": extra_mib, "needs": rule.needs,
-    }  # fmt: skip
-
-
-def _measured(make: Callable[[], Any], model: nn.Module, peaks: list[float]) -> tuple[Any, float, float]:
-    """(what `make` returns, seconds, MiB at most above what was taken before). Measuring resident memory starts its peak
-    anew, so that the one before goes to `peaks`."""
-    device = device_of(model)
-    peaks.append(machine.peak_mib())
-    machine.reset_peak(device)
-    before, began = machine.peak_mib(device), time.perf_counter()
-    value, after = make(), machine.peak_mib(device)
-    return value, time.perf_counter() - began, round(after - before, 1)
 
 
 def verdict(ours: Sequence[str], controls: Sequence[Mapping[str, Any]]) -> str:
-    """What the controls say of the pick `ours`, in a sentence or two."""
+    """Say in a sentence or two what the controls mean for the pick `ours`."""
     rows = {row["what"]: row for row in controls}
     texts = {what: rows[what]["pick"] for what in ("random tokens", "shuffled words") if what in rows}
     moved = {what: other for what, other in texts.items() if set(other) != set(ours)}
     kept = [what for what in texts if what not in moved]
     picked = f"the pick ({', '.join(ours)})"
     if controls and len(ours) == len(controls[0]["types"]):
-        said = "every module type is picked, so that there is no choice to control"
+        said = "every module type is picked, so there is no choice to control"
     elif moved:
         said = f"{picked} depends on the text: " + "; ".join(f"{w} give {', '.join(p)}" for w, p in moved.items())
         said += f"; {kept[0]} leave it as it is" if kept else ""
     elif len(kept) == 2:
         said = f"{picked} stays the same on random tokens and on shuffled words: it reflects the model rather than the task"
     elif kept:
-        said = f"{picked} stays the same on {kept[0]}; the other control is missing, so that this settles nothing"
+        said = f"{picked} stays the same on {kept[0]}, but without the other control this settles nothing"
     else:
-        said = f"neither random tokens nor shuffled words could be scored: whether {picked} reflects the task is open"
+        said = f"neither random tokens nor shuffled words could be scored, so it stays open whether {picked} reflects the task"
     if "random weights" in rows:
         low, high = min(rows["random weights"]["types"].values()), max(rows["random weights"]["types"].values())
         near = max(abs(low - 1), abs(high - 1)) <= NEAR_ONE
@@ -264,54 +277,30 @@ def verdict(ours: Sequence[str], controls: Sequence[Mapping[str, Any]]) -> str:
     return said[0].upper() + said[1:] + "."
 
 
-def table(found: Mapping[str, Any]) -> str:
-    """An audit as text."""
-
-    def named(types: Sequence[str]) -> str:
-        return ", ".join(types)
-
-    width = max(map(len, (f"{row['what']}" for part in ("stability", "tokens", "controls") for row in found[part])))
-    lines = [f"NFN of {found['prompts']} prompts picks {named(found['pick'])}", ""]
-    lines.append(f"{'stability':<{width}}  {'repeats':>7} {'tau':>6} {'lowest':>6}  same pick")
-    for row in found["stability"]:
-        lines.append(
-            f"{row['what']:<{width}}  {row['repeats']:>7} {row['tau']:>6.2f} {row['tau_low']:>6.2f}  {row['same_pick']:>9.0%}"
-        )
-    lines.append("(subsets are of the scored prompts themselves, and other samples can share some with them)")
-    types = list(found["types"])
-    for part in ("tokens", "controls"):
-        lines += ["", f"{part:<{width}}  {'tau':>6}  " + " ".join(f"{t:>9}" for t in types) + "  pick"]
-        for row in found[part]:
-            values = " ".join(f"{row['types'][t]:>{max(9, len(t))}.3f}" for t in types)
-            lines.append(f"{row['what']:<{width}}  {row['tau']:>6.2f}  {values}  {named(row['pick'])}")
-    lines += ["", found["verdict"], ""]
-    lines.append(f"{'criterion':<16}  {'chooses':<7}  {'tau':>5}  {'seconds':>7} {'of NFN':>6} {'MiB':>6}  pick")
-    for row in found["criteria"]:
-        lines.append(
-            f"{row['name']:<16}  {row['chooses']:<7}  {row['tau']:>5.2f}  {row['seconds']:>7.2f} {row['cost']:>5.1f}x "
-            f"{row['extra_mib']:>6.0f}  {named(row['pick'])}{'' if row['agrees'] else '  (disagrees)'}"
-        )
-    lines += [f"left out: {row['kind']}, {row['what']}: {row['why']}" for row in found["missing"]]
-    return "\n".join(lines)
+def audit_text(found: dict[str, Any]) -> str:
+    """Return an audit as text for the terminal."""
+    said = f"NFN of {found['prompts']} prompts picks {', '.join(found['pick'])}\n{found['verdict']}"
+    skipped = "\n".join(f"skipped: {row['kind']}, {row['what']}: {row['why']}" for row in found["missing"])
+    return "\n\n".join(filter(None, (said, *map(str, audit_tables(found)), skipped)))
 
 
 def run_audit(run: Run) -> str:
-    """The audit of a run's model and task, on as many prompts as its settings say: audit.json, and the table."""
+    """Audit a run's model and task on as many prompts as its settings say; write audit.json, and return it as text."""
     config = run.config
     if config.compat:
         raise ConfigError(
-            "plopfast audit needs statistics of single prompts, which --compat official has not: leave it out"
+            "audit needs statistics of single prompts, which --compat official does not keep: leave it out"
         )
     rows = len(run.rows("train"))  # broken data should stop the run before the model is loaded
     run.begin("audit")
     examples = run.sample()
     others = [run.sample(config.seed + i) for i in range(1, OTHER_SAMPLES + 1)] if len(examples) < rows else []
+    settings = AuditSettings(
+        k=config.k, rank=config.rank, seed=config.seed, tokens=config.score_tokens, skip_first=config.skip_first,
+        baseline=config.baseline, backend=config.backend,
+    )  # fmt: skip
     with run.stage("audit") as noted:
-        found = audit(
-            run.model, run.tokenizer, examples, others=others, k=config.k, rank=config.rank, seed=config.seed,
-            tokens=config.score_tokens, skip_first=config.skip_first, baseline=config.baseline, backend=config.backend,
-            progress=run.progress, say=run.say,
-        )  # fmt: skip
+        found = audit(run.model, run.tokenizer, examples, settings, others=others, progress=run.progress, say=run.say)
         noted["peak_mib"] = found["peak_mib"]
     files.write_json(run.file("audit"), {"plopfast": "audit", **found})
-    return table(found)
+    return audit_text(found)

@@ -21,6 +21,7 @@ from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..placing.place import place
 from ..placing.rules import FULL, arm_names
+from ..report.tables import trial_table
 from ..run.folder import EVA, Run
 from ..run.stages import run_score
 from ..scoring import eva
@@ -50,7 +51,7 @@ def run_trial(run: Run) -> str:
         )
     if run.resume and run.file("trial").exists():
         run.say("trial: already done")
-        return table(files.read_json(run.file("trial"), MADE_BY))
+        return str(trial_table(files.read_json(run.file("trial"), MADE_BY)))
     seen = {files.sha256(path) for split, path in run.paths.items() if split != "test"}  # a copy is no file of its own
     if run.rows("test") is run.rows("valid") or files.sha256(run.paths["test"]) in seen:
         raise ConfigError("a trial trains and chooses on the other rows: give --test FILE rows of its own")
@@ -103,7 +104,7 @@ def run_trial(run: Run) -> str:
         "seconds": round(seconds, 1), "arms": described,
     }  # fmt: skip
     files.write_json(run.file("trial"), value)
-    return table(value)
+    return str(trial_table(value))
 
 
 def _check_scored_alike(run: Run, report: NFNReport) -> None:
@@ -240,36 +241,3 @@ def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
                     f"plopfast score --init eva --rank {most} --overwrite --out {run.folder}"
                 )
     return vectors
-
-
-def table(value: dict[str, Any]) -> str:
-    """trial.json as text: an arm a line, with the interval of its accuracy, and its difference from the first."""
-    level = f"{100 * value['confidence']:g}%"
-    head = (
-        "arm", "parameters", "ranks", "rate", "accuracy", f"{level} interval", "loss", "difference", f"{level} interval",
-        "p", "verdict", "forgetting", "seconds", "peak MiB", "types",
-    )  # fmt: skip
-    lines = [
-        head,
-        ("base", "", "", "", f"{value['base']['accuracy']:.4f}", "", f"{value['base']['loss']:.4f}", *[""] * 8),
-    ]
-    for arm in value["arms"]:
-        low, high = arm["rank_low"], arm["rank_high"]
-        told = ("", "", "", f"(the others against {arm['name']})")
-        if versus := arm["versus"]:
-            told = (
-                f"{versus['difference']:+.4f}", f"{versus['low']:+.4f} to {versus['high']:+.4f}",
-                f"{versus['p_corrected']:.4f}", versus["verdict"],
-            )  # fmt: skip
-        lines.append((
-            arm["name"], f"{arm['parameters']:,}", "unmatched" if low is None else f"{low}" if low == high else f"{low}-{high}",
-            f"{arm['lr']:g}", f"{arm['accuracy']:.4f}", f"{arm['accuracy_low']:.4f} to {arm['accuracy_high']:.4f}",
-            f"{arm['loss']:.4f}", *told, f"{arm['forgetting']:+.4f}", f"{arm['seconds']:.0f}", f"{arm['peak_mib']:.0f}",
-            ", ".join(arm["types"]) or "all weights",
-        ))  # fmt: skip
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([
-        *rows, f"{value['test']}; accuracy: {value['metric']}, {value['test_rows']} test rows, seeds "
-        f"{', '.join(map(str, value['seeds']))}; forgetting: rise of the loss on general text",
-    ])  # fmt: skip

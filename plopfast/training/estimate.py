@@ -83,25 +83,13 @@ def estimate(
 
 
 def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
-    """For JSON, each with its share of the memory and FLOPs of full fine-tuning, the last one."""
+    """Return the rows of estimate.json, each compared in memory and FLOPs with full fine-tuning, the last estimate."""
     full = estimates[-1]
     return [
         dataclasses.asdict(e)
         | {"memory_of_full": e.total_mib / full.total_mib, "flops_of_full": e.tflops_per_step / full.tflops_per_step}
         for e in estimates
     ]
-
-
-def table(estimates: Sequence[Estimate]) -> str:
-    head = f"{'':<13}{'parameters':>13}{'weights':>10}{'adapters':>10}{'activations':>12}{'logits':>9}{'peak MiB':>10}"
-    lines = [head + f"{'of full':>9}{'TFLOPs':>9}{'of full':>9}"]
-    for e, row in zip(estimates, as_rows(estimates), strict=True):
-        parts = f"{e.weights_mib:>10,.0f}{e.adapters_mib:>10,.0f}{e.activations_mib:>12,.0f}{e.logits_mib:>9,.0f}"
-        lines.append(
-            f"{e.name:<13}{e.parameters:>13,}{parts}{e.total_mib:>10,.0f}{row['memory_of_full']:>9.1%}"
-            f"{e.tflops_per_step:>9.3f}{row['flops_of_full']:>9.1%}"
-        )
-    return "\n".join(lines)
 
 
 def _one(

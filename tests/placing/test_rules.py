@@ -14,7 +14,7 @@ from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.placing import rules
 from plopfast.placing.rules import RULES, Rule, arm_names, nfn_rule
 from plopfast.scoring.report import ModuleScore
-from plopfast.studies.audit import pick
+from plopfast.studies.agreement import pick
 from plopfast.studies.criteria import COMPUTE, Given, compared
 from plopfast.studies.trial import listed_arms
 from plopfast.support.errors import PlacementError

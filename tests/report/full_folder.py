@@ -97,7 +97,7 @@ def estimate() -> dict:
 
     choices = [choice("plop", 1_400_000, 21.4, 110.0), choice("all", 4_900_000, 74.8, 190.0), choice("full", 134_515_008, 1539.0, 652.0)]  # fmt: skip
     return {"plopfast": "estimate", "model": "some/model", "batch_tokens": 160, "rows": 8, "row_tokens": 20,
-            "device": "cpu", "dtype": "float32", "choices": choices}  # fmt: skip
+            "accumulate": 1, "device": "cpu", "dtype": "float32", "choices": choices}  # fmt: skip
 
 
 def trial(data: dict, versions: dict) -> dict:

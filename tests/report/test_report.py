@@ -14,9 +14,10 @@ import plopfast as pf
 from plopfast.cli import main
 from plopfast.report.page import write_report
 from plopfast.support.errors import FileError
+from plopfast.support.tables import DIFFERS
 
 SECTIONS = {  # file -> headings that need it, pictures that need it, the command that makes it
-    "trial.json": (["Trial", "Forgetting"], ["trial", "forgetting"], "trial"),
+    "trial.json": (["Placements compared", "Forgetting"], ["trial", "forgetting"], "trial"),
     "eval.json": (["Before and after"], ["before_after"], "eval"),
     "audit.json": (["Can the scores be trusted?"], [], "audit"),
     "estimate.json": (["What training would take"], ["memory"], "estimate"),
@@ -149,10 +150,12 @@ def test_scores_and_placement_alone(full):
     assert {path.stem for path in (full / "report").iterdir()} == ALWAYS
     for _, _, stage in SECTIONS.values():
         assert f"plopfast {stage} --out {full}" in page.text
-    assert "only a trial shows" in page.text and page.lead.endswith("than other placements has not been tried.")
+    assert "Only a trial shows" in page.text and page.lead.endswith(
+        "No trial has compared them with other placements yet."
+    )
     (full / "placement.json").unlink()
     page = report(full)
-    assert page.lead.startswith("Put adapters on v_proj, o_proj and down_proj: at 95% confidence"), (
+    assert page.lead.startswith("Put adapters on v_proj, o_proj and down_proj. Their scores are lower than"), (
         "the scores' own choice"
     )
     assert "No placement is kept here" in page.text and f"plopfast place --out {full}" in page.text
@@ -170,7 +173,7 @@ def test_one_file_alone(full, name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(full)
     titles, pictures, _ = SECTIONS.get(name, ([], [], ""))
-    always = ["What it took", "How this was made, and what is known"]
+    always = ["Time and memory used", "How this was made, and what is known"]
     assert [title for tag, title in page.headings if tag == "h2"] == [*titles, *always]
     assert {path.stem for path in (full / "report").iterdir()} == set(pictures)
     for other, (_, _, stage) in SECTIONS.items():
@@ -178,10 +181,10 @@ def test_one_file_alone(full, name):
     leads = {
         "trial.json": "In the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all.",
         "audit.json": "The pick stays the same on random tokens: it reflects the model rather than the task.",
-        "placement.json": "Put rank-8 adapters on v_proj, o_proj and down_proj: they have the lowest NFN, but how sure this is, "
-        "the scores do not tell; whether they train better than other placements has not been tried.",
+        "placement.json": "Put rank-8 adapters on v_proj, o_proj and down_proj. They have the lowest NFN, but the scores do not "
+        "say how sure this is. No trial has compared them with other placements yet.",
     }  # fmt: skip
-    assert page.lead == leads.get(name, "Which modules should get adapters, the files of this folder do not tell.")
+    assert page.lead == leads.get(name, "The files of this folder do not tell which modules should get adapters.")
 
 
 def test_the_pictures_numbers_are_the_files(whole):
@@ -226,29 +229,30 @@ def test_the_pictures_numbers_are_the_files(whole):
 def test_disagreements_are_marked_in_words(whole):
     marked = {cells[0]: cells for class_, cells in whole[2].rows if class_ == "differs"}
     assert marked.keys() == {"input spectrum", "random tokens", "8 prompts"}, "the pick of random weights is chance"
-    assert all(any(cell.startswith("≠ ") for cell in cells) for cells in marked.values())
+    assert all(any(cell.startswith(DIFFERS) for cell in cells) for cells in marked.values())
 
 
 def test_the_recommendation_says_how_sure_it_is(full):
     lead = report(full).lead
     assert lead.startswith(
-        "Put rank-8 adapters on v_proj, o_proj and down_proj: at 95% confidence, 24 prompts tell them"
+        "Put rank-8 adapters on v_proj, o_proj and down_proj. Their scores are lower than every other module type's, and 24 "
+        "prompts were enough to be 95% sure."
     )
-    assert "in the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead
+    assert "In the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead
     (full / "trial.json").unlink()
     near = make(full / "near", types=TYPES | {"up_proj": 1.04, "down_proj": 1.041})
     (full / "near" / "trial.json").unlink()
     assert not near.decision.decided
     lead = report(full / "near").lead
-    assert "the choice is not settled: at 95% confidence, 24 prompts do not tell" in lead
+    assert "this is not settled: at 95% confidence, 24 prompts do not tell" in lead
     for tie in near.decision.near_ties:
         assert " from ".join(tie) in lead, "near-ties are named"
     pf.place(near, "all").save(full / "placement.json")
-    assert "so says the rule 'all', which does not ask for the scores" in report(full).lead
+    assert "The rule 'all' chose them without the scores." in report(full).lead
     pf.place(scores(), "plop", k=7).save(full / "placement.json")
-    assert ", which are all the module types there are; whether" in report(full).lead
+    assert "These are all the module types there are. " in report(full).lead
     pf.place(scores(), "plop", k=1).save(full / "placement.json")
-    assert report(full).lead.startswith("Put rank-16 adapters on v_proj: at 95% confidence"), "judged for this k"
+    assert report(full).lead.startswith("Put rank-16 adapters on v_proj. Their scores are lower"), "judged for this k"
 
 
 def test_single_modules_are_no_decided_types(full):
@@ -257,9 +261,9 @@ def test_single_modules_are_no_decided_types(full):
     placement.save(full / "placement.json")
     lead = report(full).lead
     assert lead.startswith(
-        "Put rank-8 adapters on 35 single modules of v_proj, o_proj and down_proj: they have the lowest NFN"
+        "Put rank-8 adapters on 35 single modules of v_proj, o_proj and down_proj. They have the lowest NFN"
     )
-    assert "how sure this is, the scores do not tell" in lead and "confidence" not in lead
+    assert "the scores do not say how sure this is" in lead and "95%" not in lead
 
 
 def test_a_better_arm_is_recommended(full):
@@ -268,7 +272,7 @@ def test_a_better_arm_is_recommended(full):
     arms[3]["types"] = ["gate_proj", "up_proj", "down_proj"]
     change(full, "trial.json", arms=arms)
     assert report(full).lead == (
-        "Use the placement mlp (gate_proj, up_proj and down_proj): in the trial it did better than plop by "
+        "Use the placement mlp (gate_proj, up_proj and down_proj). In the trial it did better than plop, by "
         "+5.0 (+1.0 to +9.0) points of accuracy, at 95% confidence."
     )
 
@@ -276,8 +280,8 @@ def test_a_better_arm_is_recommended(full):
 def test_a_worse_placement_is_not_recommended(full):
     pf.place(scores(), "attn", rank=8).save(full / "placement.json")
     assert report(full).lead == (
-        "Use the placement plop (v_proj): in the trial attn, which this folder holds, lay -9.0 (-11.0 to -7.0) points of "
-        "accuracy from it, at 95% confidence."
+        "Use the placement plop (v_proj). In the trial attn, which this folder holds, differed from it by -9.0 (-11.0 to -7.0) "
+        "points of accuracy, at 95% confidence."
     )
 
 
@@ -287,7 +291,7 @@ def test_a_reference_of_all_weights_is_not_recommended_as_a_placement(full):
     arms[0] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}
     change(full, "trial.json", arms=arms, reference="full")
     lead = report(full).lead
-    assert "Use the placement" not in lead and "; in the trial, full did better than attn" in lead
+    assert "Use the placement" not in lead and "In the trial, full did better than attn" in lead
 
 
 def test_all_weights_are_no_placement(full):
@@ -296,9 +300,9 @@ def test_all_weights_are_no_placement(full):
     arms[4]["versus"] |= {"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"}
     change(full, "trial.json", arms=arms)
     lead = report(full).lead
-    assert lead.startswith("Put rank-8 adapters on v_proj, o_proj and down_proj: at 95% confidence")
+    assert lead.startswith("Put rank-8 adapters on v_proj, o_proj and down_proj. Their scores are lower")
     assert (
-        "in the trial, plop did worse than full, which trains all weights and did better than attn and showed" in lead
+        "In the trial, plop did worse than full, which trains all weights and did better than attn and showed" in lead
     )
 
 
@@ -317,7 +321,7 @@ def test_one_prompt_has_no_interval(tmp_path):
     make(tmp_path, prompts=1)
     page = report(tmp_path)
     assert "No interval is possible: 1 prompt: an interval over prompts needs 8 or more" in page.text
-    assert "nothing is settled: one prompt" in page.lead and "confidence" not in page.lead
+    assert "nothing is settled: one prompt" in page.lead and "95%" not in page.lead
     assert {(row["low"], row["high"]) for row in table(tmp_path, "nfn_by_type")} == {("", "")}
 
 
@@ -328,7 +332,7 @@ def test_scores_of_an_older_version_or_without_prompts(full):
     (full / "scores.json").write_text(json.dumps(kept))
     page = report(full)
     assert "No interval is possible: these scores were made before intervals were kept" in page.text
-    assert "how sure this is, the scores do not tell" in page.lead
+    assert "the scores do not say how sure this is" in page.lead
 
 
 def test_hostile_names_stay_text(full):
@@ -353,7 +357,7 @@ def test_no_general_text_and_all_weights(full):
     trial["arms"][1] |= {"rank_low": None, "rank_high": None}
     change(full, "trial.json", **trial)
     page = report(full)
-    assert "Forgetting" not in [title for _, title in page.headings] and "Trial" in [
+    assert "Forgetting" not in [title for _, title in page.headings] and "Placements compared" in [
         title for _, title in page.headings
     ]
 

@@ -18,7 +18,8 @@ from plopfast.data.labels import tokenize
 from plopfast.data.rows import DEMO, Example, read_jsonl
 from plopfast.models.linears import linear_modules
 from plopfast.scoring.report import ModuleScore, NFNReport
-from plopfast.studies.audit import audit, kendall_tau, pick, subset_rows, table, verdict
+from plopfast.studies.agreement import kendall_tau, pick, subset_rows
+from plopfast.studies.audit import AuditSettings, audit, audit_text, verdict
 from plopfast.studies.controls import random_model, random_tokens, shuffled_words
 from plopfast.studies.criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
 from plopfast.support import machine
@@ -345,7 +346,7 @@ def test_audit(llama, tokenizer):
     examples, before = prompts(tokenizer, 20), state_of(llama)
     others = [prompts(tokenizer, 20, "valid"), prompts(tokenizer, 20, "test")]
     lines = []
-    found = audit(llama, tokenizer, examples, others=others, k=2, rank=2, say=lines.append)
+    found = audit(llama, tokenizer, examples, AuditSettings(k=2, rank=2), others=others, say=lines.append)
     assert_unchanged(llama, before)
     found = json.loads(json.dumps(found, allow_nan=False))
     report = pf.score(llama, batches_of(examples, 8))
@@ -375,8 +376,8 @@ def test_audit(llama, tokenizer):
         assert row["agrees"] == (set(row["pick"]) == set(found["pick"])) and row["extra_mib"] >= 0
     (missing,) = found["missing"]
     assert missing["what"] == "tokens by role" and "control: random tokens" in lines
-    text = table(found)
-    for part in ("random weights", found["verdict"], "gradient energy", "left out: tokens, tokens by role: the rows"):
+    text = audit_text(found)
+    for part in ("random weights", found["verdict"], "gradient energy", "skipped: tokens, tokens by role: the rows"):
         assert part in text
 
 
@@ -385,7 +386,7 @@ def test_what_cannot_be_had_is_said(tokenizer):
     model = build("llama")
     model.config = transformers.T5Config(bos_token_id=1)
     rows = [Example((7, 8, 9 + i), 1, None, f"a:{i}") for i in range(4)]
-    found = audit(model, None, rows, k=1, rank=33)
+    found = audit(model, None, rows, AuditSettings(k=1, rank=33))
     why = {(row["kind"], row["what"]): row["why"] for row in found["missing"]}
     for key, message in {
         ("stability", "random subsets of the prompts"): "4 prompts: too few for subsets of 8",
@@ -403,19 +404,19 @@ def test_what_cannot_be_had_is_said(tokenizer):
     assert not why
     assert (found["stability"], found["controls"]) == ([], [])
     assert [row["name"] for row in found["criteria"]] == ["NFN", "condition number", "random"]
-    assert "is open" in found["verdict"] and "left out: control, random weights" in table(found)
+    assert "stays open" in found["verdict"] and "skipped: control, random weights" in audit_text(found)
 
 
 def test_impossible_requests(llama, tokenizer):
     examples = prompts(tokenizer, 2)
     with pytest.raises(ConfigError, match="k = 8: expected 1 to 7, this model's module types"):
-        audit(llama, tokenizer, examples, k=8)
+        audit(llama, tokenizer, examples, AuditSettings(k=8))
     with pytest.raises(ConfigError, match="k = 0"):
-        audit(llama, tokenizer, examples, k=0)
+        audit(llama, tokenizer, examples, AuditSettings(k=0))
     with pytest.raises(DataError, match="no prompt to score"):
         audit(llama, tokenizer, [])
     with pytest.raises(DataError, match="needs rows of messages"):
-        audit(llama, tokenizer, examples, tokens="user")
+        audit(llama, tokenizer, examples, AuditSettings(tokens="user"))
 
 
 def control(what, picked, low=1.0, high=1.0):
@@ -440,15 +441,15 @@ def control(what, picked, low=1.0, high=1.0):
         ),
         (
             [control("shuffled words", ["a", "b"])],
-            "The pick (a, b) stays the same on shuffled words; the other control is missing, so that this settles nothing.",
+            "The pick (a, b) stays the same on shuffled words, but without the other control this settles nothing.",
         ),
         (
             [control("random tokens", ["a", "b"]) | {"types": {"a": 1.0, "b": 1.0}}],
-            "Every module type is picked, so that there is no choice to control.",
+            "Every module type is picked, so there is no choice to control.",
         ),
         (
             [control("random weights", ["a", "b"], 0.5)],
-            "Neither random tokens nor shuffled words could be scored: whether the pick (a, b) reflects the task is open. "
+            "Neither random tokens nor shuffled words could be scored, so it stays open whether the pick (a, b) reflects the task. "
             "With random weights the types score 0.50 to 1.00, not near 1: this architecture alone moves the scores.",
         ),
     ],
@@ -461,7 +462,7 @@ def test_roles_of_chats(llama, tokenizer):
     rows = [
         Example((1, *range(10, 20 + i)), 6, None, "", ("user",) * 6 + ("assistant",) * (5 + i)) for i in range(3)
     ]  # fmt: skip
-    found = audit(llama, tokenizer, rows, k=1, rank=2, tokens="assistant")
+    found = audit(llama, tokenizer, rows, AuditSettings(k=1, rank=2, tokens="assistant"))
     assert flat(found["tokens"])[-2:] == ["assistant tokens", "user tokens"]
     assert found["tokens"][-2]["types"] == found["types"] and found["score_tokens"] == "assistant"
 
@@ -491,4 +492,4 @@ def test_command(model_folder, tmp_path, capsys):
     assert code == 2 and "k = 9: expected 1 to 7" in err
     assert plopfast("score", "--compat", "official")[0] == 0
     code, _, err = plopfast("audit", "--overwrite")
-    assert code == 2 and "which --compat official has not" in err
+    assert code == 2 and "--compat official does not keep" in err

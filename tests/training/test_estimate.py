@@ -15,7 +15,7 @@ from plopfast.models.linears import linear_modules
 from plopfast.support.config import RunConfig
 from plopfast.support.errors import ConfigError, ModelError
 from plopfast.training.blocks import prepared_blocks
-from plopfast.training.estimate import FORMULAS, MIB, Meter, as_rows, estimate, table
+from plopfast.training.estimate import FORMULAS, MIB, Meter, as_rows, estimate
 from plopfast.training.trainer import Trainer
 
 ROWS, TOKENS, LABELS = 4, 24, 10
@@ -171,11 +171,9 @@ def test_the_meter_counts_each_storage_once_while_it_lives():
     assert meter.now == 0 and meter.peak == 2048
 
 
-def test_rows_and_table():
+def test_rows():
     model = build("llama")
     small, full = estimated(model, placement_on(model)), estimated(model, None)
     rows = as_rows([small, dataclasses.replace(full, name="full")])
     assert rows[0]["memory_of_full"] == pytest.approx(small.total_mib / full.total_mib)
     assert rows[0]["flops_of_full"] < 1 == rows[1]["memory_of_full"] == rows[1]["flops_of_full"]
-    lines = table([small, full]).splitlines()
-    assert len(lines) == 3 and len({len(line) for line in lines}) == 1 and "100.0%" in lines[2]

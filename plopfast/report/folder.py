@@ -1,0 +1,89 @@
+"""What the report reads from a run folder."""
+
+import shlex
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..lora.placement import Placement
+from ..placing.rules import nfn_rule
+from ..scoring.report import NFNReport
+from ..scoring.stopping import Decision, Intervals
+from ..support import files
+
+
+class RunFolder:
+    """A run folder's files. Those that do not exist are None or empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        scores, placement, metrics = path / "scores.json", path / "placement.json", path / "metrics.jsonl"
+        self.scores = NFNReport.load(scores) if scores.exists() else None
+        self.placement = Placement.load(placement) if placement.exists() else None
+        self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial = map(
+            self._read, ("config", "stages", "training", "eval", "audit", "estimate", "trial")
+        )
+        self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
+
+    def _read(self, name: str) -> dict[str, Any]:
+        path = self.path / f"{name}.json"
+        return files.read_json(path, f"plopfast {name}") if path.exists() else {}
+
+    def noted(self, stage: str) -> str:
+        """Return the command line that was noted for a stage, if any."""
+        return (self.trial if stage == "trial" else self.stages.get(stage, {})).get("command", "")
+
+    def command(self, stage: str) -> str:
+        """Return the command line that runs a stage with the folder's settings."""
+        return f"plopfast {stage} --out {shlex.quote(str(self.path))}"
+
+    @cached_property
+    def _kept_intervals(self) -> dict[str, Any]:
+        return self._read("scores").get("intervals") or {"why": "these scores were made before intervals were kept"}
+
+    @property
+    def intervals(self) -> Intervals | None:
+        """The NFN's intervals over prompts; None where there are none, which `no_intervals` explains."""
+        return None if self.no_intervals else Intervals(**self._kept_intervals)
+
+    @property
+    def no_intervals(self) -> str:
+        """Why there are no intervals, or nothing."""
+        return self._kept_intervals.get("why", "")
+
+    @property
+    def rule(self) -> str:
+        """The placement's rule; without a placement, the rule of the scores' own choice."""
+        return self.placement.rule if self.placement else self.decision.rule if self.decision else ""
+
+    @property
+    def types(self) -> list[str]:
+        """The module types that get adapters; without a placement, the scores' own choice."""
+        return self.placement.types if self.placement else self.decision.types if self.decision else []
+
+    @property
+    def whole_types(self) -> bool:
+        """Whether all modules of the chosen types get adapters, as far as the files tell."""
+        if not (self.scores and self.placement):
+            return True
+        types = self.placement.types
+        named = {name for name, s in self.scores.scores.items() if s.layer is not None and s.type in types}
+        return named == self.placement.modules.keys()
+
+    @property
+    def decision(self) -> Decision | None:
+        """How sure the types are, where a rule chose whole types by their scores."""
+        kept = self.scores.decision if self.scores else None
+        if not (self.scores and self.placement):
+            return kept
+        name, types = self.placement.rule, self.placement.types
+        rule = nfn_rule(name)
+        if rule is None or not self.whole_types:
+            return None
+        found = None
+        if kept and kept.rule == name and set(kept.types) == set(types):
+            found = kept
+        elif self.scores.prompt_stats is not None:
+            confidence = self.intervals.confidence if self.intervals else 0.95
+            found = self.scores.decide(len(types), confidence, rule.highest)
+        return found if found and set(found.types) == set(types) else None

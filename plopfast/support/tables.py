@@ -1,0 +1,62 @@
+"""One table for the terminal, a CSV file and the report page: all three show the same rows."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+UNKNOWN = "-"
+DIFFERS = "* "  # begins a cell that disagrees with the rest; the page highlights its row. ASCII, for any terminal
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: its heading, and the format of its numbers as in `f"{value:.3f}"`. Formatted numbers align to the right."""
+
+    heading: str
+    form: str = ""
+
+    def cell(self, value: Any) -> str:
+        """The value as text: None is "-", a bool is yes or no, and a string stays as it is."""
+        if value is None:
+            return UNKNOWN
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        return value if isinstance(value, str) else format(value, self.form)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values under `columns`, a caption above and a note below.
+
+    Example: `print(Table("Loss", [Column("step"), Column("loss", ".3f")], [(1, 2.5), (2, None)]))`
+    """
+
+    caption: str
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
+
+    def cells(self) -> Iterator[list[str]]:
+        """Yield the text of each row's cells. Raises ValueError for a row that is longer or shorter than the columns."""
+        for row in self.rows:
+            yield [column.cell(value) for column, value in zip(self.columns, row, strict=True)]
+
+    def __str__(self) -> str:
+        """Return aligned text for the terminal. Empty lines are left out, so a table without headings has no head."""
+        lines = [[column.heading for column in self.columns], *self.cells()]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        aligned = [
+            "  ".join(
+                f"{cell:{'>' if column.form else '<'}{width}}"
+                for cell, column, width in zip(line, self.columns, widths, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join(filter(None, (self.caption, *aligned, self.note)))
+
+    def write_csv(self, path: Path) -> None:
+        """Write the headings and the values in full precision; None is an empty cell."""
+        with path.open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([[column.heading for column in self.columns], *self.rows])
