@@ -30,8 +30,9 @@ from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, ModelError, PlacementError, TrainingError
 from ..training.estimate import as_rows, estimate, table
 from ..training.evaluate import Metrics, choices_of, evaluate
+from ..training.plan import batch_tokens_for
 from ..training.state import checkpoints
-from ..training.trainer import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
+from ..training.trainer import CHECKPOINTS, Trainer, TrainResult
 from .folder import EVA, NO_RESULT, OTHERS, SCORE_ROWS, STAGES, Run
 
 
@@ -121,7 +122,7 @@ def run_estimate(run: Run) -> str:
     examples = run.examples("train") + run.examples("unlabeled")
     total = sum(len(e.tokens) for e in examples)
     longest = max(len(e.tokens) for e in examples)
-    batch_tokens = config.batch_tokens or max(BATCH_TOKENS, longest)
+    batch_tokens = batch_tokens_for(config, longest)
     rows, tokens = max(1, batch_tokens // longest), longest
     if config.packing:
         rows, tokens = 1, batch_tokens
