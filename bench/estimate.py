@@ -49,7 +49,7 @@ def measured(choice, rows, tokens):
     from plopfast.lora.shared import prepared
     from plopfast.support.config import RunConfig
     from plopfast.training.blocks import prepared_blocks
-    from plopfast.training.estimate import FORMULAS
+    from plopfast.training.meter import FORMULAS
     from plopfast.training.trainer import Trainer
 
     def trainer_of(model, rows, tokens):
