@@ -24,7 +24,7 @@ from ..placing.rules import BY_K, rule_of
 from ..scoring import eva
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
-from ..support import files, machine, ranks
+from ..support import files, ranks, threads
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, ModelError, PlacementError, TrainingError
@@ -169,7 +169,7 @@ def run_train(run: Run) -> TrainResult:
     else:
         adapt(run.model, placement, config, vectors)
     trainer = Trainer(run.model, config, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress)
-    for line in (*trainer.paths(), *(machine.thread_advice() if run.model.device.type == "cpu" else ())):
+    for line in (*trainer.paths(), *(threads.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)
     with run.stage("train"):
         try:

@@ -26,7 +26,7 @@ from ..lora.placement import Placement
 from ..models.linears import context_length, fingerprint, linear_modules
 from ..run.folder import EVA, Run
 from ..run.stages import adapt
-from ..support import files, machine
+from ..support import files, memory
 from ..support.errors import ConfigError, TrainingError
 from ..training.evaluate import choices_of, evaluate, evaluate_rows
 from ..training.state import checkpoints
@@ -114,7 +114,7 @@ class Training:
                 model = copy.deepcopy(run.model).float().requires_grad_(True)
             else:
                 adapt(model, arm.placement, config, self.vectors)
-            machine.reset_peak(run.model.device)
+            memory.reset_peak(run.model.device)
             train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
             trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
@@ -133,7 +133,7 @@ class Training:
                     save_adapter(model, out / "adapter", overwrite=True)
             seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
             value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
-            value["peak_mib"] = round(machine.peak_mib(run.model.device), 1)
+            value["peak_mib"] = round(memory.peak_mib(run.model.device), 1)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value

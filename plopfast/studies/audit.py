@@ -20,7 +20,7 @@ from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport, types_of
 from ..scoring.stopping import averages
-from ..support import files, machine
+from ..support import files, memory
 from ..support.errors import ConfigError, DataError, PlopfastError
 from .controls import random_model, random_tokens, shuffled_words, truncated
 from .criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
@@ -199,7 +199,7 @@ def audit(
         "model": base.model, "k": k, "rank": rank, "prompts": base.prompts, "scored_tokens": base.tokens, "seed": seed,
         "score_tokens": tokens, "skip_first": skip_first, "pick": ours, "types": types, "stability": stability,
         "tokens": masks, "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria,
-        "missing": missing, "peak_mib": round(max([*peaks, machine.peak_mib()]), 1),
+        "missing": missing, "peak_mib": round(max([*peaks, memory.peak_mib()]), 1),
     }  # fmt: skip
 
 
@@ -234,10 +234,10 @@ def _measured(make: Callable[[], Any], model: nn.Module, peaks: list[float]) -> 
     """(what `make` returns, seconds, MiB at most above what was taken before). Measuring resident memory starts its peak
     anew, so that the one before goes to `peaks`."""
     device = device_of(model)
-    peaks.append(machine.peak_mib())
-    machine.reset_peak(device)
-    before, began = machine.peak_mib(device), time.perf_counter()
-    value, after = make(), machine.peak_mib(device)
+    peaks.append(memory.peak_mib())
+    memory.reset_peak(device)
+    before, began = memory.peak_mib(device), time.perf_counter()
+    value, after = make(), memory.peak_mib(device)
     return value, time.perf_counter() - began, round(after - before, 1)
 
 
