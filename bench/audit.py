@@ -10,9 +10,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import measure
 

@@ -14,9 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "kernels"))
 os.environ.pop("TRITON_CACHE_DIR", None)  # a kernel from a cache has no compile time

@@ -18,7 +18,7 @@ import time
 
 from measure import save
 
-from plopfast.support import machine
+from plopfast.support import memory
 
 CHOICES = ("plop", "attn", "all", "full")
 SHAPES = ((8, 20), (4, 256))  # rows, tokens
@@ -49,7 +49,7 @@ def measured(choice, rows, tokens):
     from plopfast.lora.shared import prepared
     from plopfast.support.config import RunConfig
     from plopfast.training.blocks import prepared_blocks
-    from plopfast.training.estimate import FORMULAS
+    from plopfast.training.meter import FORMULAS
     from plopfast.training.trainer import Trainer
 
     def trainer_of(model, rows, tokens):
@@ -69,9 +69,9 @@ def measured(choice, rows, tokens):
     before = resident_mib()
     model, _ = pf.load_model()
     trainer = trainer_of(model, rows, tokens)
-    machine.reset_peak()
+    memory.reset_peak()
     trainer.fit()
-    mib = machine.peak_mib() - before
+    mib = memory.peak_mib() - before
     batch, config = trainer._collate(trainer.rows[:rows]), trainer.config
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
@@ -82,8 +82,8 @@ def measured(choice, rows, tokens):
 
 def resident_mib():
     gc.collect()
-    machine.reset_peak()
-    return machine.peak_mib()
+    memory.reset_peak()
+    return memory.peak_mib()
 
 
 def in_process(choice, rows, tokens, environment):

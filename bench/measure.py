@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plopfast.support import machine
+from plopfast.support import machine, memory
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -44,9 +44,9 @@ def peak_mib(run: Callable[[], Any]) -> float:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except OSError:
         print("warning: no glibc, so peak memory holds earlier candidates' heap", file=sys.stderr)
-    machine.reset_peak()
+    memory.reset_peak()
     run()
-    return machine.peak_mib()
+    return memory.peak_mib()
 
 
 def save(name: str, table: str, figures: dict[str, Any]) -> None:

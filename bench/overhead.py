@@ -8,9 +8,9 @@ Target: a call (forward, with gradients wanted) no slower than PEFT's.
 
 import argparse
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import measure
 import torch

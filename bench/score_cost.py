@@ -8,9 +8,9 @@ it in time and 1.05 in peak memory, and at most 1/6 of the authors' procedure in
 
 import argparse
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import measure
 import torch

@@ -20,9 +20,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))

@@ -36,9 +36,9 @@ from itertools import islice
 from pydoc_data.topics import topics
 from typing import Any
 
-from plopfast.support import machine
+from plopfast.support import machine, threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import measure
 import torch

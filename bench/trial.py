@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import measure
 

@@ -15,7 +15,7 @@ import sys
 
 import measure
 
-from plopfast.support import machine
+from plopfast.support import threads
 
 SETTINGS = {
     "no spinning": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
@@ -24,11 +24,11 @@ SETTINGS = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
 }
 STEPS = """
-from plopfast import machine
-machine.set_waiting_policy()
+from plopfast.support import threads
+threads.set_waiting_policy()
 import statistics, time, torch
 import plopfast as pf
-from plopfast.data import DEMO
+from plopfast.data.rows import DEMO
 torch.set_num_threads(2)
 model, tokenizer = pf.load_model()
 rows = pf.tokenize(pf.read_jsonl(DEMO["train"])[:128], tokenizer)
@@ -54,7 +54,7 @@ def main() -> None:
     seconds: dict[str, dict[str, list[float]]] = {where: {name: [] for name in SETTINGS} for where in ("idle", "busy")}
     others = []
     for _ in range(repeats):
-        others.append(round(machine.busy_cores(seconds=0.5), 2))
+        others.append(round(threads.busy_cores(seconds=0.5), 2))
         print(f"other processes keep {others[-1]} cores busy", flush=True)
         for where, found in seconds.items():
             spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if where == "busy" else None

@@ -6,9 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never needs the networ
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from plopfast.support import machine
+from plopfast.support import threads
 
-machine.set_waiting_policy()
+threads.set_waiting_policy()
 
 import pytest
 import transformers

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from ..placing.rules import help_words
-from ..support import machine
+from ..support import machine, threads
 from ..support.config import RunConfig, TrainConfig, load_settings
 from ..support.errors import ConfigError, Interrupted, PlopfastError, RankError
 
@@ -80,7 +80,7 @@ torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    machine.set_waiting_policy()
+    threads.set_waiting_policy()
     launch = machine.launch()
     if launch.size == 1:
         return _main(argv, launch)

@@ -17,12 +17,12 @@ from ..data.rows import DEMO, Example, read_jsonl
 from ..data.text import read_text
 from ..models.loading import DEFAULT_HUB_ID, load_model
 from ..models.running import context_length
-from ..support import files, machine, ranks
+from ..support import files, machine, memory, ranks
 from ..support.config import FREE, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError
 from ..training import parallel
-from ..training.trainer import CHECKPOINTS
+from ..training.state import CHECKPOINTS
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
@@ -141,7 +141,7 @@ class Run:
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
         """Notes a stage's seconds and peak memory in stages.json once it has ended well, and what the stage puts into the
         yielded dict."""
-        machine.reset_peak()
+        memory.reset_peak()
         began = time.perf_counter()
         noted: dict[str, Any] = {}
         yield noted
@@ -151,7 +151,7 @@ class Run:
         stages = files.read_json(path, "plopfast") if path.exists() else {}
         stages[name] = {
             "seconds": round(time.perf_counter() - began, 3),
-            "peak_mib": round(machine.peak_mib(), 1),
+            "peak_mib": round(memory.peak_mib(), 1),
             "command": " ".join(["plopfast", *sys.argv[1:]]),
         } | noted
         files.write_json(path, stages)

@@ -25,15 +25,16 @@ from ..report.tables import estimate_table
 from ..scoring import eva
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
-from ..support import files, machine, ranks
+from ..support import files, ranks, threads
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, ModelError, PlacementError, TrainingError
 from ..support.tables import Column, Table
 from ..training.estimate import as_rows, estimate
 from ..training.evaluate import Metrics, choices_of, evaluate
-from ..training.state import checkpoints
-from ..training.trainer import BATCH_TOKENS, CHECKPOINTS, Trainer, TrainResult
+from ..training.plan import batch_tokens_for
+from ..training.state import CHECKPOINTS, checkpoints
+from ..training.trainer import Trainer, TrainResult
 from .folder import EVA, NO_RESULT, OTHERS, SCORE_ROWS, STAGES, Run
 
 
@@ -124,7 +125,7 @@ def run_estimate(run: Run) -> str:
     examples = run.examples("train") + run.examples("unlabeled")
     total = sum(len(e.tokens) for e in examples)
     longest = max(len(e.tokens) for e in examples)
-    batch_tokens = config.batch_tokens or max(BATCH_TOKENS, longest)
+    batch_tokens = batch_tokens_for(config, longest)
     rows, tokens = max(1, batch_tokens // longest), longest
     if config.packing:
         rows, tokens = 1, batch_tokens
@@ -171,7 +172,7 @@ def run_train(run: Run) -> TrainResult:
     else:
         adapt(run.model, placement, config, vectors)
     trainer = Trainer(run.model, config, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress)
-    for line in (*trainer.paths(), *(machine.thread_advice() if run.model.device.type == "cpu" else ())):
+    for line in (*trainer.paths(), *(threads.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)
     with run.stage("train"):
         try:

@@ -28,11 +28,11 @@ from ..models.linears import linear_modules
 from ..models.running import context_length
 from ..run.folder import EVA, Run
 from ..run.stages import adapt
-from ..support import files, machine
+from ..support import files, memory
 from ..support.errors import ConfigError, TrainingError
 from ..training.evaluate import choices_of, evaluate, evaluate_rows
-from ..training.state import checkpoints
-from ..training.trainer import CHECKPOINTS, Trainer
+from ..training.state import CHECKPOINTS, checkpoints
+from ..training.trainer import Trainer
 
 GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
 SHARED = 16  # tokens in a row; fewer can be a turn of phrase
@@ -116,7 +116,7 @@ class Training:
                 model = copy.deepcopy(run.model).float().requires_grad_(True)
             else:
                 adapt(model, arm.placement, config, self.vectors)
-            machine.reset_peak(run.model.device)
+            memory.reset_peak(run.model.device)
             train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
             trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
             value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
@@ -135,7 +135,7 @@ class Training:
                     save_adapter(model, out / "adapter", overwrite=True)
             seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
             value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
-            value["peak_mib"] = round(machine.peak_mib(run.model.device), 1)
+            value["peak_mib"] = round(memory.peak_mib(run.model.device), 1)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value

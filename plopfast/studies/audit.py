@@ -22,7 +22,7 @@ from ..report.tables import audit_tables
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport
-from ..support import files, machine
+from ..support import files, memory
 from ..support.errors import ConfigError, DataError, PlopfastError
 from .agreement import SHORTEST, agreement, doubled_below, pick, subset_rows, tau_of
 from .controls import random_model, random_tokens, shuffled_words, truncated
@@ -103,10 +103,10 @@ class Work:
     def measured(self, compute: Callable[[], Any]) -> Measured:
         """Compute a criterion, and measure its time and memory (resident memory on the CPU, torch's on a GPU)."""
         device = device_of(self.model)
-        self.peaks.append(machine.peak_mib())  # the next line resets it
-        machine.reset_peak(device)
-        before, began = machine.peak_mib(device), time.perf_counter()
-        value, after = compute(), machine.peak_mib(device)
+        self.peaks.append(memory.peak_mib())  # the next line resets it
+        memory.reset_peak(device)
+        before, began = memory.peak_mib(device), time.perf_counter()
+        value, after = compute(), memory.peak_mib(device)
         return Measured(value, time.perf_counter() - began, round(after - before, 1))
 
 
@@ -153,7 +153,7 @@ def audit(
         "scored_tokens": report.tokens, "seed": settings.seed, "score_tokens": settings.tokens,
         "skip_first": settings.skip_first, "pick": ours, "types": report.types, "stability": stability, "tokens": masks,
         "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria, "missing": work.missing,
-        "peak_mib": round(max([*work.peaks, machine.peak_mib()]), 1),
+        "peak_mib": round(max([*work.peaks, memory.peak_mib()]), 1),
     }  # fmt: skip
 
 

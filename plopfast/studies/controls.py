@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.rows import Example
 from ..models.running import device_of
-from ..support import machine
+from ..support import memory
 from ..support.errors import ConfigError, DataError, ModelError
 
 
@@ -110,7 +110,7 @@ def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
         raise ModelError(f"{type(model).__name__} has no transformers configuration to build a random model from")
     import transformers
 
-    need_mib, free_mib = sum(p.nbytes for p in model.parameters()) / 2**20, machine.free_mib(device)
+    need_mib, free_mib = sum(p.nbytes for p in model.parameters()) / 2**20, memory.free_mib(device)
     if need_mib > free_mib:
         raise ModelError(f"a random model takes {need_mib:.0f} MiB, {free_mib:.0f} MiB are free on {device}")
     dtype = next(p.dtype for p in model.parameters())

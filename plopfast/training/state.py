@@ -1,28 +1,156 @@
-"""A training run's checkpoints: one safetensors file a step, of which the newest good one is found again."""
+"""What a training has reached, and its checkpoints: one safetensors file a step.
+
+A checkpoint holds the tensors of `TrainState.state_dict`, and, as JSON in the file's metadata, its counters and the
+identity of the run.
+"""
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
-from ..support import files
-from ..support.errors import FileError
+from ..support import files, ranks
+from ..support.errors import FileError, TrainingError
+
+CHECKPOINTS = "checkpoints"  # their folder within a run's folder
+COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
+KINDS = (
+    "now",
+    "best",
+    "average",
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+)  # the tensors of a parameter; the last three AdamW's
 
 
-def save_state(folder: Path, step: int, tensors: dict[str, torch.Tensor], facts: dict[str, Any], keep: int) -> Path:
-    """Writes a training run's tensors and JSON facts as one file, step-N.safetensors, so that a torn write leaves no
-    half of it, and then removes all but the newest `keep` checkpoints. Raises FileError; earlier ones are intact then."""
-    path = checkpoint_path(folder, step)
+class TrainState:
+    """What a training has reached. All that a step changes is here, and `state_dict` holds all of it.
+
+    `parameters` are the model's own, by name. `best` are the values of `best_step`, which had the lowest validation loss,
+    `best_loss` (empty without validation); `average` is their moving average (empty without one). `tokens` and
+    `positions` are the tokens learned from and the positions computed for them. `worse` counts the validations since the
+    best one, `skipped` the last steps without a finite loss.
+    """
+
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, validated: bool, averaged: bool
+    ) -> None:
+        self.parameters, self.optimizer = parameters, optimizer
+        self.step = self.tokens = self.positions = self.worse = self.skipped = 0
+        self.best_step, self.best_loss = 0, math.inf
+        self.best = self.copy() if validated else {}
+        self.average = self.copy() if averaged else {}
+
+    @torch.no_grad()
+    def take(self, values: dict[str, torch.Tensor]) -> None:
+        """Copies values into the parameters of the same names."""
+        for name, value in values.items():
+            self.parameters[name].copy_(value)
+
+    def copy(self) -> dict[str, torch.Tensor]:
+        """Returns a copy of the parameters' values."""
+        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def keep_best(self, loss: float) -> None:
+        """Notes that the parameters are the best so far."""
+        self.best_loss, self.best_step, self.worse = loss, self.step, 0
+        for name, value in self.best.items():  # in place: a second copy would be the peak of a full fine-tuning
+            value.copy_(self.parameters[name].detach())
+
+    def update_average(self, decay: float) -> None:
+        """Moves the average, where there is one, towards the parameters: average = decay average + (1 - decay) now."""
+        if self.average:
+            now = [parameter.detach() for parameter in self.parameters.values()]
+            torch._foreach_lerp_(list(self.average.values()), now, 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Puts the moving average, where there is one, in the parameters' place while it lasts."""
+        now = self.copy() if self.average else {}
+        self.take(self.average)
+        try:
+            yield
+        finally:
+            self.take(now)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns all of the state in one flat dict; every rank must call it.
+
+        Counters have their own names. Tensors are under KIND/PARAMETER, with the kinds in `KINDS`; the random generators
+        of all ranks are under rng/RANK and rng_cuda/RANK.
+        """
+        state: dict[str, Any] = {f"rng/{rank}": kept for rank, kept in enumerate(ranks.gather(torch.get_rng_state()))}
+        if self.device.type == "cuda":
+            generators = ranks.gather(torch.cuda.get_rng_state(self.device))
+            state |= {f"rng_cuda/{rank}": kept for rank, kept in enumerate(generators)}
+        for name, parameter in self.parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            held = {"now": parameter, "best": self.best.get(name), "average": self.average.get(name), **moments}
+            state |= {f"{kind}/{name}": held[kind] for kind in KINDS if held.get(kind) is not None}
+        return state | {name: getattr(self, name) for name in COUNTERS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over a state that `state_dict` gave. Raises TrainingError where its parameters are others, before
+        anything is changed."""
+        for name, parameter in self.parameters.items():
+            now = state.get(f"now/{name}")
+            if now is None or now.shape != parameter.shape:
+                found = f"got {tuple(now.shape)}" if now is not None else "there is none"
+                raise TrainingError(f"expected {name} of shape {tuple(parameter.shape)}, {found}: another placement")
+        for name, parameter in self.parameters.items():
+            of = {kind: state[f"{kind}/{name}"].to(parameter.device) for kind in KINDS if f"{kind}/{name}" in state}
+            self.take({name: of["now"]})
+            if self.best:
+                self.best[name] = of.get("best", of["now"])  # there is no best where nothing was validated
+            if self.average:
+                self.average[name] = of["average"]
+            if "exp_avg" in of:
+                step = of["step"] if self.optimizer.defaults["fused"] else of["step"].cpu()
+                self.optimizer.state[parameter] = {"step": step, **{key: of[key] for key in ("exp_avg", "exp_avg_sq")}}
+        torch.set_rng_state(state[f"rng/{ranks.rank()}"])
+        generator = state.get(f"rng_cuda/{ranks.rank()}")
+        if generator is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(generator, self.device)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read: `identity` is the run's, `state` what `TrainState.load_state_dict` takes."""
+
+    path: Path
+    identity: dict[str, Any]
+    state: dict[str, Any]
+
+
+def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
+    """Writes a checkpoint, step-N.safetensors, as a whole or not at all, and then removes all but the newest `keep`.
+
+    Raises FileError; earlier checkpoints are intact then.
+    """
+    path = checkpoint_path(folder, state["step"])
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    facts = {"identity": identity, **{k: v for k, v in state.items() if k not in tensors}}
     with files.replacing(path) as scratch:
-        save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, scratch, {"facts": json.dumps(facts)})
+        save_file(tensors, scratch, {"facts": json.dumps(facts)})
         with scratch.open("rb") as file:
-            os.fsync(file.fileno())  # the rename must not reach the disk before the data does
+            os.fsync(file.fileno())  # the data must reach the disk before the new name does
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
@@ -33,15 +161,15 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in a folder, newest first."""
+    """Lists the checkpoints in a folder, newest first."""
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
-def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path]:
-    """The newest good checkpoint that `save_state` wrote, and its path; one that is damaged is passed over with a warning.
+def load_state(folder: Path) -> Checkpoint:
+    """Reads the newest good checkpoint. Damaged ones are skipped with a warning, and renamed, so that they are not
+    counted among those to keep. What killed writes left behind is removed.
 
-    What writes that were killed left behind is removed, and the damaged files are renamed, so that they do not count
-    among those to keep. Raises FileError where there is no good one.
+    Raises FileError where there is no good one.
     """
     for scratch in folder.glob(".step-*"):
         shutil.rmtree(scratch, ignore_errors=True)
@@ -50,13 +178,31 @@ def load_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any], P
         try:
             tensors, metadata = files.read_tensors(path, "plopfast train")
             facts = json.loads(metadata["facts"])
-        except (FileError, KeyError, json.JSONDecodeError) as error:
+            identity = facts.pop("identity")
+        except (FileError, KeyError, TypeError, json.JSONDecodeError) as error:
             problems[path] = f"{path}: not a readable training checkpoint ({error})"
             continue
         for damaged, problem in problems.items():
             warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
             with contextlib.suppress(FileNotFoundError):  # another rank was quicker
                 damaged.rename(damaged.with_suffix(".damaged"))
-        return tensors, facts, path
+        return Checkpoint(path, identity, tensors | facts)
     found = "; ".join(problems.values()) or f"{folder}: no training checkpoint"
     raise FileError(f"{found}; start anew without --resume")
+
+
+def check_same_run(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raises TrainingError where the run that a checkpoint belongs to (its identity is `kept`) is not this one (`now`)."""
+    count = kept["ranks"]
+    if count != now["ranks"]:
+        raise TrainingError(
+            f"{path}: belongs to a training on {count} ranks, this one has {now['ranks']}: resume it under torchrun with "
+            f"nodes x --nproc-per-node = {count}, or start anew with --overwrite"
+        )
+    changed = ", ".join(
+        f"another {key}" if key in ("data", "base model", "placement") else f"{key} was {kept.get(key)}, is {value}"
+        for key, value in now.items()
+        if kept.get(key) != value
+    )
+    if changed:
+        raise TrainingError(f"{path}: belongs to another run: {changed}; give the same options and data")

@@ -22,7 +22,7 @@ from plopfast.studies.agreement import kendall_tau, pick, subset_rows
 from plopfast.studies.audit import AuditSettings, audit, audit_text, verdict
 from plopfast.studies.controls import random_model, random_tokens, shuffled_words
 from plopfast.studies.criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
-from plopfast.support import machine
+from plopfast.support import memory
 from plopfast.support.errors import AdapterError, ConfigError, DataError, ModelError, PlacementError
 
 
@@ -182,17 +182,9 @@ def test_controls_that_cannot_be_built(tokenizer, llama):
 
 
 def test_random_model_needs_memory(llama, monkeypatch):
-    monkeypatch.setattr(machine, "free_mib", lambda device: 0.01)
+    monkeypatch.setattr(memory, "free_mib", lambda device: 0.01)
     with pytest.raises(ModelError, match=r"a random model takes 0 MiB, 0 MiB are free on cpu"):
         random_model(llama)
-
-
-def test_free_memory(tmp_path):
-    assert machine.free_mib(torch.device("cpu")) > 1
-    assert machine.free_mib(torch.device("cpu"), tmp_path) == math.inf
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2048 kB\n")
-    assert machine.free_mib(torch.device("cpu"), tmp_path) == 2.0
 
 
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))

@@ -15,7 +15,7 @@ from plopfast.lora.layer import adapters
 from plopfast.support.errors import ConfigError, FileError, Interrupted, TrainingError
 from plopfast.training.evaluate import evaluate
 from plopfast.training.neftune import neftune
-from plopfast.training.schedule import lr_factor
+from plopfast.training.optimizer import lr_factor
 from plopfast.training.state import checkpoints
 
 
@@ -185,7 +185,7 @@ def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
     text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:36]]
     config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, eval_every=100)
     trainer = pf.Trainer(adapted(), config, examples[:20], unlabeled=text)
-    stream = list(islice(trainer._micro_batches(), trainer.max_steps))
+    stream = list(islice(trainer.plan.groups(), trainer.max_steps))
     kinds = [group[0] >= 20 for group in stream]
     assert all((i >= 20) == kind for group, kind in zip(stream, kinds, strict=True) for i in group)
     labelled = [i for group in stream for i in group if i < 20]
@@ -202,7 +202,7 @@ def test_unlabelled_text_must_not_swallow_the_run(examples):
     text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:48]]
     how = {"batch_tokens": 100, "eval_every": 1, "patience": 1, "lr": 1e-9}
     trainer = pf.Trainer(adapted(), pf.TrainConfig(**how), examples[:20], examples[48:], unlabeled=text)
-    assert trainer.first_stage > 3 and trainer.fit().steps > trainer.first_stage
+    assert trainer.plan.first_stage > 3 and trainer.fit().steps > trainer.plan.first_stage
     with pytest.raises(ConfigError, match=r"max_steps: the unlabelled text takes \d+ steps"):
         pf.Trainer(adapted(), pf.TrainConfig(max_steps=3, batch_tokens=100), examples[:20], unlabeled=text)
     with pytest.raises(ConfigError, match="no unlabelled examples"):
@@ -238,7 +238,7 @@ def test_the_moving_average_is_what_is_validated_and_kept(examples):
     alone = pf.Trainer(trainer.model, pf.TrainConfig(max_steps=2, ema=0.5), examples[:48])
     start = parameters(alone)
     alone.fit()
-    assert not same(start, parameters(alone)) and same(parameters(alone), alone.average), "without validation too"
+    assert not same(start, parameters(alone)) and same(parameters(alone), alone.state.average), "without validation too"
 
 
 def test_neftune_noise(llama, examples):

@@ -3,10 +3,12 @@
 import os
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 
-from plopfast.support import machine
+from plopfast.support import threads
 
 
 @pytest.fixture
@@ -16,9 +18,10 @@ def fake(tmp_path, monkeypatch):
 
     def build(cores=4, others=0.0, own=0.0, files=()):
         clock = {"now": 0.0}
-        monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
-        monkeypatch.setattr(machine.time, "perf_counter", lambda: clock["now"])
-        monkeypatch.setattr(machine.time, "process_time", lambda: 5 + clock["now"] * own)
+        monkeypatch.setattr(threads, "affinity", lambda: set(range(cores)))
+        monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path / "proc"))
+        monkeypatch.setattr(time, "perf_counter", lambda: clock["now"])
+        monkeypatch.setattr(time, "process_time", lambda: 5 + clock["now"] * own)
 
         def stat(seconds):
             clock["now"] += seconds
@@ -37,7 +40,7 @@ def fake(tmp_path, monkeypatch):
             (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / path).write_text(text)
         stat(0.0)
-        monkeypatch.setattr(machine.time, "sleep", stat)
+        monkeypatch.setattr(time, "sleep", stat)
         return tmp_path
 
     return build
@@ -80,24 +83,26 @@ V1 = "proc/self/cgroup", "4:memory:/other\n3:cpu,cpuacct:/job\n0::/\n"
     ],
 )
 def test_usable_cores(fake, files, cores):
-    assert machine.usable_cores(fake(8, files=files)) == cores
+    assert threads.usable_cores(fake(8, files=files)) == cores
 
 
 @pytest.mark.parametrize(("others", "own"), [(0.0, 0.0), (1.0, 0.0), (1.5, 2.0), (0.0, 3.0), (4.0, 0.0)])
 def test_busy_cores_are_those_of_others(fake, others, own):
-    assert machine.busy_cores(fake(4, others, own)) == pytest.approx(others, abs=0.15)
+    fake(4, others, own)
+    assert threads.busy_cores() == pytest.approx(others, abs=0.15)
 
 
-def test_busy_cores_where_the_system_does_not_tell(tmp_path):
-    assert machine.busy_cores(tmp_path) == 0.0
-    assert machine.usable_cores(tmp_path) >= 1
+def test_busy_cores_where_the_system_does_not_tell(tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+    assert threads.busy_cores() == 0.0
+    assert threads.usable_cores(tmp_path) >= 1
 
 
 QUOTA = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n"}
 
 
 @pytest.mark.parametrize(
-    ("threads", "others", "policy", "files", "expected"),
+    ("count", "others", "policy", "files", "expected"),
     [
         (4, 0.0, None, {}, []),
         (4, 0.3, None, {}, []),
@@ -118,12 +123,12 @@ QUOTA = {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000\n
         (2, 3.0, "PASSIVE", QUOTA, ["3.0 of 4 cores busy"]),
     ],
 )
-def test_advice(fake, monkeypatch, threads, others, policy, files, expected):
+def test_advice(fake, monkeypatch, count, others, policy, files, expected):
     if policy is None:
         monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     else:
         monkeypatch.setenv("OMP_WAIT_POLICY", policy)
-    advice = machine.thread_advice(threads, fake(4, others, files=files))
+    advice = threads.thread_advice(count, fake(4, others, files=files))
     assert len(advice) == len(expected), advice
     for line, part in zip(advice, expected, strict=True):
         assert part in line
@@ -132,11 +137,11 @@ def test_advice(fake, monkeypatch, threads, others, policy, files, expected):
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc/stat is Linux's")
 def test_a_real_spinning_process_is_seen(monkeypatch):
     core = min(os.sched_getaffinity(0))
-    monkeypatch.setattr(machine, "_affinity", lambda: {core})
+    monkeypatch.setattr(threads, "affinity", lambda: {core})
     code = f"import os\nos.sched_setaffinity(0, {{{core}}})\nprint(flush=True)\nwhile True: pass"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as spinning:
         spinning.stdout.readline()
         try:
-            assert machine.busy_cores() > 0.6
+            assert threads.busy_cores() > 0.6
         finally:
             spinning.kill()

@@ -1,0 +1,52 @@
+"""Memory: this process's peak, and what is free."""
+
+import contextlib
+import ctypes
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+if TYPE_CHECKING:
+    import torch
+
+
+def reset_peak(device: "torch.device | None" = None) -> None:
+    """Starts a new measurement of a GPU's peak memory, or of the peak resident memory where the system can (Linux)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps freed memory, which hides what follows
+        ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_mib(device: "torch.device | None" = None) -> float:
+    """Returns the peak memory since `reset_peak`, in MiB: of torch's tensors on a GPU, else this process's resident memory
+    (since its start where a reset does not work)."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError):  # the kernel's own peak, which psutil does not read and getrusage does not reset
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def free_mib(device: "torch.device") -> float:
+    """Returns the memory that new tensors on `device` could take, in MiB."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    return psutil.virtual_memory().available / 2**20

@@ -1,0 +1,44 @@
+"""The records of a training, one for each step and each validation: in memory, in metrics.jsonl, and in the log."""
+
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..support import files, ranks
+from ..support.errors import FileError
+from .logs import Log
+
+
+class Records:
+    """Keeps records in `history`, in FOLDER/metrics.jsonl (rank 0; without a folder, nowhere) and in the targets of
+    `log`."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.path = folder / "metrics.jsonl" if folder is not None else None
+        self.history: list[dict[str, Any]] = []
+        self.log = Log()
+
+    def begin(self, step: int) -> None:
+        """Cuts metrics.jsonl back to the first `step` steps, those of the checkpoint that is resumed (0: anew)."""
+        self.history = []
+        if self.path is None:
+            return
+        if step and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line short
+                    self.history.append(json.loads(line))
+            self.history = [record for record in self.history if record["step"] <= step]
+        if ranks.is_main():
+            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Adds a record, which holds its "step". Raises FileError where it cannot be written."""
+        self.history.append(record)
+        self.log.write({key: value for key, value in record.items() if isinstance(value, int | float)})
+        if self.path is not None and ranks.is_main():
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise FileError(f"{self.path}: writing failed ({error}); make room and --resume") from None

@@ -1,0 +1,108 @@
+"""A training's state as a dict and back, the same-run check, and signals."""
+
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import made, parameters, same
+
+from plopfast.lora.layer import adapters
+from plopfast.support.errors import TrainingError
+from plopfast.training.evaluate import evaluate
+from plopfast.training.interrupt import interruptible
+from plopfast.training.state import COUNTERS, check_same_run
+
+
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.9}], ids=str)
+def test_a_state_comes_back_whole(examples, settings):
+    """All that a step changes is in the dict: two trainings go on alike from it."""
+    one, two = (made(examples, lora_plus=4.0, **settings) for _ in range(2))
+    one.model.train(), two.model.train()
+    for module in (*adapters(one.model).values(), *adapters(two.model).values()):
+        module.dropout = 0.2  # so that the random generator matters
+    for number in range(4):
+        one._train_step([list(range(4 * number, 4 * number + 9))])
+    one._validate()
+    kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in one.state.state_dict().items()}
+    assert kept["step"] == kept["best_step"] == 4 and kept["tokens"] > 0
+    one._train_step([list(range(9))])
+    two.state.load_state_dict(kept)
+    two._train_step([list(range(9))])
+    assert same(parameters(one), parameters(two))
+    ours, theirs = one.state.state_dict(), two.state.state_dict()
+    assert ours.keys() == theirs.keys() and {k.partition("/")[0] for k in ours} >= {
+        "now",
+        "best",
+        "exp_avg",
+        "rng",
+        "step",
+    }
+    assert all(torch.equal(v, theirs[k]) if isinstance(v, torch.Tensor) else v == theirs[k] for k, v in ours.items())
+    assert any(k.startswith("average/") for k in ours) == ("ema" in settings)
+
+
+def test_another_models_state_changes_nothing(examples):
+    trainer = made(examples)
+    before, state = parameters(trainer), trainer.state.state_dict()
+    name = list(trainer.parameters)[-1]
+    state = {k: v + 1 if k.startswith("now/") else v for k, v in state.items()}
+    for wrong in ({}, {f"now/{name}": torch.zeros(3)}):
+        other = {k: v for k, v in state.items() if k != f"now/{name}"} | wrong
+        with pytest.raises(TrainingError, match=rf"expected {name} of shape .*another placement"):
+            trainer.state.load_state_dict(other)
+        assert same(before, parameters(trainer))
+
+
+def test_validation_may_begin_at_a_resumption(examples, tmp_path):
+    """Its first look is the best one so far; there was none before."""
+    plain = made(examples, tmp_path)
+    plain.valid, plain.state.best = [], {}
+    plain.fit()
+    max((tmp_path / "checkpoints").iterdir()).unlink()
+    result = made(examples, tmp_path).fit(resume=True)
+    assert result.best_step == 12 and result.valid_loss == pytest.approx(evaluate(plain.model, examples[48:]).loss)
+
+
+def test_the_counters_are_those_of_the_state(examples):
+    state = made(examples).state
+    assert set(COUNTERS) == {k for k, v in vars(state).items() if isinstance(v, int | float)}
+
+
+def test_the_same_run_check():
+    kept = {"ranks": 1, "lr": 0.1, "data": "a", "placement": {}}
+    check_same_run(Path("x"), kept, dict(kept))
+    check_same_run(Path("x"), kept | {"gone": 1}, dict(kept))
+    for changed, text in (
+        ({"lr": 0.5}, "another run: lr was 0.1, is 0.5"),
+        ({"data": "b", "lr": 1}, "lr was 0.1, is 1, another data"),
+        ({"ranks": 2, "lr": 1}, "on 1 ranks, this one has 2"),
+        ({"new": 3}, "new was None, is 3"),
+    ):
+        with pytest.raises(TrainingError, match=text):
+            check_same_run(Path("x"), kept, kept | changed)
+
+
+def test_signals_are_noted_and_a_second_one_acts_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interruptible() as noted:
+        assert noted.number == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert noted.number == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_no_handlers_outside_the_main_thread():
+    seen, before = [], signal.getsignal(signal.SIGINT)
+
+    def work():
+        with interruptible() as noted:
+            seen.append((noted.number, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [(0, before)]
