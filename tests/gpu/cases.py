@@ -83,22 +83,6 @@ def product(*matrices):
     return left @ right
 
 
-def assert_no_worse(got, same_dtype, exact, factor=2.0):
-    """Our error is at most `factor` times that of plain torch in the same dtype, plus one rounding of the output.
-
-    The worst element too, as one wrong number among thousands hides in a norm; it may be rounded thrice, as S, as the
-    sum and as Y.
-    """
-    assert got.shape == same_dtype.shape == exact.shape and got.dtype == same_dtype.dtype
-    if not exact.numel():
-        return
-    assert got.isfinite().all()
-    for name, size, roundings in (("norm", torch.linalg.vector_norm, 1), ("maximum", lambda t: t.abs().max(), 3)):
-        ours, theirs = (size(t.double() - exact) for t in (got, same_dtype))
-        floor = roundings * torch.finfo(got.dtype).eps * size(exact)
-        assert ours <= factor * theirs + floor, f"{name} of the error: {ours:.3e}, plain torch {theirs:.3e}"
-
-
 def name_of(value):
     """A short id of a parametrised case."""
     if isinstance(value, tuple):

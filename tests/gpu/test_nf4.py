@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FP16, FP32, assert_no_worse, name_of, normal, product
+from cases import BF16, DEVICE, FP16, FP32, name_of, normal, product
 
 from plopfast.kernels import nf4, triton_ops
+from plopfast.kernels.accuracy import assert_no_worse
 
 
 def quantized(n, k, seed=0):

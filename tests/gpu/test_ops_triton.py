@@ -4,11 +4,12 @@ import itertools
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FP16, FP32, assert_no_worse, keep_of, name_of, normal, operands, product
+from cases import BF16, DEVICE, FP16, FP32, keep_of, name_of, normal, operands, product
 from torch.utils.checkpoint import checkpoint
 
 import plopfast as pf
 from plopfast.kernels import dispatch, reference
+from plopfast.kernels.accuracy import assert_no_worse
 
 S, SEED = 1.7, 0xFEED_5EED
 STRATEGIES = ["fused", "lora-first"]

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import BF16, FAR, FP16, FP32, assert_no_worse, far, name_of, normal
+from cases import BF16, FAR, FP16, FP32, far, name_of, normal
 
 from plopfast.kernels import torch_ops, triton_ops
+from plopfast.kernels.accuracy import assert_no_worse
 
 
 @pytest.mark.parametrize("seed", [0, 1])
