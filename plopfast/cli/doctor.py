@@ -57,14 +57,17 @@ Linear = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, lora_A, lora_B) -> y
 
 @dataclass(frozen=True)
 class Operands:
-    """What a LoRA linear and its backward pass take; the adapters may be wider than the rest."""
+    """What a LoRA linear and its backward pass take: x [M, K], a [R, K], b [N, R], dy [M, N], w [N, K], bias [N].
 
-    x_MK: Tensor
-    a_RK: Tensor
-    b_NR: Tensor
-    dy_MN: Tensor
-    w_NK: Tensor
-    bias_N: Tensor | None
+    The adapters a and b may have a wider dtype than the rest.
+    """
+
+    x: Tensor
+    a: Tensor
+    b: Tensor
+    dy: Tensor
+    w: Tensor
+    bias: Tensor | None
     dropout: float = 0.0
 
 
@@ -205,19 +208,19 @@ def _case(device: torch.device, strategy: str, dtype: torch.dtype, case: Case) -
     """Every result of one case: the output, the gradients, and both kinds of norms."""
     given = _operands(device, dtype, case)
     linear = partial(lora_linear, scaling=SCALING, dropout_p=case.dropout, seed=SEED, backend=strategy)
-    found = _compare(lambda x, a, b: linear(x, given.w_NK, a, b, bias=given.bias_N), None, given)
-    x, w, dy = _f64(given.x_MK), _f64(given.w_NK), _f64(given.dy_MN)
-    shift_N: Any = 0.0 if given.bias_N is None else given.bias_N
-    plain_y = given.x_MK.contiguous() @ given.w_NK.T
-    plain_shifted = given.dy_MN.float() - shift_N
-    exact_shifted = dy - (0.0 if given.bias_N is None else _f64(given.bias_N))
+    found = _compare(lambda x, a, b: linear(x, given.w, a, b, bias=given.bias), None, given)
+    x, w, dy = _f64(given.x), _f64(given.w), _f64(given.dy)
+    shift_N: Any = 0.0 if given.bias is None else given.bias
+    plain_y = given.x.contiguous() @ given.w.T
+    plain_shifted = given.dy.float() - shift_N
+    exact_shifted = dy - (0.0 if given.bias is None else _f64(given.bias))
     for name, got, plain, exact in (
-        ("linear_norms", linear_norms(given.x_MK, given.w_NK, backend=strategy), plain_y, x @ w.T),
-        ("row_norms", row_norms(given.dy_MN, given.bias_N, backend=strategy), plain_shifted, exact_shifted),
+        ("linear_norms", linear_norms(given.x, given.w, backend=strategy), plain_y, x @ w.T),
+        ("row_norms", row_norms(given.dy, given.bias, backend=strategy), plain_shifted, exact_shifted),
     ):
         found[name] = _measure(got, plain.float().norm(dim=1), exact.norm(dim=1))
     if case.dropout:
-        _check_masks(linear, given.x_MK, case.dropout)
+        _check_masks(linear, given.x, case.dropout)
     return found
 
 
@@ -283,12 +286,12 @@ def _compare(ours: Linear, theirs: Linear | None, given: Operands) -> dict[str, 
 
     Raises ArithmeticError if a second run of ours gives other bits.
     """
-    (m, k), p, w_NK, bias_N = given.x_MK.shape, given.dropout, given.w_NK, given.bias_N
+    (m, k), p, w_NK, bias_N = given.x.shape, given.dropout, given.w, given.bias
     keep_MK, q = (philox.keep_mask(SEED, m, k, p), philox.inverse_keep(p)) if p else (None, 1.0)
     keep, dense_NK = 1.0 if keep_MK is None else keep_MK.to(w_NK.device), w_NK.contiguous()
     low_rank = lambda x, a, b: x * keep * q @ a.to(x.dtype).T @ b.to(x.dtype).T * SCALING  # noqa: E731
     plain = lambda x, a, b: nn.functional.linear(x, dense_NK, bias_N) + low_rank(x, a, b)  # noqa: E731
-    operands = given.x_MK, given.a_RK, given.b_NR, given.dy_MN
+    operands = given.x, given.a, given.b, given.dy
     got, again = _results(ours, *operands), _results(ours, *operands)
     other = _results(theirs or plain, *(t.contiguous() for t in operands))
     if different := [name for name in got if got[name].isfinite().all() and not torch.equal(got[name], again[name])]:
