@@ -27,7 +27,7 @@ machine.set_waiting_policy()
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))
 
-import checked_interpreter
+import interpreter
 import measure
 import traffic  # tests/gpu/traffic.py, which comes before this file's folder
 
@@ -142,10 +142,10 @@ def counted() -> tuple[list[str], dict[str, Any]]:
     for label in ("fused", "PEFT", "bare GEMM"):  # LoRA-first's GEMM cannot be run here
         began = time.perf_counter()
         o = traffic.operands(m, n, k, RANK)
-        with checked_interpreter.checked(race=False, compute=False, trace=True) as check:
+        with interpreter.checked(race=False, compute=False, trace=True) as check:
             step = traffic.launches_of(PATHS[label][0], o, 0.0, GPUS["H100 SXM"].target)
         formula = sum(traffic.cost(launch).bytes for launch in step.forward + step.backward)
-        total = sum(check.counts().values(), checked_interpreter.Traffic())
+        total = sum(check.counts().values(), interpreter.Traffic())
         row = {
             "formula": formula, "counted": check.compulsory(), "asked_for": total.load.bytes + total.store.bytes,
             **check.l2_replay(l2_bytes, 132),

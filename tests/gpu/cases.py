@@ -41,7 +41,7 @@ def view(value, layout):
 def far(value, stride):
     """`value` with `stride` elements from row to row: memory that nothing touches is never backed, nor filled."""
     if dispatch.interpreting():
-        from checked_interpreter import far_apart
+        from interpreter import far_apart
 
         return far_apart(value.shape, (stride, 1), value.dtype).copy_(value)
     buffer = torch.empty((value.shape[0] - 1) * stride + value.shape[1], dtype=value.dtype, device=value.device)

@@ -1,8 +1,10 @@
 """Tests of the Triton kernels: on the CPU in the checked interpreter (TRITON_INTERPRET=1), on a GPU as they ship.
 
     TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest --confcutdir=tests/gpu tests/gpu
+    python -m pytest --confcutdir=tests/gpu tests/gpu                                               # on a GPU
 
-With neither an interpreter nor a GPU nothing here is collected; tests/test_triton_interpreted.py starts the former.
+Without the interpreter and without a GPU nothing here is collected. The rest of the suite hides GPUs, and runs these
+files in the interpreter: tests/kernels/test_triton_interpreted.py.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if INTERPRETED:
     collect_ignore_glob = []
 elif torch.cuda.is_available():
-    collect_ignore_glob = ["test_checked_interpreter.py", "test_traffic.py"]  # of the interpreter itself
+    collect_ignore_glob = ["test_interpreter_*.py", "test_traffic.py"]  # of the interpreter itself
 else:
     collect_ignore_glob = ["test_*.py"]
 
@@ -50,7 +52,7 @@ def watched():
         if not INTERPRETED:
             yield None
             return
-        from checked_interpreter import checked
+        from interpreter import checked
 
         with checked(out=out, seed=seed, **options) as check:
             yield check

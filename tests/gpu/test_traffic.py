@@ -7,7 +7,7 @@ import peft_path
 import pytest
 import torch
 from cases import BF16, FP32, operands as random_operands
-from checked_interpreter import checked
+from interpreter import checked
 from traffic import FORMULAS, PATHS, SEED, SMALL, cost, launches_of, operands, recorded, table_bytes
 
 from plopfast.kernels import dispatch, reference, triton_ops
