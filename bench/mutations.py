@@ -89,7 +89,7 @@ MUTATIONS = [
     ("nf4", "scale of the next block", "absmax + block, mask", "absmax + block + 1, mask"),
     ("nf4", "wrong half stored", "tl.store(at + 32,", "tl.store(at + 31,"),
     ("nf4", "repacked in bitsandbytes' order", "codes[:, :, 1] << 4 | codes[:, :, 0]", "codes[:, :, 0] << 4 | codes[:, :, 1]"),
-    ("triton_ops", "1 / (1 - p) twice", "s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)", "s = s[0] if splits == 1 else _sum(s, c * c, x_MK.dtype)"),
+    ("triton_ops", "1 / (1 - p) twice", "s = s[0] if splits == 1 else sum_parts(s, c, x_MK.dtype)", "s = s[0] if splits == 1 else sum_parts(s, c * c, x_MK.dtype)"),
     ("triton_ops", "dX with the forward's bias", "low_rank(ds_MR, a_RK.T, p=p, seed=seed)", "low_rank(ds_MR, a_RK.T)"),
     ("triton_ops", "fused dX without its mask", "ds_MR, a_RK.T, p=p, seed=seed, tiles", "ds_MR, a_RK.T, tiles"),
     ("triton_ops", "TMA for what it cannot describe", "or outer * size % 16 or", "or"),

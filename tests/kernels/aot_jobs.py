@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
-from plopfast.kernels import dispatch, triton_ops
+from plopfast.kernels import dispatch, nf4_ops, triton_ops
 
 SEED = 1 << 40  # seeds are 64-bit hashes: another argument type than a small number's
 
@@ -123,11 +123,11 @@ def _row_norms(target: str) -> None:
 
 def _nf4(target: str, **shape: Any) -> None:
     o = operands(**shape)
-    triton_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
+    nf4_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
 
 
 def _decode_nf4(target: str) -> None:
-    triton_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
+    nf4_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
 
 
 def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None]:
