@@ -24,11 +24,11 @@ SETTINGS = {
     "active": {"OMP_WAIT_POLICY": "ACTIVE"},
 }
 STEPS = """
-from plopfast import machine
+from plopfast.support import machine
 machine.set_waiting_policy()
 import statistics, time, torch
 import plopfast as pf
-from plopfast.data import DEMO
+from plopfast.data.rows import DEMO
 torch.set_num_threads(2)
 model, tokenizer = pf.load_model()
 rows = pf.tokenize(pf.read_jsonl(DEMO["train"])[:128], tokenizer)

@@ -2,7 +2,7 @@
 
 Each op has one implementation for every device, which takes the path that dispatch.py gives for the tensors at hand
 (plain torch or the Triton kernels), and a fake one that knows shapes alone. Ops neither alias nor change their inputs.
-Autograd is added in plopfast/ops.py.
+Autograd is added by plopfast/lora/ops.py.
 
 M tokens, K in, N out, R rank.
 """
