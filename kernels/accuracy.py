@@ -6,15 +6,15 @@ A fixed tolerance would be too wide for one dtype or shape and too narrow for an
 its norm, and its largest element, because one wrong number among thousands hides in a norm.
 
 The floor is there because plain torch may round to the exact result by luck, and another order of a sum rounds
-differently. It is counted in eps, the spacing of the dtype's numbers at 1; a rounding moves a number by at most eps / 2.
+differently. It is counted in eps, the spacing of the numbers at 1. A rounding moves a number by at most eps / 2.
 
-- Three roundings lie between the operands and a result: of S (or dS), of the low-rank term and of the sum. At worst they
-  add up to 1.5 eps, on average (root mean square) to 0.5 eps. Twice that is allowed: 3 eps of the largest element of
-  the exact result, and 1 eps of its norm.
+- Three roundings lie between the operands and a result: of S (or dS), of the low-rank term and of the sum. At worst
+  they add up to 1.5 eps, on average (root mean square) to 0.5 eps. Twice that is allowed: 3 eps of the largest element
+  of the exact result, and 1 eps of its norm.
 - 16-bit types add up in float32, where the roundings of a sum do not show. A float32 sum rounds as coarsely as its
-  result at every step: K random terms, added one after the other, are off by about eps sqrt(K) / 6 of the norm, which is
-  6 eps for K = 1536. A library may split such a sum into short ones and be off by much less. So float32 is allowed
-  8 times the floor. That is still far below any fault: one product in TF32 is off by 1000 eps.
+  result at every step: K random terms, added one after the other, are off by about eps sqrt(K) / 6 of the norm, which
+  is 6 eps for K = 1536. A library may split such a sum into short ones and be off by much less. So float32 is allowed 8
+  times the floor. That is still far below any fault: one product in TF32 is off by 1000 eps.
 """
 
 import math
@@ -29,7 +29,7 @@ LONG_SUM = 8  # times the floor, where sums round as coarsely as their result: f
 
 @dataclass(frozen=True)
 class Comparison:
-    """How far a result is off: three errors in one size, "norm" or "largest element", relative to the exact result's."""
+    """How far a result is off in one size, "norm" or "largest element", relative to that of the exact result."""
 
     size: str
     error: float

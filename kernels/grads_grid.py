@@ -33,8 +33,8 @@ def grads_grid(
 ) -> tuple[int, int, int, int, int]:
     """(BM, BC, tiles in a stripe, row parts, column stripes) of lora_grads.
 
-    About half a program for each SM, because the bytes of the parts grow with the root of the number of programs. With dS,
-    the stripe is the one whose parts cost the fewest bytes.
+    About half a program for each SM, because the bytes of the parts grow with the root of the number of programs. With
+    dS, the stripe is the one whose parts cost the fewest bytes.
     """
     programs, blocks = max(1, target.units // 2), triton.cdiv(m, 16)
 

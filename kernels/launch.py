@@ -25,7 +25,7 @@ def sum_parts(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bo
 
 
 def padded_rank(rank: int) -> int:
-    """The rank as a tile has it: a power of two, and at least 16, which is the least that a matrix instruction reduces."""
+    """The rank in a tile: a power of two, and at least 16, because matrix instructions reduce no fewer."""
     return max(16, triton.next_power_of_2(rank))
 
 

@@ -1,7 +1,7 @@
 """Launchers: they take torch tensors, launch Triton kernels and return torch tensors. Callers check shapes and dtypes.
 
-c = scaling / (1 - p) is folded into S and dS, as in torch_ops.py. Every launch goes to the current stream of the tensors'
-device, which Triton reads at each call. Empty outputs are returned without a launch, and empty sums are zeros.
+c = scaling / (1 - p) is folded into S and dS, as in torch_ops.py. Every launch goes to the current stream of the
+tensors' device, which Triton reads at each call. Empty outputs are returned without a launch, and empty sums are zeros.
 
 M tokens, K in, N out, R rank, G adapters that share an input.
 """
@@ -40,14 +40,14 @@ def shrink_stacked(
     *,
     norms: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32, in one read of X."""
+    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32; reads X once."""
     (m, k), rank, count = x_MK.shape, adapters[0].shape[0], len(adapters)
     assert count <= MAX_STACKED and all(a.shape == adapters[0].shape for a in adapters)
     assert all(a.stride() == adapters[0].stride() for a in adapters)
     if not m:
         return x_MK.new_empty(count, m, rank), x_MK.new_empty(m, dtype=torch.float32) if norms else None
     padded = padded_rank(rank)
-    if padded * count > 128 and count > 1:  # their accumulators together would spill: one read of X each
+    if padded * count > 128 and count > 1:  # together their accumulators would spill, so X is read once for each
         parts = [shrink_stacked(x_MK, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
         return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
     units = dispatch.target_of(x_MK.device).units
@@ -55,7 +55,7 @@ def shrink_stacked(
     bk = 32 if x_MK.dtype == torch.float32 or padded * count > (32 if p else 64) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
-    # parts so that the programs fill the GPU, each with at least four steps
+    # as many parts as fill the GPU with programs, each with at least four steps
     splits = min(max(1, units // rows), max(1, steps // 4))
     chunk = triton.cdiv(steps, splits) * bk
     splits = max(1, triton.cdiv(k, chunk))
@@ -91,7 +91,7 @@ def forward(
 def grad_x(
     dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int, plan: Plan
 ) -> torch.Tensor:
-    """dX = dY W + mask (dS A): dS holds the factor 1 / (1 - p)"""
+    """dX = dY W + mask (dS A); dS holds the factor 1 / (1 - p)"""
     if plan.strategy == "fused":
         return gemm(dy_MN, w_NK.T, ds_MR, a_RK.T, p=p, seed=seed, tiles=plan.tiles)[0]
     return low_rank(ds_MR, a_RK.T, p=p, seed=seed).addmm_(dy_MN, w_NK)
@@ -100,7 +100,7 @@ def grad_x(
 def grad_s_and_b(
     dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (B's), from one read of dY (two where the rank is high)."""
+    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (default: B's); reads dY once, or twice for a high rank."""
     dtype = dtype or b_NR.dtype
     if not stripe_widths(dispatch.target_of(dy_MN.device), dy_MN.dtype, s_MR.shape[1], with_ds=True):
         return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, dtype)
@@ -110,7 +110,7 @@ def grad_s_and_b(
 
 
 def grad_s(dy_MN: torch.Tensor, b_NR: torch.Tensor, c: float) -> torch.Tensor:
-    """dS = c dY B: a shrink whose A is B^T."""
+    """dS = c dY B, a shrink whose A is B^T."""
     return shrink(dy_MN, b_NR.T, c)
 
 
@@ -137,7 +137,7 @@ def gemm(
     store: bool = True,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Y = X W^T + mask (S B^T) + bias (the mask if p > 0), and ||x W^T|| [M] if `norms`; Y is empty unless `store`."""
+    """Y = X W^T + mask (S B^T) + bias, and ||x W^T|| [M] if `norms`. A mask if p > 0; Y is empty unless `store`."""
     (m, k), n = x_MK.shape, w_NK.shape[0]
     assert not p or (s_MR is not None and not norms)
     y_MN = x_MK.new_empty(m, n) if store else x_MK.new_empty(0, 1)
@@ -148,7 +148,7 @@ def gemm(
     if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
         tiles = dispatch.unaligned(target)
     lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
-    bn = min(tiles.bn, 128) if p else tiles.bn  # the mask's random words need registers
+    bn = min(tiles.bn, 128) if p else tiles.bn  # the random words of the mask need registers
     tiles_n = triton.cdiv(n, bn)
     parts = x_MK.new_empty(tiles_n, m, dtype=torch.float32) if norms else y_MN
     s, b = (s_MR, near(b_NR)) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
@@ -187,14 +187,14 @@ def describable(*matrices: torch.Tensor) -> bool:
 
 
 def copyable(*matrices: torch.Tensor) -> bool:
-    """Whether tiles arrive in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
+    """Whether tiles come in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
     return all(1 in m.stride() and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def low_rank(
     s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: int = 0
 ) -> torch.Tensor:
-    """L = mask (S B^T) + bias (the mask if p > 0), in S's dtype."""
+    """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
     (m, rank), n = s_MR.shape, b_NR.shape[0]
     y_MN = s_MR.new_empty(m, n)
     if not m or not n:
@@ -212,7 +212,7 @@ def low_rank(
 
 
 def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-    """||x W^T|| [M] in float32, Y never written."""
+    """||x W^T|| [M] in float32. Y is never written."""
     norms = gemm(x_MK, w_NK, norms=True, store=False, tiles=tiles)[1]
     assert norms is not None
     return norms
@@ -237,7 +237,7 @@ def _grads(
     t_MC: torch.Tensor, v_MR: torch.Tensor, dtype: torch.dtype, *, u: torch.Tensor | None = None, c: float = 1.0,
     p: float = 0.0, seed: int = 0, transposed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given; see grads.py."""
+    """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given. See grads.py."""
     (m, columns), rank = t_MC.shape, v_MR.shape[1]
     shape = (rank, columns) if transposed else (columns, rank)
     if not m or not columns:
@@ -250,7 +250,7 @@ def _grads(
     warps = 8 if bc * tiles * padded_rank(rank) >= 4096 or (u is not None and t_MC.dtype == torch.float32) else 4
     stages = 3 if u is None and rank <= 64 else 2
     if target.name == "sm_90" and bc * tiles > 512:
-        stages = 1  # with copies in flight it spills there
+        stages = 1  # it would spill with copies in flight
     with on_device(t_MC):
         lora_grads[(stripes, parts)](
             t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,

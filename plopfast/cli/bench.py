@@ -2,8 +2,9 @@
 
 Every variant's outputs and gradients are compared with float64 before they are timed. A variant that breaks the rule of
 errors (kernels/accuracy.py) ends the run without a result. Variants take turns in a rotating order, and the caches are
-flushed before each call. Times are the GPU's own events; the host enqueues while the flush runs, so launching counts only
-as far as it takes longer. A dry run does the same on the CPU in seconds; its rows say so, and their times mean nothing.
+flushed before each call. Times are the GPU's own events; the host enqueues while the flush runs, so launching counts
+only as far as it takes longer. A dry run does the same on the CPU in seconds; its rows say so, and their times mean
+nothing.
 
 M tokens, K in, N out, R rank. Variants: fused and lora-first (kernels/dispatch.py), torch (lora-first in plain torch),
 peft (its own layer with the same adapters in the base's dtype, its fastest way), frozen (the GEMM or layer alone).
@@ -55,11 +56,12 @@ def run(
     out: Path, *, shapes: Shapes = "all", dtype: str = "bfloat16", repeats: int = 30, budget_s: float = 540.0,
     dry: bool = False, overwrite: bool = False, progress: bool = False,
 ) -> tuple[list[dict[str, Any]], str]:  # fmt: skip
-    """Times every case; writes out/bench.jsonl (a row for each op and variant) and out/bench.png; returns rows and text.
+    """Times every case. Writes out/bench.jsonl (a row for each op and variant) and out/bench.png; returns rows, text.
 
-    `shapes` is "llama-8b", "smollm2", "all" or pairs (in, out); a dry run has its own tiny ones. When `budget_s` seconds
-    are spent, repeats and then cases are left out, and the text says which. Raises BackendError, before anything is
-    written, if there is no GPU (unless `dry`) or a variant is wrong; ConfigError and FileError for bad settings.
+    `shapes` is "llama-8b", "smollm2", "all" or pairs (in, out); a dry run has its own tiny ones. When `budget_s`
+    seconds are spent, repeats and then cases are left out, and the text says which. Raises BackendError, before
+    anything is written, if there is no GPU (unless `dry`) or a variant is wrong; ConfigError and FileError for bad
+    settings.
     """
     files.refuse_existing(out / "bench.jsonl", overwrite)
     bench = Bench(dtype, repeats, dry)

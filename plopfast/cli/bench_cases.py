@@ -74,7 +74,7 @@ def operands(case: Case, dtype: torch.dtype, device: torch.device) -> tuple[nn.M
 
 
 def ops(x, dy, w, a, b, s, ds, kernels: Any = None) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
-    """Each op in plain torch and in Triton. Plain torch in float64 is the specification, in the usual dtype the yardstick."""
+    """Each op in plain torch and in Triton. In float64, plain torch is the specification; else it is the yardstick."""
     return {
         "shrink": (lambda: C * (x @ a.to(x.dtype).T), lambda: kernels.shrink(x, a, C)),
         "expand": (lambda: s @ b.to(s.dtype).T, lambda: kernels.low_rank(s, b)),

@@ -73,7 +73,7 @@ class Operands:
 
 @dataclass(frozen=True)
 class Measure:
-    """A result's share of the allowed error (1 passes), and its difference from the other's relative to the exact one."""
+    """A result's share of the allowed error (1 passes), and its relative difference from the other result."""
 
     share: float
     difference: float
@@ -112,10 +112,10 @@ def examine(
 ) -> bool:  # fmt: skip
     """Checks this machine and this model: one line to `out` for each check, then a verdict. True if healthy.
 
-    `model` is as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine kernel
-    cases, one of each shape, and more while `seconds` last. On a GPU the first visit takes longer, because those nine
-    compile first. Paths are those of `tokens` rows and adapters of `rank`. Whatever goes wrong is a failed check, except
-    that ConfigError is raised for a device that this machine does not have.
+    `model` is as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine
+    kernel cases, one of each shape, and more while `seconds` last. On a GPU the first visit takes longer, because those
+    nine compile first. Paths are those of `tokens` rows and adapters of `rank`. Whatever goes wrong is a failed check,
+    except that ConfigError is raised for a device that this machine does not have.
     """
     where, checks = device_for(device), _Checks(out)
     checks.run("versions", lambda: " ".join(f"{name} {version}" for name, version in machine.versions().items()))
@@ -255,7 +255,7 @@ def _check_masks(linear: Callable[..., Tensor], like: Tensor, p: float) -> None:
 
 
 def _layer(info: LinearInfo, backend: str, rank: int) -> str:
-    """Compares our adapter on one module with PEFT's; says how far they differ. Raises ArithmeticError if ours is worse."""
+    """Compares our adapter on one module with PEFT's, says how far they differ. ArithmeticError if ours is worse."""
     base, w_NK, generator = info.module, info.weight_NK, torch.Generator().manual_seed(0)
     bias_N: Any = base.bias
     rank = min(rank, info.n_in, info.n_out)

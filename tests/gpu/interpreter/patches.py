@@ -1,4 +1,4 @@
-"""How the checks get into Triton's interpreter: its builder and executor in checked versions, for the time of a block."""
+"""How the checks get into Triton's interpreter: checked versions of its builder and executor, for one block."""
 
 import contextlib
 import copy
