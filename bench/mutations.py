@@ -1,10 +1,9 @@
-"""Do the kernel tests notice? Each kernel is broken in several ways, one at a time, and its tests must turn red.
+"""Do the kernel tests notice faults? Each kernel is broken in several ways, one at a time, and its tests must fail.
 
     python bench/mutations.py [--only gemm]
 
-Works on a copy of the checkout. A mutation is a text replaced once; each is run against the test files of its kernel in
-the checked interpreter, up to the first failure. Prints every mutation with what caught it, and exits with 1 if one
-survives.
+Works on a copy of the checkout. A mutation replaces one text once. The test files of its kernel then run in the checked
+interpreter, up to the first failure. Prints every mutation with what caught it, and exits with 1 if one survives.
 """
 
 import argparse

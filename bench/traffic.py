@@ -2,14 +2,14 @@
 
     python bench/traffic.py
 
-Bytes are each launch's compulsory ones, by the formulas of tests/gpu/traffic.py, which tests hold to the checked
-interpreter's exact count; grids are what the launchers choose for the GPU named. "outside": without the operands of the
-frozen product, which the bare GEMM moves too, and without the L that LoRA-first's GEMM reads to add on to; "all / GEMM"
-has everything. Adapters are float32; PEFT's have the base's dtype, which moves least. The library's GEMM in LoRA-first
-is written down, not counted.
+Bytes are each launch's compulsory ones, by the formulas of tests/gpu/traffic.py, which tests compare with the checked
+interpreter's exact count. Grids are what the launchers choose for the GPU named. "outside" leaves out the operands of the
+frozen product, which the bare GEMM moves too, and the L that LoRA-first's GEMM adds to; "all / GEMM" has everything.
+Adapters are float32; PEFT's have the base's dtype, which moves least. The library's GEMM in LoRA-first is written down, not
+counted.
 
-Times are a roofline model, not measured: of every launch the longer of FLOPs / peak and bytes / bandwidth by the data
-sheet, no cache between launches and no launch overhead.
+Times are a roofline model, not measured: for every launch, the longer of FLOPs / peak and bytes / bandwidth by the data
+sheet, without a cache between launches and without launch overhead.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The benchmark, dry: the same way as on a GPU, on the CPU. Nothing here says how fast anything is."""
+"""Dry runs of the benchmark: the code that runs on a GPU, on the CPU. Nothing here says how fast anything is."""
 
 import json
 

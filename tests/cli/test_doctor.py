@@ -1,4 +1,4 @@
-"""The doctor calls a sound machine healthy, and names what is wrong with a sick one: every defect here is planted."""
+"""The doctor calls a sound machine healthy, and says what is wrong with a sick one. Every defect here is planted."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Operands, yardsticks and the rule of errors that the tests of the kernels share.
+"""Operands and yardsticks that the tests of the kernels share.
 
 M tokens, K in, N out, R rank.
 """
@@ -14,10 +14,10 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def view(value, layout):
-    """`value` as a view with a layout of its own, inside a buffer of NaN: a read outside of it shows.
+    """Copies `value` into a view of the given layout, inside a buffer of NaN so that a read outside the view shows.
 
-    aligned: rows start at multiples of 16 elements; odd: every second row, and rows start anywhere; columns: an aligned
-    buffer's transpose; sparse: no stride is 1.
+    "aligned": rows start at multiples of 16 elements. "odd": every second row of a buffer, starting anywhere. "columns":
+    the transpose of an aligned buffer. "sparse": no stride is 1.
     """
     if layout == "dense":
         return value
@@ -39,7 +39,7 @@ def view(value, layout):
 
 
 def far(value, stride):
-    """`value` with `stride` elements from row to row: memory that nothing touches is never backed, nor filled."""
+    """Copies `value` into rows that are `stride` elements apart. Memory that nothing touches is neither backed nor filled."""
     if dispatch.interpreting():
         from interpreter import far_apart
 
@@ -48,18 +48,18 @@ def far(value, stride):
     return buffer.as_strided(value.shape, (stride, 1)).copy_(value)
 
 
-FAR = (1 << 29) + 16  # elements from row to row: an int32, as is each row's number, but not their product
+FAR = (1 << 29) + 16  # elements from row to row: it fits an int32, as does a row's number, but their product doesn't
 
 
 def normal(*shape, dtype=FP32, scale=1.0, seed=0, layout="dense"):
-    """The same numbers on every device."""
+    """Random numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     value = (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
     return view(value, layout)
 
 
 def operands(m, n, k, r, dtype=FP32, adapter_dtype=None, layout="dense"):
-    """All tensors of one LoRA linear and of its backward pass; `adapter_dtype`: of A and B."""
+    """All tensors of one LoRA linear and of its backward pass. `adapter_dtype` is that of A and B."""
     wide = adapter_dtype or dtype
     return SimpleNamespace(
         x=normal(m, k, dtype=dtype, seed=1, layout=layout),
@@ -78,7 +78,7 @@ def keep_of(p, seed, rows, columns):
 
 
 def product(*matrices):
-    """What torch makes of it in the operands' own dtype; its products want dense operands in bfloat16 on the CPU."""
+    """torch's own product in the operands' dtype. On the CPU, its bfloat16 products need dense operands."""
     left, right = (matrix.contiguous() for matrix in matrices)
     return left @ right
 

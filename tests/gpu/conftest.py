@@ -29,7 +29,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Launchers get their outputs from `new_empty`: what no kernel writes shows as NaN."""
+    """Fills every `new_empty` with NaN. Launchers get their outputs from it, so what no kernel writes shows."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned_empty(self, *shape, **options):
@@ -41,10 +41,10 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def watched():
-    """`with watched("y", seed=1) as check:` all launches in the checked interpreter, where there is no GPU.
+    """`with watched("y", seed=1) as check:` runs all launches in the checked interpreter, if there is no GPU.
 
-    The names are the kernels' outputs: a load of what was not stored raises, and in the end all of them must be
-    stored, without atomics. On a GPU nothing is watched and `check` is None.
+    The names are the kernels' outputs. Loading what was not stored raises an error, and in the end every element must be
+    stored, without atomics. On a GPU nothing is watched, and `check` is None.
     """
 
     @contextlib.contextmanager
@@ -68,7 +68,7 @@ def watched():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of what computes, in order: Triton kernels, and torch's own matrix products as "torch.addmm_" and so on."""
+    """The names of what computes, in order: Triton kernels, and torch's own matrix products as "torch.addmm" and so on."""
     from triton.runtime.jit import KernelInterface
 
     names, launcher_of = [], KernelInterface.__getitem__

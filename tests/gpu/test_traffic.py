@@ -1,6 +1,6 @@
-"""Bytes and FLOPs of every launch: the formulas of traffic.py against the checked interpreter's count, exactly.
+"""The formulas of traffic.py give exactly the bytes and FLOPs that the checked interpreter counts, for every launch.
 
-What the formulas then say of real shapes, which are too large to count, is as good as counted.
+So what they say about real shapes, which are too large to count, can be relied on.
 """
 
 import peft_path

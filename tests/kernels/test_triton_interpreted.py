@@ -1,4 +1,4 @@
-"""tests/gpu in the checked interpreter, a process for each file: Triton reads TRITON_INTERPRET when it is imported."""
+"""Runs tests/gpu in the checked interpreter. Each file has its own process, as Triton reads TRITON_INTERPRET on import."""
 
 import importlib.util
 import os
