@@ -1,4 +1,4 @@
-"""Every access of a kernel: inside its argument's view, aligned, and ordered against what other programs did."""
+"""Checks every access of a kernel: is it inside its argument's view, aligned, and ordered after what others did?"""
 
 from collections import Counter
 
@@ -32,7 +32,7 @@ class Check:
 
     # what it reports
     def coverage(self):
-        """Share of the bytes that were written, for every argument in `out` that was given a tensor."""
+        """The share of bytes that were written, for every argument in `out` that was given a tensor."""
         unknown = self.out - {known for la in self.launches for p in la.parameters for known in (p, f"{la.kernel}.{p}")}
         if unknown:
             raise ValueError(f"out: no kernel that was launched has a parameter named {', '.join(sorted(unknown))}")
@@ -45,12 +45,12 @@ class Check:
         return {name: written[name] / total[name] if total[name] else 1.0 for name in total}
 
     def counts(self):
-        """Argument name -> Traffic, summed over launches; `launches[i].args` has the same for one."""
+        """Argument name -> Traffic, summed over launches. `launches[i].args` has it for one launch."""
         names = {name: None for launch in self.launches for name in launch.args}
         return {name: sum((la.args[name] for la in self.launches if name in la.args), Traffic()) for name in names}
 
     def atomics(self):
-        """Argument name -> number of lanes in atomic operations, for arguments that have any."""
+        """Argument name -> number of lanes in atomic operations, for arguments with any."""
         return {name: traffic.atomic.lanes for name, traffic in self.counts().items() if traffic.atomic.lanes}
 
     def compulsory(self, *names):
@@ -109,7 +109,7 @@ class Check:
             )
 
     def access(self, action, pointers, mask, values=None):
-        """Check and count the lanes of one load, store or atomic; the same pointers with real addresses."""
+        """Checks and counts the lanes of one load, store or atomic. Returns the pointers with real addresses."""
         size = stock._get_np_dtype(pointers.get_element_ty()).itemsize
         mask = np.broadcast_to(mask, pointers.data.shape).astype(bool)
         addresses = pointers.data[mask].astype(np.int64)
@@ -137,13 +137,13 @@ class Check:
             raise MisalignedError(f"{action} of {size} bytes of {view.name!r} not aligned to {size}, {self.where()}")
 
     def record(self, action, view, offsets, size, values):
-        """Hold an access against what other lanes and programs did, then count it and stamp what it touched."""
+        """Compares an access with what other lanes and programs did, then counts it and stamps what it touched."""
         launch, memory, now = self.launch, view.memory, self.clock
         cells = memory.cells(offsets + view.in_storage, size)
         shadow, each = memory.shadow, len(cells) // len(offsets)
         lane = np.arange(len(cells), dtype=np.int32)
         shadow[LANE][cells] = lane
-        last = shadow[LANE][cells]  # of the lanes that share an address
+        last = shadow[LANE][cells]  # the last of the lanes that share an address
         distinct = last == lane
 
         def element(lanes):

@@ -12,9 +12,9 @@ SECTOR, LINE = 32, 128  # bytes: what a GPU's memory moves at a time, and what i
 class Moved:
     lanes: int = 0
     bytes: int = 0  # that all lanes ask for
-    program_bytes: int = 0  # distinct ones, summed over programs
-    launch_bytes: int = 0  # distinct ones in the whole launch: compulsory traffic
-    sectors: int = 0  # of 32 bytes, distinct ones in each access
+    program_bytes: int = 0  # distinct in a program, summed over programs
+    launch_bytes: int = 0  # distinct in the whole launch: compulsory traffic
+    sectors: int = 0  # of 32 bytes, distinct in each access
 
     def __add__(self, other):
         return Moved(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -40,9 +40,9 @@ class Traffic:
 class Launch:
     kernel: str
     parameters: tuple[str, ...]
-    begun: int  # when its first program runs; what happened earlier is ordered by the boundary between kernels
+    begun: int  # when its first program runs; everything earlier comes before it
     grid: tuple[int, ...] = ()
-    order: np.ndarray | None = None  # numbers of its programs as they run; x varies fastest in a number
+    order: np.ndarray | None = None  # the numbers of its programs as they run; x varies fastest
     args: dict[str, Traffic] = field(default_factory=dict)
     flops: Counter = field(default_factory=Counter)  # of dots, by the operands' type
     trace: dict[int, list] = field(default_factory=dict)  # a program's number -> its accesses

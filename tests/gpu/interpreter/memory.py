@@ -5,35 +5,37 @@ import mmap
 import numpy as np
 import torch
 
-SPACE_BITS = 46  # of addresses that belong to one argument; no offset that a kernel computes leads into another's
-MIDDLE = 1 << (SPACE_BITS - 1)  # where the argument's first element is in it, give or take the alignment
-ALIGNMENT = 256  # bytes, of what a GPU allocates; virtual addresses keep the real ones' remainder
-PAGE = 4096  # bytes of memory that get their shadow together
+SPACE_BITS = 46  # of addresses that belong to one argument, so many that no computed offset reaches another's
+MIDDLE = 1 << (SPACE_BITS - 1)  # about where the argument's first element is in its space
+ALIGNMENT = 256  # bytes to which a GPU aligns allocations; virtual addresses keep the real ones' remainder
+PAGE = 4096  # bytes of memory that get a shadow together
 WRITER, ATOMIC, FIRST_READER, LAST_READER, LANE = range(5)  # rows of a shadow
 
 
 def far_apart(shape, stride, dtype):
-    """Zeros of any stride: the range of addresses is reserved, and only pages that are touched take memory."""
+    """Zeros of any stride. The range of addresses is only reserved; pages take memory when they are touched."""
     extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, a name that Python has since 3.13
     return torch.frombuffer(mmap.mmap(-1, extent * dtype.itemsize, flags=flags), dtype=dtype).as_strided(shape, stride)
 
 
 class Memory:
-    """When the bytes of a storage were touched: by `unit` bytes, on the check's clock, 0 for never.
+    """When the bytes of a storage were touched: one time on the check's clock for each `unit` bytes, 0 for never.
 
-    Pages that were never touched have no shadow, so that a view with enormous strides costs no more than its rows do.
+    Pages that were never touched have no shadow, so a view with enormous strides costs no more than its rows.
     """
 
     def __init__(self, storage):
-        self.storage = storage  # kept alive: its address must not come to mean another tensor
+        self.storage = storage  # kept alive, so that its address never becomes another tensor's
         self.unit = 8
-        self.page_place = np.zeros(storage.nbytes() // PAGE + 1, np.int64)  # in the shadow, from 1; 0: it has none
+        self.page_place = np.zeros(
+            storage.nbytes() // PAGE + 1, np.int64
+        )  # a page's place in the shadow, from 1; 0: none
         self.pages = 0
         self.shadow = np.zeros((5, 0), np.int32)
 
     def cells(self, offsets, size):
-        """The shadow's columns for elements of `size` bytes, size // unit columns for each."""
+        """The columns of the shadow for elements of `size` bytes: size // unit columns for each."""
         if size < self.unit:
             self.shadow = np.repeat(self.shadow, self.unit // size, axis=1)
             self.unit = size
@@ -43,7 +45,7 @@ class Memory:
             self.page_place[new] = np.arange(self.pages, self.pages + len(new)) + 1
             self.pages += len(new)
             missing = self.pages * PAGE // self.unit - self.shadow.shape[1]
-            if missing > 0:  # at least doubled, or many small steps would copy it as often
+            if missing > 0:  # at least doubled, because many small steps would copy it many times
                 more = np.zeros((5, max(missing, self.shadow.shape[1])), np.int32)
                 self.shadow = np.concatenate([self.shadow, more], axis=1)
         first = ((self.page_place[page] - 1) * PAGE + offsets % PAGE) // self.unit
@@ -77,7 +79,7 @@ class View:
 
     def contains(self, offsets):
         inside = (offsets >= 0) & (offsets < self.extent)
-        if self.overlaps:  # such as a sliding window: an offset does not tell its indices
+        if self.overlaps:  # such as a sliding window, where an offset does not determine the indices
             return inside & np.isin(offsets, self.elements())
         if self.dims and self.dims[0][1] > 1:
             for n, s in self.dims:

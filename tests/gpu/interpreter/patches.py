@@ -57,7 +57,7 @@ class CheckedBuilder(stock.InterpreterBuilder):
         return super().create_make_tensor_descriptor(base, shape, strides, block_shape, *rest, **named_rest)
 
     def poison(self, ty, shape):
-        """What lanes without memory may find in their registers."""
+        """What masked lanes may find in their registers."""
         if ty.is_floating():
             return narrow(np.full(shape, np.nan), ty)
         dtype = stock._get_np_dtype(ty)
@@ -105,7 +105,7 @@ class CheckedBuilder(stock.InterpreterBuilder):
 
 class CheckedExecutor(stock.GridExecutor):
     def _init_args_hst(self, args_dev, kwargs):
-        """All arguments by name, and pointers in place of tensors: the stock conversion does not know the names."""
+        """All arguments by name, with pointers in place of tensors. The stock conversion does not know the names."""
         self.check = stock.interpreter_builder.check
         bound = inspect.signature(self.fn).bind(*args_dev, **kwargs)
         bound.apply_defaults()
@@ -129,7 +129,7 @@ class CheckedExecutor(stock.GridExecutor):
         return value
 
     def _restore_args_dev(self, *args):
-        """Kernels worked on the tensors themselves."""
+        """Nothing to do: kernels worked on the tensors themselves."""
 
     def __call__(self, *args, **kwargs):
         try:
@@ -156,7 +156,7 @@ def reduce_or_scan(self, inputs):
 
 
 def check_overflow(semantic, lhs, rhs, operation):
-    """In place of Triton's own check, which takes six interpreted operations for each of the kernel's."""
+    """Replaces Triton's own check, which takes six interpreted operations for each of the kernel's."""
     x, y, name = lhs.handle.data, rhs.handle.data, operation.__name__
     if x.dtype.kind in "iu" and x.dtype.itemsize < 8:
         exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[name](x, y, dtype=np.int64)
@@ -165,7 +165,7 @@ def check_overflow(semantic, lhs, rhs, operation):
 
 
 def patch_lang_once(fn):
-    """Patching takes a millisecond, and every call of a device function such as tl.cdiv asks for it again."""
+    """Patches each module once. It takes a millisecond, and every call of a device function such as tl.cdiv asks for it."""
     check, modules = stock.interpreter_builder.check, {id(tl), id(tl.core)} & set(map(id, fn.__globals__.values()))
     if not modules <= check.patched:
         check.patched |= modules
@@ -181,7 +181,7 @@ def min_dot_size(lhs, rhs):
 
 @contextlib.contextmanager
 def checked(*, out=(), seed=0, race=True, tf32=True, compute=True, trace=False):
-    """Check all kernels that are launched in the block. `seed=None`: programs run in launch order."""
+    """Checks all kernels that are launched in the block. With `seed=None`, programs run in launch order."""
     builder = stock.interpreter_builder
     if isinstance(builder, CheckedBuilder):
         raise RuntimeError("checked() within checked(): the outer one sees all launches")
