@@ -1,4 +1,4 @@
-"""What `plopfast audit` says of the default model and the WordNet demo: stability, controls, other criteria and their cost.
+"""The audit of the default model on the WordNet demo: stability, controls, other criteria and their cost.
 
 python bench/audit.py [--prompts 200]
 """

@@ -1,8 +1,8 @@
-"""The default run as a newcomer sees it: `plopfast run` in a process of its own, N times.
+"""The default run as a newcomer sees it: `plopfast run`, N times, each in its own process.
 
     python bench/default_run.py [--repeats 3]
 
-Targets on 2 cores: at most 240 s, test accuracy from about 0.5 to at least 0.80. The first repeat starts without the
+Targets on 2 cores: at most 240 s, test accuracy from about 0.5 to at least 0.80. The first repeat starts without a
 kept conversion of the GGUF file, as on a fresh machine.
 """
 

@@ -2,8 +2,8 @@
 
     python bench/early_stopping.py [--pool 600] [--orders 200]
 
-A pool of training prompts is scored once; a prompt's statistics do not depend on its neighbours, so that the rule is then
-replayed on many random samples of 200 of them (the paper's number), for every k. Then both are timed in turn.
+A pool of training prompts is scored once. A prompt's statistics do not depend on its neighbours, so the rule can be
+replayed on many random samples of 200 prompts (the paper's number), for every k. Then both are timed in turn.
 """
 
 import argparse

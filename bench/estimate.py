@@ -1,9 +1,9 @@
 """The estimate of a step's memory and FLOPs against measurement, on the default model.
 
-Each case trains in a process of its own. What is compared is the peak resident memory, less what was resident once
-libraries, tokenizer and a first small training had taken their share, and FLOPs by torch's counter. Resident memory is
-measured twice: with an allocator that gives freed blocks back (glibc's MALLOC_MMAP_THRESHOLD_, fixed), which is what the
-estimate speaks of, and with glibc's defaults, which keep and fragment freed blocks.
+Each case trains in its own process. Compared are FLOPs, by torch's counter, and peak resident memory, less what was
+resident after loading libraries and tokenizer and a first small training. Resident memory is measured twice: with an
+allocator that gives freed blocks back (glibc's MALLOC_MMAP_THRESHOLD_, fixed), which is what the estimate means, and with
+glibc's defaults, which keep and fragment freed blocks.
 
 python bench/estimate.py            writes results/estimate.json
 """

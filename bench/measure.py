@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: interleaved timing, peak memory, and a results file that names its origin."""
+"""What the benchmark scripts share: interleaved timing, peak memory, and a results file that says how it was made."""
 
 import ctypes
 import datetime
@@ -29,7 +29,7 @@ def interleaved(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[
 
 
 def ratios(seconds: dict[str, list[float]], name: str, base: str) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile of the time ratio within each repeat: neighbours in time share their noise."""
+    """Median, 20 % and 80 % quantile of the time ratio within each repeat, as neighbours in time share their noise."""
     values = sorted(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -38,7 +38,7 @@ def ratios(seconds: dict[str, list[float]], name: str, base: str) -> tuple[float
 
 
 def peak_mib(run: Callable[[], Any]) -> float:
-    """Peak resident memory while `run` runs, freed heap given back first so that earlier work leaves no trace."""
+    """Peak resident memory while `run` runs. Freed heap is given back first, so that earlier work leaves no trace."""
     gc.collect()
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)

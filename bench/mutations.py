@@ -1,10 +1,9 @@
-"""Do the kernel tests notice? Each kernel is broken in several ways, one at a time, and its tests must turn red.
+"""Do the kernel tests notice faults? Each kernel is broken in several ways, one at a time, and its tests must fail.
 
     python bench/mutations.py [--only gemm]
 
-Works on a copy of the checkout. A mutation is a text replaced once; each is run against the test files of its kernel in
-the checked interpreter, up to the first failure. Prints every mutation with what caught it, and exits with 1 if one
-survives.
+Works on a copy of the checkout. A mutation replaces one text once. The test files of its kernel then run in the checked
+interpreter, up to the first failure. Prints every mutation with what caught it, and exits with 1 if one survives.
 """
 
 import argparse
@@ -89,7 +88,7 @@ MUTATIONS = [
     ("nf4", "scale of the next block", "absmax + block, mask", "absmax + block + 1, mask"),
     ("nf4", "wrong half stored", "tl.store(at + 32,", "tl.store(at + 31,"),
     ("nf4", "repacked in bitsandbytes' order", "codes[:, :, 1] << 4 | codes[:, :, 0]", "codes[:, :, 0] << 4 | codes[:, :, 1]"),
-    ("triton_ops", "1 / (1 - p) twice", "s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)", "s = s[0] if splits == 1 else _sum(s, c * c, x_MK.dtype)"),
+    ("triton_ops", "1 / (1 - p) twice", "s = s[0] if splits == 1 else sum_parts(s, c, x_MK.dtype)", "s = s[0] if splits == 1 else sum_parts(s, c * c, x_MK.dtype)"),
     ("triton_ops", "dX with the forward's bias", "low_rank(ds_MR, a_RK.T, p=p, seed=seed)", "low_rank(ds_MR, a_RK.T)"),
     ("triton_ops", "fused dX without its mask", "ds_MR, a_RK.T, p=p, seed=seed, tiles", "ds_MR, a_RK.T, tiles"),
     ("triton_ops", "TMA for what it cannot describe", "or outer * size % 16 or", "or"),

@@ -1,8 +1,8 @@
-"""What one eager call of a LoRA linear costs beside the arithmetic: tiny operands on one CPU thread, ours and PEFT's.
+"""The overhead of one eager call of a LoRA linear, ours and PEFT's: tiny operands on one CPU thread.
 
     python bench/overhead.py [--repeats 101]
 
-At 2 x 2 tokens of 64 features the products take next to nothing, so the time is dispatch: Python, autograd, operators.
+At 2 x 2 tokens of 64 features the products take almost no time, so what is timed is Python, autograd and operators.
 Target: a call (forward, with gradients wanted) no slower than PEFT's.
 """
 

@@ -1,9 +1,9 @@
-"""What NFN scoring costs, against a plain forward pass and the PLoP authors' procedure, interleaved in one process.
+"""The cost of NFN scoring against a plain forward pass and the PLoP authors' procedure, interleaved in one process.
 
     python bench/score_cost.py [--prompts 64] [--repeats 5]
 
-The plain forward is `model(**batch)` on the same prompts, in batches of 8 as they come. Targets: score at most 0.65 of
-it in time and 1.05 in peak memory, and at most 1/6 of the authors' procedure in time.
+The plain forward pass is `model(**batch)` on the same prompts, in batches of 8 in their order. Targets: score takes at
+most 0.65 of its time, 1.05 of its peak memory, and 1/6 of the time of the authors' procedure.
 """
 
 import argparse

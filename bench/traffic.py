@@ -2,14 +2,14 @@
 
     python bench/traffic.py
 
-Bytes are each launch's compulsory ones, by the formulas of tests/gpu/traffic.py, which tests hold to the checked
-interpreter's exact count; grids are what the launchers choose for the GPU named. "outside": without the operands of the
-frozen product, which the bare GEMM moves too, and without the L that LoRA-first's GEMM reads to add on to; "all / GEMM"
-has everything. Adapters are float32; PEFT's have the base's dtype, which moves least. The library's GEMM in LoRA-first
-is written down, not counted.
+Bytes are each launch's compulsory ones, by the formulas of tests/gpu/traffic.py, which tests compare with the checked
+interpreter's exact count. Grids are what the launchers choose for the GPU named. "outside" leaves out the operands of the
+frozen product, which the bare GEMM moves too, and the L that LoRA-first's GEMM adds to; "all / GEMM" has everything.
+Adapters are float32; PEFT's have the base's dtype, which moves least. The library's GEMM in LoRA-first is written down, not
+counted.
 
-Times are a roofline model, not measured: of every launch the longer of FLOPs / peak and bytes / bandwidth by the data
-sheet, no cache between launches and no launch overhead.
+Times are a roofline model, not measured: for every launch, the longer of FLOPs / peak and bytes / bandwidth by the data
+sheet, without a cache between launches and without launch overhead.
 """
 
 import os
@@ -27,7 +27,7 @@ threads.set_waiting_policy()
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))
 
-import checked_interpreter
+import interpreter
 import measure
 import traffic  # tests/gpu/traffic.py, which comes before this file's folder
 
@@ -142,10 +142,10 @@ def counted() -> tuple[list[str], dict[str, Any]]:
     for label in ("fused", "PEFT", "bare GEMM"):  # LoRA-first's GEMM cannot be run here
         began = time.perf_counter()
         o = traffic.operands(m, n, k, RANK)
-        with checked_interpreter.checked(race=False, compute=False, trace=True) as check:
+        with interpreter.checked(race=False, compute=False, trace=True) as check:
             step = traffic.launches_of(PATHS[label][0], o, 0.0, GPUS["H100 SXM"].target)
         formula = sum(traffic.cost(launch).bytes for launch in step.forward + step.backward)
-        total = sum(check.counts().values(), checked_interpreter.Traffic())
+        total = sum(check.counts().values(), interpreter.Traffic())
         row = {
             "formula": formula, "counted": check.compulsory(), "asked_for": total.load.bytes + total.store.bytes,
             **check.l2_replay(l2_bytes, 132),

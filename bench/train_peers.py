@@ -14,11 +14,11 @@ logging and gradient checkpointing are off (SFTTrainer would switch checkpointin
 arguments and the Trainer's is printed). In bfloat16 the base is loaded in bfloat16 and the peers run with `bf16=True`
 (autocast); PEFT and plopfast both keep the adapters in float32.
 
-Only training is timed (`fit()`, `train()`), in real tokens, of which padding is none (its share counts the last tokens
-of rows too, from which nothing is predicted); CPU time is less disturbed by
-other processes than wall time. Memory is the peak of resident memory during training less that of the loaded model
-before adapters and trainer exist. plopfast's `evaluate` gives every arm's validation loss in each repeat, and accuracy
-in the first. A round of 8 rows comes before, unmeasured.
+Only training is timed (`fit()`, `train()`). Tokens are real ones, without padding; the share of padding counts the last
+tokens of rows too, from which nothing is predicted. CPU time is less disturbed by other processes than wall time. Memory
+is the peak of resident memory during training, less that of the loaded model before adapters and trainer exist.
+plopfast's `evaluate` gives every arm's validation loss in each repeat, and its accuracy in the first. An unmeasured round
+of 8 rows comes before.
 """
 
 import argparse

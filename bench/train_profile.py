@@ -3,9 +3,9 @@ train_peers.py.
 
     python bench/train_profile.py [--dtype bfloat16]
 
-torch.profiler over a few steps of each, after a run that is not looked at; CPU seconds of the operators themselves, by
-kind. "frozen products" is what any trainer must compute: the products with the model's own weights, recognised by both
-sides being wider than the rank.
+torch.profiler runs over a few steps of each, after an unmeasured run. It gives CPU seconds of the operators themselves,
+by kind. "frozen products" is what any trainer must compute: the products with the model's own weights, which are those
+with both sides wider than the rank.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python bench/trial.py [--steps 60]
 
-Target on 2 cores: under 45 minutes. Whatever the table shows is saved.
+Target on 2 cores: under 45 minutes. The table is saved, whatever it shows.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What OpenMP's spinning threads cost: a training step on idle cores, and beside a process that keeps one of them busy.
+"""The cost of OpenMP's spinning threads: a training step on idle cores, and beside a process that keeps one busy.
 
     python bench/waiting.py [--repeats 3]
 
 One step of SmolLM2-135M (rank 16 on v, up, down; about 150 tokens, two threads), each setting in a process of its own,
-interleaved; medians of 12 steps, then ratios to no spinning within a repeat. `default` is what the command line sets.
-Other work on the machine is printed: above half a core it spoils the first column.
+interleaved. Medians of 12 steps, then ratios to no spinning within a repeat. `default` is what the command line sets.
+Other work on the machine is printed; more than half a core of it spoils the first column.
 """
 
 import argparse

@@ -1,9 +1,10 @@
-"""Which path a LoRA linear takes: backend, strategy and tiles, each with its reason. No autotuning in the hot path.
+"""Chooses the path of a LoRA linear: backend, strategy and tiles, and says why. Nothing is tuned while training.
 
-Two exact strategies compete on a GPU: `fused` (lora_gemm) wins over `lora-first` (lora_expand, then the vendor's GEMM)
-only while Triton's GEMM runs at 0.94 to 0.98 of the vendor's speed (bytes saved against FLOPs, by shape and card), so
-the choice rests on a measurement on the user's own card: rows of `TABLE`, made by `plopfast bench --tune`. Without a row
-the safe default is lora-first: it is never slower than the vendor's GEMM plus one read and one write of Y.
+Two exact strategies compete on a GPU. `fused` (lora_gemm) beats `lora-first` (lora_expand, then the vendor's GEMM) only
+if Triton's GEMM reaches 0.94 to 0.98 of the vendor's speed; the limit depends on shape and card (bytes saved against
+FLOPs). So the choice rests on a measurement on the user's own card: rows of `TABLE`, made by `plopfast bench --tune`.
+Without a row the safe default is lora-first: it is never slower than the vendor's GEMM plus one read and one write of
+Y.
 
 M tokens, K in, N out, R rank.
 """
@@ -16,19 +17,19 @@ from dataclasses import dataclass
 
 import torch
 
-VERSION = 1  # of kernels and tiles: rows measured under another version do not count
+VERSION = 1  # of kernels and tiles; rows measured under another version are ignored
 BACKENDS = ("auto", "torch", "triton", "fused", "lora-first")
 STRATEGIES = ("fused", "lora-first")
 MAX_RANK = 256
 
 
 class UnsupportedError(RuntimeError):
-    """A backend that cannot run here; the message says why."""
+    """A backend cannot run here; the message says why."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of lora_gemm; `descriptor`: the TMA version."""
+    """Tile sizes of lora_gemm. `descriptor` means the TMA version."""
 
     bm: int
     bn: int
@@ -69,7 +70,7 @@ class Plan:
         return f"{self.backend}, {self.strategy}{tiles} ({self.why})"
 
 
-# per target the tiles that `plopfast bench --tune` tries for many tokens, the default first; all compile without spills
+# by target, the tiles that `plopfast bench --tune` tries for many tokens, the default first; all compile without spills
 _WIDE = (Tiles(128, 128, 32, 4, 4), Tiles(128, 128, 64, 8, 3))
 _NARROW = (Tiles(128, 128, 32, 4, 3), Tiles(128, 128, 32, 8, 3))  # 99 KiB of shared memory
 _AMD = (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2))  # 64 KiB
@@ -81,19 +82,19 @@ GEMM_TILES: dict[str, tuple[Tiles, ...]] = {
 }  # fmt: skip
 SAFE_TILES = (Tiles(64, 64, 32, 4, 2),)  # 16 KiB in 16-bit types: fits every GPU, known or not
 FLOAT32_TILES = Tiles(64, 64, 16, 4, 2)  # no matrix instruction in full float32, so registers bound the tile
-FEW_TOKENS = {16: Tiles(16, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}  # at most so many rows
+FEW_TOKENS = {16: Tiles(16, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}  # by the most rows they are used for
 WIDE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100")
 
-TABLE: dict[str, tuple[str, Tiles]] = {}  # `key` -> the faster strategy on that card, and lora_gemm's best tiles
+TABLE: dict[str, tuple[str, Tiles]] = {}  # `key` -> the faster strategy on that card, and the best tiles of lora_gemm
 
 
 def interpreting() -> bool:
-    """Whether Triton runs kernels on the CPU, for tests (TRITON_INTERPRET=1)."""
+    """Whether Triton runs kernels on the CPU (TRITON_INTERPRET=1), as tests do."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def resolve(device: torch.device, backend: str = "auto") -> str:
-    """ "torch", or "triton" / "fused" / "lora-first" where Triton can run. Raises UnsupportedError with the reason."""
+    """Turns "auto" into "torch" or "triton", and checks any other name. Raises UnsupportedError with the reason."""
     if backend == "torch":
         return backend
     reason = cannot_run(device)
@@ -108,7 +109,7 @@ def resolve(device: torch.device, backend: str = "auto") -> str:
 
 @functools.lru_cache
 def cannot_run(device: torch.device) -> str:
-    """Why Triton kernels cannot run on this device, or the empty string."""
+    """The reason why Triton kernels cannot run on this device, or the empty string."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (it exists for Linux only)"
     if device.type == "meta" or (device.type == "cpu" and interpreting()):
@@ -123,13 +124,13 @@ def cannot_run(device: torch.device) -> str:
             return f"{name} has no matrix instructions that Triton uses; gfx90a is the lowest"
     try:
         target_of(device)
-    except Exception as error:  # a driver that does not start says so in its own ways
+    except Exception as error:  # each driver has its own way to say that it does not start
         return f"Triton's driver does not start: {type(error).__name__}: {error}"
     return ""
 
 
 def target_of(device: torch.device) -> Target:
-    """The target of kernels on `device`; a meta tensor stands for the GPU of Triton's active driver."""
+    """The target of kernels on `device`. The meta device stands for the GPU of Triton's active driver."""
     if device.type == "cpu":
         return Target("interpreter", 4)
     if device.type == "meta":
@@ -153,7 +154,7 @@ def _gpu_target(index: int) -> Target:
 
 
 def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = True) -> tuple[Tiles, ...]:
-    """Tiles of lora_gemm for so many rows, the default first. `aligned`: operands that a TMA descriptor can describe."""
+    """The tiles of lora_gemm for `rows` rows, the default first. `aligned`: TMA descriptors can hold the operands."""
     if dtype == torch.float32:
         return (FLOAT32_TILES,)
     every = GEMM_TILES.get(target.name, SAFE_TILES)
@@ -165,12 +166,12 @@ def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = Tr
 
 
 def unaligned(target: Target) -> Tiles:
-    """Tiles for operands whose rows do not start at multiples of 16 elements: the pipeline of copies disappears."""
+    """Tiles for operands whose rows don't start at multiples of 16 elements, which no pipeline of copies takes."""
     return GEMM_TILES["interpreter"][0] if target.name == "interpreter" else SAFE_TILES[0]
 
 
 def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> str:
-    """The row of TABLE for a shape: tokens and rank count as the next power of two."""
+    """The key of a shape in TABLE. Tokens and rank count as the next power of two."""
     return f"{target.gpu or target.name} {str(dtype).removeprefix('torch.')} M{_up(m)} N{n} K{k} R{_up(rank)}"
 
 
@@ -181,7 +182,7 @@ def _up(value: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank: int, backend: str = "auto",
          aligned: bool = True) -> Plan:  # fmt: skip
-    """The path of a linear of this shape. Raises UnsupportedError where `backend` cannot run."""
+    """The path of a linear of this shape. Raises UnsupportedError if `backend` cannot run."""
     chosen = resolve(device, backend)
     if chosen == "torch":
         return Plan(
@@ -206,7 +207,7 @@ def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank:
 
 
 def measured(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> tuple[str, Tiles] | None:
-    """The measured row of this shape, or else of the nearest number of tokens that was measured."""
+    """The measured row of this shape, or of the nearest number of tokens that was measured."""
     at = _up(m)
     for step in range(25):
         for tokens in (at << step, at >> step):
@@ -220,7 +221,7 @@ def expand_tiles(dtype: torch.dtype) -> tuple[int, int]:
 
 
 def use_table(rows: dict[str, tuple[str, Tiles]]) -> None:
-    """Puts measured rows in force (`plopfast bench --tune` makes them), in place of earlier ones."""
+    """Replaces the measured rows in force; `plopfast bench --tune` makes them."""
     TABLE.clear()
     TABLE.update(rows)
     plan.cache_clear()

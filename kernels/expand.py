@@ -1,7 +1,7 @@
 """L = S B^T + bias, and its masked form mask (dS A): the low-rank term by itself, for the LoRA-first strategy.
 
-The vendor's GEMM then accumulates the frozen product onto L in place (beta = 1). That moves as many bytes of Y as adding
-the low-rank product afterwards, but the read of L hides inside a product that is bound by arithmetic.
+The vendor's GEMM then adds the frozen product to L in place (beta = 1). That moves as many bytes of Y as adding the
+low-rank product afterwards, but the read of L hides inside a product that arithmetic bounds.
 
 M rows, N columns, R rank.
 """

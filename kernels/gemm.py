@@ -3,11 +3,11 @@
     Y = X W^T + S B^T + bias          norms[m] = sum_n (X W^T)[m, n]^2, taken before the low-rank term
     dX = dY W + mask (dS A)           the same product under other strides: W, A and B are read as they lie
 
-The scaling s / (1 - p) is folded into S and dS where they are made, in float32 and with one rounding, so that this
-kernel has a single accumulator and no scale: a second accumulator for the low-rank term spills on Hopper (768 bytes and
+The scaling s / (1 - p) is folded into S and dS where they are made, in float32 and with one rounding. So this kernel
+needs a single accumulator and no scale: a second accumulator for the low-rank term would spill on Hopper (768 bytes and
 more a thread, and ptxas serialises wgmma). With a mask the low-rank term comes first, for the same reason.
 
-M rows, K reduced, N columns, R rank. Strides are in elements; a stride of 1 is specialised by the compiler, so both
+M rows, K reduced, N columns, R rank. Strides are in elements. The compiler specialises a stride of 1, so both
 orientations of W get 16-byte copies.
 """
 

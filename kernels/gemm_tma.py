@@ -1,7 +1,7 @@
-"""`lora_gemm` for sm_90 and sm_100: tiles arrive through tensor descriptors (TMA), programs stay and take tiles in turn.
+"""`lora_gemm` for sm_90 and sm_100: tiles come through tensor descriptors (TMA), and programs take them in turn.
 
-The same epilogue as gemm.py. Descriptors below sm_90 and on AMD become 2-byte loads, so those targets never get this
-version; `flatten` overflows tensor memory on sm_100 and `warp_specialize` fails or overflows, so both are off.
+The epilogue is gemm.py's. Other targets never get this version, because descriptors become 2-byte loads below sm_90 and
+on AMD. `flatten` overflows tensor memory on sm_100, and `warp_specialize` fails or overflows, so both are off.
 
 M rows, K reduced, N columns, R rank.
 """

@@ -3,9 +3,9 @@
     dB = dY^T S  and  dS = c dY B  from dY;      dA = dS^T drop(X)  from X
 
 Both are "tile^T times a rank-sized activation", so one kernel does both: T is dY or X, V is S or dS, and U is B (only
-for dY). A program owns a block of rows by a stripe of columns; sums over rows (dB, dA) and over columns (dS) leave as
-float32 parts that `reduce.sum_partials` adds up in a fixed order: no atomics, the same bits every time. The parts cost
-8 R (parts_of_columns M + parts_of_rows N) bytes beside the 2 M N of T.
+for dY). A program owns a block of rows by a stripe of columns. Sums over rows (dB, dA) and over columns (dS) are
+written as float32 parts, which `reduce.sum_partials` adds up in a fixed order: no atomics, and the same bits every
+time. The parts cost 8 R (parts_of_columns M + parts_of_rows N) bytes beside the 2 M N of T.
 
 M tokens, C columns of T, R rank.
 """

@@ -1,8 +1,8 @@
-"""torch.library registration: the ops that autograd, torch.compile and torch's dispatcher see.
+"""Registers the ops that autograd, torch.compile and torch's dispatcher see.
 
-Each op has one implementation for every device, which takes the path that dispatch.py gives for the tensors at hand
-(plain torch or the Triton kernels), and a fake one that knows shapes alone. Ops neither alias nor change their inputs.
-Autograd is added in plopfast/ops.py.
+Each op has one implementation for every device, which takes the path that dispatch.py gives for its tensors (plain
+torch or the Triton kernels), and a fake one that knows only shapes. Ops neither alias nor change their inputs. Autograd
+is added by plopfast/lora/ops.py.
 
 M tokens, K in, N out, R rank.
 """
@@ -57,7 +57,7 @@ def shrink(
     seed: torch.Tensor | None,
     backend: str,
 ) -> torch.Tensor:
-    """S = scaling / (1 - p) drop(X) A^T [M, R]; `a` may be the adapters of several modules that share X, stacked."""
+    """S = scaling / (1 - p) drop(X) A^T [M, R]; `a` may be a stack of the adapters of several modules that share X."""
     c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
     if plan_of(x, w, a.shape[0], backend).backend == "torch":
         return torch_ops.shrink(x, a, c, p, number)
@@ -65,7 +65,7 @@ def shrink(
 
     if p and x.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "LoRA dropout in a CUDA graph would replay one mask: set dropout 0, or leave it out of the graph"
+            "LoRA dropout in a CUDA graph would repeat one mask: set dropout to 0, or keep this layer out of the graph"
         )
     return triton_ops.shrink(x, a, c, p, number)
 
@@ -99,8 +99,10 @@ def lora_backward(
     a_dtype: torch.dtype | None = None,
     b_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """dX [M, K], dA [R, K], dB [N, R]; each one that is not needed is empty and costs nothing. `a_dtype` and `b_dtype`
-    are those of dA and dB where `a` and `b` are narrower copies of the parameters."""
+    """dX [M, K], dA [R, K], dB [N, R]. One that is not needed is empty and costs nothing.
+
+    `a_dtype` and `b_dtype` are the dtypes of dA and dB if `a` and `b` are narrower copies of the parameters.
+    """
     plan = plan_of(x, w, a.shape[0], backend)
     c, number = scaling * philox.inverse_keep(p), int(seed) if seed is not None else 0
     a_dtype, b_dtype = a_dtype or a.dtype, b_dtype or b.dtype
@@ -131,7 +133,7 @@ def lora_backward(
 
 
 def frozen_norms(x: torch.Tensor, w: torch.Tensor, backend: str) -> torch.Tensor:
-    """||x W^T|| [M] in float32, Y never written where Triton runs."""
+    """||x W^T|| [M] in float32. Where Triton runs, Y is never written."""
     if plan_of(x, w, 1, backend).backend == "torch":
         return torch_ops.frozen_norms(x, w)
     from . import triton_ops

@@ -1,4 +1,4 @@
-"""The dropout mask as a Triton device function; philox.py is its twin in plain torch and says how it is made."""
+"""The dropout mask as a Triton device function. philox.py is the same in plain torch, and says how the mask is made."""
 
 import triton
 import triton.language as tl

@@ -1,10 +1,10 @@
 """NF4 frozen weights (Dettmers et al., QLoRA, arXiv 2305.14314, appendix E): 4-bit codes, one absmax for 64 elements.
 
-On disk as bitsandbytes writes it: byte j of a row-major stream holds elements 2j (high half) and 2j + 1 (low half).
-In memory repacked: byte j of a block of 64 holds elements j (low half) and j + 32 (high half), so that both halves of a
-tile are used as they come, without a shuffle: 4.8 instructions beside each matrix instruction, against 20 to 25 in
-bitsandbytes' order. `lora_gemm_nf4` decodes inside the product, for few tokens; for many, `decode_nf4` writes W once
-into a workspace and the ordinary product follows.
+On disk as bitsandbytes writes it: byte j of a row-major stream holds elements 2j (high half) and 2j + 1 (low half). In
+memory it is repacked: byte j of a block of 64 holds elements j (low half) and j + 32 (high half). Both halves of a tile
+are then used as they come, without a shuffle: 4.8 instructions beside each matrix instruction, against 20 to 25 in
+bitsandbytes' order. For few tokens `lora_gemm_nf4` decodes inside the product; for many, `decode_nf4` writes W once
+into a workspace, and the ordinary product follows.
 
 M tokens, K in (a multiple of 64), N out, R rank.
 """
@@ -24,13 +24,13 @@ LEVELS = (
 
 
 def codes_of(packed: torch.Tensor, n_out: int, n_in: int) -> torch.Tensor:
-    """uint8 [N, K] codes 0..15 out of bitsandbytes' packed bytes (any shape, N K / 2 of them)."""
+    """Unpacks bitsandbytes' bytes (any shape, N K / 2 of them) into codes 0..15, uint8 [N, K]."""
     flat = packed.reshape(-1)
     return torch.stack([flat >> 4, flat & 15], dim=-1).reshape(n_out, n_in)
 
 
 def repack(packed: torch.Tensor, n_out: int, n_in: int) -> torch.Tensor:
-    """uint8 [N, K / 2] in this package's order out of bitsandbytes' bytes. Raises ValueError for K % 64 != 0."""
+    """Reorders bitsandbytes' bytes into this package's, uint8 [N, K / 2]. Raises ValueError if K % 64 != 0."""
     if n_in % BLOCK or packed.numel() * 2 != n_out * n_in:
         raise ValueError(
             f"NF4 weight: expected {n_out} x {n_in} / 2 bytes with in_features a multiple of {BLOCK}, "

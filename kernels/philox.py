@@ -1,11 +1,11 @@
-"""Counter-based dropout mask: a pure function of (seed, row, column), so it is never stored.
+"""The dropout mask: a pure function of (seed, row, column), so it is never stored.
 
-Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11: 7 rounds pass
-BigCrush). One counter serves 8 neighbouring columns: its four 32-bit words are split into 16-bit lanes and an element
-is kept where its lane is not below round(p * 2^16). Keyed by position, the mask depends neither on tile sizes nor
-on the device, and comes back under activation checkpointing and in a second backward.
+Philox-4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11: 7 rounds pass BigCrush).
+One counter serves 8 neighbouring columns: its four 32-bit words are split into 16-bit lanes, and an element is kept if
+its lane is not below round(p * 2^16). Because it depends on the position alone, the mask is the same for all tile sizes
+and devices, under activation checkpointing and in a second backward pass.
 
-mask.py holds the Triton twin, which draws a tile of the mask in registers.
+mask.py holds the Triton version, which draws a tile of the mask in registers.
 """
 
 import torch
@@ -33,12 +33,12 @@ def philox4x32(
 
 
 def threshold(p: float) -> int:
-    """The number of the 2^16 lane values that drop an element; the drop rate in force is threshold / 2^16."""
+    """How many of the 2^16 lane values drop an element. The drop rate in force is threshold / 2^16."""
     return min(round(p * LEVELS), LEVELS - 1)
 
 
 def inverse_keep(p: float) -> float:
-    """1 / (1 - p) for the drop rate in force, so that the expectation is exact."""
+    """1 / (1 - p) for the drop rate in force, which keeps the expectation exact."""
     return LEVELS / (LEVELS - threshold(p))
 
 

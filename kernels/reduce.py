@@ -1,4 +1,4 @@
-"""The second stage of every sum that is split over programs, and norms of rows that exist already."""
+"""Adds up the parts of sums that are split over programs, and takes the norms of existing rows."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""Every op in float64 and the fewest lines: the specification that each backend is tested against.
+"""The specification of every op in float64. Each backend is tested against it, by the rule of accuracy.py.
 
 M tokens, K in, N out, R rank; s scaling; keep_MK the dropout mask and q = 1 / (1 - p).
 """

@@ -1,8 +1,8 @@
 """S = c drop(X) A^T for up to three adapters that share X (q|k|v, gate|up), and ||x||^2, in one read of X.
 
-c holds the scaling and 1 / (1 - p): multiplied in float32 before the one rounding of S. Each adapter has a dropout
-seed of its own. K is split over several programs where M alone would leave most of the GPU idle; the parts are
-added up by `reduce.sum_partials` in a fixed order.
+c holds the scaling and 1 / (1 - p), and is applied in float32 before S is rounded once. Each adapter has a dropout seed
+of its own. If M alone would leave most of the GPU idle, K is split over several programs; `reduce.sum_partials` adds up
+their parts in a fixed order.
 
 M tokens, K in, R rank, G adapters.
 """

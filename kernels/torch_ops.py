@@ -1,10 +1,10 @@
 """The LoRA linear in plain torch, LoRA-first: the CPU's backend, and an exact strategy on any device.
 
-The low-rank product is written first and the frozen product is accumulated onto it in place (beta = 1), which saves
-one read and one write of Y against `linear` followed by an addition. c = scaling / (1 - p) is folded into S and dS,
-as in triton_ops.py.
+The low-rank product is written first, and the frozen product is added to it in place (beta = 1). That saves one read
+and one write of Y, compared with `linear` and an addition. c = scaling / (1 - p) is folded into S and dS, as in
+triton_ops.py.
 
-M tokens, K in, N out, R rank. All tensors but the adapters share X's dtype; adapters may be wider.
+M tokens, K in, N out, R rank. All tensors share X's dtype, except that adapters may be wider.
 """
 
 import torch
@@ -64,5 +64,5 @@ def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor) -> torch.Tensor:
 
 
 def _drop(x_MK: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-    """X with dropped elements zero, not rescaled: the factor 1 / (1 - p) goes onto the small product instead."""
+    """X with dropped elements set to zero, not rescaled: the small product takes the factor 1 / (1 - p)."""
     return x_MK * philox.keep_mask(seed, x_MK.shape[0], x_MK.shape[1], p, x_MK.device) if p else x_MK

@@ -1,29 +1,29 @@
-"""Launchers: torch tensors in, Triton kernels launched, torch tensors out. Shapes and dtypes are checked by the callers.
+"""Launchers: they take torch tensors, launch Triton kernels and return torch tensors. Callers check shapes and dtypes.
 
-c = scaling / (1 - p) is folded into S and dS, here as in torch_ops.py. Every launch goes to the current stream of the
+c = scaling / (1 - p) is folded into S and dS, as in torch_ops.py. Every launch goes to the current stream of the
 tensors' device, which Triton reads at each call. Empty outputs are returned without a launch, and empty sums are zeros.
 
 M tokens, K in, N out, R rank, G adapters that share an input.
 """
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import dispatch, nf4, philox
+from . import dispatch, philox
 from .dispatch import Plan, Tiles
 from .expand import lora_expand
 from .gemm import lora_gemm
 from .gemm_tma import lora_gemm_tma
 from .grads import lora_grads
-from .reduce import row_norms as row_norms_kernel, sum_partials
+from .grads_grid import grads_grid, stripe_widths
+from .launch import near, on_device, padded_rank, precision, rank_chunk, sum_parts
+from .reduce import row_norms as row_norms_kernel
 from .shrink import lora_shrink
 
 MAX_STACKED = 3
-REDUCE_BLOCK = 1024
 
 
 def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float = 0.0, seed: int = 0) -> torch.Tensor:
@@ -40,14 +40,14 @@ def shrink_stacked(
     *,
     norms: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32, in one read of X."""
+    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32; reads X once."""
     (m, k), rank, count = x_MK.shape, adapters[0].shape[0], len(adapters)
     assert count <= MAX_STACKED and all(a.shape == adapters[0].shape for a in adapters)
     assert all(a.stride() == adapters[0].stride() for a in adapters)
     if not m:
         return x_MK.new_empty(count, m, rank), x_MK.new_empty(m, dtype=torch.float32) if norms else None
-    padded = _padded(rank)
-    if padded * count > 128 and count > 1:  # their accumulators together would spill: one read of X each
+    padded = padded_rank(rank)
+    if padded * count > 128 and count > 1:  # together their accumulators would spill, so X is read once for each
         parts = [shrink_stacked(x_MK, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
         return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
     units = dispatch.target_of(x_MK.device).units
@@ -55,7 +55,7 @@ def shrink_stacked(
     bk = 32 if x_MK.dtype == torch.float32 or padded * count > (32 if p else 64) else 64
     rows = triton.cdiv(m, bm)
     steps = max(1, triton.cdiv(k, bk))
-    # parts so that the programs fill the GPU, each with at least four steps
+    # as many parts as fill the GPU with programs, each with at least four steps
     splits = min(max(1, units // rows), max(1, steps // 4))
     chunk = triton.cdiv(steps, splits) * bk
     splits = max(1, triton.cdiv(k, chunk))
@@ -63,15 +63,15 @@ def shrink_stacked(
     squares = x_MK.new_empty(splits, m, dtype=torch.float32) if norms else None
     a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
     seed0, seed1, seed2 = (*seeds, 0, 0)[:3]
-    with _on(x_MK):
+    with on_device(x_MK):
         lora_shrink[(rows, splits)](
             x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
             philox.threshold(p), *x_MK.stride(), *a0.stride(),
-            RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=_precision(x_MK), BM=bm, BK=bk,
+            RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=precision(x_MK), BM=bm, BK=bk,
             num_warps=8 if padded * count > 128 else 4, num_stages=3 if padded <= 128 else 2,
         )  # fmt: skip
-        s = s[0] if splits == 1 else _sum(s, c, x_MK.dtype)
-        return s, _sum(squares, 1.0, torch.float32, root=True) if squares is not None else None
+        s = s[0] if splits == 1 else sum_parts(s, c, x_MK.dtype)
+        return s, sum_parts(squares, 1.0, torch.float32, root=True) if squares is not None else None
 
 
 def forward(
@@ -91,7 +91,7 @@ def forward(
 def grad_x(
     dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int, plan: Plan
 ) -> torch.Tensor:
-    """dX = dY W + mask (dS A): dS holds the factor 1 / (1 - p)"""
+    """dX = dY W + mask (dS A); dS holds the factor 1 / (1 - p)"""
     if plan.strategy == "fused":
         return gemm(dy_MN, w_NK.T, ds_MR, a_RK.T, p=p, seed=seed, tiles=plan.tiles)[0]
     return low_rank(ds_MR, a_RK.T, p=p, seed=seed).addmm_(dy_MN, w_NK)
@@ -100,7 +100,7 @@ def grad_x(
 def grad_s_and_b(
     dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (B's), from one read of dY (two where the rank is high)."""
+    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (default: B's); reads dY once, or twice for a high rank."""
     dtype = dtype or b_NR.dtype
     if not stripe_widths(dispatch.target_of(dy_MN.device), dy_MN.dtype, s_MR.shape[1], with_ds=True):
         return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, dtype)
@@ -110,7 +110,7 @@ def grad_s_and_b(
 
 
 def grad_s(dy_MN: torch.Tensor, b_NR: torch.Tensor, c: float) -> torch.Tensor:
-    """dS = c dY B: a shrink whose A is B^T."""
+    """dS = c dY B, a shrink whose A is B^T."""
     return shrink(dy_MN, b_NR.T, c)
 
 
@@ -137,7 +137,7 @@ def gemm(
     store: bool = True,
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Y = X W^T + mask (S B^T) + bias (the mask if p > 0), and ||x W^T|| [M] if `norms`; Y is empty unless `store`."""
+    """Y = X W^T + mask (S B^T) + bias, and ||x W^T|| [M] if `norms`. A mask if p > 0; Y is empty unless `store`."""
     (m, k), n = x_MK.shape, w_NK.shape[0]
     assert not p or (s_MR is not None and not norms)
     y_MN = x_MK.new_empty(m, n) if store else x_MK.new_empty(0, 1)
@@ -148,20 +148,20 @@ def gemm(
     if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
         tiles = dispatch.unaligned(target)
     lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
-    bn = min(tiles.bn, 128) if p else tiles.bn  # the mask's random words need registers
+    bn = min(tiles.bn, 128) if p else tiles.bn  # the random words of the mask need registers
     tiles_n = triton.cdiv(n, bn)
     parts = x_MK.new_empty(tiles_n, m, dtype=torch.float32) if norms else y_MN
-    s, b = (s_MR, _near(b_NR)) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
+    s, b = (s_MR, near(b_NR)) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
     bias = x_MK if bias_N is None else bias_N.contiguous()
     options = {
-        "RANK": rank, "BR": _chunk(rank), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
-        "NORMS": norms, "STORE": store, "PRECISION": _precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
+        "RANK": rank, "BR": rank_chunk(rank), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
+        "NORMS": norms, "STORE": store, "PRECISION": precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
         "GROUP": tiles.group, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     strides = (*(s.stride()[:1] if lora else (0,)), *(b.stride() if lora else (0, 0)), y_MN.stride(0))
     drop = (seed, philox.threshold(p))
     count = triton.cdiv(m, tiles.bm) * tiles_n
-    with _on(x_MK):
+    with on_device(x_MK):
         if tiles.descriptor:
             nk = w_NK.stride(1) == 1
             x_desc = TensorDescriptor.from_tensor(x_MK, [tiles.bm, tiles.bk])
@@ -174,7 +174,7 @@ def gemm(
                 x_MK, w_NK, s, b, bias, y_MN, parts, m, n, k, *drop, *x_MK.stride(), *w_NK.stride(), *strides,
                 EVEN_K=k % tiles.bk == 0, **options,
             )  # fmt: skip
-        return y_MN, _sum(parts, 1.0, torch.float32, root=True) if norms else None
+        return y_MN, sum_parts(parts, 1.0, torch.float32, root=True) if norms else None
 
 
 def describable(*matrices: torch.Tensor) -> bool:
@@ -187,32 +187,32 @@ def describable(*matrices: torch.Tensor) -> bool:
 
 
 def copyable(*matrices: torch.Tensor) -> bool:
-    """Whether tiles arrive in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
+    """Whether tiles come in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
     return all(1 in m.stride() and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
 
 
 def low_rank(
     s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: int = 0
 ) -> torch.Tensor:
-    """L = mask (S B^T) + bias (the mask if p > 0), in S's dtype."""
+    """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
     (m, rank), n = s_MR.shape, b_NR.shape[0]
     y_MN = s_MR.new_empty(m, n)
     if not m or not n:
         return y_MN
     bm, bn = dispatch.expand_tiles(s_MR.dtype)
-    b_NR = _near(b_NR)
-    with _on(s_MR):
+    b_NR = near(b_NR)
+    with on_device(s_MR):
         lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
             s_MR, b_NR, s_MR if bias_N is None else bias_N.contiguous(), y_MN, m, n, seed, philox.threshold(p),
             s_MR.stride(0), *b_NR.stride(), n,
-            RANK=rank, BR=_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=_precision(s_MR),
+            RANK=rank, BR=rank_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=precision(s_MR),
             BM=bm, BN=bn, num_warps=4, num_stages=2,
         )  # fmt: skip
     return y_MN
 
 
 def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
-    """||x W^T|| [M] in float32, Y never written."""
+    """||x W^T|| [M] in float32. Y is never written."""
     norms = gemm(x_MK, w_NK, norms=True, store=False, tiles=tiles)[1]
     assert norms is not None
     return norms
@@ -225,7 +225,7 @@ def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.T
     if m:
         bn = min(1024, max(64, triton.next_power_of_2(n)))
         bm = max(1, 2048 // bn)
-        with _on(y_MN):
+        with on_device(y_MN):
             row_norms_kernel[(triton.cdiv(m, bm),)](
                 y_MN, y_MN if bias_N is None else bias_N.contiguous(), norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
                 BM=bm, BN=bn, num_warps=4,
@@ -233,46 +233,11 @@ def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.T
     return norms
 
 
-def gemm_nf4(
-    x_MK: torch.Tensor, packed: torch.Tensor, absmax: torch.Tensor, s_MR: torch.Tensor | None = None,
-    b_NR: torch.Tensor | None = None, bias_N: torch.Tensor | None = None,
-) -> torch.Tensor:  # fmt: skip
-    """Y = X W^T + S B^T + bias, W [N, K] decoded inside: packed [N, K / 2] by `nf4.repack`, absmax [N, K / 64] float32."""
-    (m, k), n = x_MK.shape, packed.shape[0]
-    y_MN = x_MK.new_empty(m, n)
-    if not m or not n:
-        return y_MN
-    x_MK = x_MK.contiguous()
-    bm = 16 if m <= 16 else 64
-    bn = 64 if m <= 16 or x_MK.dtype == torch.float32 else 128
-    rank = 1 if s_MR is None else s_MR.shape[1]
-    s, b = (s_MR, b_NR) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
-    with _on(x_MK):
-        nf4.lora_gemm_nf4[(triton.cdiv(m, bm) * triton.cdiv(n, bn),)](
-            x_MK, packed, absmax, _levels(x_MK.device), s, b, x_MK if bias_N is None else bias_N.contiguous(), y_MN, m, n, k,
-            k, s.stride(0), *b.stride(), n,
-            RANK=rank, BR=_chunk(rank), LORA=s_MR is not None, BIAS=bias_N is not None,
-            PRECISION=_precision(x_MK), BM=bm, BN=bn, GROUP=8, num_warps=4 if bm == 16 else 8, num_stages=3,
-        )  # fmt: skip
-    return y_MN
-
-
-def decode_nf4(packed: torch.Tensor, absmax: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """W [N, K] decoded into `out` (contiguous), a workspace that is used again for every layer."""
-    blocks = absmax.numel()
-    if blocks:
-        with _on(packed):
-            nf4.decode_nf4[(triton.cdiv(blocks, 64),)](
-                packed, absmax, _levels(packed.device), out, blocks, BLOCKS=64, num_warps=4
-            )
-    return out
-
-
 def _grads(
     t_MC: torch.Tensor, v_MR: torch.Tensor, dtype: torch.dtype, *, u: torch.Tensor | None = None, c: float = 1.0,
     p: float = 0.0, seed: int = 0, transposed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given; see grads.py."""
+    """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given. See grads.py."""
     (m, columns), rank = t_MC.shape, v_MR.shape[1]
     shape = (rank, columns) if transposed else (columns, rank)
     if not m or not columns:
@@ -282,118 +247,20 @@ def _grads(
     g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
     shape_ds = (stripes, m, rank) if u is not None else (0,)
     ds = v_MR.new_empty(shape_ds, dtype=v_MR.dtype if stripes == 1 else torch.float32)
-    warps = 8 if bc * tiles * _padded(rank) >= 4096 or (u is not None and t_MC.dtype == torch.float32) else 4
+    warps = 8 if bc * tiles * padded_rank(rank) >= 4096 or (u is not None and t_MC.dtype == torch.float32) else 4
     stages = 3 if u is None and rank <= 64 else 2
     if target.name == "sm_90" and bc * tiles > 512:
-        stages = 1  # with copies in flight it spills there
-    with _on(t_MC):
+        stages = 1  # it would spill with copies in flight
+    with on_device(t_MC):
         lora_grads[(stripes, parts)](
             t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,
             c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
             *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
-            RANK=rank, RP=_padded(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=_precision(t_MC),
+            RANK=rank, RP=padded_rank(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=precision(t_MC),
             BM=bm, BC=bc, TILES=tiles, num_warps=warps,
             num_stages=stages,
         )  # fmt: skip
-        g = g[0] if parts == 1 else _sum(g, 1.0, dtype)
+        g = g[0] if parts == 1 else sum_parts(g, 1.0, dtype)
         if u is None:
             return g, None
-        return g, ds[0] if stripes == 1 else _sum(ds, c, v_MR.dtype)
-
-
-def stripe_widths(target: dispatch.Target, dtype: torch.dtype, rank: int, with_ds: bool) -> list[int]:
-    """Widths of a column stripe that lora_grads may take; none where dS had better be a kernel of its own.
-
-    The parts of dS cost 4 R / width of what T does: from a quarter of the width on, T is better read twice.
-    """
-    padded, name = _padded(rank), target.name
-    if name == "interpreter":
-        return [32, 64] if padded <= 64 or not with_ds else []
-    if dtype == torch.float32:
-        widths = [64] if padded < 128 else [32]
-    else:
-        wide = name in dispatch.WIDE_SHARED_MEMORY
-        most = 1024 if wide else 512 if name in ("sm_86", "sm_89", "sm_120") else 256
-        most = min(most, (16384 if wide else 8192) // padded)
-        widths = [width for width in (128, 256, 512, 1024) if width <= most] or [most]
-    return [width for width in widths if 4 * padded <= width] if with_ds else widths[:1]
-
-
-def grads_grid(
-    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool
-) -> tuple[int, int, int, int, int]:
-    """(BM, BC, tiles in a stripe, row parts, column stripes) of lora_grads.
-
-    About half a program for each SM: the bytes of the parts grow with the root of the programs' number. With dS the
-    stripe is the one that costs the fewest bytes of parts.
-    """
-    programs, blocks = max(1, target.units // 2), triton.cdiv(m, 16)
-
-    def split(width: int) -> tuple[int, int]:
-        stripes = triton.cdiv(columns, width)
-        return max(1, min(round(programs / stripes), blocks)), stripes
-
-    def cost(width: int) -> int:
-        parts, stripes = split(width)
-        return (stripes * m if with_ds and stripes > 1 else 0) + (parts * columns if parts > 1 else 0)
-
-    widths = stripe_widths(target, dtype, rank, with_ds)
-    width = min(widths, key=cost) if with_ds else widths[0]
-    if target.name == "interpreter":
-        bm, tiles = 16, 1 + (with_ds and width == 64)
-    else:
-        tiles = 1 + (with_ds and width >= 512)
-        roomy = width == 128 or (target.name in dispatch.WIDE_SHARED_MEMORY and width <= 512 and rank <= 128)
-        bm = 64 if roomy and dtype != torch.float32 else 32
-    parts, stripes = split(width)
-    blocks = triton.cdiv(m, bm)
-    parts = triton.cdiv(blocks, triton.cdiv(blocks, min(parts, blocks)))  # no part is empty
-    return bm, width // tiles, tiles, parts, stripes
-
-
-def _sum(partials: torch.Tensor, scale: float, dtype: torch.dtype, root: bool = False) -> torch.Tensor:
-    """scale * the sum over the first dimension, in a fixed order."""
-    out = partials.new_empty(partials.shape[1:], dtype=dtype)
-    if out.numel():
-        sum_partials[(triton.cdiv(out.numel(), REDUCE_BLOCK),)](
-            partials, out, partials.shape[0], out.numel(), scale, ROOT=root, BLOCK=REDUCE_BLOCK, num_warps=4
-        )
-    return out
-
-
-def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))  # 16: the least that a matrix instruction reduces
-
-
-def _chunk(rank: int) -> int:
-    """Ranks that an epilogue adds at once; 64 would spill beside a 128 x 128 accumulator."""
-    return min(32, _padded(rank))
-
-
-def _precision(x: torch.Tensor) -> str:
-    """What torch's own float32 products take; "ieee", which no target lacks, where there is no choice."""
-    name = dispatch.target_of(x.device).name
-    chosen = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if chosen and (name.startswith("sm_") or name in ("gfx942", "interpreter")) else "ieee"
-
-
-def _near(b_NR: torch.Tensor) -> torch.Tensor:
-    """B as the epilogue reads it: offsets in 32 bits, to save registers."""
-    reach = sum((size - 1) * stride for size, stride in zip(b_NR.shape, b_NR.stride(), strict=True))
-    return b_NR if reach < 2**31 else b_NR.contiguous()
-
-
-def _levels(device: torch.device) -> torch.Tensor:
-    if device not in _LEVELS:
-        _LEVELS[device] = torch.tensor(nf4.LEVELS, dtype=torch.float32, device=device)
-    return _LEVELS[device]
-
-
-_LEVELS: dict[torch.device, torch.Tensor] = {}
-
-
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device; this makes it the tensor's."""
-    if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():
-        return torch.cuda.device(tensor.device)
-    return contextlib.nullcontext()
+        return g, ds[0] if stripes == 1 else sum_parts(ds, c, v_MR.dtype)

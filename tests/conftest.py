@@ -3,6 +3,9 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never needs the network
+# The tests expect the CPU's results, but `--device auto` would take a GPU, also in a process that a test starts. To test
+# the kernels on a GPU: python -m pytest --confcutdir=tests/gpu tests/gpu, which leaves this file out.
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,11 +1,12 @@
-"""The benchmark, dry: the same way as on a GPU, on the CPU. Nothing here says how fast anything is."""
+"""Dry runs of the benchmark: the code that runs on a GPU, on the CPU. Nothing here says how fast anything is."""
 
 import json
 
 import pytest
 import torch
 
-from plopfast.cli import bench as benchmark
+from plopfast.cli import bench as benchmark, bench_cases, bench_timing
+from plopfast.cli.bench_cases import Case
 from plopfast.kernels import dispatch, torch_ops
 from plopfast.lora import tuning
 from plopfast.support.errors import BackendError, ConfigError, FileError
@@ -79,7 +80,7 @@ def test_without_a_gpu_there_are_no_results(tmp_path, monkeypatch, what):
 def test_no_result_on_red(tmp_path, monkeypatch, name, wrong, tuned):
     good = getattr(torch_ops, name)
     monkeypatch.setattr(torch_ops, name, lambda *arguments: wrong(good(*arguments)))
-    with pytest.raises(BackendError, match=r"linear .*lora-first is wrong: tensor \d of 4 errs by .*plain torch"):
+    with pytest.raises(BackendError, match=r"linear .*lora-first is wrong: tensor \d of 4 is off by .*plain torch"):
         if tuned:
             benchmark.tune(dry=True, path=tmp_path / "tune.json")
         else:
@@ -88,7 +89,7 @@ def test_no_result_on_red(tmp_path, monkeypatch, name, wrong, tuned):
 
 
 def test_a_layer_is_checked_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "_cases", lambda shapes, dry: [benchmark.Case("layer", "tiny layer", 48, 64, 64, 4)])
+    monkeypatch.setattr(benchmark, "cases", lambda shapes, dry: [Case("layer", "tiny layer", 48, 64, 64, 4)])
     good = torch_ops.grad_b
     monkeypatch.setattr(torch_ops, "grad_b", lambda dy, s: good(dy, s) * (1.5 if dy.shape[1] == 96 else 1.0))
     with pytest.raises(BackendError, match=r"layer tiny layer .*lora-first is wrong: tensor \d+ of 16"):
@@ -98,7 +99,7 @@ def test_a_layer_is_checked_too(tmp_path, monkeypatch):
 class TestBench:
     @pytest.fixture
     def bench(self):
-        return benchmark._Bench("float32", 4, dry=True)
+        return benchmark.Bench("float32", 4, dry=True)
 
     def test_what_does_not_compile_is_left_out_with_a_note(self, bench):
         exact = torch.ones(3, dtype=torch.float64)
@@ -124,20 +125,20 @@ class TestBench:
 
     def test_variants_are_interleaved_in_a_rotating_order(self, bench, monkeypatch):
         log, bench.repeats = [], 4
-        monkeypatch.setattr(benchmark, "_time_ms", lambda call, flush: call() or 1.0)
+        monkeypatch.setattr(bench_timing, "time_ms", lambda call, flush: call() or 1.0)
         calls = {name: lambda name=name: log.append(name) for name in "abc"}
         ms = bench.time_ms(calls, 60.0, {"b": lambda: log.append("prepare b")})
         rounds = "".join(log).replace("prepare bb", "b")
-        assert "".join(log).count("prepare bb") == rounds.count("b") == benchmark.WARM + 4
+        assert "".join(log).count("prepare bb") == rounds.count("b") == bench_timing.WARM + 4
         assert [rounds[i : i + 3] for i in range(0, len(rounds), 3)] == ["bca", "cab", "abc", "bca", "cab", "abc"]
         assert {name: len(times) for name, times in ms.items()} == {"a": 4, "b": 4, "c": 4}, "warm-up is not measured"
 
     def test_a_spent_budget_leaves_a_few_repeats(self, bench):
         bench.repeats = 50
-        assert len(bench.time_ms({"a": lambda: None}, 0.0)["a"]) == benchmark.LEAST
+        assert len(bench.time_ms({"a": lambda: None}, 0.0)["a"]) == bench_timing.LEAST
 
     def test_cases_beyond_time_and_memory_are_named(self, bench):
-        case = benchmark.Case("ops", "big", 8192, 4096, 4096, 16)
+        case = Case("ops", "big", 8192, 4096, 4096, 16)
 
         def work(case, left_s):
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -148,11 +149,11 @@ class TestBench:
         assert bench.lines[-1] == "ops big 8192x4096->4096 R16 left out: 0 s are spent"
 
     def test_every_variant_has_the_same_adapters(self, bench):
-        base, _, _ = bench.operands(benchmark.Case("layer", "tiny layer", 48, 64, 64, 4))
-        ours = benchmark._adapters(benchmark._adapted(base, benchmark.LoRALinear, 4))
-        peft = benchmark._adapted(base, "peft", 4)
+        base, _, _ = bench_cases.operands(Case("layer", "tiny layer", 48, 64, 64, 4), bench.dtype, bench.device)
+        ours = bench_cases.adapters(bench_cases.adapted(base, bench_cases.LoRALinear, 4))
+        peft = bench_cases.adapted(base, "peft", 4)
         assert len(ours) == 14
-        for one, two in zip(ours, benchmark._adapters(peft), strict=True):
+        for one, two in zip(ours, bench_cases.adapters(peft), strict=True):
             assert torch.equal(one, two) and torch.equal(one, one.bfloat16())
         assert type(peft.layer.mlp.down_proj).__module__ == "peft.tuners.lora.layer"
         assert peft.layer.mlp.down_proj.base_layer.weight is base.layer.mlp.down_proj.weight, "weights are shared"
@@ -177,7 +178,7 @@ def test_a_gpu_call_is_timed_between_events_after_the_flush(monkeypatch):
 
     flush = type("Flush", (), {"zero_": lambda self: log.append("flush")})()
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert benchmark._time_ms(lambda: log.append("call"), flush) == 7.0
+    assert bench_timing.time_ms(lambda: log.append("call"), flush) == 7.0
     assert log == ["flush", "record", "call", "record", "synchronize"]
 
 
@@ -195,19 +196,19 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 
 def test_cases():
-    llama = benchmark._cases("llama-8b", False)
+    llama = bench_cases.cases("llama-8b", False)
     assert {(c.k, c.n) for c in llama if c.kind == "linear"} == {
         (4096, 4096),
         (4096, 1024),
         (4096, 14336),
         (14336, 4096),
     }
-    smollm2 = benchmark._cases("smollm2", False)
+    smollm2 = bench_cases.cases("smollm2", False)
     assert {(c.k, c.n) for c in smollm2 if c.kind == "ops"} == {(576, 576), (576, 192), (576, 1536), (1536, 576)}
-    assert benchmark._cases("all", False) == llama + smollm2
+    assert bench_cases.cases("all", False) == llama + smollm2
     assert {c.m for c in llama} == {8192, 512} and {c.rank for c in llama} == {16, 64}
     assert sum(c.kind == "layer" for c in llama) == 1
-    assert [(c.kind, c.n, c.k) for c in benchmark._cases([(2048, 8192)], False)] == [
+    assert [(c.kind, c.n, c.k) for c in bench_cases.cases([(2048, 8192)], False)] == [
         ("linear", 8192, 2048),
         ("ops", 8192, 2048),
     ]
@@ -218,7 +219,7 @@ def test_impossible_settings(tmp_path, setting):
     with pytest.raises(ConfigError, match="expected"):
         benchmark.run(tmp_path, dry=True, **setting)
     with pytest.raises(ConfigError, match="llama-8b"):
-        benchmark._cases("llama-9b", False)
+        bench_cases.cases("llama-9b", False)
 
 
 def test_dry_tuning_writes_only_where_asked(tmp_path, cache):
@@ -238,7 +239,7 @@ def test_dry_tuning_writes_only_where_asked(tmp_path, cache):
 
 
 def test_tuning_forces_each_tiling_in_turn(monkeypatch):
-    bench = benchmark._Bench("bfloat16", 3, dry=True)
+    bench = benchmark.Bench("bfloat16", 3, dry=True)
     seen = []
     good = torch_ops.forward
 
@@ -247,8 +248,8 @@ def test_tuning_forces_each_tiling_in_turn(monkeypatch):
         return good(*arguments)
 
     monkeypatch.setattr(torch_ops, "forward", forward)
-    case = benchmark.Case("linear", "tune", 32, 64, 64, 4)
-    key = dispatch.key(bench.target, torch.bfloat16, *case[2:])
+    case = Case("linear", "tune", 32, 64, 64, 4)
+    key = dispatch.key(bench.target, torch.bfloat16, *case.sizes)
     bench.tune(case, 60.0)
     tilings = dispatch.candidates(bench.target, torch.bfloat16, 32)
     assert all({key: ("fused", tiles)} in seen for tiles in tilings) and len(tilings) == 2

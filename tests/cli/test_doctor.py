@@ -1,4 +1,4 @@
-"""The doctor calls a sound machine healthy, and names what is wrong with a sick one: every defect here is planted."""
+"""The doctor calls a sound machine healthy, and says what is wrong with a sick one. Every defect here is planted."""
 
 import os
 import subprocess
@@ -14,8 +14,8 @@ from plopfast.kernels import philox, torch_ops
 from plopfast.support import machine
 from plopfast.support.errors import BackendError, ConfigError
 
-SMALL = [case for case in doctor.CASES if case[0] * case[1] * case[2] < 4e6][:6]
-WITH_DROPOUT = [case for case in SMALL if case[4]][:1]
+SMALL = [case for case in doctor.CASES if case.m * case.n * case.k < 4e6][:6]
+WITH_DROPOUT = [case for case in SMALL if case.dropout][:1]
 KERNELS = ["torch kernels in torch.float32", "torch kernels in torch.bfloat16"]
 
 
@@ -46,8 +46,19 @@ def test_healthy(examine):
 
 
 def test_every_shape_is_tried_in_every_variant():
-    assert set(doctor.CASES) == {(*shape, *variant) for shape in doctor.SHAPES for variant in doctor.VARIANTS}
-    assert len({case[4:] for case in doctor.CASES[:4]}) == 4, "a short run has seen every variant"
+    cases = doctor.CASES
+    assert set(cases) == {doctor.Case(*shape, *variant) for shape in doctor.SHAPES for variant in doctor.VARIANTS}
+    least = cases[: doctor.LEAST]
+    assert {(case.m, case.n, case.k, case.r) for case in least} == set(doctor.SHAPES)
+    assert {(case.dropout, case.bias, case.views) for case in least} == set(doctor.VARIANTS)
+
+
+def test_the_seed_is_of_the_kind_that_training_draws(examine, monkeypatch):
+    """Triton compiles one kernel for seeds of 32 bits and another for 64 bits; training draws from 0 to 2^62."""
+    seen, drop = [], torch_ops._drop
+    monkeypatch.setattr(torch_ops, "_drop", lambda x, p, seed: seen.append((p, seed)) or drop(x, p, seed))
+    assert not examine(cases=WITH_DROPOUT)[1]
+    assert all(1 << 32 <= seed < 1 << 62 for p, seed in seen if p) and any(p for p, _ in seen)
 
 
 def scaled(function, factor):
@@ -139,8 +150,12 @@ def test_without_peft(examine, monkeypatch):
 
 
 def test_time_limit(examine):
-    text, failed = examine(cases=SMALL, seconds=0)
-    assert not failed and text.count(": 1 of 6 cases") == 2, "one case each, whatever the limit"
+    tiny = [case for case in doctor.CASES if case.m * case.n * case.k < 2e5]
+    assert len(tiny) > doctor.LEAST
+    text, failed = examine(cases=tiny, seconds=0)
+    assert not failed and text.count(f": {doctor.LEAST} of {len(tiny)} cases") == 2, "so many, whatever the limit"
+    text, failed = examine(cases=tiny, seconds=600)
+    assert not failed and text.count(f": {len(tiny)} of {len(tiny)} cases") == 2
 
 
 def test_no_such_model(examine, tmp_path):
@@ -157,16 +172,16 @@ def test_no_such_device(examine):
 def test_a_backend_that_cannot_run(examine, backend):
     text, failed = examine(backend=backend)
     assert failed == ["backend"] and f"BackendError: backend '{backend}' cannot run on cpu: " in text
-    assert "what follows is checked with backend auto is torch on cpu" in text
+    assert "the checks below use backend auto is torch on cpu" in text
 
 
 def test_triton_kernels_under_the_interpreter():
     code = f"""
 import torch
 from plopfast.cli import doctor
-doctor.CASES = {SMALL[2:4]}
+doctor.CASES = [case for case in doctor.CASES if str(case) in {[str(case) for case in SMALL[2:4]]}]
 for strategy in ("fused", "lora-first"):
-    print(doctor._kernels(torch.device("cpu"), strategy, torch.float32, 60))
+    print(doctor.kernels(torch.device("cpu"), strategy, torch.float32, 60))
 """
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Operands, yardsticks and the rule of errors that the tests of the kernels share.
+"""Operands and yardsticks that the tests of the kernels share.
 
 M tokens, K in, N out, R rank.
 """
@@ -14,10 +14,10 @@ FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 def view(value, layout):
-    """`value` as a view with a layout of its own, inside a buffer of NaN: a read outside of it shows.
+    """Copies `value` into a view of the given layout, inside a buffer of NaN so that a read outside the view shows.
 
-    aligned: rows start at multiples of 16 elements; odd: every second row, and rows start anywhere; columns: an aligned
-    buffer's transpose; sparse: no stride is 1.
+    "aligned": rows start at multiples of 16 elements. "odd": every second row of a buffer, starting anywhere. "columns":
+    the transpose of an aligned buffer. "sparse": no stride is 1.
     """
     if layout == "dense":
         return value
@@ -39,27 +39,27 @@ def view(value, layout):
 
 
 def far(value, stride):
-    """`value` with `stride` elements from row to row: memory that nothing touches is never backed, nor filled."""
+    """Copies `value` into rows that are `stride` elements apart. Memory that nothing touches is neither backed nor filled."""
     if dispatch.interpreting():
-        from checked_interpreter import far_apart
+        from interpreter import far_apart
 
         return far_apart(value.shape, (stride, 1), value.dtype).copy_(value)
     buffer = torch.empty((value.shape[0] - 1) * stride + value.shape[1], dtype=value.dtype, device=value.device)
     return buffer.as_strided(value.shape, (stride, 1)).copy_(value)
 
 
-FAR = (1 << 29) + 16  # elements from row to row: an int32, as is each row's number, but not their product
+FAR = (1 << 29) + 16  # elements from row to row: it fits an int32, as does a row's number, but their product doesn't
 
 
 def normal(*shape, dtype=FP32, scale=1.0, seed=0, layout="dense"):
-    """The same numbers on every device."""
+    """Random numbers, the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     value = (torch.randn(*shape, generator=generator) * scale).to(dtype).to(DEVICE)
     return view(value, layout)
 
 
 def operands(m, n, k, r, dtype=FP32, adapter_dtype=None, layout="dense"):
-    """All tensors of one LoRA linear and of its backward pass; `adapter_dtype`: of A and B."""
+    """All tensors of one LoRA linear and of its backward pass. `adapter_dtype` is that of A and B."""
     wide = adapter_dtype or dtype
     return SimpleNamespace(
         x=normal(m, k, dtype=dtype, seed=1, layout=layout),
@@ -78,25 +78,9 @@ def keep_of(p, seed, rows, columns):
 
 
 def product(*matrices):
-    """What torch makes of it in the operands' own dtype; its products want dense operands in bfloat16 on the CPU."""
+    """torch's own product in the operands' dtype. On the CPU, its bfloat16 products need dense operands."""
     left, right = (matrix.contiguous() for matrix in matrices)
     return left @ right
-
-
-def assert_no_worse(got, same_dtype, exact, factor=2.0):
-    """Our error is at most `factor` times that of plain torch in the same dtype, plus one rounding of the output.
-
-    The worst element too, as one wrong number among thousands hides in a norm; it may be rounded thrice, as S, as the
-    sum and as Y.
-    """
-    assert got.shape == same_dtype.shape == exact.shape and got.dtype == same_dtype.dtype
-    if not exact.numel():
-        return
-    assert got.isfinite().all()
-    for name, size, roundings in (("norm", torch.linalg.vector_norm, 1), ("maximum", lambda t: t.abs().max(), 3)):
-        ours, theirs = (size(t.double() - exact) for t in (got, same_dtype))
-        floor = roundings * torch.finfo(got.dtype).eps * size(exact)
-        assert ours <= factor * theirs + floor, f"{name} of the error: {ours:.3e}, plain torch {theirs:.3e}"
 
 
 def name_of(value):

@@ -1,8 +1,10 @@
 """Tests of the Triton kernels: on the CPU in the checked interpreter (TRITON_INTERPRET=1), on a GPU as they ship.
 
     TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest --confcutdir=tests/gpu tests/gpu
+    python -m pytest --confcutdir=tests/gpu tests/gpu                                               # on a GPU
 
-With neither an interpreter nor a GPU nothing here is collected; tests/test_triton_interpreted.py starts the former.
+Without the interpreter and without a GPU nothing here is collected. The rest of the suite hides GPUs, and runs these
+files in the interpreter: tests/kernels/test_triton_interpreted.py.
 """
 
 import contextlib
@@ -15,7 +17,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if INTERPRETED:
     collect_ignore_glob = []
 elif torch.cuda.is_available():
-    collect_ignore_glob = ["test_checked_interpreter.py", "test_traffic.py"]  # of the interpreter itself
+    collect_ignore_glob = ["test_interpreter_*.py", "test_traffic.py"]  # of the interpreter itself
 else:
     collect_ignore_glob = ["test_*.py"]
 
@@ -27,7 +29,7 @@ def device():
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """Launchers get their outputs from `new_empty`: what no kernel writes shows as NaN."""
+    """Fills every `new_empty` with NaN. Launchers get their outputs from it, so what no kernel writes shows."""
     new_empty = torch.Tensor.new_empty
 
     def poisoned_empty(self, *shape, **options):
@@ -39,10 +41,10 @@ def poisoned(monkeypatch):
 
 @pytest.fixture
 def watched():
-    """`with watched("y", seed=1) as check:` all launches in the checked interpreter, where there is no GPU.
+    """`with watched("y", seed=1) as check:` runs all launches in the checked interpreter, if there is no GPU.
 
-    The names are the kernels' outputs: a load of what was not stored raises, and in the end all of them must be
-    stored, without atomics. On a GPU nothing is watched and `check` is None.
+    The names are the kernels' outputs. Loading what was not stored raises an error, and in the end every element must be
+    stored, without atomics. On a GPU nothing is watched, and `check` is None.
     """
 
     @contextlib.contextmanager
@@ -50,7 +52,7 @@ def watched():
         if not INTERPRETED:
             yield None
             return
-        from checked_interpreter import checked
+        from interpreter import checked
 
         with checked(out=out, seed=seed, **options) as check:
             yield check
@@ -66,7 +68,7 @@ def watched():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of what computes, in order: Triton kernels, and torch's own matrix products as "torch.addmm_" and so on."""
+    """The names of what computes, in order: Triton kernels, and torch's own matrix products as "torch.addmm" and so on."""
     from triton.runtime.jit import KernelInterface
 
     names, launcher_of = [], KernelInterface.__getitem__

@@ -1,10 +1,10 @@
-"""One LoRA linear as PEFT runs it: a Triton launch for every kernel that torch launches on a GPU.
+"""One LoRA linear as PEFT runs it, with a Triton launch for every kernel that torch launches on a GPU.
 
     result = base_layer(x);  result = result + lora_B(lora_A(dropout(x))) * scaling
 
-and its backward pass as autograd takes it. The adapters have the base's dtype (autocast_adapter_dtype=False), which
-moves the fewest bytes: float32 adapters upcast all of X first. Products are gemm.py's kernel without a low-rank term;
-a library that splits the long sums of dA and dB moves more.
+and its backward pass as autograd runs it. The adapters have the base's dtype (autocast_adapter_dtype=False), which moves
+the fewest bytes: with float32 adapters, all of X is converted first. Products are gemm.py's kernel without a low-rank
+term; a library that splits the long sums of dA and dB moves more.
 
 M tokens, K in, N out, R rank.
 """
@@ -71,7 +71,7 @@ def forward(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p=0.0, seed=0):
 
 
 def backward(dy_MN, saved, w_NK, a_RK, b_NR, scaling, p=0.0):
-    """dX, dA, dB in autograd's order: the last operation of the forward pass first. Addition's gradient is dY itself."""
+    """dX, dA, dB in autograd's order, from the last operation of the forward pass on. An addition's gradient is dY."""
     dropped_MK, s_MR, mask_MK = saved
     dl_MN = torch.empty_like(dy_MN)
     _each(scale, dy_MN, dl_MN, scaling)  # of . * scaling

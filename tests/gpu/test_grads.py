@@ -5,9 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FAR, FP16, FP32, assert_no_worse, far, keep_of, name_of, normal, operands, product
+from cases import BF16, DEVICE, FAR, FP16, FP32, far, keep_of, name_of, normal, operands, product
 
 from plopfast.kernels import dispatch, triton_ops
+from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.kernels.grads_grid import grads_grid, stripe_widths
 
 C, SEED = 1.7, 0x8765_4321_0FED
 
@@ -85,7 +87,7 @@ def test_parts_and_stripes(m, columns, count, watched, units):
     units(count)
     dy, s = normal(m, columns, dtype=BF16, seed=1), normal(m, 8, dtype=BF16, seed=2)
     b = normal(columns, 8, dtype=BF16, scale=columns**-0.5, seed=3)
-    parts, stripes = triton_ops.grads_grid(dispatch.target_of(DEVICE), BF16, m, columns, 8, True)[-2:]
+    parts, stripes = grads_grid(dispatch.target_of(DEVICE), BF16, m, columns, 8, True)[-2:]
     with watched("g", "ds", "out") as check:
         ds, db = triton_ops.grad_s_and_b(dy, s, b, C)
     if check:
@@ -101,7 +103,7 @@ def test_parts_and_stripes(m, columns, count, watched, units):
 
 def test_the_interpreter_sees_every_kind_of_grid():
     target = dispatch.Target("interpreter", 4)
-    grids = [triton_ops.grads_grid(replace(target, units=u), BF16, m, c, 8, True) for m, c, u in PARTS]
+    grids = [grads_grid(replace(target, units=u), BF16, m, c, 8, True) for m, c, u in PARTS]
     kinds = {(tiles, parts > 1, stripes > 1) for _, _, tiles, parts, stripes in grids}
     assert kinds == set(itertools.product((1, 2), (False, True), (False, True)))
 
@@ -115,10 +117,10 @@ def test_grids_of_gpus(name, units, dtype, with_ds):
     for m in (1, 63, 64, 65, 1000, 8192, 8193, 100_000):
         for columns in (1, 64, 576, 4096, 4099, 14336):
             for rank in (1, 8, 64, 256):
-                if not triton_ops.stripe_widths(target, dtype, rank, with_ds):
+                if not stripe_widths(target, dtype, rank, with_ds):
                     assert with_ds and (rank >= 64 or dtype == FP32), "dS apart: T is better read twice"
                     continue
-                bm, bc, tiles, parts, stripes = triton_ops.grads_grid(target, dtype, m, columns, rank, with_ds)
+                bm, bc, tiles, parts, stripes = grads_grid(target, dtype, m, columns, rank, with_ds)
                 blocks = -(-m // bm)
                 chunk = -(-blocks // parts)
                 assert (parts - 1) * chunk < blocks <= parts * chunk

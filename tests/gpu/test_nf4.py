@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FP16, FP32, assert_no_worse, name_of, normal, product
+from cases import BF16, DEVICE, FP16, FP32, name_of, normal, product
 
-from plopfast.kernels import nf4, triton_ops
+from plopfast.kernels import nf4, nf4_ops, triton_ops
+from plopfast.kernels.accuracy import assert_no_worse
 
 
 def quantized(n, k, seed=0):
@@ -55,7 +56,7 @@ def test_decode(dtype, n, k, seed, watched):
     codes, absmax, packed = quantized(n, k, seed)
     workspace = torch.full((n, k), float("nan"), dtype=dtype, device=DEVICE)
     with watched("w", seed=seed):
-        out = triton_ops.decode_nf4(nf4.repack(packed, n, k), absmax, workspace)
+        out = nf4_ops.decode_nf4(nf4.repack(packed, n, k), absmax, workspace)
     assert out is workspace and torch.equal(out, decoded(codes, absmax, dtype))
 
 
@@ -64,7 +65,7 @@ def test_decode_then_multiply(watched):
     codes, absmax, packed = quantized(40, 64)
     x, s, b = normal(50, 64, dtype=BF16, seed=1), normal(50, 4, dtype=BF16, seed=2), normal(40, 4, seed=3)
     with watched("w", "y"):
-        w = triton_ops.decode_nf4(nf4.repack(packed, 40, 64), absmax, torch.empty(40, 64, dtype=BF16, device=DEVICE))
+        w = nf4_ops.decode_nf4(nf4.repack(packed, 40, 64), absmax, torch.empty(40, 64, dtype=BF16, device=DEVICE))
         y, _ = triton_ops.gemm(x, w, s, b)
     exact = x.double() @ decoded(codes, absmax, BF16).double().T + s.double() @ b.double().T
     assert_no_worse(y, product(x, w.T) + product(s, b.to(BF16).T), exact)
@@ -91,7 +92,7 @@ def test_gemm(case, seed, watched):
     b = normal(n, r, dtype=wide, scale=r**-0.5, seed=4, layout="odd") if r else None
     bias = bias if with_bias else None
     with watched("y", seed=seed):
-        y = triton_ops.gemm_nf4(x, nf4.repack(packed, n, k), absmax, s, b, bias)
+        y = nf4_ops.gemm_nf4(x, nf4.repack(packed, n, k), absmax, s, b, bias)
     w = decoded(codes, absmax, dtype)
     same, exact = product(x, w.T), x.double() @ w.double().T
     if r:
@@ -105,6 +106,6 @@ def test_empty(watched):
     _, absmax, packed = quantized(8, 64)
     ours = nf4.repack(packed, 8, 64)
     with watched("y"):
-        assert triton_ops.gemm_nf4(normal(0, 64, dtype=BF16), ours, absmax).shape == (0, 8)
-        assert triton_ops.gemm_nf4(normal(3, 64, dtype=BF16), ours[:0], absmax[:0]).shape == (3, 0)
-        assert triton_ops.decode_nf4(ours[:0], absmax[:0], normal(0, 64)).shape == (0, 64)
+        assert nf4_ops.gemm_nf4(normal(0, 64, dtype=BF16), ours, absmax).shape == (0, 8)
+        assert nf4_ops.gemm_nf4(normal(3, 64, dtype=BF16), ours[:0], absmax[:0]).shape == (3, 0)
+        assert nf4_ops.decode_nf4(ours[:0], absmax[:0], normal(0, 64)).shape == (0, 64)

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FAR, FP16, FP32, assert_no_worse, far, keep_of, name_of, normal, operands, product
+from cases import BF16, DEVICE, FAR, FP16, FP32, far, keep_of, name_of, normal, operands, product
 
 from plopfast.kernels import triton_ops
+from plopfast.kernels.accuracy import assert_no_worse
 
 C, SEED = 1.7, (1 << 62) + 12345
 SPLIT = 520  # columns of X that few rows make several programs share

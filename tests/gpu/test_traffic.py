@@ -1,13 +1,13 @@
-"""Bytes and FLOPs of every launch: the formulas of traffic.py against the checked interpreter's count, exactly.
+"""The formulas of traffic.py give exactly the bytes and FLOPs that the checked interpreter counts, for every launch.
 
-What the formulas then say of real shapes, which are too large to count, is as good as counted.
+So what they say about real shapes, which are too large to count, can be relied on.
 """
 
 import peft_path
 import pytest
 import torch
 from cases import BF16, FP32, operands as random_operands
-from checked_interpreter import checked
+from interpreter import checked
 from traffic import FORMULAS, PATHS, SEED, SMALL, cost, launches_of, operands, recorded, table_bytes
 
 from plopfast.kernels import dispatch, reference, triton_ops

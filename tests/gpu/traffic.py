@@ -1,12 +1,12 @@
-"""Bytes and FLOPs of every launch of a LoRA linear, by formula; test_traffic.py holds them to the interpreter's count.
+"""Bytes and FLOPs of every launch of a LoRA linear, by formula. test_traffic.py compares them with the interpreter's count.
 
     made = launches_of("fused", operands(16384, 14336, 4096, 16, device="meta"), target=dispatch.Target("sm_90", 132))
     [cost(launch).bytes for launch in made["forward"] + made["backward"]]
 
-Bytes are the compulsory ones: distinct ones that a launch loads, plus those that it stores, as if every launch began
-with an empty cache and none were too small. A formula takes grids and tiles from the launch itself, so on meta tensors
-it prices what the launchers choose on a GPU that is not there. The library's GEMM of the LoRA-first path is no Triton
-kernel: its formula is written down, not counted.
+Bytes are the compulsory ones: the distinct bytes that a launch loads, plus those that it stores, as if every launch began
+with an empty cache that is large enough. A formula takes grids and tiles from the launch itself. So on meta tensors it
+gives the cost of what the launchers choose on a GPU that is not there. The GEMM of the LoRA-first path is the library's,
+not a Triton kernel: its formula is written down, not counted.
 
 M tokens, K in, N out, R rank.
 """
@@ -31,7 +31,7 @@ SMALL = dispatch.Target("interpreter", 4)  # a GPU of few small programs
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel's grid and its arguments by name, which read as attributes."""
+    """A kernel's grid and its arguments, which can be read as attributes."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -51,13 +51,13 @@ class Launch:
 
 @dataclass(frozen=True)
 class Cost:
-    """Bytes by argument, and FLOPs of dots: those of the formula, and those that tiles execute beyond the edges too."""
+    """Bytes by argument, and FLOPs of dots: those of the formula, and those that tiles execute, beyond the edges too."""
 
     loads: dict[str, int]
     stores: dict[str, int]
     useful: int = 0
     executed: int = 0
-    own: int = 0  # bytes of the frozen product's operands: the bare GEMM's, and what a library's GEMM adds on to
+    own: int = 0  # bytes of the frozen product's operands, which the bare GEMM moves too; with L for a library's GEMM
 
     @property
     def bytes(self) -> int:
@@ -145,7 +145,7 @@ def row_norms(at: Launch) -> Cost:
 
 
 def addmm_(at: Launch) -> Cost:
-    """The library's GEMM in place: X, W and L in, Y out where L was. Not counted: it is no Triton kernel."""
+    """The library's GEMM in place: X, W and L in, Y out where L was. It is not counted, as it is no Triton kernel."""
     loads = {name: tensor.nbytes for name, tensor in at.arguments.items()}
     (m, k), n = at.x.shape, at.w.shape[1]
     flops = 2 * m * n * k
@@ -186,7 +186,7 @@ def _up(value: int, block: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ recording
 @contextlib.contextmanager
 def recorded(target: dispatch.Target = SMALL, frozen: torch.Tensor | None = None) -> Iterator[list[Launch]]:
-    """All launches in the block, by launchers that believe they run on `target`; on meta tensors nothing runs."""
+    """Records all launches in the block, whose launchers are told that they run on `target`. On meta tensors nothing runs."""
     launches: list[Launch] = []
     run, product = InterpretedFunction.run, torch.Tensor.addmm_
 
@@ -207,7 +207,7 @@ def recorded(target: dispatch.Target = SMALL, frozen: torch.Tensor | None = None
         launches.append(Launch("addmm_", (), {"y": y, "x": x, "w": w}, is_frozen(w)))
         return y if y.is_meta else product(y, x, w)
 
-    dispatch.plan.cache_clear()  # it keeps plans by device, which is the same for every target here
+    dispatch.plan.cache_clear()  # it keeps plans by device, and here every target has the same device
     try:
         with (
             mock.patch.object(InterpretedFunction, "run", record_kernel),
@@ -229,7 +229,7 @@ def operands(
     m: int, n: int, k: int, r: int, dtype: torch.dtype = torch.bfloat16, wide: torch.dtype = torch.float32,
     bias: bool = False, device: str = "cpu",
 ) -> SimpleNamespace:  # fmt: skip
-    """One linear's tensors, zeros, which traffic does not depend on; `wide`: of the adapters A and B."""
+    """One linear's tensors, all zeros: traffic does not depend on numbers. `wide` is the dtype of the adapters A and B."""
 
     def zeros(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.zeros(shape, dtype=dtype, device=device)
@@ -275,7 +275,7 @@ class Step:
 
 
 def launches_of(path: str, o: SimpleNamespace, p: float = 0.0, target: dispatch.Target = SMALL) -> Step:
-    """The launches of a linear by one of PATHS. PEFT's has its adapters in X's dtype, whatever `o` has."""
+    """The launches of a linear by one of PATHS. PEFT's adapters have X's dtype, whatever `o` has."""
     with recorded(target, o.w) as launches:
         halves = PATHS[path](o, p, path)
         next(halves)
@@ -285,9 +285,9 @@ def launches_of(path: str, o: SimpleNamespace, p: float = 0.0, target: dispatch.
 
 
 def table_bytes(path: str, o: SimpleNamespace, p: float = 0.0) -> tuple[float, float]:
-    """Forward and backward bytes outside the frozen product's operands if adapters and rank cost nothing.
+    """Forward and backward bytes outside the frozen product's operands, if adapters and rank cost nothing.
 
-    LoRA-first's leave out that the library's GEMM reads the L that it adds on to: an operand of its own.
+    Those of LoRA-first leave out that the library's GEMM reads L: it is an operand of that product.
     """
     x, y = o.x.nbytes, o.dy.nbytes
     if path == "peft":

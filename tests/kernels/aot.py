@@ -1,11 +1,11 @@
-"""Ahead-of-time compilation: launchers build their kernels for a GPU that is not here, and the result is read back.
+"""Ahead-of-time compilation: launchers compile their kernels for a GPU that is not here, and the result is read back.
 
     with compiling("sm_90") as launches:
         triton_ops.shrink(torch.empty(8192, 4096, dtype=torch.bfloat16, device="meta"), ...)
     resources(launches[0]).registers
 
-Every `kernel[grid](...)` compiles instead of running, its arguments specialised as in a real launch (divisibility by
-16, the value 1, descriptors): what is checked is what is shipped. Tensors may lie on `meta`, where their address, 0,
+Every `kernel[grid](...)` compiles instead of running. Its arguments are specialised as in a real launch (divisibility by
+16, the value 1, descriptors), so what is checked is what is shipped. Tensors may be on `meta`, where their address, 0,
 counts as aligned, or on the CPU, where a view can be misaligned on purpose.
 """
 
@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Limits:
-    """What a GPU offers; "sm" is a streaming multiprocessor, a compute unit (CDNA) or a work-group processor (RDNA)."""
+    """What a GPU offers. "sm" is a streaming multiprocessor, a compute unit (CDNA) or a work-group processor (RDNA)."""
 
     gpu: GPUTarget
     shared_per_block: int

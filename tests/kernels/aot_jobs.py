@@ -1,4 +1,4 @@
-"""What ships, compiled for every target: launchers under shapes of an 8-billion model, and what their kernels must be.
+"""The launchers to compile for every target, with shapes of an 8-billion model, and what their kernels must contain.
 
 M tokens, K in, N out, R rank.
 """
@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
-from plopfast.kernels import dispatch, triton_ops
+from plopfast.kernels import dispatch, nf4_ops, triton_ops
 
-SEED = 1 << 40  # seeds are 64-bit hashes: another argument type than a small number's
+SEED = 1 << 40  # seeds have 64 bits, which is another argument type than a small number's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,13 @@ class Expect:
     """What a kernel is meant to contain."""
 
     matrix: str = ""  # "any" matrix instruction, or the one of "large" tiles
-    loads: bool = False  # most bytes come 16 at a time, or by TMA
-    stores: bool = False  # most bytes go in the widest stores that the target's accumulators allow
+    loads: bool = False  # most bytes are loaded 16 at a time, or by TMA
+    stores: bool = False  # most bytes are stored as widely as the target's accumulators allow
 
 
 @dataclass(frozen=True)
 class Job:
-    """`build(target)` calls launchers as shipped; `expect` goes by the name of the kernel."""
+    """`build(target)` calls launchers as shipped. `expect` is by the name of the kernel."""
 
     build: Callable[[str], Any]
     expect: dict[str, Expect] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """One kernel of a job, or the job's failure; `wrong` is empty where all is well."""
+    """One kernel of a job, or the job's failure. `wrong` is empty if all is well."""
 
     job: str
     target: str
@@ -123,11 +123,11 @@ def _row_norms(target: str) -> None:
 
 def _nf4(target: str, **shape: Any) -> None:
     o = operands(**shape)
-    triton_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
+    nf4_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
 
 
 def _decode_nf4(target: str) -> None:
-    triton_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
+    nf4_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
 
 
 def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None]:
@@ -165,7 +165,7 @@ JOBS = {
 
 
 def problems(found: Resources, target: str, expect: Expect) -> list[str]:
-    """Why a kernel cannot launch, or would not run as meant."""
+    """The reasons why a kernel cannot launch, or would not run as intended."""
     limits, count = LIMITS[target], found.instructions
     matrix = limits.matrix[:1] if expect.matrix == "large" else limits.matrix
     few_wide_loads = not count["tma load"] and _share(found.loads, 16) < 0.5

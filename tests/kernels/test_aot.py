@@ -1,4 +1,4 @@
-"""Every shipped kernel compiles for every target, fits it, and is made of what the target is fast with. Needs no GPU."""
+"""Every shipped kernel compiles for every target, fits it, and uses its fast instructions. Needs no GPU."""
 
 import aot
 import aot_jobs

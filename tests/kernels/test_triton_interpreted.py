@@ -1,4 +1,4 @@
-"""tests/gpu in the checked interpreter, a process for each file: Triton reads TRITON_INTERPRET when it is imported."""
+"""Runs tests/gpu in the checked interpreter. Each file has its own process, as Triton reads TRITON_INTERPRET on import."""
 
 import importlib.util
 import os
@@ -16,7 +16,7 @@ FILES = sorted((ROOT / "tests" / "gpu").glob("test_*.py"))
 
 
 def run(file):
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1"}
     options = ["-p", "no:cacheprovider", "--confcutdir=tests/gpu", "--tb=short"]
     command = [sys.executable, "-m", "pytest", *options, str(file)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

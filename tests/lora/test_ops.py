@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import plopfast as pf
 from plopfast.kernels import philox, reference
+from plopfast.kernels.accuracy import assert_no_worse
 
 CASES = [
     (1, 64, 64, 8),
@@ -44,17 +45,6 @@ def plain(x, w, a, b, s, bias, keep=None, q=1.0):
     dropped = x if keep is None else x * keep * q
     y = torch.nn.functional.linear(x, w, bias)
     return y + (dropped @ a.to(x.dtype).T @ b.to(x.dtype).T) * s
-
-
-def assert_no_worse(got, same_dtype, exact, factor=2.0):
-    """Our error is at most `factor` times that of plain torch in the same dtype (plus one rounding of the output)."""
-    assert got.shape == exact.shape
-    if not exact.numel():
-        return
-    assert got.isfinite().all()
-    ours, theirs = ((t.double() - exact).norm() for t in (got, same_dtype))
-    floor = torch.finfo(got.dtype).eps * exact.norm()
-    assert ours <= factor * theirs + floor, f"error {ours:.3e}, plain torch {theirs:.3e}"
 
 
 @pytest.mark.parametrize("strided", [False, True])
