@@ -105,7 +105,7 @@ class Plain(LoRALinear):
     """A LoRA linear as one writes it without a library: the yardstick, and for float64 inputs the specification."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        w, a, b = self.weight, self.lora_A, self.lora_B
+        w, a, b = self.frozen.weight_NK, self.lora_A, self.lora_B
         if x.dtype == torch.float64:
             return reference.lora_linear(x.flatten(0, -2), w, a, b, C).unflatten(0, x.shape[:-1])
         return x @ w.T + C * (x @ a.to(x.dtype).T @ b.to(x.dtype).T)
