@@ -1,1 +1,1 @@
-"""Data: files to rows, rows to tokens, tokens to batches."""
+"""Data: reads files into rows, turns rows into tokens, and groups tokens into batches."""
