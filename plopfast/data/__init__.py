@@ -1,1 +1,1 @@
-"""Data: reads files into rows, turns rows into tokens, and groups tokens into batches."""
+"""Data: from files to rows, from rows to tokens, from tokens to batches."""

@@ -37,7 +37,7 @@ def collate_packed(
     Positions restart at 0 with each sequence. Its first token has no label, because the token before it belongs to
     another sequence. There is no attention mask on purpose: without one (and without a cache) transformers takes the
     borders of the sequences from the positions, for every layer's mask (full or sliding; sdpa, eager) and as cu_seqlens
-    of flash attention. `models.linears.check_packing` tests whether a model does so.
+    of flash attention. `check_packing` tests whether a model does so.
     """
     rows = [torch.tensor(tokens) for tokens in sequences]
     labels = [row.clone() for row in rows]

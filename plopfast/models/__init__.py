@@ -1,1 +1,1 @@
-"""Causal language models: loading them, and what their linear modules are."""
+"""Causal language models: loads them and finds their linear modules."""

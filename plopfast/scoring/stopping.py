@@ -11,7 +11,7 @@ of many pairs. Two union bounds hold the error of the whole procedure below alph
 alpha 6 / (pi l)^2, which sums to alpha however many looks there are, and each of its k (types - k) pairs an equal part of
 that. They hold whatever the dependence between looks, types and layers, need no bound on the number of prompts, and cost
 little, as a t-value grows with the root of the logarithm only. Where a chosen set is wrong, one of its types truly lies
-above one left out, so that one of these tests has erred. tests/test_confidence.py simulates it.
+above one left out, so that one of these tests has erred. tests/scoring/test_stopping.py simulates it.
 """
 
 import math
