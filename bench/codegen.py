@@ -2,7 +2,7 @@
 
     python bench/codegen.py [--targets sm_90 gfx942] [--processes 2]
 
-Compiled ahead of time by tests/kernels/aot.py from the jobs of tests/kernels/aot_jobs.py. Instructions are static counts; occupancy is
+Compiled ahead of time by tests/aot.py from the jobs of tests/aot_jobs.py. Instructions are static counts; occupancy is
 in blocks for each streaming multiprocessor (AMD: compute unit, or work-group processor).
 """
 

@@ -2,7 +2,7 @@
 
     TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 python -m pytest --confcutdir=tests/gpu tests/gpu
 
-With neither an interpreter nor a GPU nothing here is collected; tests/kernels/test_triton_interpreted.py starts the former.
+With neither an interpreter nor a GPU nothing here is collected; tests/test_triton_interpreted.py starts the former.
 """
 
 import contextlib
