@@ -1,6 +1,7 @@
-"""The house rules that a reader may rely on: imports run one way, the public names are what they say."""
+"""The rules of the house: imports run one way, private names stay in their file, public names are what they say."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import plopfast
 
 ROOT = Path(plopfast.__file__).parent
 BELOW = {"support", "models", "data"}
-MAY_IMPORT = {  # wing -> the other wings that it may import; kernels import only torch and triton
+MAY_IMPORT = {  # wing -> the other wings that it may import, all of them above it; kernels import only torch and triton
     "support": set(),
     "models": {"kernels", "support"},
     "data": {"support"},
@@ -51,6 +52,21 @@ def test_every_file_is_in_a_wing():
 def test_imports_run_one_way(path):
     wings = {name.split(".")[0] for name, level in imports(ast.parse(path.read_text())) if level == 2}
     assert wings <= MAY_IMPORT[path.parent.name], f"{path.parent.name} must not import from these"
+
+
+def test_the_map_lists_the_wings_in_their_order():
+    order = ["kernels", *MAY_IMPORT]
+    for number, wing in enumerate(order[1:], 1):
+        assert MAY_IMPORT[wing] <= set(order[:number]), f"{wing}: a wing imports from those above it alone"
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\| `(?:plopfast/)?(\w+)/` \|", text, re.MULTILINE) == order
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_private_names_stay_in_their_file(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level]
+    private = [alias.name for node in nodes for alias in node.names if re.match("_[a-zA-Z]", alias.name)]
+    assert not private, "another file needs these: make them public, or move them"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda p: p.stem)

@@ -1,10 +1,12 @@
-"""`kernels/` is plopfast.kernels from a wheel, an editable install and a bare checkout; nothing is named `kernels`."""
+"""plopfast is whole from a wheel, an sdist, an editable install and a bare checkout; nothing is named `kernels`."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -13,9 +15,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 CHECK = """
-import sys, pathlib, plopfast, plopfast.kernels.reference, plopfast.data.rows
-assert all(p.is_file() for p in plopfast.data.rows.DEMO.values())
-print(pathlib.Path(plopfast.__file__).resolve().parent)
+import pathlib, plopfast, plopfast.kernels.reference, plopfast.data.rows
+folder = pathlib.Path(plopfast.__file__).resolve().parent
+assert all(p.is_file() for p in [*plopfast.data.rows.DEMO.values(), folder / "report" / "page.html.j2"])
+print(folder)
 """
 NO_KERNELS = "import importlib.util as u; assert u.find_spec('kernels') is None, u.find_spec('kernels')"
 
@@ -60,12 +63,16 @@ def pip(*arguments, python=sys.executable):
 
 
 def fresh_environment(folder):
-    """A new environment that sees this one's packages (torch and others) but not this one's plopfast."""
+    """Make a new environment that sees this one's packages (torch and others), but not its plopfast."""
     venv.create(folder, symlinks=True, with_pip=False)
-    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    outer = folder / "outer"
+    outer.mkdir()
+    for package in Path(sysconfig.get_paths()["purelib"]).iterdir():
+        if not package.name.lower().startswith(("plopfast", "__editable__")):
+            (outer / package.name).symlink_to(package)
     site = next(folder.glob("lib/python*/site-packages"))
-    (site / "parent.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-    return python
+    (site / "outer.pth").write_text(f"{outer}\n")
+    return folder / "bin" / "python"
 
 
 def run(python, code, cwd):
@@ -75,12 +82,23 @@ def run(python, code, cwd):
     return done.stdout.strip()
 
 
-def test_wheel_holds_plopfast_alone(wheel):
+def test_wheel_holds_plopfast_alone(wheel, checkout):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "plopfast/kernels/torch_ops.py" in names and "plopfast/report/page.html.j2" in names
-    assert "plopfast/demo/wordnet_categories.train.jsonl" in names
+    here = {path.relative_to(checkout).as_posix() for path in (checkout / "plopfast").glob("**/*.*") if path.is_file()}
+    here |= {f"plopfast/kernels/{path.name}" for path in (checkout / "kernels").glob("*.py")}
+    assert {name for name in names if ".dist-info" not in name} == here
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"plopfast"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_an_sdist_builds_the_same_wheel(wheel, checkout, tmp_path):
+    code = f"from setuptools import build_meta; build_meta.build_sdist({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=checkout, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    pip("wheel", next(tmp_path.glob("plopfast-*/")), "-w", tmp_path, "--no-deps", "--no-build-isolation")
+    built = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
+    assert sorted(built.namelist()) == sorted(zipfile.ZipFile(wheel).namelist())
 
 
 def test_from_a_wheel(wheel, tmp_path):
@@ -105,3 +123,16 @@ def test_from_an_uninstalled_checkout(checkout, tmp_path):
 def test_transformers_imports_from_the_checkouts_root(checkout):
     code = "import sys; sys.path.insert(0, '.')\nimport transformers\nfrom transformers import LlamaForCausalLM, AutoModelForCausalLM"
     run(sys.executable, code, checkout)
+
+
+def test_the_gate_pins_what_the_package_names():
+    """Everything that `.[all,dev]` asks for has one version in the constraints that README's commands use."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    asked = project["dependencies"] + [need for extra in ("hf", "report", "search", "dev") for need in optional[extra]]
+    name = re.compile(r"^([\w-]+)", re.MULTILINE)
+    pinned = {
+        found[1].lower() for found in re.finditer(r"^([\w-]+)==", (ROOT / ".ci/constraints.txt").read_text(), re.M)
+    }
+    assert {name.match(need)[1].lower() for need in asked} <= pinned

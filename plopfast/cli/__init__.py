@@ -1,1 +1,1 @@
-"""The command line."""
+"""The command line, and the commands that are more than a call: doctor, bench."""

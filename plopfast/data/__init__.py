@@ -1,1 +1,1 @@
-"""Data: files to rows, rows to tokens, tokens to batches."""
+"""Data: from files to rows, from rows to tokens, from tokens to batches."""

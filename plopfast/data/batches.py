@@ -1,4 +1,4 @@
-"""Rows of tokens to batches: padded, packed, grouped by length, epoch after epoch."""
+"""Groups rows of tokens into batches: padded or packed, of similar length, epoch after epoch."""
 
 import bisect
 import random
@@ -14,7 +14,7 @@ from .rows import IGNORE, Example
 
 
 def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
-    """Right-padded int64 `input_ids`, `attention_mask` and `labels`, each [rows, longest]; padding is token 0."""
+    """Return `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest], padded on the right with token 0."""
     longest = max(map(len, sequences))
     batch = {
         "input_ids": torch.zeros(len(sequences), longest, dtype=torch.long),
@@ -32,12 +32,12 @@ def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: A
 def collate_packed(
     sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu"
 ) -> dict[str, torch.Tensor]:
-    """int64 `input_ids`, `position_ids` and `labels`, each [1, tokens]: the sequences end to end, without padding.
+    """Return `input_ids`, `position_ids` and `labels`, each int64 [1, tokens]: the sequences end to end, without padding.
 
-    Positions restart at 0 with each sequence, and its first token has no label, as the token before it is another
-    sequence's. There is no attention mask on purpose: without one (and without a cache) transformers takes the
-    sequences' borders from the positions, in every layer's mask (full or sliding; sdpa, eager) and as
-    cu_seqlens of flash attention. `models.check_packing` tells whether a model does.
+    Positions restart at 0 with each sequence. Its first token has no label, because the token before it belongs to
+    another sequence. There is no attention mask on purpose: without one (and without a cache) transformers takes the
+    borders of the sequences from the positions, for every layer's mask (full or sliding; sdpa, eager) and as cu_seqlens
+    of flash attention. `check_packing` tests whether a model does so.
     """
     rows = [torch.tensor(tokens) for tokens in sequences]
     labels = [row.clone() for row in rows]
@@ -54,11 +54,13 @@ def collate_packed(
 def batches_of(
     examples: Sequence[Example], rows: int, tokens: str = "all", skip_first: bool = False
 ) -> list[dict[str, torch.Tensor]]:
-    """Batches of `rows` examples in the order they come, as a Hugging Face tokenizer would pad them; with `counted`
-    [rows, tokens] where only some tokens are to be scored: the "prompt", the "completion", or those of a role. `skip_first`
-    leaves out each row's first token, whose large norms are the attention sink's (Xiao et al., arXiv 2309.17453).
+    """Return batches of `rows` examples in the given order, padded as a Hugging Face tokenizer pads them.
 
-    Raises DataError where no token would be left, or a role is asked for and the examples have none.
+    `tokens` says which tokens are scored: "all", "prompt", "completion" or a role. `skip_first` leaves out the first
+    token of each row: its large norms come from the attention sink (Xiao et al., arXiv 2309.17453). Unless every token
+    is scored, each batch also holds `counted`, a bool [rows, tokens].
+
+    Raises DataError if no token is left, or if `tokens` is a role and the examples have none.
     """
     chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
     batches = [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
@@ -110,10 +112,12 @@ def counted_tokens(
 def group_by_length(
     lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024
 ) -> list[list[int]]:
-    """Index groups whose padded size (rows x longest) stays within `budget` tokens; every index appears once.
+    """Return groups of indices whose padded size (rows x longest) is at most `budget` tokens. Each index appears once.
 
-    Indices are sorted by length within windows (shuffled before, and the groups after, when there is a `seed`), which
-    leaves a few per cent of padding. A row longer than the budget makes a group of its own.
+    Indices are sorted by length within windows of `window` rows, which leaves a few per cent of padding. With a `seed`,
+    the rows are shuffled before that and the groups after it. A row longer than the budget gets a group of its own.
+
+        group_by_length([500, 3], budget=256)  # [[1], [0]]
     """
 
     def fill(window: list[int]) -> list[list[int]]:
@@ -128,10 +132,13 @@ def group_by_length(
 
 
 def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024) -> list[list[int]]:
-    """Index groups whose summed length stays within `budget` tokens; every index appears once.
+    """Return groups of indices whose lengths add up to at most `budget` tokens. Each index appears once.
 
-    Best fit decreasing within windows: each row, longest first, joins the fullest group that has room for it. Indices
-    are shuffled before, and the groups after, when there is a `seed`. Raises DataError for a row above the budget.
+    The method is best fit decreasing within windows of `window` rows: each row, longest first, joins the fullest group
+    that has room for it. With a `seed`, the rows are shuffled before that and the groups after it. Raises DataError for
+    a row longer than the budget.
+
+        pack([8, 3, 5, 4, 4], budget=8)  # [[0], [2, 1], [3, 4]]
     """
     above = [length for length in lengths if length > budget]
     if above:
@@ -158,8 +165,7 @@ def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: i
 def _in_windows(
     count: int, fill: Callable[[list[int]], list[list[int]]], seed: int | None, window: int
 ) -> list[list[int]]:
-    """The groups that `fill` makes of each window of the indices, which are shuffled before, and the groups after, where
-    there is a seed."""
+    """Apply `fill` to each window of indices. With a seed, shuffle the indices first and the groups last."""
     order = list(range(count))
     rng = random.Random(seed)
     if seed is not None:
@@ -173,11 +179,11 @@ def _in_windows(
 def micro_batches(
     lengths: Sequence[int], labelled: int, budget: int, seed: int, share: float = 0.0, packing: bool = False
 ) -> Iterator[list[int]]:
-    """Endless index groups, epoch after epoch, each epoch in an order of its own: a pure function of the arguments, so
-    that a position in the data is a number of groups.
+    """Yield groups of indices without end, epoch after epoch, each epoch in its own order.
 
-    Indices from `labelled` on are unlabelled rows: with `share` 0 they come once, before the others; else that share of
-    the groups holds them.
+    The groups depend on the arguments alone, so the number of groups taken is a position in the data. Indices from
+    `labelled` on are unlabelled rows. With `share` 0 they come once, before all others; otherwise that share of the
+    groups holds them.
     """
     ours = _epochs(lengths[:labelled], 0, budget, seed, packing)
     others: Iterator[list[int]] = iter(())
@@ -196,7 +202,7 @@ def micro_batches(
 
 
 def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> int:
-    """Micro-batches in the first epoch."""
+    """Return the number of micro-batches in the first epoch."""
     return len((pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, 0)))
 
 

@@ -1,18 +1,22 @@
-"""Rows to tokens, and which of them the model learns."""
+"""Turns rows into tokens, and marks the tokens that the model learns."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from ..support.errors import DataError
-from .rows import Example, _format
+from .rows import Example, format_of
 
 
 def tokenize(
     rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, max_length: int | None = None, roles: bool = False
 ) -> list[Example]:
-    """Examples with an end-of-text token after each completion or text. With `roles`, the tokens of messages know theirs.
+    """Turn rows, as `read_jsonl` returns them, into one Example each.
 
-    Raises DataError for a row longer than `max_length` tokens (nothing is truncated silently).
+    An end-of-text token follows each completion or text. With `roles`, the tokens of messages also carry their role.
+    Nothing is truncated: raises DataError for a row longer than `max_length` tokens, for a row of fewer than two tokens,
+    and for messages where the tokenizer's chat template is missing or refuses them.
+
+        examples = tokenize(read_jsonl("train.jsonl"), tokenizer, max_length=model.config.max_position_embeddings)
     """
     examples = []
     for where, row in rows:
@@ -30,11 +34,13 @@ def tokenize(
 
 
 def _roles(row: dict[str, Any], tokens: list[int], tokenizer: Any) -> tuple[str, ...] | None:
-    """Each token's role: a message's tokens are those that the chat template adds for it, its markup included. None where
-    the row is no messages, or the template rewrites earlier ones, so that they cannot be told apart."""
-    if _format(row) not in ("chat", "messages"):
+    """Return the role of each token. A message's tokens are the ones that the chat template adds for it, with its markup.
+
+    None if the row has no messages, or if the template rewrites earlier messages, so that their tokens cannot be told apart.
+    """
+    if format_of(row) not in ("chat", "messages"):
         return None
-    messages = row["messages"] if _format(row) == "messages" else [*row["prompt"], *row["completion"]]
+    messages = row["messages"] if format_of(row) == "messages" else [*row["prompt"], *row["completion"]]
     roles: list[str] = []
     for number, message in enumerate(messages, 1):
         upto = _template(tokenizer, messages[:number], False)
@@ -45,8 +51,9 @@ def _roles(row: dict[str, Any], tokens: list[int], tokenizer: Any) -> tuple[str,
 
 
 def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int, str | None]:
+    """Return a row's tokens, where the learned ones start, and its completion if that is plain text."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    kind = _format(row)
+    kind = format_of(row)
     if kind == "text":
         return [*tokenizer(row["text"])["input_ids"], *end], 0, None
     if kind == "pair":
@@ -60,7 +67,7 @@ def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int],
     try:
         prompt = _template(tokenizer, messages[:asked], True) if asked else []
         whole = _template(tokenizer, messages, False)
-    except Exception as error:  # templates are programs of the model's authors, and raise what they like
+    except Exception as error:  # a template is the model authors' program and can raise anything
         raise DataError(f"{where}: the model's chat template refuses this row ({error})") from error
     if whole[: len(prompt)] != prompt:
         raise DataError(f"{where}: the chat template does not keep the prompt as a prefix; use prompt/completion text")
@@ -73,8 +80,11 @@ def _template(tokenizer: Any, messages: list[dict[str, Any]], generate: bool) ->
 
 
 def completion_tokens(tokenizer: Any, prompt: str, completion: str) -> list[int]:
-    """The completion's tokens as they follow the prompt: taken from the joint text where that keeps the prompt's
-    tokens (sentencepiece would add a space to the completion alone), else tokenised on their own."""
+    """Return the completion's tokens as they follow the prompt.
+
+    They come from the joint text if that starts with the prompt's own tokens: sentencepiece would add a space to a
+    completion that stands alone. Otherwise the completion is tokenised on its own.
+    """
     head = list(tokenizer(prompt)["input_ids"])
     whole = list(tokenizer(prompt + completion)["input_ids"])
     if len(whole) > len(head) and whole[: len(head)] == head:

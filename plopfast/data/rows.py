@@ -1,6 +1,7 @@
-"""Task data: JSONL rows or plain text -> token sequences with a label range -> padded or packed batches.
+"""Reads JSONL files into rows, and says which kind each row is.
 
 Rows follow TRL's conventions: {"prompt", "completion"} as strings or message lists, {"messages"}, or {"text"}.
+To add a kind of row, recognise it in `format_of` and turn it into tokens in `labels.py`.
 """
 
 import json
@@ -14,26 +15,28 @@ DEMO = {
     split: Path(__file__).parents[1] / "demo" / f"wordnet_categories.{split}.jsonl"
     for split in ("train", "valid", "test")
 }
-IGNORE = -100  # the label of a token that counts in no loss, as in transformers
+IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
 FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
 
 
 @dataclass(frozen=True)
 class Example:
-    """One tokenised row: `tokens[start:]` carry labels. `completion` is the row's answer where it is plain text, `roles`
-    the role of each token where the row is messages and roles were asked for."""
+    """One tokenised row. The model learns `tokens[start:]`."""
 
     tokens: tuple[int, ...]
     start: int
-    completion: str | None
+    completion: str | None  # the answer, where it is plain text
     where: str  # file:line, for errors
-    roles: tuple[str, ...] | None = None
+    roles: tuple[str, ...] | None = None  # of each token, where the row is messages and the caller asked for roles
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, row) for each non-empty line. Raises DataError naming the file and line of what is wrong."""
+    """Read a JSONL file (UTF-8, one object a line) into a list of (file:line, row). Empty lines are skipped.
+
+    Raises DataError with the file and line for a missing file, invalid JSON, or a row of an unknown kind.
+    """
     path = Path(path)
-    lines = _read(path).split("\n")  # splitlines() would cut at U+2028 inside a string
+    lines = read_utf8(path).split("\n")  # splitlines() would also split at U+2028 inside a string
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -45,14 +48,16 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
             raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); one object a line") from None
         if not isinstance(row, dict):
             raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        _check_row(where, row)
+        if format_of(row) is None:
+            raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
         rows.append((where, row))
     if not rows:
         raise DataError(f"{path}: no rows; expected one JSON object a line: {FORMATS}")
     return rows
 
 
-def _read(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """Read a text file; a byte order mark is dropped. Raises DataError if it is missing or isn't UTF-8."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -61,13 +66,11 @@ def _read(path: Path) -> str:
         raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
-def _check_row(where: str, row: dict[str, Any]) -> None:
-    if _format(row) is None:
-        raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
+def format_of(row: dict[str, Any]) -> str | None:
+    """Return the row's kind: "pair" (prompt and completion as strings), "chat" (both as message lists), "messages" or "text".
 
-
-def _format(row: dict[str, Any]) -> str | None:
-    """How a row is read: "pair" (strings), "chat" (message lists), "messages" or "text", in this order."""
+    The first kind that fits wins, in this order. None means that no kind fits.
+    """
 
     def is_chat(key: str) -> bool:
         value = row.get(key)

@@ -1,4 +1,4 @@
-"""Plain text to rows of tokens."""
+"""Cuts plain text into rows of tokens."""
 
 import bisect
 import itertools
@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import DataError
-from .rows import Example, _read
+from .rows import Example, read_utf8
 
 
 def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
-    """Plain text as consecutive rows of at most `length` tokens, all but the first of each with a label.
+    """Cut a text file into consecutive rows of at most `length` tokens. The model learns all but the first of each row.
 
-    Rows end where a paragraph (text up to a blank line) does, if that leaves them at least half full. Every token of the
-    text is in exactly one row; an end-of-text token follows the last, and where the tokenizer puts a
-    begin-of-text token before a text, each row has one. Raises DataError for a file that is missing, not UTF-8, empty
-    or JSONL, and for a tokenizer that gives no offsets.
+    A row ends at the end of a paragraph (text up to a blank line) if that leaves the row at least half full. Every token
+    of the text is in exactly one row. An end-of-text token follows the last one. If the tokenizer puts a begin-of-text
+    token before a text, each row has one.
+
+    Raises DataError for a file that is missing, empty, JSONL or not UTF-8, and for a tokenizer that gives no offsets.
     """
     path = Path(path)
     if path.suffix in (".jsonl", ".json"):
         raise DataError(f"{path}: expected plain text (.txt); rows of JSON go to --train")
-    text = _read(path)
+    text = read_utf8(path)
     if not text.strip():
         raise DataError(f"{path}: no text in it")
     if not tokenizer.is_fast:
@@ -42,7 +43,7 @@ def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
         if end < len(tokens):
             paragraph = breaks[bisect.bisect_right(breaks, end) - 1]
             end = paragraph if paragraph - begin >= room / 2 else end
-            end -= end == len(tokens) - 1  # a row of one token would have no label
+            end -= end == len(tokens) - 1  # so that the last row has more than one token, and so a label
         line, at = line + text.count("\n", at, begins[begin]), begins[begin]
         examples.append(Example((*front, *tokens[begin:end]), 1, None, f"{path}:{line}"))
         begin = end
@@ -50,11 +51,11 @@ def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
 
 
 def _tokens_of_text(text: str, tokenizer: Any) -> tuple[list[int], list[int], list[int]]:
-    """(tokens, where in `text` each begins, numbers of tokens before each paragraph).
+    """Return the tokens, the character where each begins, and the number of tokens before each paragraph.
 
-    Tokenised in pieces of whole paragraphs and at least 2^16 characters, as tokenizers take much memory for one long
-    string; not in single paragraphs, since many tokenizers join a full stop and the line breaks after it, or split
-    the line breaks before a word.
+    The text is tokenised in pieces of whole paragraphs, each at least 2^16 characters: one long string takes tokenizers
+    much memory. Single paragraphs won't do, because many tokenizers join a full stop to the line breaks after it, or
+    split the line breaks before a word.
     """
     paragraphs = [0] + [match.end() for match in re.finditer(r"\n(?:[^\S\n]*\n)+", text)]
     cuts = [0]

@@ -1,1 +1,1 @@
-"""LoRA: the operation, the module, the placement of adapters, and their files."""
+"""LoRA: the operation, the module, the placement of adapters, and PEFT's files."""

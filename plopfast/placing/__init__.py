@@ -1,1 +1,1 @@
-"""Placing: which modules a rule picks, and how a budget is shared out among them."""
+"""Placing: the rules that choose modules, and how a budget is divided among them."""

@@ -1,1 +1,1 @@
-"""The page that a run folder's files make."""
+"""The report: one page from the files of a run folder. Computes nothing."""

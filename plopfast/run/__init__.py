@@ -1,1 +1,1 @@
-"""A run: its folder, and the stages that work in it."""
+"""A run: what its folder holds, and the stages that fill it."""

@@ -1,1 +1,1 @@
-"""Scoring: Normalized Feature Norms (PLoP, arXiv 2506.20629), and how sure they are."""
+"""Scoring: Normalized Feature Norms (PLoP, arXiv 2506.20629), their intervals, and when to stop."""

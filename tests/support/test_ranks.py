@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all(found):
 
 
 def per_rank(model, rank, processes):
-    """The README's formula for --parallel fsdp in float32: weights, adapters, AdamW's moments, in bytes."""
+    """docs/distributed.md's formula for --parallel fsdp in float32: weights, adapters, AdamW's moments, in bytes."""
     blocks = sum(p.numel() for p in model.model.layers.parameters())
     outside = sum(p.numel() for p in model.parameters()) - blocks
     adapters = sum(rank * (info.n_in + info.n_out) for info in pf.linear_modules(model))
