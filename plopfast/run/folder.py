@@ -1,11 +1,13 @@
-"""A run folder: settings, files and what they hold; model and data, loaded when a stage first needs them."""
+"""A run folder: what is in it, its settings, and the model and data, loaded when a stage first needs them."""
 
 import contextlib
 import dataclasses
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,42 +20,69 @@ from ..data.text import read_text
 from ..models.linears import context_length
 from ..models.loading import DEFAULT_HUB_ID, load_model
 from ..support import files, machine, ranks
-from ..support.config import FREE, RunConfig, load_settings
+from ..support.config import FILES, FREE, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError
+from ..support.errors import ConfigError, FileError
+from ..support.inputs import check_same
 from ..training import parallel
 from ..training.trainer import CHECKPOINTS
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
-NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
-STAGES = {  # what each stage leaves behind
-    "score": "scores.json", "place": "placement.json", "estimate": "estimate.json", "train": "adapter",
-    "eval": "eval.json", "report": "page.html", "audit": "audit.json", "trial": "trial.json", "search": "search.json",
-}  # fmt: skip
+CONFIG, EVA = "config.json", "eva.safetensors"
 
 
-EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
-OTHERS = (
-    "scores.safetensors",
-    EVA,
-    "model",
-    "metrics.jsonl",
-    "training.json",
-    CHECKPOINTS,
-    "tensorboard",
-    "adapter-before-failure",
-    "merged",
-    "report",
-    "trial",
-    "search.db",
+@dataclass(frozen=True)
+class Artefact:
+    """A file or folder in a run folder, the stage that makes it, and whether its presence means that the stage is done."""
+
+    name: str
+    stage: str
+    result: bool = False
+
+
+# The stage that makes an artefact may delete it, and `plopfast run --overwrite` deletes all that are in this table.
+ARTEFACTS = (
+    Artefact("scores.json", "score", result=True),
+    Artefact("scores.safetensors", "score"),
+    Artefact(EVA, "score"),
+    Artefact("placement.json", "place", result=True),
+    Artefact("estimate.json", "estimate", result=True),
+    Artefact("adapter", "train", result=True),
+    Artefact("model", "train"),  # the result with --full
+    Artefact("metrics.jsonl", "train"),
+    Artefact("training.json", "train"),
+    Artefact(CHECKPOINTS, "train"),  # while it runs
+    Artefact("tensorboard", "train"),
+    Artefact("adapter-before-failure", "train"),
+    Artefact("eval.json", "eval", result=True),
+    Artefact("report.html", "report", result=True),
+    Artefact("report", "report"),
+    Artefact("merged", "merge", result=True),
+    Artefact("audit.json", "audit", result=True),
+    Artefact("trial.json", "trial", result=True),
+    Artefact("trial", "trial"),
+    Artefact("search.json", "search", result=True),
+    Artefact("search.db", "search"),
+    Artefact("search.db-journal", "search"),
 )
+NEVER_DELETED = (
+    CONFIG,
+    "stages.json",
+)  # every stage writes them; a run that failed before its first result leaves them
+RESULTS = {artefact.stage: artefact.name for artefact in ARTEFACTS if artefact.result}
 
 
 class Run:
-    """A run folder, its settings, and the model and data, loaded when a stage first needs them."""
+    """A run folder, its settings, and the model and data, which are loaded when a stage first needs them.
 
-    def __init__(self, folder: Path, config: RunConfig, *, overwrite=False, resume=False, progress=False) -> None:
+    `overwrite` lets stages replace their results, `resume` lets them go on with unfinished work, and `progress` shows what
+    they do on stderr. Raises ConfigError where `resume` meets other settings than the folder's own.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
+    ) -> None:
         self.folder, self.config = folder, resolve(config)
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
         self._rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -98,8 +127,11 @@ class Run:
         return demo | {split: Path(path) for split, path in given.items() if path}
 
     def rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
-        """A split's rows as read. Without a file of its own, validation is every 20th training row (held out from
-        training) and test is validation."""
+        """The rows of a split, as read.
+
+        Without a file of its own, the validation split is every 20th training row (held out from training), and the test
+        split is the validation split.
+        """
         if not self._rows:
             self._rows = {name: read_jsonl(path) for name, path in self.paths.items() if name != "unlabeled"}
             if "valid" not in self._rows:
@@ -109,7 +141,7 @@ class Run:
         return self._rows[split]
 
     def examples(self, split: str) -> list[Example]:
-        """A split's rows, tokenised; "unlabeled" is the text, if any, in rows as long as max_length or 512 tokens."""
+        """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
         if split not in self._examples:
             limits = [n for n in (self.config.max_length, context_length(self.model)) if n]
             if split != "unlabeled":
@@ -122,8 +154,10 @@ class Run:
         return self._examples[split]
 
     def sample(self, seed: int | None = None) -> list[Example]:
-        """Training rows to score, in random order, as many as the settings say (and with their seed by default); rows of
-        messages know their tokens' roles."""
+        """Draws the training rows to score, in random order, with the settings' seed by default.
+
+        Rows of messages know the roles of their tokens.
+        """
         rows, config = self.rows("train"), self.config
         self.examples("train")  # raises for a row that cannot be used
         rng = random.Random(config.seed if seed is None else seed)
@@ -131,7 +165,31 @@ class Run:
         return tokenize(chosen, self.tokenizer, roles=True)
 
     def file(self, stage: str) -> Path:
-        return self.folder / ("model" if stage == "train" and self.config.full else STAGES[stage])
+        """The result of a stage."""
+        return self.folder / ("model" if stage == "train" and self.config.full else RESULTS[stage])
+
+    def delete(self, stage: str | None = None) -> None:
+        """Deletes what a stage made (None: every stage), so that the results of two runs do not mix."""
+        for artefact in ARTEFACTS:
+            if stage in (None, artefact.stage):
+                path = self.folder / artefact.name
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def refuse_results(self) -> None:
+        """Raises FileError for a new run in a folder that holds results, and for a folder that is not plopfast's."""
+        left = (
+            [path for path in self.folder.iterdir() if path.name not in NEVER_DELETED] if self.folder.is_dir() else []
+        )
+        if left and not self.overwrite:
+            files.refuse_existing(self.folder, False)
+        config = self.folder / CONFIG
+        ours = config.is_file() and '"plopfast": "config"' in config.read_text(encoding="utf-8", errors="replace")
+        named = {path.name for path in left} & {artefact.name for artefact in ARTEFACTS}
+        if named and not ours:
+            raise FileError(
+                f"{self.folder}: --overwrite would delete {min(named)}, but the folder has no config.json of plopfast: choose "
+                "another --out"
+            )
 
     def say(self, text: str) -> None:
         if self.progress:
@@ -139,8 +197,10 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Notes a stage's seconds and peak memory in stages.json once it has ended well, and what the stage puts into the
-        yielded dict."""
+        """Notes the seconds and peak memory of a stage in stages.json, once it has ended well.
+
+        What the stage puts into the yielded dict is noted too.
+        """
         machine.reset_peak()
         began = time.perf_counter()
         noted: dict[str, Any] = {}
@@ -157,7 +217,7 @@ class Run:
         files.write_json(path, stages)
 
     def begin(self, stage: str) -> None:
-        """Refuses to overwrite what the stage left behind, unless asked to; then keeps the settings."""
+        """Raises FileError where the stage's result exists and may not be replaced, then keeps the settings."""
         ranks.on_main(lambda: files.refuse_existing(self.file(stage), self.overwrite))
         self.write_config()
 
@@ -172,22 +232,18 @@ class Run:
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
-        ranks.on_main(lambda: files.write_json(self.folder / "config.json", value))
+        ranks.on_main(lambda: files.write_json(self.folder / CONFIG, value))
 
     def _check_same_settings(self) -> None:
-        kept = load_settings(self.folder / "config.json")
-        changed = [
-            f"{name} was {kept[name]}, is {value}"
-            for name, value in dataclasses.asdict(self.config).items()
-            if name not in FREE and name in kept and kept[name] != value
-        ]
-        if changed:
-            raise ConfigError(f"--resume keeps a run's settings, but {'; '.join(changed)}: leave those options out")
+        path = self.folder / CONFIG
+        kept = {name: value for name, value in load_settings(path).items() if name not in FREE}
+        now = dataclasses.asdict(self.config)
+        check_same(kept, {name: now[name] for name in kept}, path)  # an older folder may know fewer settings
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The settings with the demo's own filled in and file names made absolute."""
+    """Fills in the demo's own settings, and makes the names of files absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled", "general") if (value := getattr(config, s))}
+    known |= {name: str(Path(value).resolve()) for name in FILES if (value := getattr(config, name))}
     return dataclasses.replace(config, **known)
