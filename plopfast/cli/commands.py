@@ -4,26 +4,15 @@ A command imports what it calls when it is called, so that --help answers before
 """
 
 import argparse
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..support import machine
-from ..support.config import (
-    AdapterSettings,
-    DataSettings,
-    ModelSettings,
-    PlaceSettings,
-    RankSettings,
-    RunConfig,
-    ScoreSettings,
-    SearchSettings,
-    StepSettings,
-    TrainConfig,
-    TrialSettings,
-)  # fmt: skip
+from ..support import config as groups, machine
+from ..support.config import RunConfig
 from ..support.errors import ConfigError
 from ..support.options import Settings
 
@@ -58,8 +47,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Command:
-    """`takes`: groups of settings, or single ones, that the command reads, but for those in `without`. `flags`: see
-    options.FLAGS. `on_ranks`: every process of torchrun takes part; other commands are rank 0's alone."""
+    """`do` returns the exit code (None: 0). `takes`: groups of settings, or single ones, that the command reads, but for
+    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it."""
 
     help: str
     do: Callable[[Call], int | None]
@@ -67,37 +56,23 @@ class Command:
     without: tuple[str, ...] = ()
     flags: tuple[str, ...] = ("overwrite",)
     needs_out: bool = False
-    on_ranks: bool = False
+
+    @property
+    def on_ranks(self) -> bool:
+        """Whether every process of torchrun takes part; other commands are rank 0's alone."""
+        return groups.RankSettings in self.takes
 
 
-def _run(call: Call) -> None:
-    from ..run.whole import run_all
+def _stage(name: str) -> Callable[[Call], None]:
+    """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns."""
+    module, _, function = name.rpartition(".")
 
-    print(run_all(call.run()))
+    def do(call: Call) -> None:
+        result = getattr(importlib.import_module(f"plopfast.{module}"), function)(call.run())
+        if isinstance(result, str | Path):
+            print(result)
 
-
-def _score(call: Call) -> None:
-    from ..run.stages import run_score
-
-    run_score(call.run())
-
-
-def _audit(call: Call) -> None:
-    from ..studies.audit import run_audit
-
-    print(run_audit(call.run()))
-
-
-def _place(call: Call) -> None:
-    from ..run.stages import run_place
-
-    run_place(call.run())
-
-
-def _estimate(call: Call) -> None:
-    from ..run.costs import run_estimate
-
-    print(run_estimate(call.run()))
+    return do
 
 
 def _train(call: Call) -> None:
@@ -112,24 +87,6 @@ def _eval(call: Call) -> None:
 
     for who, metrics in run_eval(call.run(), call.arguments.adapter, call.arguments.any_base).items():
         print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
-
-
-def _trial(call: Call) -> None:
-    from ..studies.trial import run_trial
-
-    print(run_trial(call.run()))
-
-
-def _search(call: Call) -> None:
-    from ..studies.search import run_search
-
-    print(run_search(call.run()))
-
-
-def _report(call: Call) -> None:
-    from ..run.stages import run_report
-
-    print(run_report(call.run()))
 
 
 def _merge(call: Call) -> None:
@@ -152,68 +109,71 @@ def _doctor(call: Call) -> int:
     from ..support import devices
     from .doctor import examine
 
-    config = call.config
+    config, seconds = call.config, call.arguments.seconds
     device = devices.device_for(config.device)
     if path(device, "auto") != "torch":
         print(tuning.load() or tuning.describe())
     dtype = devices.dtype_for(config.dtype, device)
-    healthy = examine(
-        config.model, config.device, config.backend, dtype, seconds=call.arguments.seconds, rank=config.rank
-    )
-    return 0 if healthy else 1
+    return 0 if examine(config.model, config.device, config.backend, dtype, seconds=seconds, rank=config.rank) else 1
 
 
-_TRAINED = (ModelSettings, DataSettings, ScoreSettings, PlaceSettings, AdapterSettings, TrainConfig)
+MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
+ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
+ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
+RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
 COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
-        _run, (*_TRAINED, RankSettings), flags=("overwrite", "resume"), on_ranks=True,
+        _stage("run.whole.run_all"), (*ALL, RANKS), flags=RESUMABLE,
     ),
     "score": Command(
         "measure the NFN of every linear module: scores.json",
-        _score, (ModelSettings, DataSettings, ScoreSettings, RankSettings), without=("unlabeled",), on_ranks=True,
+        _stage("run.stages.run_score"), (MODEL, DATA, SCORE, RANKS), without=("unlabeled",),
     ),
     "audit": Command(
         "find out whether the scores can be trusted (stability, controls, other criteria): audit.json",
-        _audit,
-        (ModelSettings, DataSettings, "score_prompts", "score_tokens", "skip_first", "baseline", "k", "rank", "seed"),
+        _stage("studies.audit.run_audit"),
+        (MODEL, DATA, "score_prompts", "score_tokens", "skip_first", "baseline", "k", "rank", "seed"),
         without=("unlabeled",),
     ),
-    "place": Command("choose modules by their scores: placement.json", _place, (PlaceSettings,), needs_out=True),
+    "place": Command(
+        "choose modules by their scores: placement.json", _stage("run.stages.run_place"), (PLACE,), needs_out=True
+    ),
     "estimate": Command(
         "estimate memory and FLOPs of training on each placement, before any training: estimate.json",
-        _estimate, (ModelSettings, DataSettings, "k", "rank", "alpha", "budget", "ranks", "seed", StepSettings),
+        _stage("run.costs.run_estimate"), (MODEL, DATA, "k", "rank", "alpha", "budget", "ranks", "seed", STEP),
         needs_out=True,
     ),
     "train": Command(
         "train adapters on the placement: adapter/",
-        _train, (ModelSettings, DataSettings, AdapterSettings, TrainConfig, RankSettings),
-        flags=("overwrite", "resume"), needs_out=True, on_ranks=True,
+        _train, (MODEL, DATA, ADAPTER, TRAIN, RANKS), flags=RESUMABLE, needs_out=True,
     ),
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows: eval.json",
-        _eval, (ModelSettings, DataSettings, "full", RankSettings), without=("unlabeled",),
-        flags=("overwrite", "adapter", "any_base"), needs_out=True, on_ranks=True,
+        _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",
-        _trial, (*_TRAINED, TrialSettings), without=("rule", "lr", "full"), flags=("overwrite", "resume"),
+        _stage("studies.trial.run_trial"), (*ALL, groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
     ),
     "search": Command(
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",
-        _search, (*_TRAINED, SearchSettings), without=("confidence",), flags=("overwrite", "resume"),
+        _stage("studies.search.run_search"), (*ALL, groups.SearchSettings), without=("confidence",), flags=RESUMABLE,
     ),
-    "report": Command("show what a run folder holds as one self-contained page: report.html", _report, needs_out=True),
+    "report": Command(
+        "show what a run folder holds as one self-contained page: report.html",
+        _stage("run.stages.run_report"), needs_out=True,
+    ),
     "merge": Command(
         "write the model with its adapter merged in: merged/",
-        _merge, (ModelSettings,), without=("backend",), flags=("overwrite", "adapter", "any_base"), needs_out=True,
+        _merge, (MODEL,), without=("backend",), flags=OF_AN_ADAPTER, needs_out=True,
     ),
     "info": Command(
         "show versions, devices, the model's linear modules and the path that each one takes",
-        _info, (ModelSettings, "rank"), without=("threads",), flags=(),
+        _info, (MODEL, "rank"), without=("threads",), flags=(),
     ),
     "doctor": Command(
         "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
-        _doctor, (ModelSettings, "rank"), without=("threads",), flags=("seconds",),
+        _doctor, (MODEL, "rank"), without=("threads",), flags=("seconds",),
     ),
 }  # fmt: skip

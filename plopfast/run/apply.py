@@ -34,19 +34,12 @@ def scored(model: Any, examples: Sequence[Example], settings: ScoreSettings, pro
     if settings.rule not in BY_K:  # these rules take any number of types
         k = min(k, len({info.type for info in linear_modules(model)}))
     early = settings.confidence and not why_every_row(settings)
+    batches = batches_of(examples, SCORE_ROWS, tokens=settings.score_tokens, skip_first=settings.skip_first)
     report = score(
-        model,
-        batches_of(examples, SCORE_ROWS, tokens=settings.score_tokens, skip_first=settings.skip_first),
-        baseline=settings.baseline,
-        compat=settings.compat,
-        backend=settings.backend,
-        seed=settings.seed,
-        confidence=settings.confidence if early else None,
-        k=k,
-        inverse=settings.rule == "plop-inverse",
-        eva_rank=settings.rank if settings.init == "eva" else None,
-        progress=progress,
-    )
+        model, batches, baseline=settings.baseline, compat=settings.compat, backend=settings.backend, seed=settings.seed,
+        confidence=settings.confidence if early else None, k=k, inverse=settings.rule == "plop-inverse",
+        eva_rank=settings.rank if settings.init == "eva" else None, progress=progress,
+    )  # fmt: skip
     report.settings |= {"tokens": settings.score_tokens, "skip_first": settings.skip_first}
     return report
 
@@ -57,17 +50,9 @@ def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
     Raises PlacementError where that is impossible.
     """
     return place(
-        report,
-        rule_of(settings.rule),
-        k=settings.k,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        seed=settings.seed,
-        budget=settings.budget or None,
-        ranks=settings.ranks,
-        granularity=settings.granularity,
-        cap=settings.cap or None,
-    )
+        report, rule_of(settings.rule), k=settings.k, rank=settings.rank, alpha=settings.alpha, seed=settings.seed,
+        budget=settings.budget or None, ranks=settings.ranks, granularity=settings.granularity, cap=settings.cap or None,
+    )  # fmt: skip
 
 
 def check_rule(model: Any, settings: PlaceSettings) -> None:
@@ -86,12 +71,6 @@ def adapt(
 ) -> None:
     """Injects the placement's adapters. `vectors` are EVA's, None for another init."""
     inject(
-        model,
-        placement,
-        dropout=dropout,
-        rslora=settings.rslora,
-        backend=settings.backend,
-        seed=settings.seed,
-        init=settings.init,
-        eva=vectors,
-    )
+        model, placement, dropout=dropout, rslora=settings.rslora, backend=settings.backend, seed=settings.seed,
+        init=settings.init, eva=vectors,
+    )  # fmt: skip

@@ -37,13 +37,9 @@ def run_estimate(run: Run) -> str:
     choices, shape = _choices(run, own, report), _shape(run)
     with run.stage("estimate"):
         found = estimate(
-            run.model,
-            choices,
-            config.training,
-            rows=shape.rows,
-            row_tokens=shape.row_tokens,
+            run.model, choices, config.training, rows=shape.rows, row_tokens=shape.row_tokens,
             label_tokens=shape.label_tokens,
-        )
+        )  # fmt: skip
     value = {
         "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),
         "accumulate": config.accumulate, "device": str(run.model.device),

@@ -7,8 +7,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,45 +32,23 @@ SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 CONFIG, EVA = "config.json", "eva.safetensors"
 
 
-@dataclass(frozen=True)
-class Artefact:
-    """A file or folder in a run folder, the stage that makes it, and whether its presence means that the stage is done."""
-
-    name: str
-    stage: str
-    result: bool = False
-
-
-# The stage that makes an artefact may delete it, and `plopfast run --overwrite` deletes all that are in this table.
-ARTEFACTS = (
-    Artefact("scores.json", "score", result=True),
-    Artefact("scores.safetensors", "score"),
-    Artefact(EVA, "score"),
-    Artefact("placement.json", "place", result=True),
-    Artefact("estimate.json", "estimate", result=True),
-    Artefact("adapter", "train", result=True),
-    Artefact("model", "train"),  # the result with --full
-    Artefact("metrics.jsonl", "train"),
-    Artefact("training.json", "train"),
-    Artefact(CHECKPOINTS, "train"),  # while it runs
-    Artefact("tensorboard", "train"),
-    Artefact("adapter-before-failure", "train"),
-    Artefact("eval.json", "eval", result=True),
-    Artefact("report.html", "report", result=True),
-    Artefact("report", "report"),
-    Artefact("merged", "merge", result=True),
-    Artefact("audit.json", "audit", result=True),
-    Artefact("trial.json", "trial", result=True),
-    Artefact("trial", "trial"),
-    Artefact("search.json", "search", result=True),
-    Artefact("search.db", "search"),
-    Artefact("search.db-journal", "search"),
-)
-NEVER_DELETED = (
-    CONFIG,
-    "stages.json",
-)  # every stage writes them; a run that failed before its first result leaves them
-RESULTS = {artefact.stage: artefact.name for artefact in ARTEFACTS if artefact.result}
+# What each stage makes, its result first: a stage is done once that exists. The stage itself may delete these files and
+# folders, and `plopfast run --overwrite` all of them. Nothing else in a run folder is ever deleted.
+ARTEFACTS = {
+    "score": ("scores.json", "scores.safetensors", EVA),
+    "place": ("placement.json",),
+    "estimate": ("estimate.json",),
+    "train": (
+        "adapter", "model", "metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure",
+    ),  # with --full the result is "model"
+    "eval": ("eval.json",),
+    "report": ("report.html", "report"),
+    "merge": ("merged",),
+    "audit": ("audit.json",),
+    "trial": ("trial.json", "trial"),
+    "search": ("search.json", "search.db", "search.db-journal"),
+}  # fmt: skip
+BY_ALL = (CONFIG, "stages.json")  # every stage writes these; a run that failed before its first result leaves them
 
 
 class Run:
@@ -166,26 +144,22 @@ class Run:
 
     def file(self, stage: str) -> Path:
         """The result of a stage."""
-        return self.folder / ("model" if stage == "train" and self.config.full else RESULTS[stage])
+        return self.folder / ("model" if stage == "train" and self.config.full else ARTEFACTS[stage][0])
 
-    def delete(self, stage: str | None = None) -> None:
-        """Deletes what a stage made (None: every stage), so that the results of two runs do not mix."""
-        for artefact in ARTEFACTS:
-            if stage in (None, artefact.stage):
-                path = self.folder / artefact.name
-                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    def delete(self, *stages: str) -> None:
+        """Deletes what these stages made, so that the results of two runs do not mix."""
+        for name in (name for stage in stages for name in ARTEFACTS[stage]):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def refuse_results(self) -> None:
-        """Raises FileError for a new run in a folder that holds results, and for a folder that is not plopfast's."""
-        left = (
-            [path for path in self.folder.iterdir() if path.name not in NEVER_DELETED] if self.folder.is_dir() else []
-        )
+        """Raises FileError for a new run where results may not be replaced, or in a folder that is not plopfast's own."""
+        left = {path.name for path in self.folder.iterdir()} - {*BY_ALL} if self.folder.is_dir() else set()
         if left and not self.overwrite:
             files.refuse_existing(self.folder, False)
-        config = self.folder / CONFIG
-        ours = config.is_file() and '"plopfast": "config"' in config.read_text(encoding="utf-8", errors="replace")
-        named = {path.name for path in left} & {artefact.name for artefact in ARTEFACTS}
-        if named and not ours:
+        path = self.folder / CONFIG
+        ours = path.is_file() and '"plopfast": "config"' in path.read_text(encoding="utf-8", errors="replace")
+        if (named := left.intersection(chain(*ARTEFACTS.values()))) and not ours:
             raise FileError(
                 f"{self.folder}: --overwrite would delete {min(named)}, but the folder has no config.json of plopfast: choose "
                 "another --out"

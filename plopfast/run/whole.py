@@ -1,14 +1,12 @@
 """A whole run: every stage in order, and the short table that ends it."""
 
-from pathlib import Path
-
 from ..data.rows import DEMO
 from ..lora.placement import Placement
 from ..scoring.report import NFNReport
 from ..support import files, ranks
 from .apply import check_rule
 from .costs import try_estimate
-from .folder import RESULTS, Run
+from .folder import ARTEFACTS, Run
 from .stages import run_eval, run_place, run_report, run_score, run_train
 
 ORDER = {
@@ -33,7 +31,7 @@ def run_all(run: Run) -> str:
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
         run.examples(split)
     if run.overwrite and not run.resume:
-        ranks.on_main(run.delete)
+        ranks.on_main(lambda: run.delete(*ARTEFACTS))
     for stage, do in ORDER.items():
         if run.config.full and stage not in ("train", "eval"):
             continue
@@ -41,25 +39,21 @@ def run_all(run: Run) -> str:
             run.say(f"{stage}: already done")
         else:
             do(run)
-    return summary(run.folder) if ranks.is_main() else ""
+    return summary(run) if ranks.is_main() else ""
 
 
-def summary(folder: Path) -> str:
+def summary(run: Run) -> str:
     """The result of a run in a few lines, from the files of its folder."""
     what = "all weights trained"
-    if not (folder / "model").is_dir():
-        scores, placement = NFNReport.load(folder / RESULTS["score"]), Placement.load(folder / RESULTS["place"])
+    if not run.config.full:
+        scores, placement = NFNReport.load(run.file("score")), Placement.load(run.file("place"))
         chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
         what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
-    metrics = files.read_json(folder / RESULTS["eval"], "plopfast eval")
-    stages = files.read_json(folder / "stages.json", "plopfast")
-    rows = [
-        ("adapters", what),
-        *(
-            (who, f"loss {m['loss']:.4f}, accuracy {m['accuracy']:.4f} ({m['metric']}, {m['examples']} rows)")
-            for who, m in metrics.items()
-        ),
-        ("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())),
-        ("written", str(folder)),
-    ]
+    metrics = files.read_json(run.file("eval"), "plopfast eval")
+    stages = files.read_json(run.folder / "stages.json", "plopfast")
+    rows = [("adapters", what)]
+    for who, m in metrics.items():
+        rows.append((who, f"loss {m['loss']:.4f}, accuracy {m['accuracy']:.4f} ({m['metric']}, {m['examples']} rows)"))
+    rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
+    rows.append(("written", str(run.folder)))
     return "\n".join(f"{label:<10}{text}" for label, text in rows)
