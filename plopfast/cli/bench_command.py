@@ -1,6 +1,7 @@
 """`plopfast bench`: its options, which are no settings of a run, and its call."""
 
 import argparse
+import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def add_to(commands: Any) -> None:
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    """Measures, and prints the path of what was written or the tuning table's."""
+    """Measures, and prints what `bench.run` or `bench.tune` says of it."""
     from . import bench
 
     shapes = arguments.shapes
@@ -33,12 +34,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
         from ..models.loading import load_model
 
         shapes = sorted({(info.n_in, info.n_out) for info in linear_modules(load_model(arguments.model)[0])})
-    how: dict[str, Any] = {
-        "shapes": shapes, "dtype": arguments.dtype, "repeats": arguments.repeats,
-        "budget_s": arguments.seconds, "dry": arguments.dry, "progress": True,
-    }  # fmt: skip
-    if arguments.tune:
-        print(bench.tune(**how)[1])
-    else:
-        out = arguments.out or Path("bench-" + time.strftime("%Y%m%d-%H%M%S"))
-        print(bench.run(out, overwrite=arguments.overwrite, **how)[1])
+    out = arguments.out or Path("bench-" + time.strftime("%Y%m%d-%H%M%S"))
+    measure = bench.tune if arguments.tune else functools.partial(bench.run, out, overwrite=arguments.overwrite)
+    _, text = measure(
+        shapes=shapes, dtype=arguments.dtype, repeats=arguments.repeats, budget_s=arguments.seconds, dry=arguments.dry,
+        progress=True,
+    )  # fmt: skip
+    print(text)
