@@ -1,12 +1,14 @@
-"""A run folder: settings, files and what they hold; model and data, loaded when a stage first needs them."""
+"""A run folder: what is in it, its settings, and the model and data, loaded when a stage first needs them."""
 
 import contextlib
 import dataclasses
 import random
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,42 +20,47 @@ from ..data.text import read_text
 from ..models.loading import DEFAULT_HUB_ID, load_model
 from ..models.running import context_length
 from ..support import files, machine, memory, ranks
-from ..support.config import FREE, RunConfig, load_settings
+from ..support.config import FILES, FREE, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError
+from ..support.errors import ConfigError, FileError
+from ..support.inputs import check_same
 from ..training import parallel
 from ..training.state import CHECKPOINTS
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
-NO_RESULT = ("config.json", "stages.json")  # a run that failed before its first result leaves these
-STAGES = {  # what each stage leaves behind
-    "score": "scores.json", "place": "placement.json", "estimate": "estimate.json", "train": "adapter",
-    "eval": "eval.json", "report": "page.html", "audit": "audit.json", "trial": "trial.json", "search": "search.json",
+CONFIG, EVA = "config.json", "eva.safetensors"
+
+
+# What each stage makes, its result first: a stage is done once that exists. The stage itself may delete these files and
+# folders, and `plopfast run --overwrite` all of them. Nothing else in a run folder is ever deleted.
+ARTEFACTS = {
+    "score": ("scores.json", "scores.safetensors", EVA),
+    "place": ("placement.json",),
+    "estimate": ("estimate.json",),
+    "train": (
+        "adapter", "model", "metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure",
+    ),  # with --full the result is "model"
+    "eval": ("eval.json",),
+    "report": ("report.html", "report"),
+    "merge": ("merged",),
+    "audit": ("audit.json",),
+    "trial": ("trial.json", "trial"),
+    "search": ("search.json", "search.db", "search.db-journal"),
 }  # fmt: skip
-
-
-EVA = "eva.safetensors"  # beside scores.json, where init is "eva"
-OTHERS = (
-    "scores.safetensors",
-    EVA,
-    "model",
-    "metrics.jsonl",
-    "training.json",
-    CHECKPOINTS,
-    "tensorboard",
-    "adapter-before-failure",
-    "merged",
-    "report",
-    "trial",
-    "search.db",
-)
+BY_ALL = (CONFIG, "stages.json")  # every stage writes these; a run that failed before its first result leaves them
 
 
 class Run:
-    """A run folder, its settings, and the model and data, loaded when a stage first needs them."""
+    """A run folder, its settings, and the model and data, which are loaded when a stage first needs them.
 
-    def __init__(self, folder: Path, config: RunConfig, *, overwrite=False, resume=False, progress=False) -> None:
+    `overwrite` lets stages replace their results, `resume` lets them go on with unfinished work, and `progress` shows what
+    they do on stderr. Raises ConfigError where `resume` meets other settings than the folder's own.
+    """
+
+    def __init__(
+        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
+    ) -> None:
         self.folder, self.config = folder, resolve(config)
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
         self._rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
@@ -98,8 +105,11 @@ class Run:
         return demo | {split: Path(path) for split, path in given.items() if path}
 
     def rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
-        """A split's rows as read. Without a file of its own, validation is every 20th training row (held out from
-        training) and test is validation."""
+        """The rows of a split, as read.
+
+        Without a file of its own, the validation split is every 20th training row (held out from training), and the test
+        split is the validation split.
+        """
         if not self._rows:
             self._rows = {name: read_jsonl(path) for name, path in self.paths.items() if name != "unlabeled"}
             if "valid" not in self._rows:
@@ -109,7 +119,7 @@ class Run:
         return self._rows[split]
 
     def examples(self, split: str) -> list[Example]:
-        """A split's rows, tokenised; "unlabeled" is the text, if any, in rows as long as max_length or 512 tokens."""
+        """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
         if split not in self._examples:
             limits = [n for n in (self.config.max_length, context_length(self.model)) if n]
             if split != "unlabeled":
@@ -122,8 +132,10 @@ class Run:
         return self._examples[split]
 
     def sample(self, seed: int | None = None) -> list[Example]:
-        """Training rows to score, in random order, as many as the settings say (and with their seed by default); rows of
-        messages know their tokens' roles."""
+        """Draws the training rows to score, in random order, with the settings' seed by default.
+
+        Rows of messages know the roles of their tokens.
+        """
         rows, config = self.rows("train"), self.config
         self.examples("train")  # raises for a row that cannot be used
         rng = random.Random(config.seed if seed is None else seed)
@@ -131,7 +143,27 @@ class Run:
         return tokenize(chosen, self.tokenizer, roles=True)
 
     def file(self, stage: str) -> Path:
-        return self.folder / ("model" if stage == "train" and self.config.full else STAGES[stage])
+        """The result of a stage."""
+        return self.folder / ("model" if stage == "train" and self.config.full else ARTEFACTS[stage][0])
+
+    def delete(self, *stages: str) -> None:
+        """Deletes what these stages made, so that the results of two runs do not mix."""
+        for name in (name for stage in stages for name in ARTEFACTS[stage]):
+            path = self.folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def refuse_results(self) -> None:
+        """Raises FileError for a new run where results may not be replaced, or in a folder that is not plopfast's own."""
+        left = {path.name for path in self.folder.iterdir()} - {*BY_ALL} if self.folder.is_dir() else set()
+        if left and not self.overwrite:
+            files.refuse_existing(self.folder, False)
+        path = self.folder / CONFIG
+        ours = path.is_file() and '"plopfast": "config"' in path.read_text(encoding="utf-8", errors="replace")
+        if (named := left.intersection(chain(*ARTEFACTS.values()))) and not ours:
+            raise FileError(
+                f"{self.folder}: --overwrite would delete {min(named)}, but the folder has no config.json of plopfast: choose "
+                "another --out"
+            )
 
     def say(self, text: str) -> None:
         if self.progress:
@@ -139,8 +171,10 @@ class Run:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Notes a stage's seconds and peak memory in stages.json once it has ended well, and what the stage puts into the
-        yielded dict."""
+        """Notes the seconds and peak memory of a stage in stages.json, once it has ended well.
+
+        What the stage puts into the yielded dict is noted too.
+        """
         memory.reset_peak()
         began = time.perf_counter()
         noted: dict[str, Any] = {}
@@ -157,7 +191,7 @@ class Run:
         files.write_json(path, stages)
 
     def begin(self, stage: str) -> None:
-        """Refuses to overwrite what the stage left behind, unless asked to; then keeps the settings."""
+        """Raises FileError where the stage's result exists and may not be replaced, then keeps the settings."""
         ranks.on_main(lambda: files.refuse_existing(self.file(stage), self.overwrite))
         self.write_config()
 
@@ -172,22 +206,18 @@ class Run:
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
-        ranks.on_main(lambda: files.write_json(self.folder / "config.json", value))
+        ranks.on_main(lambda: files.write_json(self.folder / CONFIG, value))
 
     def _check_same_settings(self) -> None:
-        kept = load_settings(self.folder / "config.json")
-        changed = [
-            f"{name} was {kept[name]}, is {value}"
-            for name, value in dataclasses.asdict(self.config).items()
-            if name not in FREE and name in kept and kept[name] != value
-        ]
-        if changed:
-            raise ConfigError(f"--resume keeps a run's settings, but {'; '.join(changed)}: leave those options out")
+        path = self.folder / CONFIG
+        kept = {name: value for name, value in load_settings(path).items() if name not in FREE}
+        now = dataclasses.asdict(self.config)
+        check_same(kept, {name: now[name] for name in kept}, path)  # an older folder may know fewer settings
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """The settings with the demo's own filled in and file names made absolute."""
+    """Fills in the demo's own settings, and makes the names of files absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {s: str(Path(value).resolve()) for s in (*DEMO, "unlabeled", "general") if (value := getattr(config, s))}
+    known |= {name: str(Path(value).resolve()) for name in FILES if (value := getattr(config, name))}
     return dataclasses.replace(config, **known)

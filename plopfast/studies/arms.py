@@ -1,6 +1,6 @@
-"""One training, and one look at the test rows, of an arm of a trial; all on one loaded model.
+"""One training of an arm of a trial, and one look at the test rows. All use one loaded model.
 
-What is finished lies in the training's folder (result.json, test.json) and is not done again.
+What is finished is kept in the folder of the training (result.json, test.json) and is not done again.
 """
 
 import contextlib
@@ -26,10 +26,12 @@ from ..lora.placement import Placement
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.running import context_length
+from ..run.apply import adapt
 from ..run.folder import EVA, Run
-from ..run.stages import adapt
 from ..support import files, memory
+from ..support.config import RunConfig
 from ..support.errors import ConfigError, TrainingError
+from ..support.inputs import check_same
 from ..training.evaluate import choices_of, evaluate, evaluate_rows
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer
@@ -70,6 +72,17 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Trained:
+    """An arm after its training: the validation loss of each rate at the first seed (None: not finite), the folders of the
+    seeds at the chosen rate, and what result.json holds of all its trainings, those at the chosen rate first."""
+
+    arm: Arm
+    losses: dict[float, float | None]
+    folders: list[Path]
+    results: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class Training:
     """What the trainings of a trial share."""
 
@@ -78,9 +91,11 @@ class Training:
     vectors: dict[str, torch.Tensor] | None
     work: Work
 
-    def arm(self, arm: Arm, folder: Path) -> tuple[dict[float, float | None], list[Path], list[dict[str, Any]]]:
-        """The sweep's validation losses, the folders of the seeds at the chosen rate, and all results, the chosen ones
-        first."""
+    def arm(self, arm: Arm, folder: Path) -> Trained:
+        """Tries the arm's rates at the first seed, and trains the other seeds at the rate of the lowest validation loss.
+
+        Raises TrainingError where no rate gives a finite loss, or a seed does not train at the chosen rate.
+        """
         at = {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
         tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
         losses = {lr: result["valid_loss"] for lr, result in tried.items()}
@@ -100,49 +115,53 @@ class Training:
                 raise TrainingError(
                     f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {results[-1]['error']}"
                 )
-        return losses, at[best], [*results, *others]
+        return Trained(arm, losses, at[best], [*results, *others])
 
     def once(self, arm: Arm, lr: float, seed: int, out: Path) -> dict[str, Any]:
-        """One training, its result in out/result.json; "valid_loss" is None where its loss was not finite."""
-        run, done = self.run, out / "result.json"
+        """Trains once, and keeps the result in out/result.json; its "valid_loss" is None where the loss was not finite."""
+        done = out / "result.json"
         if done.exists():
             self.work.begun += 1
             return files.read_json(done, MADE_BY)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
-            config = dataclasses.replace(run.config, lr=lr, seed=seed)
-            unload(run.model)
-            model = run.model
-            if arm.placement is None:
-                model = copy.deepcopy(run.model).float().requires_grad_(True)
-            else:
-                adapt(model, arm.placement, config, self.vectors)
-            memory.reset_peak(run.model.device)
-            train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
-            trainer = Trainer(model, config, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
-            value: dict[str, Any] = {"seed": seed, "lr": lr, "valid_loss": None}
-            try:
-                fit = dataclasses.asdict(trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS))))
-            except TrainingError as error:
-                if not trainer.step:  # it did not begin: no matter of the rate
-                    raise
-                run.say(f"{error}")
-                value["error"] = str(error)
-            else:
-                value |= {key: fit[key] for key in ("valid_loss", "best_step", "steps")}
-                if arm.placement is None:
-                    _save_weights(model, out / WEIGHTS)
-                else:
-                    save_adapter(model, out / "adapter", overwrite=True)
-            seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
-            value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
-            value["peak_mib"] = round(memory.peak_mib(run.model.device), 1)
+            value = {"seed": seed, "lr": lr} | self._fit(
+                arm, dataclasses.replace(self.run.config, lr=lr, seed=seed), out
+            )
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value
 
+    def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:
+        run, model = self.run, self.run.model
+        unload(model)
+        if arm.placement is None:
+            model = copy.deepcopy(model).float().requires_grad_(True)
+        else:
+            adapt(model, arm.placement, config.adapters, config.dropout, self.vectors)
+        memory.reset_peak(run.model.device)
+        train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+        trainer = Trainer(model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
+        value: dict[str, Any] = {"valid_loss": None}
+        try:
+            result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
+        except TrainingError as error:
+            if not trainer.step:  # it did not begin: no matter of the rate
+                raise
+            run.say(f"{error}")
+            value["error"] = str(error)
+        else:
+            value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
+            if arm.placement is None:
+                _save_weights(model, out / WEIGHTS)
+            else:
+                save_adapter(model, out / "adapter", overwrite=True)
+        seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
+        value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
+        return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}
+
 
 def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:
-    """The look of one trained model (None: the base) at the test rows and the general text, kept in out/test.json."""
+    """Evaluates one trained model (`arm` None: the base) on the test rows and the general text, kept in out/test.json."""
     done = out / "test.json"
     if done.exists():
         (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
@@ -181,8 +200,23 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         parameter.copy_(tensors[name])
 
 
-def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]:
-    """The general text's first 4,096 tokens or so, in rows of at most 256, and what to say of it in trial.json."""
+@dataclass(frozen=True)
+class GeneralText:
+    """Text that has nothing to do with the task: its rows, and what trial.json tells of it."""
+
+    rows: list[Example]
+    file: str
+    sha256: str
+
+    def as_json(self) -> dict[str, Any]:
+        return {"file": self.file, "sha256": self.sha256, "tokens": sum(len(row.tokens) for row in self.rows)}
+
+
+def general_text(run: Run, folder: Path) -> GeneralText:
+    """Reads the first 4,096 tokens or so of the general text, in rows of at most 256.
+
+    Raises ConfigError where it shares a stretch with a training row, or this Python lacks the default text.
+    """
     path = run.config.general
     if path is None:
         try:
@@ -194,18 +228,17 @@ def general_text(run: Run, folder: Path) -> tuple[list[Example], dict[str, Any]]
         path = str(folder / "general.txt")
         files.write_text(Path(path), "\n\n".join(topics.values())[:GENERAL_CHARACTERS])
     limits = (GENERAL_ROW, run.config.max_length, context_length(run.model))
-    rows, tokens = [], 0
+    rows: list[Example] = []
     for row in read_text(path, run.tokenizer, min(n for n in limits if n)):
-        if tokens < GENERAL_TOKENS:
+        if sum(len(taken.tokens) for taken in rows) < GENERAL_TOKENS:
             rows.append(row)
-            tokens += len(row.tokens)
     file = run.config.general or "pydoc_data.topics"
     _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
-    return rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens}
+    return GeneralText(rows, file, files.sha256(Path(path)))
 
 
 def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
-    """Raises ConfigError where a stretch of the general text is in a training row too: what is trained on is not forgotten."""
+    """Raises ConfigError where a training row holds a stretch of the general text: what is learned is not forgotten."""
 
     def stretches(row: Example) -> Iterator[tuple[int, ...]]:
         return (row.tokens[i : i + SHARED] for i in range(len(row.tokens) - SHARED + 1))
@@ -219,12 +252,14 @@ def _check_held_out(general: list[Example], training: list[Example], file: str) 
             )
 
 
-def check_inputs(run: Run, arms: list[Arm], general: dict[str, Any], folder: Path) -> None:
-    """Keeps what trainings and evaluations rest on in inputs.json; with `run.resume`, raises ConfigError where it is not
-    what the trial began with."""
+def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) -> None:
+    """Keeps in inputs.json what the trainings and evaluations rest on.
+
+    Raises ConfigError where `run.resume` meets other inputs than the trial began with.
+    """
     names = [info.name for info in linear_modules(run.model)][:8]
     now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
-    now |= {"the general text": general["sha256"], "the model's weights": fingerprint(run.model, names)}
+    now |= {"the general text": general.sha256, "the model's weights": fingerprint(run.model, names)}
     now |= {
         f"the placement of {arm.name}": {name: list(pair) for name, pair in arm.placement.modules.items()}
         for arm in arms
@@ -233,10 +268,6 @@ def check_inputs(run: Run, arms: list[Arm], general: dict[str, Any], folder: Pat
     if run.config.init == "eva":
         now["EVA's vectors"] = files.sha256(run.folder / EVA)
     path = folder / "inputs.json"
-    kept = files.read_json(path, MADE_BY) if run.resume and path.exists() else now
-    if other := sorted(name for name in {*kept, *now} if kept.get(name) != now.get(name)):
-        raise ConfigError(
-            f"{folder}: cannot go on, as the trial began with otherwise: {', '.join(other)}; put that back, or start anew "
-            "with --overwrite"
-        )
+    if run.resume and path.exists():
+        check_same(files.read_json(path, MADE_BY), now, path)
     files.write_json(path, now)

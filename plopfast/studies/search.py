@@ -17,20 +17,19 @@ from typing import Any
 
 import torch
 
-from ..data.batches import batches_of
 from ..lora.init import INITS
 from ..lora.layer import unload
-from ..lora.placement import Placement, full_rank
+from ..lora.placement import full_rank
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..placing.rules import RULES, command_rules
-from ..run.folder import SCORE_ROWS, Run
-from ..run.stages import adapt, placed
-from ..scoring.nfn import score
+from ..run.apply import adapt, placed, scored
+from ..run.folder import Run
 from ..scoring.report import NFNReport
 from ..support import files
-from ..support.config import FREE, RunConfig
+from ..support.config import FREE
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
+from ..support.inputs import check_same
 from ..training.trainer import Trainer
 
 try:
@@ -52,15 +51,17 @@ REMEDY = "choose another --out, or pass --overwrite to replace it"
 
 
 class Study(optuna.Study):
-    """Blind to failed trials: one that was killed and run again must not count twice among those it is halved with."""
+    """A study that does not see failed trials: one that was killed and run again must not count twice when it is halved."""
 
     def get_trials(self, deepcopy: bool = True, states: Any = None) -> list[FrozenTrial]:
         return [t for t in super().get_trials(deepcopy, states) if t.state is not TrialState.FAIL]
 
 
 class Search:
-    """A run's search: the space, the study in its store, and what trials share. The space holds the run's own settings,
-    which are the first trial. Raises PlacementError where a rule cannot be placed, ConfigError for another's store.
+    """A run's search: the space, the study in its store, and what trials share.
+
+    The space holds the run's own settings, which are the first trial. Raises PlacementError where a rule cannot be placed,
+    ConfigError for the store of a search with other inputs.
     """
 
     def __init__(self, run: Run) -> None:
@@ -94,18 +95,14 @@ class Search:
 
     def _scored(self, rank: int) -> NFNReport:
         """Every row's scores, and EVA's vectors as a run of this rank takes them (their sketch depends on it)."""
-        config, show = self.run.config, self.run.progress
-        batches = batches_of(self.run.sample(), SCORE_ROWS, tokens=config.score_tokens, skip_first=config.skip_first)
-        how: dict[str, Any] = {"baseline": config.baseline, "compat": config.compat, "backend": config.backend}
-        how["eva_rank"] = None if config.compat else rank
-        return score(self.run.model, batches, seed=config.seed, progress=show, **how)
-
-    def _place(self, config: RunConfig) -> Placement:
-        return placed(config, self.report, config.rule, granularity=config.granularity, cap=config.cap)
+        settings = self.run.config.scoring
+        init = "kaiming" if settings.compat else "eva"  # the authors' procedure takes no vectors
+        settings = dataclasses.replace(settings, confidence=0.0, init=init, rank=rank)
+        return scored(self.run.model, self.run.sample(), settings, self.run.progress)
 
     def _can_place(self, rule: str, rank: int) -> bool:
         try:
-            self._place(dataclasses.replace(self.run.config, rule=rule, rank=rank))
+            placed(self.report, dataclasses.replace(self.run.config.placing, rule=rule, rank=rank))
         except PlacementError as error:
             if "knows none" not in str(error) or rule == self.run.config.rule:
                 raise
@@ -114,7 +111,7 @@ class Search:
         return True
 
     def _open(self, path: Path, identity: dict[str, Any]) -> Study:
-        """The study in `path`, a new one if there is none; trials that were killed are marked failed."""
+        """Opens the study in `path`, or begins one; trials that were killed are marked failed."""
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         try:
             storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
@@ -128,8 +125,7 @@ class Search:
         if not study.user_attrs and not study.trials:
             study.set_user_attr("identity", identity)
         kept = study.user_attrs.get("identity", {})
-        if other := sorted(name for name in {*kept, *identity} if kept.get(name) != identity.get(name)):
-            raise ConfigError(f"{path}: holds another search, which has otherwise: {', '.join(other)}; {REMEDY}")
+        check_same(kept, identity, path)
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
         return study
@@ -142,7 +138,7 @@ class Search:
         return sorted(self.study.get_trials(deepcopy=False, states=(COMPLETE,)), key=lambda t: t.values[0])
 
     def next(self) -> None:
-        """Asks for a trial, trains it and tells what came of it."""
+        """Asks for a trial, trains it, and tells the study the result."""
         config, count, began = self.run.config, len(self.done()), time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # multivariate, before Optuna 5
@@ -162,7 +158,7 @@ class Search:
         self.study.tell(trial, loss, PRUNED if loss is None else COMPLETE)
 
     def _train(self, trial: optuna.Trial) -> float:
-        """The validation loss of a training as `pipeline.run_train` does it, kept nowhere."""
+        """Trains as `run_train` does, keeps nothing, and returns the validation loss."""
         run = self.run
         config = dataclasses.replace(run.config, **trial.params, log_to="none")
         vectors = self.scored(config.rank).eva if config.init == "eva" else None
@@ -175,9 +171,10 @@ class Search:
                 raise optuna.TrialPruned
 
         try:
-            adapt(run.model, self._place(config), config, vectors)
-            how: dict[str, Any] = {"unlabeled": unlabeled, "progress": run.progress, "on_valid": look}
-            trainer = Trainer(run.model, config, train, valid, **how)
+            adapt(run.model, placed(self.report, config.placing), config.adapters, config.dropout, vectors)
+            trainer = Trainer(
+                run.model, config.training, train, valid, unlabeled=unlabeled, progress=run.progress, on_valid=look
+            )
             loss = trainer.fit().valid_loss
         finally:
             unload(run.model)
@@ -200,10 +197,11 @@ class Search:
 
 
 def run_search(run: Run) -> str:
-    """Tries `search_trials` combinations, with `run.resume` those of an earlier call counted; search.json after each.
+    """Tries `search_trials` combinations, writes search.json after each, and returns a table of the best.
 
-    Returns a table of the best. Raises ConfigError for settings that leave nothing to search and for another search's
-    store, FileError for one that exists or is damaged, TrainingError where no training came to its end.
+    With `run.resume` the combinations of earlier calls count. Raises ConfigError for settings that leave nothing to search
+    and for the store of a search with other inputs, FileError for a store that exists or is damaged, TrainingError where
+    no training came to its end.
     """
     config, path, total = run.config, run.folder / STORE, run.config.search_trials
     if config.full or config.budget:
@@ -216,8 +214,7 @@ def run_search(run: Run) -> str:
         if path.exists() and not run.overwrite:
             raise FileError(f"{path}: a search; pass --resume to go on with it, or --overwrite to start anew")
         run.begin("search")
-        for old in (path, path.with_name(f"{STORE}-journal"), run.file("search")):
-            old.unlink(missing_ok=True)
+        run.delete("search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = Search(run)
     with run.stage("search"):

@@ -1,50 +1,81 @@
 """The trial: do placements of equal size differ once they are trained?
 
-Every arm adapts other modules with as many parameters (`full` trains all weights, and is said to be unmatched). Each has
-its own learning-rate sweep at the first seed, chosen by validation loss alone, and trains the other seeds at that rate.
-The model sees the test rows when all training is over, once for each arm's seeds and the base; differences are tested as
-paired.py says. Forgetting is the rise of the loss on general text that has nothing to do with the task.
+Every arm adapts other modules with as many parameters (`full` trains all weights, and is reported as unmatched). Each arm
+has its own sweep of learning rates at the first seed. The rate with the lowest validation loss is chosen, and the other
+seeds are trained at that rate. The model sees the test rows when all training is over, once for each seed of each arm and
+once for the base; paired.py says how differences are tested. Forgetting is the rise of the loss on general text, which has
+nothing to do with the task.
 
     OUT/trial/ARM/lr-LR-seed-SEED/{metrics.jsonl, checkpoints/ while running, adapter/, result.json, test.json}
 """
 
 import dataclasses
 import math
-import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.rows import DEMO
 from ..lora.layer import unload
-from ..placing.place import place
-from ..placing.rules import FULL, arm_names
-from ..report.tables import trial_table
-from ..run.folder import EVA, Run
+from ..lora.placement import Placement
+from ..run.apply import placed
+from ..run.folder import CONFIG, EVA, Run
 from ..run.stages import run_score
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files
+from ..support.config import PlaceSettings
 from ..support.errors import ConfigError, FileError, PlacementError, nearest
-from .arms import MADE_BY, Arm, Training, Work, check_inputs, general_text, look
+from .arms import MADE_BY, Arm, GeneralText, Trained, Training, Work, check_inputs, general_text, look
 from .paired import accuracies, compare
 
+FULL = "full"
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
 MEASURED = ("accuracy", "loss", "general_loss")
 
 
-def run_trial(run: Run) -> str:
-    """Trains and compares the arms of `run.config`, writes trial.json, and returns its table. With `run.resume`, finished
-    trainings and evaluations are left out, and an interrupted training goes on from its checkpoint.
+@dataclass(frozen=True)
+class Plan:
+    """What `--arms`, `--lrs` and `--seeds` list."""
 
-    Raises ConfigError for arms, rates and seeds that cannot be, data without test rows of its own, and arms that cannot be
-    matched; TrainingError where an arm trains at none of its rates; and whatever the stages it consists of raise.
+    arms: list[str]
+    lrs: list[float]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The arms, and the number of parameters that each adapter of them has, within 1 %."""
+
+    budget: int
+    arms: list[Arm]
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What test.json holds of the base, and of the seeds of each arm."""
+
+    base: dict[str, Any]
+    arms: list[list[dict[str, Any]]]
+
+    def seconds(self) -> float:
+        return sum(test["seconds"] for of in [[self.base], *self.arms] for test in of)
+
+
+def run_trial(run: Run) -> str:
+    """Trains and compares the arms of `run.config`, writes trial.json, and returns its table.
+
+    With `run.resume`, finished trainings and evaluations are left out, and an interrupted training goes on from its
+    checkpoint. Raises ConfigError for impossible arms, rates and seeds, for data without test rows of its own, and for
+    arms that cannot be matched; TrainingError where an arm trains at none of its rates; and whatever its stages raise.
     """
     config, folder = run.config, run.folder / "trial"
-    names, lrs, seeds = listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds)
+    plan = Plan(listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds))
     if config.full:
         raise ConfigError(
             "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
@@ -52,9 +83,7 @@ def run_trial(run: Run) -> str:
     if run.resume and run.file("trial").exists():
         run.say("trial: already done")
         return str(trial_table(files.read_json(run.file("trial"), MADE_BY)))
-    seen = {files.sha256(path) for split, path in run.paths.items() if split != "test"}  # a copy is no file of its own
-    if run.rows("test") is run.rows("valid") or files.sha256(run.paths["test"]) in seen:
-        raise ConfigError("a trial trains and chooses on the other rows: give --test FILE rows of its own")
+    _check_test_rows(run)
     if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
         raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
@@ -62,54 +91,63 @@ def run_trial(run: Run) -> str:
         _check_scored_alike(run, report)
     run.begin("trial")
     if run.overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
+        run.delete("trial")
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
-    report = report or run_score(run)
-    budget, arms = matched(run, report, names, lrs)
-    vectors = _vectors(run, arms)
-    general, told = general_text(run, folder)
-    check_inputs(run, arms, told, folder)
-
-    work = Work(run, "training", len(arms) * (len(lrs) + len(seeds) - 1))
-    training = Training(run, seeds, vectors, work)
-    trained = [training.arm(arm, folder / arm.name) for arm in arms]
-
-    # all training is over: the one look at the test rows
-    work = Work(run, "evaluation", 1 + len(arms) * len(seeds))
-    base = look(run, None, folder / "base", general, work)
-    tests = [
-        [look(run, arm, path, general, work) for path in at] for arm, (_, at, _) in zip(arms, trained, strict=True)
-    ]
-    unload(run.model)
-    right = torch.tensor([[test["right"] for test in of] for of in tests], dtype=torch.float64)
-    confidence = config.confidence or 0.95
-    described = [
-        _described(run, arm, losses, results, of, base)
-        for arm, (losses, _, results), of in zip(arms, trained, tests, strict=True)
-    ]
-    versus = [None, *map(dataclasses.asdict, compare(right, confidence, config.seed))]
-    for arm, against, (mean, low, high) in zip(
-        described, versus, accuracies(right, confidence, config.seed), strict=True
-    ):
-        arm |= {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "versus": against}
-    kept = files.read_json(run.folder / "config.json", MADE_BY)
-    seconds = sum(arm["seconds"] for arm in described) + sum(test["seconds"] for of in [[base], *tests] for test in of)
-    value = {
-        "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
-        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
-        "seeds": seeds, "lrs": lrs, "metric": base["metric"], "test_rows": right.shape[2],
-        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(arms) - 1} comparisons",
-        "confidence": confidence, "general": told, "base": {key: base[key] for key in MEASURED},
-        "seconds": round(seconds, 1), "arms": described,
-    }  # fmt: skip
+    match = matched(run, report or run_score(run), plan)
+    vectors = _vectors(run, match.arms)
+    general = general_text(run, folder)
+    check_inputs(run, match.arms, general, folder)
+    work = Work(run, "training", len(match.arms) * (len(plan.lrs) + len(plan.seeds) - 1))
+    training = Training(run, plan.seeds, vectors, work)
+    trained = [training.arm(arm, folder / arm.name) for arm in match.arms]
+    tested = _tested(run, trained, general, folder)  # the one look at the test rows, now that all training is over
+    value = _as_json(run, plan, match, trained, tested, general)
     files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
+def _tested(run: Run, trained: list[Trained], general: GeneralText, folder: Path) -> Tested:
+    work = Work(run, "evaluation", 1 + sum(len(one.folders) for one in trained))
+    base = look(run, None, folder / "base", general.rows, work)
+    tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
+    unload(run.model)
+    return Tested(base, tests)
+
+
+def _as_json(
+    run: Run, plan: Plan, match: Matched, trained: list[Trained], tested: Tested, general: GeneralText
+) -> dict[str, Any]:
+    """What trial.json holds."""
+    base, confidence, seed = tested.base, run.config.confidence or 0.95, run.config.seed
+    right = torch.tensor([[test["right"] for test in of] for of in tested.arms], dtype=torch.float64)
+    described = [_described(run, one, of, base) for one, of in zip(trained, tested.arms, strict=True)]
+    versus = [None, *map(dataclasses.asdict, compare(right, confidence, seed))]
+    for arm, against, (mean, low, high) in zip(described, versus, accuracies(right, confidence, seed), strict=True):
+        arm |= {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "versus": against}
+    kept = files.read_json(run.folder / CONFIG, MADE_BY)
+    seconds = sum(arm["seconds"] for arm in described) + tested.seconds()
+    return {
+        "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
+        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": match.budget,
+        "reference": match.arms[0].name, "seeds": plan.seeds, "lrs": plan.lrs, "metric": base["metric"],
+        "test_rows": right.shape[2],
+        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(match.arms) - 1} comparisons",
+        "confidence": confidence, "general": general.as_json(), "base": {key: base[key] for key in MEASURED},
+        "seconds": round(seconds, 1), "arms": described,
+    }  # fmt: skip
+
+
+def _check_test_rows(run: Run) -> None:
+    """Raises ConfigError unless the test rows are held out. A copy of another file is not."""
+    seen = {files.sha256(path) for split, path in run.paths.items() if split != "test"}
+    if run.rows("test") is run.rows("valid") or files.sha256(run.paths["test"]) in seen:
+        raise ConfigError("a trial trains and chooses on the other rows: give --test FILE rows of its own")
+
+
 def _check_scored_alike(run: Run, report: NFNReport) -> None:
-    """Raises ConfigError where the folder's scores are of another model or other tokens, or made otherwise, than the
-    settings say."""
+    """Raises ConfigError where the folder's scores are of another model or other tokens, or were made in another way, than
+    the settings say."""
     if report.model != run.model.name_or_path:
         raise ConfigError(
             f"{run.file('score')} holds the scores of {report.model}, the trial's model is {run.model.name_or_path}: choose "
@@ -125,18 +163,17 @@ def _check_scored_alike(run: Run, report: NFNReport) -> None:
             )
 
 
-def _described(
-    run: Run, arm: Arm, losses: dict[float, float | None], results: list[dict[str, Any]], tests: list[dict], base: dict
-) -> dict[str, Any]:
-    """An arm in trial.json, but for what rests on the other arms."""
-    ranks = [rank for rank, _ in arm.placement.modules.values()] if arm.placement else []
+def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
+    """An arm in trial.json, without what depends on the other arms."""
+    placement, results = trained.arm.placement, trained.results
+    ranks = [rank for rank, _ in placement.modules.values()] if placement else []
     runs = [r | {key: t[key] for key in MEASURED} for r, t in zip(results, tests, strict=False)]
     mean = {key: math.fsum(r[key] for r in runs) / len(runs) for key in MEASURED}
     return {
-        "name": arm.name, "types": arm.placement.types if arm.placement else [],
-        "parameters": arm.placement.parameters if arm.placement else sum(p.numel() for p in run.model.parameters()),
+        "name": trained.arm.name, "types": placement.types if placement else [],
+        "parameters": placement.parameters if placement else sum(p.numel() for p in run.model.parameters()),
         "rank_low": min(ranks, default=None), "rank_high": max(ranks, default=None), "lr": runs[0]["lr"],
-        "sweep": {f"{lr:g}": loss for lr, loss in losses.items()}, "runs": runs, **mean,
+        "sweep": {f"{lr:g}": loss for lr, loss in trained.losses.items()}, "runs": runs, **mean,
         "forgetting": mean["general_loss"] - base["general_loss"],
         "seconds": round(sum(r["seconds"] for r in results), 2), "peak_mib": max(r["peak_mib"] for r in results),
     }  # fmt: skip
@@ -194,41 +231,47 @@ def _listed(option: str, text: str) -> list[str]:
     return parts
 
 
-def matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> tuple[int, list[Arm]]:
-    """The budget in parameters, which is what plop takes of `--budget` or at `--rank`, and an arm for each name. Raises
-    ConfigError naming an arm whose parameters are not within 1 % of it."""
-    config = run.config
-    how: dict[str, Any] = {
-        key: getattr(config, key) for key in ("k", "rank", "alpha", "seed", "ranks", "granularity")
-    } | {"cap": config.cap or None}
-    budget = place(report, "plop", budget=config.budget, **how).parameters
-    remedy = "choose another --budget or --rank, or leave the arm out of --arms"
-    arms = []
-    for name in names:
+def matched(run: Run, report: NFNReport, plan: Plan) -> Matched:
+    """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`.
+
+    Raises ConfigError naming an arm whose parameters are not within 1 % of that.
+    """
+    settings = dataclasses.replace(run.config.placing, rule="plop")
+    budget = placed(report, settings).parameters
+    settings = dataclasses.replace(settings, budget=str(budget))
+    arms: list[Arm] = []
+    for name in plan.arms:
         if name == FULL:
-            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in lrs]))
+            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in plan.lrs]))
             run.say(f"{name}: all weights, not matched; learning rates are {FULL_LR:g} of the adapters'")
             continue
-        try:
-            placement = place(report, name, budget=budget, **how)
-        except PlacementError as error:
-            raise ConfigError(f"arm {name!r} cannot be matched to {budget:,} parameters: {error}; {remedy}") from error
-        if not abs(placement.parameters / budget - 1) <= MATCHED:
-            raise ConfigError(
-                f"arm {name!r} cannot be matched: {placement.parameters:,} parameters are "
-                f"{placement.parameters / budget - 1:+.1%} off {budget:,}, more than {MATCHED:.0%}; {remedy}"
-            )
+        placement = _matched_one(report, dataclasses.replace(settings, rule=name), budget)
         same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
-        arms.append(Arm(name, placement, lrs))
+        arms.append(Arm(name, placement, plan.lrs))
         run.say(str(placement))
         if same:
             run.say(
                 f"{name} is the same placement as {same[0]}, and will show no difference from it: leave one of them out"
             )
-    return budget, arms
+    return Matched(budget, arms)
+
+
+def _matched_one(report: NFNReport, settings: PlaceSettings, budget: int) -> Placement:
+    name, remedy = settings.rule, "choose another --budget or --rank, or leave the arm out of --arms"
+    try:
+        placement = placed(report, settings)
+    except PlacementError as error:
+        raise ConfigError(f"arm {name!r} cannot be matched to {budget:,} parameters: {error}; {remedy}") from error
+    if not abs(placement.parameters / budget - 1) <= MATCHED:
+        raise ConfigError(
+            f"arm {name!r} cannot be matched: {placement.parameters:,} parameters are "
+            f"{placement.parameters / budget - 1:+.1%} off {budget:,}, more than {MATCHED:.0%}; {remedy}"
+        )
+    return placement
 
 
 def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
+    """EVA's vectors, if the adapters begin with them. Raises ConfigError where they are too few for an arm."""
     if run.config.init != "eva":
         return None
     vectors = eva.load(run.folder / EVA)[0]

@@ -1,163 +1,292 @@
-"""Settings as values: defaults, checks, and where each one comes from. The command line is built from these fields."""
+"""Settings: groups of options, and `RunConfig`, which holds all of them. The command line is built from these fields.
+
+A function takes the group that it reads: the trainer takes a `TrainConfig`, placing a `PlaceSettings`. Options that
+several groups share (`Seed`, `Backend`, `Init`, `Choice`) are declared once and inherited.
+"""
 
 import dataclasses
-import difflib
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from . import files
-from .errors import ConfigError
+from .errors import ConfigError, nearest
+from .options import Settings, option
 
-
-def _option(
-    default: Any,
-    help: str,
-    choices: tuple[str, ...] = (),
-    *,
-    positive: bool = False,
-    below: float = math.inf,
-    free: bool = False,
-) -> Any:
-    """A setting; numbers are at least 0 (above 0 if `positive`) and `below` a bound. A `free` one may change when a run
-    is resumed, as what is learned does not depend on it (bits may)."""
-    rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free}
-    return dataclasses.field(default=default, metadata=rules)
+Group = TypeVar("Group", bound=Settings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """How adapters, or whatever requires a gradient, are trained. Raises ConfigError for impossible values."""
+class Seed(Settings):
+    title = "model and device"
+    seed: int = option(0, "seed of sampling, initialisation, batch order and dropout", below=2**63)
 
-    lr: float = _option(1e-3, "peak learning rate of AdamW", positive=True)
-    schedule: str = _option("cosine", "learning rate after the warmup", ("cosine", "linear", "constant"))
-    warmup: float = _option(0.1, "share of the steps over which the learning rate rises", below=1)
-    lora_plus: float = _option(1.0, "learning rate of lora_B over lora_A's (LoRA+ proposes 16)", positive=True)
-    weight_decay: float = _option(0.0, "AdamW's weight decay on the adapters")
-    clip: float = _option(1.0, "largest gradient norm; 0 for no clipping")
-    ema: float = _option(
-        0.0, "decay of a moving average of the adapters, which is validated and kept; 0 for none", below=1
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(Settings):
+    title = "model and device"
+    backend: str = option(
+        "auto",
+        "how low-rank products are computed: auto takes Triton where it runs, else torch; the others name one path for "
+        "every module",
+        ("auto", "torch", "triton", "fused", "lora-first"),
     )
-    neftune: float = _option(0.0, "NEFTune's alpha: uniform noise on the embeddings; 0 for none")
-    batch_tokens: int | None = _option(
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Backend):
+    """The model, and what computes it."""
+
+    title = "model and device"
+    model: str | None = option(None, "hub id, local folder or .gguf file (default: SmolLM2-135M-Instruct)")
+    dtype: str = option(
+        "auto",
+        "type of the frozen weights and the activations; auto is bfloat16 on a GPU that has it, else float32. Adapters are "
+        "always float32",
+        ("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 or mps", free=True)
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankSettings(Settings):
+    """Several processes, started by torchrun."""
+
+    title = "several devices (torchrun)"
+    parallel: str = option(
+        "ddp", "ddp: the whole model on each rank; fsdp: its frozen blocks spread over the ranks", ("ddp", "fsdp")
+    )
+    timeout: int = option(1800, "seconds that a rank waits for the others before it gives up", positive=True, free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """The rows."""
+
+    title = "data"
+    train: str | None = option(None, "training rows, JSONL (default: the WordNet demo)", file=True)
+    valid: str | None = option(
+        None, "validation rows, JSONL (default with --train: every 20th training row)", file=True
+    )
+    test: str | None = option(None, "test rows, JSONL (default with --train: the validation rows)", file=True)
+    unlabeled: str | None = option(
+        None, "plain text of the domain, UTF-8 .txt, learned before the rows (see --unlabeled-share)", file=True
+    )
+    max_length: int | None = option(None, "longest row in tokens (default: the model's context)", positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Init(Settings):
+    title = "adapters"
+    init: str = option(
+        "kaiming",
+        "how A begins; eva takes the leading singular vectors of the inputs, which scoring collects",
+        ("kaiming", "gaussian", "orthogonal", "eva"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice(Init, Seed):
+    """What is to be chosen. Scoring needs it too: it stops when the choice is sure, and keeps EVA's vectors for it."""
+
+    title = "placement"
+    rule: str = option("plop", "{rules}, or module types and names with commas")
+    k: int = option(3, "number of module types that {rules_with_k} choose", positive=True)
+    rank: int = option(16, "LoRA rank", positive=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings(Choice, Backend):
+    """What is scored, and how."""
+
+    title = "scoring"
+    score_prompts: int = option(200, "score at most this many training rows", positive=True)
+    confidence: float = option(
+        0.95, "stop scoring once the k lowest types are this sure (0: score every row); also that of intervals", below=1
+    )
+    score_tokens: str = option(
+        "all",
+        "score only these tokens; roles need rows of messages",
+        ("all", "prompt", "completion", "system", "user", "assistant", "tool"),
+    )
+    skip_first: bool = option(False, "leave out the first token of each row, where attention sinks")
+    baseline: str = option("closed-form", "how the denominator of NFN is computed", ("closed-form", "monte-carlo"))
+    compat: str | None = option(None, "official: score exactly as the code of PLoP's authors does", ("official",))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compat and (self.score_tokens != "all" or self.skip_first):
+            raise ConfigError(
+                "--compat official scores every token: leave out --score-tokens and --skip-first, or --compat"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlaceSettings(Choice):
+    """Which modules get adapters, and how large these are."""
+
+    title = "placement"
+    alpha: float = option(32.0, "LoRA alpha; the update is scaled by alpha / rank", positive=True)
+    budget: str | None = option(
+        None,
+        "size of all adapters, instead of --rank: parameters (2.5M), bytes of float32 (10MB, 8MiB) or match:RULE:rRANK; "
+        "empty: none",
+    )
+    ranks: str = option(
+        "equal", "share a budget out as equal ranks, or as ranks proportional to 1 / NFN", ("equal", "proportional")
+    )
+    granularity: str = option(
+        "type", "choose whole module types, or (experimental, needs --budget) single modules", ("type", "module")
+    )
+    cap: int | None = option(None, "with --granularity module: most modules of one type; 0: any number")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, usual in ("granularity", "type"), ("ranks", "equal"):
+            if (value := getattr(self, name)) != usual and not self.budget:
+                raise ConfigError(f"{name} {value!r} needs a budget: give --budget, or --{name} {usual}")
+        if self.cap and self.granularity == "type":
+            raise ConfigError(
+                f"cap {self.cap}: limits the modules of a type, which needs --granularity module; 0 for none"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSettings(Init, Seed, Backend):
+    """What is trained: adapters of some kind, or all weights."""
+
+    title = "adapters"
+    rslora: bool = option(False, "scale the update by alpha / sqrt(rank) instead of alpha / rank")
+    full: bool = option(
+        False, "train all weights instead of adapters, to compare with (use a lower --lr, such as 2e-5)"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(Settings):
+    """What the memory and time of a training step depend on."""
+
+    title = "training"
+    batch_tokens: int | None = option(
         None, "padded tokens in a micro-batch (default: 1024 or the longest row; 160 on the demo data)", positive=True
     )
-    packing: bool = _option(False, "micro-batches are one row of whole examples that cannot see each other")
-    accumulate: int = _option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
-    max_steps: int | None = _option(None, "training steps (default: one epoch; 60 on the demo data)", positive=True)
-    eval_every: int = _option(30, "steps between two looks at the validation loss", positive=True)
-    eval_rows: int = _option(128, "validation rows looked at each time (the first ones)", positive=True)
-    patience: int = _option(3, "looks without a better validation loss before training stops", positive=True)
-    dropout: float = _option(0.0, "LoRA dropout", below=1)
-    unlabeled_share: float = _option(
+    accumulate: int = option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
+    packing: bool = option(False, "fill each micro-batch with one row of whole examples that cannot see each other")
+    dropout: float = option(0.0, "LoRA dropout", below=1)
+    ema: float = option(
+        0.0, "keep and validate a moving average of the adapters with this decay; 0: keep the adapters", below=1
+    )
+    checkpointing: bool = option(
+        False, "save memory: compute activations again in the backward pass, block by block", free=True
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(StepSettings, Seed):
+    """How adapters, or whatever requires a gradient, are trained. Raises ConfigError for impossible values.
+
+    >>> config = pf.TrainConfig(lr=2e-4, max_steps=100)
+    """
+
+    title = "training"
+    lr: float = option(1e-3, "peak learning rate of AdamW", positive=True)
+    schedule: str = option("cosine", "course of the learning rate after the warmup", ("cosine", "linear", "constant"))
+    warmup: float = option(0.1, "share of the steps over which the learning rate rises", below=1)
+    lora_plus: float = option(1.0, "learning rate of B over that of A (LoRA+ proposes 16)", positive=True)
+    weight_decay: float = option(0.0, "AdamW's weight decay on the adapters")
+    clip: float = option(1.0, "clip gradients to this norm; 0: no clipping")
+    neftune: float = option(0.0, "add NEFTune's uniform noise to the embeddings, with this alpha; 0: none")
+    max_steps: int | None = option(None, "training steps (default: one epoch; 60 on the demo data)", positive=True)
+    eval_every: int = option(30, "steps between two looks at the validation loss", positive=True)
+    eval_rows: int = option(128, "validation rows in a look (the first ones)", positive=True)
+    patience: int = option(3, "stop after this many looks without a lower validation loss", positive=True)
+    unlabeled_share: float = option(
         0.0,
         "share of the micro-batches that hold --unlabeled text; 0: one pass over it before the labelled rows",
         below=1,
     )
-    nonfinite: str = _option("stop", "what a loss or gradient that is not finite does", ("stop", "skip"))
-    save_every: int | None = _option(
-        None, "steps between two checkpoints (default: eval_every)", positive=True, free=True
+    nonfinite: str = option("stop", "stop at, or skip, a step whose loss or gradient is not finite", ("stop", "skip"))
+    save_every: int | None = option(
+        None, "steps between two checkpoints (default: as --eval-every)", positive=True, free=True
     )
-    keep: int = _option(2, "newest checkpoints kept while training", positive=True, free=True)
-    checkpointing: bool = _option(False, "compute activations again in the backward pass, block by block", free=True)
-    offload: bool = _option(False, "keep activations in CPU memory until the backward pass (GPU)", free=True)
-    compile: bool = _option(False, "torch.compile each block: slow to start, then faster elementwise work")
-    liger: bool = _option(True, "liger-kernel's norm, SwiGLU and RoPE on a GPU where it is installed")
-    log_to: str = _option("none", "tensorboard, wandb or both with a comma, beside metrics.jsonl", free=True)
-    seed: int = _option(0, "seed of sampling, initialisation, batch order and dropout", below=2**63)
+    keep: int = option(2, "newest checkpoints to keep while training", positive=True, free=True)
+    offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
+    compile: bool = option(False, "compile each block with torch.compile: slow to start, then faster")
+    liger: bool = option(True, "use liger-kernel's norm, SwiGLU and RoPE on a GPU where it is installed")
+    log_to: str = option("none", "log to tensorboard, wandb or both (with a comma), beside metrics.jsonl", free=True)
 
     def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            value, rules = getattr(self, item.name), item.metadata
-            if rules["choices"] and value is not None and value not in rules["choices"]:
-                raise ConfigError(f"{item.name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
-            if isinstance(value, int | float):
-                low, below = "above" if rules["positive"] else "of at least", rules["below"]
-                if not (value > 0 or (value == 0 and not rules["positive"])) or not value < below:
-                    raise ConfigError(f"{item.name}: expected a number {low} 0 and below {below}, got {value}")
+        super().__post_init__()
         if self.packing and self.neftune:
             raise ConfigError(
-                "packing and neftune: the noise is scaled to a row's length, which a packed one has not; leave one out"
+                "packing and neftune exclude each other: the noise is scaled to the length of a row, and packed rows have "
+                "no single length; leave one out"
             )
 
 
-FREE = {"device", "threads", "timeout", "search_trials"} | {
-    item.name for item in dataclasses.fields(TrainConfig) if item.metadata["free"]
-}
+@dataclass(frozen=True, kw_only=True)
+class TrialSettings(Settings):
+    """What a trial compares."""
+
+    title = "trial"
+    arms: str = option("plop,plop-inverse,attn,mlp,all", "placements to compare: {arms}")
+    lrs: str = option("5e-4,1e-3,2e-3", "learning rates that each arm tries")
+    seeds: str = option("0,1,2", "seeds of each arm, three at least")
+    general: str | None = option(
+        None,
+        "plain text far from the task, UTF-8 .txt, whose loss shows forgetting (default: Python's own help texts)",
+        file=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(TrainConfig):
-    """Everything a run depends on; resolved values are kept in the run folder's config.json."""
+class SearchSettings(Settings):
+    """How long a search goes on."""
 
-    model: str | None = _option(None, "hub id, local folder or .gguf file (default: SmolLM2-135M-Instruct)")
-    train: str | None = _option(None, "training rows, JSONL (default: the WordNet demo)")
-    valid: str | None = _option(None, "validation rows, JSONL (default with --train: every 20th training row)")
-    test: str | None = _option(None, "held-out rows, JSONL (default with --train: the validation rows)")
-    unlabeled: str | None = _option(
-        None, "plain text of the domain, UTF-8 .txt, learned before the rows (see --unlabeled-share)"
-    )
-    max_length: int | None = _option(None, "longest row in tokens (default: the model's context)", positive=True)
-    dtype: str = _option(
-        "auto",
-        "of the frozen weights and the activations (auto: bfloat16 on a GPU that has it, else float32); adapters stay float32",
-        ("auto", "float32", "bfloat16", "float16"),
-    )
-    device: str = _option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1, mps")
-    backend: str = _option(
-        "auto",
-        "auto (Triton where it runs, else torch), or one path for every module",
-        ("auto", "torch", "triton", "fused", "lora-first"),
-    )
-    parallel: str = _option(
-        "ddp", "under torchrun: the whole model on each rank, or its frozen blocks spread over them", ("ddp", "fsdp")
-    )
-    timeout: int = _option(1800, "seconds that a rank waits for the others before it gives up", positive=True)
-    threads: int | None = _option(None, "CPU threads (default: torch's choice)", positive=True)
-    score_prompts: int = _option(200, "training rows that are scored at most", positive=True)
-    confidence: float = _option(
-        0.95, "scoring ends once the k lowest types are this sure; also of the intervals; 0: score every row", below=1
-    )
-    score_tokens: str = _option(
-        "all",
-        "tokens that are scored; roles need messages",
-        ("all", "prompt", "completion", "system", "user", "assistant", "tool"),
-    )
-    skip_first: bool = _option(False, "leave out each row's first token, where attention sinks")
-    baseline: str = _option("closed-form", "NFN denominator", ("closed-form", "monte-carlo"))
-    compat: str | None = _option(None, "'official' scores exactly as the PLoP authors' code", ("official",))
-    # {words} in help texts are filled in by the command line, from placing/rules.py
-    rule: str = _option("plop", "{rules}, or module types and names with commas")
-    k: int = _option(3, "module types that {rules_with_k} choose", positive=True)
-    rank: int = _option(16, "LoRA rank", positive=True)
-    budget: str | None = _option(
-        None, "instead of --rank: parameters (2.5M), bytes of float32 (10MB, 8MiB) or match:RULE:rRANK; empty: none"
-    )
-    ranks: str = _option(
-        "equal", "how a budget is shared out: equal ranks, or proportional to 1 / NFN", ("equal", "proportional")
-    )
-    granularity: str = _option(
-        "type", "choose whole module types, or (experimental; needs --budget) single modules", ("type", "module")
-    )
-    cap: int | None = _option(None, "with --granularity module: most modules of one type; 0: any number")
-    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", positive=True)
-    rslora: bool = _option(False, "scale by alpha / sqrt(rank) instead")
-    init: str = _option(
-        "kaiming",
-        "A at first; eva: the inputs' leading singular vectors, taken while scoring",
-        ("kaiming", "gaussian", "orthogonal", "eva"),
-    )
-    arms: str = _option("plop,plop-inverse,attn,mlp,all", "placements that a trial compares, some of {arms}")
-    lrs: str = _option("5e-4,1e-3,2e-3", "learning rates that each arm of a trial tries")
-    seeds: str = _option("0,1,2", "seeds of each arm of a trial, three at least")
-    general: str | None = _option(
-        None, "plain text far from the task, UTF-8 .txt: its loss shows forgetting (default: Python's own help texts)"
-    )
-    search_trials: int = _option(20, "combinations that a search tries", positive=True)
-    full: bool = _option(
-        False, "train all weights instead of adapters, the baseline one compares with (with a lower --lr, such as 2e-5)"
-    )
+    title = "search"
+    search_trials: int = option(20, "combinations to try", positive=True, free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(
+    ModelSettings,
+    RankSettings,
+    DataSettings,
+    ScoreSettings,
+    PlaceSettings,
+    AdapterSettings,
+    TrainConfig,
+    TrialSettings,
+    SearchSettings,
+):
+    """Every setting of a run, flat, as options and config.json name them; the properties are its groups.
+
+    >>> config = pf.RunConfig(train="rows.jsonl", rank=8)
+    >>> config.placing.rank
+    8
+
+    Raises ConfigError for impossible values, and for settings that contradict each other.
+    """
+
+    @property
+    def scoring(self) -> ScoreSettings:
+        return self._part(ScoreSettings)
+
+    @property
+    def placing(self) -> PlaceSettings:
+        return self._part(PlaceSettings)
+
+    @property
+    def adapters(self) -> AdapterSettings:
+        return self._part(AdapterSettings)
+
+    @property
+    def training(self) -> TrainConfig:
+        return self._part(TrainConfig)
+
+    def _part(self, group: type[Group]) -> Group:
+        return group(**{item.name: getattr(self, item.name) for item in dataclasses.fields(group)})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -170,31 +299,31 @@ class RunConfig(TrainConfig):
                 raise ConfigError(
                     f"--full trains no adapters, so {', '.join(given)} cannot apply: leave one of them out"
                 )
-        for name, usual in ("granularity", "type"), ("ranks", "equal"):
-            if (value := getattr(self, name)) != usual and not self.budget:
-                raise ConfigError(f"{name} {value!r} needs a budget: give --budget, or --{name} {usual}")
-        if self.cap and self.granularity == "type":
-            raise ConfigError(
-                f"cap {self.cap}: limits the modules of a type, which needs --granularity module; 0 for none"
-            )
         if self.unlabeled_share and not self.unlabeled:
             raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 
 
+_HINTS = get_type_hints(RunConfig)
+TYPES = {item.name: _HINTS[item.name] for item in dataclasses.fields(RunConfig)}
+FREE = {item.name for item in dataclasses.fields(RunConfig) if item.metadata["free"]}  # may change at --resume
+FILES = tuple(item.name for item in dataclasses.fields(RunConfig) if item.metadata["file"])
+
+
 def load_settings(path: str | Path) -> dict[str, Any]:
-    """The settings in a JSON file, checked by name and type; a run folder's config.json works too."""
+    """Reads settings from a JSON file, such as the config.json of a run folder, and checks their names and types.
+
+    Raises FileError for a file that cannot be read, ConfigError for an unknown name or a wrong type.
+    """
     value = files.read_json(Path(path), "you, or by plopfast run as config.json")
     settings = value.get("settings", value) if isinstance(value, dict) else None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected a JSON object of settings, got {type(value).__name__}")
-    types = get_type_hints(RunConfig)
     for name, setting in settings.items():
-        if name not in types:
-            near = difflib.get_close_matches(name, types, n=1)
-            raise ConfigError(f"{path}: unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        wanted = types[name] | int if types[name] is float else types[name]
-        if not isinstance(setting, wanted) or (isinstance(setting, bool) and types[name] is not bool):
-            raise ConfigError(f"{path}: {name}: expected {_type_name(types[name])}, got {setting!r}")
+        if name not in TYPES:
+            raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, tuple(TYPES))}")
+        wanted = TYPES[name] | int if TYPES[name] is float else TYPES[name]
+        if not isinstance(setting, wanted) or (isinstance(setting, bool) and TYPES[name] is not bool):
+            raise ConfigError(f"{path}: {name}: expected {_type_name(TYPES[name])}, got {setting!r}")
     return settings
 
 

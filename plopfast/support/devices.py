@@ -7,7 +7,10 @@ from .errors import ConfigError
 
 
 def device_for(name: str) -> torch.device:
-    """The device that a --device value names; a rank's own GPU under torchrun. Raises ConfigError where this machine has none such."""
+    """Returns the device that a --device value names; under torchrun, the rank's own GPU.
+
+    Raises ConfigError where this machine does not have it.
+    """
     launch = machine.launch()
     if launch.size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         if launch.local_rank >= (count := torch.cuda.device_count()):
@@ -27,7 +30,7 @@ def device_for(name: str) -> torch.device:
 
 
 def dtype_for(name: str, device: torch.device, full: bool = False) -> torch.dtype:
-    """The dtype that a --dtype value names on `device`. Raises ConfigError for half precision with --full."""
+    """Returns the dtype that a --dtype value names on `device`. Raises ConfigError for half precision with --full."""
     if full and name not in ("auto", "float32"):
         raise ConfigError(f"--full trains the weights themselves, and small steps vanish in {name}: --dtype float32")
     if name != "auto":

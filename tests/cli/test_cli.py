@@ -1,5 +1,6 @@
 """The command line as a person uses it: a whole run, each stage alone, help, and every kind of bad input."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,9 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import plopfast as pf
 from plopfast.cli import main
+from plopfast.cli.options import names_of
 
 STAGES = [
     "config.json",
@@ -140,19 +143,56 @@ def test_info(model_folder, capsys):
         assert word in text
 
 
-@pytest.mark.parametrize("command", ["", *main.COMMANDS])
-def test_help_is_complete(command, capsys):
+def help_of(command, capsys):
     with pytest.raises(SystemExit) as stop:
         plopfast(*command.split(), "--help")
-    text = capsys.readouterr().out
-    assert stop.value.code == 0 and "Exit codes" in text
-    if command:
-        for option in ("--model", "--train", "--valid", "--test", "--out", "--seed", "--max-steps", "--config"):
-            assert option in text
-        for line in re.findall(r"^  --[\w-]+(?: \S+)?$\n(?!  +)", text, re.M):
-            raise AssertionError(f"no help: {line}")
-    else:
-        assert all(name in text for name in main.COMMANDS)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    text = help_of("", capsys)
+    assert "Exit codes" in text and all(f"\n    {name} " in text for name in (*main.COMMANDS, "bench"))
+
+
+MODEL = {"--model", "--dtype", "--device", "--backend"}
+DATA = {"--train", "--valid", "--test", "--max-length"}
+READ = {  # options that a command offers, and some that it does not read
+    "run": (MODEL | DATA | {"--rule", "--rank", "--lr", "--parallel", "--resume"}, {"--arms", "--search-trials"}),
+    "score": (
+        MODEL | DATA | {"--confidence", "--k", "--seed", "--init"},
+        {"--lr", "--alpha", "--unlabeled", "--max-steps"},
+    ),
+    "audit": (MODEL | DATA | {"--k", "--rank", "--seed"}, {"--max-steps", "--alpha", "--parallel"}),
+    "place": ({"--rule", "--budget", "--cap", "--seed"}, {"--model", "--train", "--lr", "--max-steps"}),
+    "estimate": (MODEL | DATA | {"--batch-tokens", "--rank", "--unlabeled"}, {"--max-steps", "--lr", "--rule"}),
+    "train": (MODEL | DATA | {"--lr", "--max-steps", "--full", "--resume"}, {"--rule", "--budget", "--score-prompts"}),
+    "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank"}),
+    "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
+    "search": (MODEL | DATA | {"--search-trials", "--cap", "--max-steps"}, {"--arms", "--confidence"}),
+    "report": ({"--out", "--overwrite"}, {"--model", "--train", "--seed"}),
+    "merge": ({"--model", "--adapter", "--any-base"}, {"--train", "--max-steps", "--seed", "--backend"}),
+    "info": (MODEL | {"--rank"}, {"--train", "--max-steps", "--overwrite", "--threads"}),
+    "doctor": (MODEL | {"--rank", "--seconds"}, {"--train", "--max-steps", "--overwrite"}),
+}
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_help_shows_what_a_command_reads(command, capsys):
+    text = help_of(command, capsys)
+    offered, (read, unread) = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text.split("\noptions:")[0])), READ[command]
+    assert read | {"--out", "--config"} <= offered and not unread & offered
+    for line in re.findall(r"^  --[\w-]+(?: \S+)?$\n(?!  +)", text, re.M):
+        raise AssertionError(f"no help: {line}")
+
+
+def test_settings_of_a_run_as_its_groups():
+    config = pf.RunConfig(rank=8, lr=0.5, seed=3, score_prompts=9, rslora=True)
+    assert config.training == pf.TrainConfig(lr=0.5, seed=3)
+    assert (config.placing.rank, config.scoring.rank, config.placing.seed) == (8, 8, 3)
+    assert config.scoring.score_prompts == 9 and config.adapters.rslora
+    read = {name for command in main.COMMANDS.values() for name in names_of(command)}
+    assert read == set(dataclasses.asdict(config)), "every setting is some command's option"
 
 
 def test_bad_input(base, tmp_path, model_folder, capsys):
@@ -237,9 +277,29 @@ def test_overwriting_mixes_no_results(base, tmp_path, capsys):
     assert plopfast("run", *edit(base, "--rank", 99), "--out", out, "--overwrite") == 2
     assert (out / "scores.json").exists() and not (out / "adapter").exists(), "the old adapter is not the new run's"
     assert plopfast("run", "--out", out, "--resume", "--rank", 3) == 2
-    assert "--resume keeps a run's settings, but rank was 99, is 3" in capsys.readouterr().err
+    assert "began with other inputs: rank was 99, is 3" in capsys.readouterr().err
     assert plopfast("run", "--out", tmp_path / "nothing", "--resume") == 2
     assert "config.json: no such file" in capsys.readouterr().err
+
+
+def test_only_a_run_folder_is_cleared(base, tmp_path, capsys):
+    own = tmp_path / "home" / "model"
+    own.mkdir(parents=True)
+    (own / "notes.txt").write_text("years of work")
+    assert plopfast("run", *base, "--out", tmp_path / "home", "--overwrite") == 2
+    assert "would delete model, but the folder has no config.json of plopfast" in capsys.readouterr().err
+    assert (own / "notes.txt").exists() and not (tmp_path / "home" / "config.json").exists()
+
+
+def test_an_older_folder_can_be_resumed(base, tmp_path):
+    """Its config.json may lack settings that came later, and its settings are flat."""
+    out = tmp_path / "run"
+    assert plopfast("run", *base, "--out", out) == 0
+    kept = json.loads((out / "config.json").read_text())
+    assert kept["settings"].pop("neftune") == 0.0 and not any(isinstance(v, dict) for v in kept["settings"].values())
+    (out / "config.json").write_text(json.dumps(kept))
+    (out / "eval.json").unlink()
+    assert plopfast("run", "--out", out, "--resume") == 0 and (out / "eval.json").exists()
 
 
 def test_nan_weights(base, tmp_path, model_folder, capsys):
@@ -321,6 +381,16 @@ def test_scoring_as_asked(base, tmp_path, capsys):
     code, told = score("many", "--k", 8)
     assert code == 2 and "k = 8: expected 1 to 7, this model's module types" in told
     assert score("many", "--k", 8, "--rule", "all")[0]["prompts"] > 1
+
+
+def test_a_finished_run_is_left_as_it_is(base, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert plopfast("run", *base, "--out", out) == 0
+    before = {name: (out / name).stat().st_mtime_ns for name in STAGES[1:]}
+    capsys.readouterr()
+    assert plopfast("run", *base, "--out", out, "--resume") == 0
+    assert "report: already done" in capsys.readouterr().err
+    assert {name: (out / name).stat().st_mtime_ns for name in STAGES[1:]} == before
 
 
 def test_full_fine_tuning_trains_and_compares_without_placement(base, tmp_path, capsys):

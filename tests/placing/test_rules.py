@@ -8,7 +8,7 @@ import pytest
 from helpers import build, random_batches
 
 import plopfast as pf
-from plopfast.cli.main import build_parser
+from plopfast.cli.options import build_parser
 from plopfast.data.labels import tokenize
 from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.placing import rules

@@ -262,7 +262,7 @@ def test_the_pipeline(model_folder, tmp_path, capsys):
             torch.testing.assert_close(tensor, vectors[name.removesuffix(".lora_A")], rtol=0, atol=1e-6)
     capsys.readouterr()
     assert plopfast(*training, "--resume", "--init", "gaussian") == 2
-    assert "--resume keeps a run's settings, but init was eva, is gaussian" in capsys.readouterr().err
+    assert "began with other inputs: init was eva, is gaussian" in capsys.readouterr().err
     assert plopfast("place", "--budget", "match:all:r3", "--overwrite") == 2
     assert re.search(r"ranks up to \d, but scoring keeps EVA's vectors for --rank 2", capsys.readouterr().err)
     assert plopfast("place", "--rank", 3, "--overwrite") == 0, "what was refused is not kept"

@@ -166,7 +166,9 @@ def test_a_store_of_another_search(found, base, tmp_path, capsys):
     assert search(base, out, "--seed", 5, trials=1) == 0
     shutil.copy(found / "search.db", out / "search.db")
     assert plopfast("search", "--resume", "--out", out) == 2
-    assert "another search, which has otherwise: seed; choose another --out" in capsys.readouterr().err
+    assert (
+        "search.db: cannot go on, because it began with other inputs: seed was 0, is 5. Give" in capsys.readouterr().err
+    )
     rows = tmp_path / "train.jsonl"
     shutil.copytree(found, tmp_path / "data")
     config = json.loads((tmp_path / "data" / "config.json").read_text())
@@ -174,7 +176,7 @@ def test_a_store_of_another_search(found, base, tmp_path, capsys):
     config["settings"]["train"] = str(rows)
     (tmp_path / "data" / "config.json").write_text(json.dumps(config))
     assert plopfast("search", "--resume", "--out", tmp_path / "data") == 2
-    assert "has otherwise: the train file;" in capsys.readouterr().err
+    assert "began with other inputs: the train file." in capsys.readouterr().err
 
 
 def test_stores_that_are_no_search_of_ours(found, tmp_path, capsys):
@@ -249,6 +251,10 @@ def test_rules_and_inits_that_cannot_be_are_left_out(base, tmp_path, monkeypatch
     assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "all"]
     assert "not searched: rule 'mlp' knows none of the types" in capsys.readouterr().err
     assert "eva" not in value["space"]["init"]["choices"], "the authors' procedure takes no vectors"
+
+
+def test_a_cap_of_zero_means_any_number(base, tmp_path):
+    assert search(base, tmp_path / "run", "--cap", 0, trials=1) == 0
 
 
 def test_types_named_by_hand_are_one_more_choice(base, tmp_path):

@@ -111,12 +111,12 @@ def test_killed_and_resumed_it_ends_alike(options, tmp_path, capsys):
     assert plopfast("trial", *options, "--out", killed) == 2
     assert "an unfinished trial; pass --resume" in capsys.readouterr().err
     assert plopfast("trial", *options, "--out", killed, "--resume", "--seeds", "0,1,3") == 2
-    assert "--resume keeps a run's settings, but seeds was 0,1,2, is 0,1,3" in capsys.readouterr().err
+    assert "began with other inputs: seeds was 0,1,2, is 0,1,3" in capsys.readouterr().err
     rows = tmp_path / "train.jsonl"
     kept = rows.read_text()
     rows.write_text("".join(kept.splitlines(keepends=True)[1:]))
     assert plopfast("trial", *options, "--out", killed, "--resume") == 2
-    assert "cannot go on, as the trial began with otherwise: the train file;" in capsys.readouterr().err
+    assert "began with other inputs: the train file." in capsys.readouterr().err
     rows.write_text(kept)
     assert plopfast("trial", *options, "--out", killed, "--resume") == 0
     assert untimed(read(killed)) == untimed(read(whole))
@@ -136,7 +136,7 @@ def test_scores_made_anew_do_not_mix_with_what_they_placed(options, tmp_path, ca
     (out / "scores.json").write_text(json.dumps(scores))
     capsys.readouterr()
     assert plopfast("trial", *options, "--out", out, "--resume") == 2
-    assert "began with otherwise: the placement of attn, the placement of plop" in capsys.readouterr().err
+    assert "began with other inputs: the placement of attn; the placement of plop" in capsys.readouterr().err
 
 
 def test_other_texts_scores_and_data(options, tmp_path, capsys):
@@ -211,6 +211,12 @@ def test_bad_input(options, tmp_path, capsys):
         err = capsys.readouterr().err
         assert re.search(f"plopfast: error: .*({message})", err), err
         assert not list(out.glob("trial/**/metrics.jsonl")) and not (out / "trial.json").exists()
+
+
+def test_an_empty_budget_means_none(options, tmp_path, capsys):
+    """As in a run: the arms are matched to what plop takes at --rank, here too little for the others."""
+    assert plopfast("trial", *edit(options, "--rank", 1), "--budget", "", "--out", tmp_path / "run") == 2
+    assert re.search("arm '(attn|random)' cannot be matched", capsys.readouterr().err)
 
 
 def test_eva_needs_vectors_for_every_rank(options, tmp_path, capsys):

@@ -169,7 +169,7 @@ def test_a_rank_that_dies_ends_the_others(found):
 
 def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
     out = ["--out", tmp_path / "run"]
-    assert main.main([str(a) for a in ["score", *options[:-6], *out]]) == 0
+    assert main.main([str(a) for a in ["score", *options[:-8], *out]]) == 0
     assert main.main(["place", *map(str, out)]) == 0
     for command, message in (
         (["-m", "plopfast", "score", *out], r"rank 0 of 2: .*scores\.json: exists already; choose another --out"),

@@ -1,0 +1,179 @@
+"""The commands: what each one reads (its groups of settings, its flags) and the function that it calls.
+
+A command imports what it calls when it is called, so that --help answers before torch is loaded.
+"""
+
+import argparse
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..support import config as groups, machine
+from ..support.config import RunConfig
+from ..support.errors import ConfigError
+from ..support.options import Settings
+
+if TYPE_CHECKING:
+    from ..run.folder import Run
+
+
+@dataclass(frozen=True)
+class Call:
+    """A command as it was called: the parsed arguments and the settings."""
+
+    name: str
+    arguments: argparse.Namespace
+    config: RunConfig
+
+    def run(self) -> "Run":
+        """Opens the run folder. Raises ConfigError where --out is missing, or --resume meets --overwrite."""
+        from ..run.folder import Run
+        from ..support import ranks
+
+        given, resume = self.arguments, getattr(self.arguments, "resume", False)
+        if given.out is None:
+            if COMMANDS[self.name].needs_out and not getattr(given, "adapter", None):
+                raise ConfigError(f"plopfast {self.name} needs --out DIR, the run folder of the stages before it")
+            now = ranks.largest(int(time.time()))
+            given.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+        if resume and given.overwrite:
+            raise ConfigError("--resume goes on with what --overwrite would replace: leave one of them out")
+        shown = not machine.launch().rank
+        return Run(given.out, self.config, overwrite=given.overwrite, resume=resume, progress=shown)
+
+
+@dataclass(frozen=True)
+class Command:
+    """`do` returns the exit code (None: 0). `takes`: groups of settings, or single ones, that the command reads, but for
+    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it."""
+
+    help: str
+    do: Callable[[Call], int | None]
+    takes: tuple[type[Settings] | str, ...] = ()
+    without: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ("overwrite",)
+    needs_out: bool = False
+
+    @property
+    def on_ranks(self) -> bool:
+        """Whether every process of torchrun takes part; other commands are rank 0's alone."""
+        return groups.RankSettings in self.takes
+
+
+def _stage(name: str) -> Callable[[Call], None]:
+    """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns."""
+    module, _, function = name.rpartition(".")
+
+    def do(call: Call) -> None:
+        result = getattr(importlib.import_module(f"plopfast.{module}"), function)(call.run())
+        if isinstance(result, str | Path):
+            print(result)
+
+    return do
+
+
+def _train(call: Call) -> None:
+    from ..run.stages import run_train
+
+    result = run_train(call.run())
+    print(f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s")
+
+
+def _eval(call: Call) -> None:
+    from ..run.stages import run_eval
+
+    for who, metrics in run_eval(call.run(), call.arguments.adapter, call.arguments.any_base).items():
+        print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
+
+
+def _merge(call: Call) -> None:
+    from ..run.stages import run_merge
+
+    print(run_merge(call.run(), call.arguments.adapter, call.arguments.any_base))
+
+
+def _info(call: Call) -> None:
+    from .info import info
+
+    print(" ".join(f"{name} {version}" for name, version in machine.versions().items()))
+    print(machine.describe(), flush=True)
+    print(info(call.config))
+
+
+def _doctor(call: Call) -> int:
+    from ..lora import tuning
+    from ..lora.ops import path
+    from ..support import devices
+    from .doctor import examine
+
+    config, seconds = call.config, call.arguments.seconds
+    device = devices.device_for(config.device)
+    if path(device, "auto") != "torch":
+        print(tuning.load() or tuning.describe())
+    dtype = devices.dtype_for(config.dtype, device)
+    return 0 if examine(config.model, config.device, config.backend, dtype, seconds=seconds, rank=config.rank) else 1
+
+
+MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
+ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
+ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
+RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
+COMMANDS = {
+    "run": Command(
+        "score, place, train, evaluate and report in one go",
+        _stage("run.whole.run_all"), (*ALL, RANKS), flags=RESUMABLE,
+    ),
+    "score": Command(
+        "measure the NFN of every linear module: scores.json",
+        _stage("run.stages.run_score"), (MODEL, DATA, SCORE, RANKS), without=("unlabeled",),
+    ),
+    "audit": Command(
+        "find out whether the scores can be trusted (stability, controls, other criteria): audit.json",
+        _stage("studies.audit.run_audit"),
+        (MODEL, DATA, "score_prompts", "score_tokens", "skip_first", "baseline", "k", "rank", "seed"),
+        without=("unlabeled",),
+    ),
+    "place": Command(
+        "choose modules by their scores: placement.json", _stage("run.stages.run_place"), (PLACE,), needs_out=True
+    ),
+    "estimate": Command(
+        "estimate memory and FLOPs of training on each placement, before any training: estimate.json",
+        _stage("run.costs.run_estimate"), (MODEL, DATA, "k", "rank", "alpha", "budget", "ranks", "seed", STEP),
+        needs_out=True,
+    ),
+    "train": Command(
+        "train adapters on the placement: adapter/",
+        _train, (MODEL, DATA, ADAPTER, TRAIN, RANKS), flags=RESUMABLE, needs_out=True,
+    ),
+    "eval": Command(
+        "measure loss and accuracy of the base and the tuned model on the test rows: eval.json",
+        _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
+    ),
+    "trial": Command(
+        "compare placements of equal size, with several seeds each, on the test rows: trial.json",
+        _stage("studies.trial.run_trial"), (*ALL, groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
+    ),
+    "search": Command(
+        "search rank, alpha, learning rate, init and placement together (Optuna): search.json",
+        _stage("studies.search.run_search"), (*ALL, groups.SearchSettings), without=("confidence",), flags=RESUMABLE,
+    ),
+    "report": Command(
+        "show what a run folder holds as one self-contained page: report.html",
+        _stage("run.stages.run_report"), needs_out=True,
+    ),
+    "merge": Command(
+        "write the model with its adapter merged in: merged/",
+        _merge, (MODEL,), without=("backend",), flags=OF_AN_ADAPTER, needs_out=True,
+    ),
+    "info": Command(
+        "show versions, devices, the model's linear modules and the path that each one takes",
+        _info, (MODEL, "rank"), without=("threads",), flags=(),
+    ),
+    "doctor": Command(
+        "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
+        _doctor, (MODEL, "rank"), without=("threads",), flags=("seconds",),
+    ),
+}  # fmt: skip

@@ -1,0 +1,111 @@
+"""The parser, built from the table of commands and the settings' fields; and settings out of what was given."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any, get_args
+
+from ..placing.rules import help_words
+from ..support.config import TYPES, RunConfig, load_settings
+from ..support.options import Settings
+from . import bench_command
+from .commands import COMMANDS, Command
+
+DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
+plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
+adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
+EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
+Data rows are JSON lines: {"prompt", "completion"}, {"messages"} or {"text"}.
+Exit codes: 0 done, 1 doctor found something wrong, 2 a clear error, 130 or 143 interrupted (state saved). On several devices:
+torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
+FLAGS: dict[str, dict[str, Any]] = {
+    "overwrite": {"action": "store_true", "help": "replace results that exist"},
+    "resume": {"action": "store_true", "help": "go on with what was interrupted"},
+    "adapter": {"type": Path, "metavar": "DIR", "help": "take this adapter (default: OUT/adapter)"},
+    "any_base": {"action": "store_true", "help": "accept an adapter that was trained on other base weights"},
+    "seconds": {"type": float, "default": 60.0, "help": "time for the kernel checks (default: 60)"},
+}
+FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
+GROUPS = [kind for kind in RunConfig.__mro__ if issubclass(kind, Settings)]
+TITLES = list(dict.fromkeys(kind.title for kind in GROUPS))
+WORDS = help_words()  # the words that help texts leave open, as support may not import the rules
+FIRST = ("model", "train", "score_prompts", "rule", "k", "rank", "init", "lr")  # lead their groups in a help text
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """One subcommand for each entry of COMMANDS, and bench, which reads no settings."""
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("plopfast", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        text = command.help
+        added = commands.add_parser(name, help=text, description=_sentence(text), epilog=EPILOG, formatter_class=raw)
+        added.add_argument("--out", type=Path, metavar="DIR", help=_help_of_out(command))
+        added.add_argument(
+            "--config", type=Path, metavar="FILE", help="take settings from this JSON file, named as the options are"
+        )
+        for flag in command.flags:
+            added.add_argument(f"--{flag.replace('_', '-')}", **FLAGS[flag])
+        _add_settings(added, command)
+    bench_command.add_to(commands)
+    return parser
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}"
+
+
+def _help_of_out(command: Command) -> str:
+    if "adapter" in command.flags:
+        return "run folder of the stages before (default with --adapter: a new one, runs/DATE-TIME)"
+    if command.needs_out:
+        return "run folder of the stages before"
+    if "overwrite" in command.flags:
+        return "run folder (default: a new one, runs/DATE-TIME)"
+    return "run folder whose settings to take"
+
+
+def names_of(command: Command) -> list[str]:
+    """The settings that a command reads."""
+    names: set[str] = set()
+    for taken in command.takes:
+        names |= {taken} if isinstance(taken, str) else {field.name for field in dataclasses.fields(taken)}
+    return [name for name in sorted(FIELDS, key=lambda name: name not in FIRST) if name in names - {*command.without}]
+
+
+def _add_settings(parser: argparse.ArgumentParser, command: Command) -> None:
+    """Adds the command's settings as options, under the titles of their groups."""
+    groups: dict[str, Any] = {}
+    titles = {name: _title(name) for name in names_of(command)}
+    for title in dict.fromkeys(sorted(titles.values(), key=TITLES.index)):
+        groups[title] = parser.add_argument_group(title)
+    for name, title in titles.items():
+        groups[title].add_argument(f"--{name.replace('_', '-')}", **_option(name))
+
+
+def _title(name: str) -> str:
+    return next(kind.title for kind in GROUPS if name in vars(kind).get("__annotations__", ()))
+
+
+def _option(name: str) -> dict[str, Any]:
+    field, hint = FIELDS[name], TYPES[name]
+    default = ("on" if field.default else "off") if hint is bool else field.default
+    text = field.metadata["help"].format(**WORDS) + ("" if default is None else f" (default: {default})")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+    plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # int | None -> int
+    if plain is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if field.metadata["choices"]:
+        return options | {"type": plain, "choices": field.metadata["choices"]}
+    return options | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
+
+
+def settings_of(arguments: argparse.Namespace) -> RunConfig:
+    """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
+    settings: dict[str, Any] = {}
+    kept = arguments.out / "config.json" if arguments.out else None
+    if kept and kept.is_file() and (arguments.command != "run" or arguments.resume):
+        settings |= load_settings(kept)
+    if arguments.config:
+        settings |= load_settings(arguments.config)
+    return RunConfig(**settings | {key: value for key, value in vars(arguments).items() if key in FIELDS})

@@ -1,0 +1,80 @@
+"""What a training step would cost on this and other placements, asked between placing and training: estimate.json."""
+
+import dataclasses
+from dataclasses import dataclass
+
+from ..lora.layer import unload
+from ..lora.placement import Placement
+from ..placing.rules import FULL, RULES
+from ..report.tables import estimate_table
+from ..scoring.report import NFNReport
+from ..support import files, ranks
+from ..support.errors import ConfigError, ModelError, PlacementError
+from ..training.estimate import as_rows, estimate
+from ..training.plan import batch_tokens_for
+from .apply import placed
+from .folder import Run
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """A micro-batch of the longest rows: `rows` of `row_tokens` tokens each, the last `label_tokens` of which are learned."""
+
+    batch_tokens: int
+    rows: int
+    row_tokens: int
+    label_tokens: int
+
+
+def run_estimate(run: Run) -> str:
+    """Estimates a step on the run's placement, on other rules' and with all weights: estimate.json. Returns its table."""
+    config = run.config
+    own, report = Placement.load(run.file("place")), NFNReport.load(run.file("score"))
+    if config.parallel == "fsdp" and ranks.size() > 1:
+        raise ConfigError("estimate: weights spread over several processes are not modelled; estimate without fsdp")
+    run.begin("estimate")
+    unload(run.model)
+    choices, shape = _choices(run, own, report), _shape(run)
+    with run.stage("estimate"):
+        found = estimate(
+            run.model, choices, config.training, rows=shape.rows, row_tokens=shape.row_tokens,
+            label_tokens=shape.label_tokens,
+        )  # fmt: skip
+    value = {
+        "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),
+        "accumulate": config.accumulate, "device": str(run.model.device),
+        "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
+    }  # fmt: skip
+    ranks.on_main(lambda: files.write_json(run.file("estimate"), value))
+    return str(estimate_table(value))
+
+
+def try_estimate(run: Run) -> None:
+    """Estimates if possible; else the run says why not and goes on, as nothing else needs the estimate."""
+    try:
+        run.say(run_estimate(run))
+    except (ConfigError, ModelError) as error:
+        run.say(str(error))
+
+
+def _choices(run: Run, own: Placement, report: NFNReport) -> dict[str, Placement | None]:
+    """The run's own placement, the other rules' under the same rank or budget, and None for all weights."""
+    settings = dataclasses.replace(run.config.placing, granularity="type", cap=None)
+    choices: dict[str, Placement | None] = {own.rule: own}
+    for rule in [name for name, entry in RULES.items() if not entry.needs_k]:
+        try:
+            choices.setdefault(rule, placed(report, dataclasses.replace(settings, rule=rule)))
+        except PlacementError as error:
+            run.say(f"no estimate for {rule}: {error}")
+    return choices | {FULL: None}
+
+
+def _shape(run: Run) -> StepShape:
+    examples = run.examples("train") + run.examples("unlabeled")
+    total, longest = sum(len(e.tokens) for e in examples), max(len(e.tokens) for e in examples)
+    batch_tokens = batch_tokens_for(run.config, longest)
+    rows, tokens = max(1, batch_tokens // longest), longest
+    if run.config.packing:
+        rows, tokens = 1, batch_tokens
+    labels = min(tokens - 1, max(1, round(tokens * sum(len(e.tokens) - e.start for e in examples) / total)))
+    return StepShape(batch_tokens, rows, tokens, labels)

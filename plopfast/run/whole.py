@@ -1,0 +1,60 @@
+"""A whole run: every stage in order, and the short table that ends it."""
+
+from ..data.rows import DEMO
+from ..lora.placement import Placement
+from ..scoring.report import NFNReport
+from ..support import files, ranks
+from ..support.tables import Column, Table
+from .apply import check_rule
+from .costs import try_estimate
+from .folder import ARTEFACTS, Run
+from .stages import run_eval, run_place, run_report, run_score, run_train
+
+ORDER = {
+    "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
+    "report": run_report,
+}  # fmt: skip
+
+
+def run_all(run: Run) -> str:
+    """Runs every stage in order, and returns the table of `summary`.
+
+    With `full` only training and evaluation take place. With `resume`, stages whose result exists are left out.
+    """
+    from ..report import page  # noqa: F401  # a missing extra should stop the run before its work, not after
+
+    if not run.resume:
+        ranks.on_main(run.refuse_results)
+    run.rows("train")
+    if not run.config.full:
+        check_rule(run.model, run.config.placing)  # before invalid settings are kept
+    run.write_config()  # from here on an interrupted run can be resumed
+    for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
+        run.examples(split)
+    if run.overwrite and not run.resume:
+        ranks.on_main(lambda: run.delete(*ARTEFACTS))
+    for stage, do in ORDER.items():
+        if run.config.full and stage not in ("train", "eval"):
+            continue
+        if run.resume and ranks.on_main(run.file(stage).exists):
+            run.say(f"{stage}: already done")
+        else:
+            do(run)
+    return summary(run) if ranks.is_main() else ""
+
+
+def summary(run: Run) -> str:
+    """The result of a run in a few lines, from the files of its folder."""
+    what = "all weights trained"
+    if not run.config.full:
+        scores, placement = NFNReport.load(run.file("score")), Placement.load(run.file("place"))
+        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
+        what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
+    metrics = files.read_json(run.file("eval"), "plopfast eval")
+    stages = files.read_json(run.folder / "stages.json", "plopfast")
+    rows = [("adapters", what)]
+    for who, m in metrics.items():
+        rows.append((who, f"loss {m['loss']:.4f}, accuracy {m['accuracy']:.4f} ({m['metric']}, {m['examples']} rows)"))
+    rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
+    rows.append(("written", str(run.folder)))
+    return str(Table("", [Column(""), Column("")], rows))

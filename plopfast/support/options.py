@@ -1,0 +1,46 @@
+"""Options: what one setting may be, and the base class that checks a group of them."""
+
+import dataclasses
+import math
+from typing import Any, ClassVar
+
+from .errors import ConfigError
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    *,
+    positive: bool = False,
+    below: float = math.inf,
+    free: bool = False,
+    file: bool = False,
+) -> Any:
+    """A field of a group of settings.
+
+    A number must be at least 0 (above 0 with `positive`) and less than `below`. A `free` option may change when a run is
+    resumed: what is learned does not depend on it (single bits may). A `file` option is the path of a file.
+    """
+    rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free, "file": file}
+    return dataclasses.field(default=default, metadata=rules)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of the groups. Raises ConfigError for a value that its option does not allow."""
+
+    title: ClassVar[str] = ""  # heading of the group's own options in the help of a command
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check(item.name, getattr(self, item.name), item.metadata)
+
+
+def _check(name: str, value: Any, rules: Any) -> None:
+    if rules["choices"] and value is not None and value not in rules["choices"]:
+        raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+    if isinstance(value, int | float):
+        low, below = "above" if rules["positive"] else "of at least", rules["below"]
+        if not (value > 0 or (value == 0 and not rules["positive"])) or not value < below:
+            raise ConfigError(f"{name}: expected a number {low} 0 and below {below}, got {value}")
