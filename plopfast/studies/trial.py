@@ -22,6 +22,8 @@ import torch
 from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..lora.placement import Placement
+from ..placing.rules import FULL, arm_names
+from ..report.tables import trial_table
 from ..run.apply import placed
 from ..run.folder import CONFIG, EVA, Run
 from ..run.stages import run_score
@@ -33,7 +35,6 @@ from ..support.errors import ConfigError, FileError, PlacementError, nearest
 from .arms import MADE_BY, Arm, GeneralText, Trained, Training, Work, check_inputs, general_text, look
 from .paired import accuracies, compare
 
-FULL = "full"
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
 MEASURED = ("accuracy", "loss", "general_loss")
