@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +40,9 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         text = command.help
-        added = commands.add_parser(name, help=text, description=_sentence(text), epilog=EPILOG, formatter_class=raw)
+        added = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:], epilog=EPILOG, formatter_class=raw
+        )
         added.add_argument("--out", type=Path, metavar="DIR", help=_help_of_out(command))
         added.add_argument(
             "--config", type=Path, metavar="FILE", help="take settings from this JSON file, named as the options are"
@@ -49,10 +52,6 @@ def build_parser() -> argparse.ArgumentParser:
         _add_settings(added, command)
     bench_command.add_to(commands)
     return parser
-
-
-def _sentence(text: str) -> str:
-    return f"{text[0].upper()}{text[1:]}"
 
 
 def _help_of_out(command: Command) -> str:
@@ -84,7 +83,7 @@ def _add_settings(parser: argparse.ArgumentParser, command: Command) -> None:
 
 
 def _title(name: str) -> str:
-    return next(kind.title for kind in GROUPS if name in vars(kind).get("__annotations__", ()))
+    return next(kind.title for kind in GROUPS if name in inspect.get_annotations(kind))
 
 
 def _option(name: str) -> dict[str, Any]:

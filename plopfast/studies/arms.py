@@ -44,7 +44,7 @@ MADE_BY = "plopfast trial"
 
 @dataclass(frozen=True)
 class Arm:
-    """`placement` is None where all weights are trained; `lrs` are the peak learning rates it tries."""
+    """One placement of a trial. `placement` is None where all weights are trained; `lrs`: peak learning rates to try."""
 
     name: str
     placement: Placement | None
@@ -52,7 +52,7 @@ class Arm:
 
 
 class Work:
-    """Says which piece of work begins, of how many, and the time left."""
+    """Tells which piece of work begins, of how many, and the time left."""
 
     def __init__(self, run: Run, what: str, total: int) -> None:
         self.run, self.what, self.total = run, what, total

@@ -1,8 +1,8 @@
 """`plopfast search`: rank, alpha, learning rate, init and placement rule tried together, by Optuna.
 
-Multivariate TPE (Falkner et al., BOHB, arXiv 1807.01774) proposes; asynchronous successive halving (Li et al., arXiv
-1810.05934) stops a training whose validation loss is not among the lowest third at its 1st, 3rd, 9th look. Trials are
-judged by validation loss alone and share one loaded model. A search goes on from its store, search.db; a trial that was
+Multivariate TPE (Falkner et al., BOHB, arXiv 1807.01774) proposes combinations. Asynchronous successive halving (Li et al.,
+arXiv 1810.05934) stops a training whose validation loss is not among the lowest third at its 1st, 3rd, 9th look. Trials are
+judged by validation loss alone and share one loaded model. A search goes on from its store, search.db: a trial that was
 running when the process ended is marked failed there and run again.
 """
 
@@ -45,7 +45,7 @@ STORE, STUDY = "search.db", "plopfast"
 RANKS = (4, 8, 16, 32, 64)
 ALPHAS, LRS = (4.0, 128.0), (1e-4, 1e-2)
 COMPLETE, PRUNED = TrialState.COMPLETE, TrialState.PRUNED
-# settings on which no trial depends: files are known by their hashes, and every row is scored
+# no trial depends on these settings: files are known by their hashes, and every row is scored
 APART = {*FREE, "model", "train", "valid", "test", "unlabeled", "confidence", "arms", "lrs", "seeds", "general"}
 REMEDY = "choose another --out, or pass --overwrite to replace it"
 
@@ -94,7 +94,7 @@ class Search:
         self.study = self._open(run.folder / STORE, identity)
 
     def _scored(self, rank: int) -> NFNReport:
-        """Every row's scores, and EVA's vectors as a run of this rank takes them (their sketch depends on it)."""
+        """Scores every row, and takes EVA's vectors as a run of this rank does (their sketch depends on the rank)."""
         settings = self.run.config.scoring
         init = "kaiming" if settings.compat else "eva"  # the authors' procedure takes no vectors
         settings = dataclasses.replace(settings, confidence=0.0, init=init, rank=rank)

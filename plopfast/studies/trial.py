@@ -192,20 +192,22 @@ def listed_arms(text: str) -> list[str]:
 
 
 def listed_rates(text: str) -> list[float]:
-    """The learning rates in `--lrs`. Raises ConfigError for what is no number above 0, doubles and none."""
+    """The learning rates in `--lrs`. Raises ConfigError unless all are numbers above 0 and different."""
     return _numbers("lrs", text, _rounded, lambda lr: 0 < lr < math.inf, "numbers above 0 such as 5e-4,1e-3")
 
 
 def listed_seeds(text: str) -> list[int]:
-    """The seeds in `--seeds`. Raises ConfigError for what is no whole number from 0, doubles and fewer than three."""
+    """The seeds in `--seeds`. Raises ConfigError unless there are three or more whole numbers from 0, all different."""
     seeds = _numbers("seeds", text, int, lambda seed: 0 <= seed < 2**63, "whole numbers from 0 such as 0,1,2")
     if len(seeds) < 3:
-        raise ConfigError(f"seeds: fewer than three say nothing of how seeds differ, got {text!r}; give 0,1,2 or more")
+        raise ConfigError(
+            f"seeds: fewer than three cannot show how much seeds differ, got {text!r}; give 0,1,2 or more"
+        )
     return seeds
 
 
 def _rounded(lr: float | str) -> float:
-    return float(f"{float(lr):g}")  # as the folders are named
+    return float(f"{float(lr):g}")  # the folders are named so
 
 
 def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool], expected: str) -> list[Any]:

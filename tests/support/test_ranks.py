@@ -174,7 +174,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
     for command, message in (
         (["-m", "plopfast", "score", *out], r"rank 0 of 2: .*scores\.json: exists already; choose another --out"),
         (
-            [HERE / "rank_program.py", "command_line", "train", *out],
+            [HERE / "rank_program.py", "command_line", "train", "--max-steps", "4", *out],
             "rank 1 of 2: RuntimeError: the cat sat on the power",
         ),
     ):
