@@ -208,20 +208,14 @@ def _ranked(what: str, values: Mapping[str, float], base: Mapping[str, float], k
 
 
 def _criterion(
-    rule: Rule,
-    values: Mapping[str, float],
-    base: Mapping[str, float],
-    k: int,
-    seconds: float,
-    nfn_s: float,
-    extra_mib: float,
+    rule: Rule, values: Mapping[str, float], base: Mapping[str, float], k: int, seconds: float, nfn_s: float, mib: float
 ) -> dict[str, Any]:
     picked = pick(values, k, rule.highest)
     return {
         "name": rule.criterion, "source": rule.source, "chooses": "highest" if rule.highest else "lowest",
         "types": {type_: values[type_] for type_ in ranked(values, rule.highest)}, "pick": picked,
         "tau": _tau(base, values, -1 if rule.highest else 1), "agrees": set(picked) == set(pick(base, k)),
-        "seconds": seconds, "cost": seconds / nfn_s, "extra_mib": extra_mib, "needs": rule.needs,
+        "seconds": seconds, "cost": seconds / nfn_s, "extra_mib": mib, "needs": rule.needs,
     }  # fmt: skip
 
 
