@@ -67,11 +67,10 @@ def batches_of(
     if tokens == "all" and not skip_first:
         return batches
     for batch, chunk in zip(batches, chunks, strict=True):
-        labelled = [torch.arange(len(e.tokens)) >= e.start for e in chunk]
-        rows_counted = [
-            counted_tokens(tokens, row, e.roles, skip_first, e.where) for e, row in zip(chunk, labelled, strict=True)
+        masks = [
+            counted_tokens(tokens, torch.arange(len(e.tokens)) >= e.start, e.roles, skip_first, e.where) for e in chunk
         ]
-        batch["counted"] = pad_sequence(rows_counted, batch_first=True)
+        batch["counted"] = pad_sequence(masks, batch_first=True)
     if not any(batch["counted"].any() for batch in batches):
         known = sorted({role for e in examples for role in e.roles or ()})
         raise DataError(
