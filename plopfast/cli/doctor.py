@@ -40,7 +40,7 @@ class Case:
     views: bool
 
     def __str__(self) -> str:
-        return f"M={self.m} N={self.n} K={self.k} R={self.r} dropout={self.dropout} bias={self.bias} views={self.views}"
+        return "M={m} N={n} K={k} R={r} dropout={dropout} bias={bias} views={views}".format(**vars(self))
 
 
 SHAPES = (
@@ -209,16 +209,11 @@ def _case(device: torch.device, strategy: str, dtype: torch.dtype, case: Case) -
     given = _operands(device, dtype, case)
     linear = partial(lora_linear, scaling=SCALING, dropout_p=case.dropout, seed=SEED, backend=strategy)
     found = _compare(lambda x, a, b: linear(x, given.w, a, b, bias=given.bias), None, given)
-    x, w, dy = _f64(given.x), _f64(given.w), _f64(given.dy)
-    shift_N: Any = 0.0 if given.bias is None else given.bias
-    plain_y = given.x.contiguous() @ given.w.T
-    plain_shifted = given.dy.float() - shift_N
-    exact_shifted = dy - (0.0 if given.bias is None else _f64(given.bias))
-    for name, got, plain, exact in (
-        ("linear_norms", linear_norms(given.x, given.w, backend=strategy), plain_y, x @ w.T),
-        ("row_norms", row_norms(given.dy, given.bias, backend=strategy), plain_shifted, exact_shifted),
-    ):
-        found[name] = _measure(got, plain.float().norm(dim=1), exact.norm(dim=1))
+    shift_N = given.dy.new_zeros(()) if given.bias is None else given.bias
+    norms, exact_norms = linear_norms(given.x, given.w, backend=strategy), (_f64(given.x) @ _f64(given.w).T).norm(dim=1)
+    found["linear_norms"] = _measure(norms, (given.x.contiguous() @ given.w.T).float().norm(dim=1), exact_norms)
+    norms, exact_norms = row_norms(given.dy, given.bias, backend=strategy), (_f64(given.dy) - _f64(shift_N)).norm(dim=1)
+    found["row_norms"] = _measure(norms, (given.dy.float() - shift_N).norm(dim=1), exact_norms)
     if case.dropout:
         _check_masks(linear, given.x, case.dropout)
     return found
