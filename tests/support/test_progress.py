@@ -45,7 +45,7 @@ def test_a_bar_within_another_one_goes_away(capsys):
         with bar("inner", 1, "steps", True) as inner:
             inner.update()
         shown = capsys.readouterr().err
-    assert "inner" in shown and not shown.split("\r")[-1].strip() and not shown.split("\r")[-2].strip()
+    assert "inner" in shown and "inner" not in shown.rpartition("\r")[2], "blanks are drawn over it"
 
 
 def test_lines_do_not_tear_bars(capsys):
