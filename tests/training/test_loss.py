@@ -7,6 +7,7 @@ from helpers import CONFIGS, ROWS, SMALL, STARTS, build, everywhere, gradients, 
 
 import plopfast as pf
 from plopfast.data.batches import collate
+from plopfast.data.rows import Example
 from plopfast.lora.layer import adapters
 from plopfast.lora.shared import find_shared_inputs, prepared
 from plopfast.training import loss
@@ -104,7 +105,7 @@ def test_an_unknown_treatment_of_logits_is_noticed(llama):
     assert not objective.chunked and "does not know" in objective.why
     batch = collate(ROWS, STARTS)
     assert objective(batch).item() == pytest.approx(plain_loss(llama, batch).item(), rel=1e-5)
-    trainer = pf.Trainer(llama, pf.TrainConfig(max_steps=1), [pf.data.Example(ROWS[0], 1, None, "here")])
+    trainer = pf.Trainer(llama, pf.TrainConfig(max_steps=1), [Example(ROWS[0], 1, None, "here")])
     assert "all label tokens' logits at once" in trainer.paths()[0]
 
 
