@@ -24,6 +24,7 @@ from ..support.config import FILES, FREE, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError
 from ..support.inputs import check_same
+from ..support.progress import say
 from ..training import parallel
 from ..training.state import CHECKPOINTS
 
@@ -167,7 +168,7 @@ class Run:
 
     def say(self, text: str) -> None:
         if self.progress:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[dict[str, Any]]:

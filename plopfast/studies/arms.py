@@ -3,7 +3,6 @@
 What is finished is kept in the folder of the training (result.json, test.json) and is not done again.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
@@ -15,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
+from safetensors.torch import load_model, save_model
 
 from ..data.rows import Example
 from ..data.text import read_text
@@ -32,6 +30,7 @@ from ..support import files, memory
 from ..support.config import RunConfig
 from ..support.errors import ConfigError, TrainingError
 from ..support.inputs import check_same
+from ..support.progress import Work
 from ..training.evaluate import choices_of, evaluate, evaluate_rows
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer
@@ -49,26 +48,6 @@ class Arm:
     name: str
     placement: Placement | None
     lrs: list[float]
-
-
-class Work:
-    """Tells which piece of work begins, of how many, and the time left."""
-
-    def __init__(self, run: Run, what: str, total: int) -> None:
-        self.run, self.what, self.total = run, what, total
-        self.begun, self.seconds = 0, list[float]()
-
-    @contextlib.contextmanager
-    def piece(self, text: str) -> Iterator[None]:
-        self.begun += 1
-        left = ""
-        if self.seconds:
-            each = sum(self.seconds) / len(self.seconds)
-            left = f", about {each * (self.total - self.begun + 1) / 60:.0f} min left"
-        self.run.say(f"{self.what} {self.begun} of {self.total}: {text}{left}")
-        began = time.perf_counter()
-        yield
-        self.seconds.append(time.perf_counter() - began)
 
 
 @dataclass(frozen=True)
@@ -121,7 +100,7 @@ class Training:
         """Trains once, and keeps the result in out/result.json; its "valid_loss" is None where the loss was not finite."""
         done = out / "result.json"
         if done.exists():
-            self.work.begun += 1
+            self.work.skip()
             return files.read_json(done, MADE_BY)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
             value = {"seed": seed, "lr": lr} | self._fit(
@@ -152,7 +131,8 @@ class Training:
         else:
             value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
             if arm.placement is None:
-                _save_weights(model, out / WEIGHTS)
+                with files.replacing(out / WEIGHTS) as scratch:
+                    save_model(model, str(scratch))
             else:
                 save_adapter(model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
@@ -165,7 +145,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
     done = out / "test.json"
     if done.exists():
         (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
-        work.begun += 1
+        work.skip()
         return files.read_json(done, MADE_BY)
     with work.piece(f"{arm.name}, {out.name}" if arm else "base"):
         began = time.perf_counter()
@@ -173,7 +153,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
         model = run.model
         if arm and arm.placement is None:
             model = copy.deepcopy(run.model).float()
-            _load_weights(model, out / WEIGHTS)
+            load_model(model, out / WEIGHTS)
         elif arm:
             load_adapter(model, out / "adapter", backend=run.config.backend)
         examples = run.examples("test")
@@ -186,18 +166,6 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
         files.write_json(done, value)
         (out / WEIGHTS).unlink(missing_ok=True)
     return value
-
-
-def _save_weights(model: nn.Module, path: Path) -> None:
-    with files.replacing(path) as scratch:
-        save_file({name: p.detach().cpu().contiguous() for name, p in model.named_parameters()}, scratch)
-
-
-@torch.no_grad()
-def _load_weights(model: nn.Module, path: Path) -> None:
-    tensors = load_file(path)
-    for name, parameter in model.named_parameters():
-        parameter.copy_(tensors[name])
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ from ..scoring.report import NFNReport
 from ..support import files
 from ..support.config import PlaceSettings
 from ..support.errors import ConfigError, FileError, PlacementError, nearest
-from .arms import MADE_BY, Arm, GeneralText, Trained, Training, Work, check_inputs, general_text, look
+from ..support.progress import Work
+from .arms import MADE_BY, Arm, GeneralText, Trained, Training, check_inputs, general_text, look
 from .paired import accuracies, compare
 
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
@@ -99,9 +100,9 @@ def run_trial(run: Run) -> str:
     vectors = _vectors(run, match.arms)
     general = general_text(run, folder)
     check_inputs(run, match.arms, general, folder)
-    work = Work(run, "training", len(match.arms) * (len(plan.lrs) + len(plan.seeds) - 1))
-    training = Training(run, plan.seeds, vectors, work)
-    trained = [training.arm(arm, folder / arm.name) for arm in match.arms]
+    with Work("trainings", len(match.arms) * (len(plan.lrs) + len(plan.seeds) - 1), run.progress) as work:
+        training = Training(run, plan.seeds, vectors, work)
+        trained = [training.arm(arm, folder / arm.name) for arm in match.arms]
     tested = _tested(run, trained, general, folder)  # the one look at the test rows, now that all training is over
     value = _as_json(run, plan, match, trained, tested, general)
     files.write_json(run.file("trial"), value)
@@ -109,9 +110,9 @@ def run_trial(run: Run) -> str:
 
 
 def _tested(run: Run, trained: list[Trained], general: GeneralText, folder: Path) -> Tested:
-    work = Work(run, "evaluation", 1 + sum(len(one.folders) for one in trained))
-    base = look(run, None, folder / "base", general.rows, work)
-    tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
+    with Work("tests", 1 + sum(len(one.folders) for one in trained), run.progress) as work:
+        base = look(run, None, folder / "base", general.rows, work)
+        tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
     unload(run.model)
     return Tested(base, tests)
 

@@ -1,11 +1,11 @@
-"""What goes wrong in a user's hands: every message says what was expected, what came, where, and how to mend it."""
+"""Errors that users see. A message says what was expected, what was found, where, and how to mend it."""
 
 import difflib
 from collections.abc import Sequence
 
 
 class PlopfastError(Exception):
-    """Base of all errors that plopfast raises about its inputs; the command line prints it and exits with 2."""
+    """Base of all errors about plopfast's inputs; the command line prints it and exits with 2."""
 
 
 class ConfigError(PlopfastError):
@@ -37,15 +37,15 @@ class TrainingError(PlopfastError):
 
 
 class RankError(PlopfastError):
-    """Another rank's failure, which has its own message there."""
+    """Another rank has failed; its own message says why."""
 
 
 class FileError(PlopfastError):
-    """A file or folder that cannot be read, written or may not be overwritten."""
+    """A file or folder that cannot be read or written, or must not be overwritten."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal that stopped the work after its state was saved; the command line exits with 128 + its number."""
+    """A signal stopped the work, after its state was saved; the command line exits with 128 + its number."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -53,6 +53,6 @@ class Interrupted(KeyboardInterrupt):
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """The end of an error about an unknown name: what may have been meant, or nothing."""
+    """Returns the end of an error about an unknown name: the most similar known one, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""Reading and writing run files: JSON and safetensors only, written under a temporary name and renamed."""
+"""Reading and writing files: JSON and safetensors only. They are written under a temporary name and then renamed."""
 
 import contextlib
 import hashlib
@@ -17,7 +17,7 @@ from .errors import FileError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success it takes the place of `path`, on failure it goes.
+    """Yields a temporary path in the same folder. On success it replaces `path`; on failure it is removed.
 
     Works for files and folders. Raises FileError where the system refuses (permission, full disk, not a folder).
     """
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _share(written: Path) -> None:
-    """Gives files the permissions that new files have here: safetensors' writer keeps everybody else out."""
+    """Gives files the permissions that new files have here; safetensors' writer makes them private."""
     (usual := written.with_name("usual")).touch()
     for file in (written, *written.rglob("*")):
         if file.is_file():
@@ -54,20 +54,23 @@ def _share(written: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, as a whole or not at all. Raises FileError."""
     with replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file, indented, as a whole or not at all. Raises FileError."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path, made_by: str) -> Any:
-    """The JSON value in `path`; `made_by` names what writes such a file, for the error of a missing one."""
+    """Returns the JSON value in `path`. Raises FileError; where the file is missing, it says that `made_by` writes it."""
     return _parse(path, _read(path, made_by), 1)
 
 
 def read_json_lines(path: Path, made_by: str) -> list[Any]:
+    """Returns the JSON values in `path`, one a line. Raises FileError as `read_json` does."""
     lines = _read(path, made_by).split("\n")
     return [_parse(path, line, number) for number, line in enumerate(lines, 1) if line]
 
@@ -101,6 +104,7 @@ def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, st
 
 
 def sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
     with Path(path).open("rb") as file:
         while block := file.read(1 << 20):
@@ -116,6 +120,6 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
 
 
 def cache_dir() -> Path:
-    """Where converted GGUF files lie: $PLOPFAST_CACHE, else the user's cache folder."""
+    """Returns the folder for converted GGUF files: $PLOPFAST_CACHE, else the user's cache folder."""
     root = os.environ.get("PLOPFAST_CACHE")
     return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plopfast"

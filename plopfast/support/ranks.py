@@ -1,10 +1,10 @@
-"""Several processes, one a device, as torchrun starts them: sums over all ranks, sharded weights, and how they fail.
+"""Several processes (ranks), one for each device, as torchrun starts them: sums over all of them, and how they fail.
 
-Every rank runs the same program on its share of the data; rank 0 alone writes and prints. A program that torchrun did
-not start is one rank of one, for which everything here does nothing.
+Every rank runs the same program on its share of the data; only rank 0 writes and prints. A program that torchrun did not
+start is the only rank, for which everything here does nothing.
 
 Gradients are averaged by torch's DistributedDataParallel, in both layouts: "ddp" keeps the whole model on each rank,
-"fsdp" spreads the frozen blocks by fully_shard and leaves the adapters, which are hundreds of times smaller, whole.
+"fsdp" spreads the frozen blocks with fully_shard. The adapters, hundreds of times smaller, are whole on each rank.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _store: Any = None  # the launcher's, which outlives every rank
 
 
 def init(device: torch.device, timeout_s: int) -> None:
-    """Joins the processes that torchrun started, if it did; a rank waits `timeout_s` for the others and then fails.
+    """Joins the processes that torchrun started, if any. A rank that waits for the others longer than `timeout_s` fails.
 
     Small values travel between CPUs (gloo), tensors on GPUs by nccl.
     """
@@ -40,17 +40,19 @@ def init(device: torch.device, timeout_s: int) -> None:
 
 
 def close() -> None:
-    """Waits for the other ranks, so that torchrun ends none of them early, and leaves them."""
+    """Leaves the other ranks. Waits for them first, so that torchrun ends none of them early."""
     if size() > 1:
         barrier()
         dist.destroy_process_group()
 
 
 def size() -> int:
+    """Returns the number of ranks."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Returns this process's number, from 0."""
     return dist.get_rank() if size() > 1 else 0
 
 
@@ -59,7 +61,7 @@ def is_main() -> bool:
 
 
 def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Every rank's `tensor` (on the CPU, of one shape and dtype), in the order of the ranks."""
+    """Returns every rank's `tensor` in the order of the ranks; they are on the CPU and of one shape and dtype."""
     if size() == 1:
         return [tensor]
     parts = [torch.empty_like(tensor) for _ in range(size())]
@@ -68,22 +70,23 @@ def gather(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def total(values: Sequence[float] | torch.Tensor) -> torch.Tensor:
-    """The sum over all ranks in float64, with the same bits on each of them."""
+    """Returns the sum over all ranks in float64, bit for bit the same on each."""
     return torch.stack(gather(torch.as_tensor(values, dtype=torch.float64))).sum(0)
 
 
 def largest(value: int) -> int:
-    """The largest of all ranks' values."""
+    """Returns the largest of all ranks' values."""
     return max(int(part) for part in gather(torch.tensor(value)))
 
 
 def barrier() -> None:
+    """Waits until every rank is here."""
     largest(0)
 
 
 def on_main(action: Callable[[], Any]) -> bool:
-    """Whether `action`, run on rank 0 while the others wait, gave a true value. Its error ends every rank: the others
-    raise RankError."""
+    """Runs `action` on rank 0 while the others wait, and returns whether its value is true. If it raises, every rank does:
+    the others RankError."""
     failure, value = None, None
     if is_main():
         try:
@@ -100,7 +103,7 @@ def on_main(action: Callable[[], Any]) -> bool:
 
 @contextlib.contextmanager
 def first_on_each_machine() -> Iterator[None]:
-    """The first rank of each machine goes ahead, and the others find in the cache what it left there."""
+    """Lets the first rank of each machine run alone first; the others then find in the cache what it left."""
     ahead = machine.launch().local_rank == 0
     if not ahead:
         barrier()
@@ -110,17 +113,17 @@ def first_on_each_machine() -> Iterator[None]:
 
 
 def share(count: int) -> list[tuple[int, bool]]:
-    """(index, True) of every size()-th of `count` items, from this rank's number on. Where other ranks have one more,
-    (the last index, False) follows: a sharded model must run equally often on all of them."""
+    """Returns (index, True) for this rank's share of `count` items: every size()-th. Where other ranks have one more,
+    (the last index, False) follows, as a sharded model must run equally often on all of them."""
     mine = [(index, True) for index in range(rank(), count, size())]
     return mine + [(count - 1, False)] * (-(-count // size()) - len(mine))
 
 
 def first_to_fail() -> bool:
-    """Whether no rank has failed before this one, from whose failure this one's follows."""
+    """Returns whether this rank is the first that fails; a later failure follows from the first one."""
     return machine.launch().local_rank == 0 if _store is None else _store.add("failed", 1) == 1
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether an operation of all ranks failed because one of them has ended, or did not answer in time."""
+    """Returns whether an operation of all ranks failed because one of them has ended or did not answer in time."""
     return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))

@@ -1,4 +1,4 @@
-"""What a trainer may do to a model's repeated blocks: recompute, offload, compile, or run liger-kernel's operations."""
+"""What a training may do to a model's repeated blocks: recompute, offload, compile, or use liger-kernel or lean modules."""
 
 import contextlib
 import importlib.util
@@ -22,9 +22,10 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 
 @contextlib.contextmanager
 def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
-    """Puts the config's choices in force while it lasts, and yields a line for each one that is. `lean`: see `lean_modules`.
+    """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
+    `lean_modules` takes as `known`.
 
-    Raises ConfigError for choices that this model or device cannot take.
+    Raises ConfigError for choices that this model or device does not allow.
     """
     device, notes = device_of(model), []
     if config.offload and device.type == "cpu":
@@ -60,9 +61,9 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
 
 @contextlib.contextmanager
 def liger(model: nn.Module) -> Iterator[None]:
-    """liger-kernel's norm, SwiGLU and RoPE in the model while it lasts; afterwards its modules, and the names that liger
-    replaces in the model's own source file, are as before. Its losses stay out: ours needs no logits either, and knows
-    the label positions."""
+    """Puts liger-kernel's norm, SwiGLU and RoPE into the model while it lasts. Afterwards the model's modules are as before,
+    and so are the names that liger replaces in the model's source file. Its losses are not used: ours needs no logits
+    either, and knows the label positions."""
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
     source = vars(sys.modules[type(model).__module__])
@@ -79,13 +80,13 @@ def liger(model: nn.Module) -> Iterator[None]:
 
 
 def _checkpointing(model: Any, what: str) -> Any:
-    """transformers' switch, which 5.23 renamed."""
+    """Returns transformers' switch, which 5.23 renamed."""
     return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
 
 
 class _SwiGLU(torch.autograd.Function):
-    """silu(g) u, from g and u alone in the backward pass: torch's own graph keeps silu(g) too, a sixth of what a Llama
-    block saves."""
+    """silu(g) u. The backward pass needs only g and u; torch's own graph keeps silu(g) too, a sixth of what a Llama block
+    saves."""
 
     @staticmethod
     def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -100,7 +101,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = w x / rms(x), from x and 1 / rms(x) [..., 1] in the backward pass, with 8 passes over x where autograd makes 18:
+    """y = w x / rms(x). The backward pass needs x and 1 / rms(x) [..., 1], and passes over x 8 times where autograd does 18:
 
     dx = (g - x mean(g x) / rms(x)^2) / rms(x),   g = w dy
     """
@@ -123,9 +124,12 @@ class _RMSNorm(torch.autograd.Function):
 
 @torch.no_grad()
 def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Gives RMS norms and gated MLPs, recognised by what they compute for a few random tokens, a forward of their own
-    with `_RMSNorm` and `_SwiGLU`; `del module.forward` undoes it. Returns those modules by name. (Trained norms and
-    sharded weights are left alone.) `known`: the names found in a model like this one, whose tensors have no values."""
+    """Gives RMS norms and gated MLPs a forward with `_RMSNorm` and `_SwiGLU`, and returns these modules by name.
+    `del module.forward` undoes it.
+
+    A module is recognised by what it computes for a few random tokens. Where the tensors have no values, `known` names
+    the modules that were found in a model like this one. Trained norms and sharded weights are left alone.
+    """
     found, training = {}, model.training
     model.eval()  # dropout would hide that two ways agree
     for name, module in model.named_modules():
@@ -146,7 +150,7 @@ def _agree(module: nn.Module, forward: Any, width: int, like: torch.Tensor) -> b
 
 
 def _lean_forward(module: Any) -> tuple[Any, int, Any]:
-    """(forward, width of its input, a tensor of the input's dtype and device), (None, 0, None) for other modules."""
+    """Returns (forward, width of its input, a tensor of the input's dtype and device); (None, 0, None) for other modules."""
     parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     gate, up, down = parts
     frozen = find_frozen(gate) if all(isinstance(part, nn.Module) for part in parts) else None
@@ -164,7 +168,7 @@ def _is_plain(weight: Any) -> TypeGuard[nn.Parameter]:
 
 
 class _Moved:
-    """A copy in CPU memory of a tensor on `device`."""
+    """A tensor's copy in CPU memory, and the `device` it was on."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.device, self.origin = tensor.device, weakref.ref(tensor)
@@ -173,10 +177,10 @@ class _Moved:
 
 
 def offloaded(model: nn.Module) -> Any:
-    """A context in which tensors that autograd saves go to CPU memory and come back when the backward pass asks.
+    """Returns a context in which tensors that autograd saves move to CPU memory, until the backward pass needs them.
 
-    Parameters and small tensors stay; what several operations save is moved once. The copies go to pinned memory
-    without a wait: the stream keeps their order.
+    Parameters and small tensors stay. What several operations save is moved once. The copies go to pinned memory without
+    a wait: the stream keeps their order.
     """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     moved: weakref.WeakValueDictionary[Any, _Moved] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on held-out examples, from forward passes with logits only where they are read."""
+"""Loss and accuracy of a model on held-out examples; logits are computed only where they are read."""
 
 import math
 import time
@@ -21,7 +21,8 @@ MAX_CHOICES = 32
 
 @dataclass(frozen=True)
 class Metrics:
-    """`loss`: mean negative log-likelihood of a label token, in nats; `accuracy` of the kind `metric` names."""
+    """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats; `metric` names the kind of
+    `accuracy` (see `evaluate`); `tokens` are the label tokens."""
 
     loss: float
     accuracy: float
@@ -31,8 +32,18 @@ class Metrics:
     seconds: float
 
 
+@dataclass(frozen=True)
+class _Sequence:
+    """What is run for the example of this `index`; labels begin at `start`."""
+
+    index: int
+    tokens: tuple[int, ...]
+    start: int
+
+
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(losses [n], logits [n, vocabulary], where [rows, tokens]) at the n positions whose next token has a label."""
+    """Returns (losses [n], logits [n, vocabulary], where [rows, tokens - 1]) for the n positions whose next token has a
+    label, which `where` marks."""
     where = positions(batch["labels"])
     logits = run_for_logits(model, inputs_of(batch), where)
     targets = batch["labels"][:, 1:][where]
@@ -40,14 +51,14 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.
 
 
 def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] | None:
-    """The answers' tokens where the task is a choice: at most 32 distinct completions, each used four times or more on
-    average, none of them a beginning of another. None where it is not."""
+    """Returns the tokens of each answer where the task is a choice, else None. A choice has 2 to 32 distinct completions,
+    each used at least four times on average, and none of them begins another one."""
     texts = sorted({e.completion for e in examples if e.completion is not None})
     if any(e.completion is None for e in examples) or not 2 <= len(texts) <= min(MAX_CHOICES, len(examples) // 4):
         return None
     answers = {(e.completion, e.tokens[e.start :]) for e in examples}
     if len(answers) != len(texts):
-        return None  # the prompt changes how an answer is tokenised
+        return None  # an answer's tokens depend on the prompt
     end = 0 if tokenizer.eos_token_id is None else 1  # tokenize() puts an end-of-text token after each completion
     choices = [list(tokens[: len(tokens) - end]) for _, tokens in sorted(answers)]
     prefixes = [a == b[: len(a)] for a in choices for b in choices if a is not b]
@@ -62,11 +73,12 @@ def evaluate(
     batch_tokens: int = 512,
     progress: str = "",
 ) -> Metrics:
-    """Loss over all label tokens, and accuracy.
+    """Evaluates a model: loss over all label tokens, and accuracy.
 
-    With `choices` (token lists) the accuracy is "choice": the share of examples whose own completion is the likeliest of
-    the choices after the prompt. Without, it is "exact-match" for prompt/completion examples (every label token is the
-    likeliest one) and "token" for plain text (share of label tokens). `progress` is a bar's label, empty for none.
+    With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
+    the likeliest of the choices. Without, it is "exact-match" for prompt/completion examples (the share of examples whose
+    every label token is the likeliest one) and "token" for plain text (the share of label tokens). `progress` is a bar's
+    label, empty for none. Raises TrainingError for a loss that is not finite.
     """
     return evaluate_rows(model, examples, choices, batch_tokens, progress)[0]
 
@@ -79,17 +91,17 @@ def evaluate_rows(
     batch_tokens: int = 512,
     progress: str = "",
 ) -> tuple[Metrics, list[float]]:
-    """What `evaluate` returns, and how right each example was: numbers whose mean is the accuracy, 0 or 1 each but for
-    "token" accuracy, where longer examples weigh more."""
+    """Returns what `evaluate` does, and how right each example was: numbers whose mean is the accuracy. They are 0 or 1,
+    except for "token" accuracy, where longer examples weigh more."""
     began = time.perf_counter()
     training = model.training
     model.eval()
     device = device_of(model)
-    # one sequence an example, and one more for each further way a choice of several tokens can begin
-    jobs: list[tuple[int, tuple[int, ...], int]] = [(i, e.tokens, e.start) for i, e in enumerate(examples)]
+    # a sequence for each example, and one more for each other way in which a choice of several tokens can begin
+    sequences = [_Sequence(i, e.tokens, e.start) for i, e in enumerate(examples)]
     for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
-        jobs += [
-            (i, (*e.tokens[: e.start], *begin, 0), e.start)  # the last token is read by nobody
+        sequences += [
+            _Sequence(i, (*e.tokens[: e.start], *begin, 0), e.start)  # the last token is never read
             for i, e in enumerate(examples)
             if e.tokens[e.start : e.start + len(begin)] != begin
         ]
@@ -97,16 +109,17 @@ def evaluate_rows(
     hits, exact = [0] * len(examples), [False] * len(examples)
     ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
     try:
-        with bar(progress, len(jobs), "rows", bool(progress)) as meter:
-            for group in group_by_length([len(job[1]) for job in jobs], batch_tokens):
-                batch = collate([jobs[i][1] for i in group], [jobs[i][2] for i in group], device)
+        with bar(progress, len(sequences), "rows", bool(progress)) as meter:
+            for group in group_by_length([len(s.tokens) for s in sequences], batch_tokens):
+                run = [sequences[i] for i in group]
+                batch = collate([s.tokens for s in run], [s.start for s in run], device)
                 losses, logits, where = label_loss(model, batch)
                 logprobs = logits.float().log_softmax(-1) if choices else logits
                 best = logits.argmax(-1)
                 for i, row_losses, row_logprobs, row_best in zip(
                     group, *(t.split(where.sum(1).tolist()) for t in (losses, logprobs, best)), strict=True
                 ):
-                    index, tokens, start = jobs[i]
+                    index, tokens, start = sequences[i].index, sequences[i].tokens, sequences[i].start
                     if i < len(examples):
                         right = row_best.cpu() == torch.tensor(tokens[start:])
                         loss += float(row_losses.sum())

@@ -1,4 +1,4 @@
-"""Forwarding a run's metrics to TensorBoard and Weights & Biases; metrics.jsonl is the trainer's own."""
+"""Metrics for TensorBoard and Weights & Biases; records.py writes metrics.jsonl."""
 
 import importlib
 from pathlib import Path
@@ -10,13 +10,13 @@ TARGETS = ("tensorboard", "wandb")
 
 
 class Log:
-    """Where each record of numbers goes; without targets, nowhere. Made by `open_log`."""
+    """Forwards records of numbers to its targets; without targets, nowhere. Made by `open_log`."""
 
     def __init__(self, writer: Any = None, run: Any = None) -> None:
         self.writer, self.run = writer, run
 
     def write(self, record: dict[str, Any]) -> None:
-        """`record` holds an integer `step` and numbers under their tags."""
+        """Writes the numbers in `record` under their names, at its integer "step"."""
         step = record["step"]
         numbers = {key: value for key, value in record.items() if key != "step"}
         if self.writer is not None:
@@ -26,7 +26,7 @@ class Log:
             self.run.log(numbers, step=step)
 
     def close(self) -> None:
-        """Writes out what is buffered; a second call does nothing."""
+        """Writes what is buffered and closes the targets; a second call does nothing."""
         if self.writer is not None:
             self.writer.close()
         if self.run is not None:
@@ -35,8 +35,8 @@ class Log:
 
 
 def targets(log_to: str) -> list[str]:
-    """The targets in "none" or a comma list, their packages imported. Raises ConfigError for an unknown name or a
-    package that is not installed."""
+    """Returns the names in `log_to` ("none", or a comma list), and imports their packages. Raises ConfigError for an unknown
+    name or a package that is not installed."""
     names = [name.strip() for name in log_to.split(",") if name.strip()]
     if names == ["none"]:
         return []
@@ -53,12 +53,11 @@ def targets(log_to: str) -> list[str]:
 
 
 def open_log(folder: str | Path | None, log_to: str, run_name: str | None = None, first_step: int = 1) -> Log:
-    """A log to the targets in `log_to` ("none", or a comma list of "tensorboard" and "wandb").
+    """Opens a log to the targets in `log_to`: "none", or a comma list of "tensorboard" and "wandb".
 
-    TensorBoard's events lie in FOLDER/tensorboard; those from `first_step` on, of a run that was interrupted after its
-    last checkpoint, count no more. W&B's files lie in FOLDER/wandb, its mode and account are the user's
-    (WANDB_MODE, `wandb login`). Raises ConfigError as `targets` does, for TensorBoard without a folder, and where W&B
-    does not start.
+    TensorBoard's events are in FOLDER/tensorboard; earlier ones from `first_step` on, of a run that was interrupted after
+    its last checkpoint, are dropped. W&B's files are in FOLDER/wandb; the user chooses its mode and account (WANDB_MODE,
+    `wandb login`). Raises ConfigError as `targets` does, for TensorBoard without a folder, and where W&B does not start.
     """
     names = targets(log_to)
     log = Log()

@@ -3,9 +3,10 @@
     z = c tanh(m h W^T / c);  loss = sum over label tokens of logsumexp(z) - z[target]
     dh = m (1 - (z / c)^2) (softmax(z) - onehot) W                   m multiplier, c soft cap (infinite: none)
 
-Hidden states are gathered at the positions whose next token has a label before the output head is applied, and the
-gradient is formed beside the loss, chunk by chunk, while the logits are still at hand: they are computed once, never
-stored, and never held for more than a chunk of tokens (as in Wijmans et al., "Cut Your Losses", arXiv 2411.09009, without its custom kernel).
+The hidden states at positions whose next token has a label are gathered before the output head is applied. Loss and
+gradient are formed together, chunk by chunk, while the logits of the chunk are there. So logits are computed once, and
+never held for more than a chunk of tokens (as in Wijmans et al., "Cut Your Losses", arXiv 2411.09009, without its custom
+kernel).
 """
 
 import contextlib
@@ -29,7 +30,7 @@ GPU_CHUNK_ELEMENTS = 1 << 27  # 512 MiB, so that the products stay large
 
 @dataclass(frozen=True)
 class Head:
-    """How a model makes logits of hidden states: z = cap tanh(multiplier (h W^T + bias) / cap)."""
+    """How a model turns hidden states into logits: z = cap tanh(multiplier (h W^T + bias) / cap)."""
 
     module: nn.Module
     multiplier: float = 1.0
@@ -40,7 +41,7 @@ class Head:
         return frozen_of(self.module).weight_NK
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
-        """[n, hidden] -> [n, vocabulary] in float32"""
+        """Returns logits [n, vocabulary] in float32 for hidden states [n, hidden]."""
         z_nV = nn.functional.linear(hidden_nH, self.weight_VH, self.module.bias).float()  # type: ignore[arg-type]
         if self.multiplier != 1.0:
             z_nV *= self.multiplier
@@ -48,7 +49,7 @@ class Head:
 
 
 def head_of(model: nn.Module) -> Head | None:
-    """The model's output head where plopfast knows what happens to its logits, else None."""
+    """Returns the model's output head where plopfast knows what happens to its logits, else None."""
     module, config = output_head(model), getattr(model, "config", None)
     if not isinstance(module, nn.Linear) or isinstance(module, LoRALinear):
         return None
@@ -61,30 +62,33 @@ def head_of(model: nn.Module) -> Head | None:
 
 
 def positions(labels: torch.Tensor) -> torch.Tensor:
-    """Where the next token has a label: [rows, tokens - 1] bool"""
+    """Returns where the next token has a label: bool [rows, tokens - 1]."""
     return labels[:, 1:] != IGNORE
 
 
 def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What the model is run on: all but the last column, as nothing is predicted from it and no token before it sees it
-    (a twentieth of the work on rows of 20 tokens). Rows are padded on the right, where causal attention cannot look, so
-    that no mask is needed (and none is built); packed rows carry restarting position_ids, from which transformers makes
-    their mask."""
+    """Returns what the model is run on: all columns but the last. Nothing is predicted from that one, and no token before
+    it sees it (it is a twentieth of the work on rows of 20 tokens). Rows are padded on the right, where causal attention
+    cannot look, so no mask is needed, and none is built. Packed rows have position_ids that start again, from which
+    transformers makes their mask."""
     return {key: batch[key][:, :-1] for key in ("input_ids", "position_ids") if key in batch}
 
 
 def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None] | None:
-    """Plain products for short rows in half precision on the CPU, where torch 2.13's flash attention takes 3 times as
-    long at 40 tokens and 1.5 times at 120, forward and backward (8 rows of 9 heads of 64, 2 cores); else torch's choice."""
+    """Returns a context for plain products, for short rows in half precision on the CPU; else None, torch's choice.
+
+    There, torch 2.13's flash attention takes 3 times as long at 40 tokens and 1.5 times at 120, forward and backward (8
+    rows of 9 heads of 64, 2 cores).
+    """
     if ids.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and ids.shape[1] <= SHORT_ROW:
         return sdpa_kernel(SDPBackend.MATH)
     return None
 
 
 class Objective(nn.Module):
-    """The summed label loss of a batch, as a module, so that torch's distributed wrappers can enclose it.
+    """The summed label loss of a batch. It is a module, so that torch's distributed wrappers can enclose it.
 
-    `chunked` says whether the loss never holds more than a chunk of logits; where it does not, `why` gives the reason.
+    `chunked` says whether never more than a chunk of logits is held; where it is false, `why` gives the reason.
     """
 
     def __init__(self, model: nn.Module, *, recomputed: bool = False) -> None:
@@ -101,8 +105,8 @@ class Objective(nn.Module):
         return self.head is not None
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
-        """0-d float32: sum over the label tokens of `batch` (as data.collate makes it). Their places may be given as "at",
-        a pair of index tensors (rows, columns), where the labels have no values to read (see estimate.py)."""
+        """Returns the sum over the label tokens of `batch` (as data.collate makes it), 0-d float32. Where the labels have no
+        values to read (see estimate.py), "at" gives their places: index tensors of rows and columns."""
         where = batch["at"] if "at" in batch else positions(batch["labels"])
         targets_n = batch["labels"][:, 1:][where]
         short = not self.recomputed and attention_for(batch["input_ids"], self.model.dtype)  # type: ignore[arg-type]
@@ -118,7 +122,7 @@ class Objective(nn.Module):
 
     @torch.no_grad()
     def _agrees(self) -> bool:
-        """Whether body and head, run by hand, give the model's own logits."""
+        """Returns whether body and head, run by hand, give the model's own logits."""
         assert self.head is not None
         weight = self.head.weight_VH
         ids = torch.arange(1, 9, device=weight.device).view(2, 4) % len(weight)

@@ -11,8 +11,10 @@ from torch import nn
 
 @contextlib.contextmanager
 def neftune(model: nn.Module, alpha: float) -> Iterator[None]:
-    """Uniform noise of at most alpha / sqrt(tokens x width) on the embeddings while training (Jain et al., NEFTune,
-    arXiv 2310.05914), tokens counted with padding as in Hugging Face's trainer."""
+    """Adds uniform noise of at most alpha / sqrt(tokens x width) to the embeddings in training mode, while it lasts.
+
+    Padding counts among the tokens, as in Hugging Face's trainer. With `alpha` 0 nothing is added.
+    """
     if not alpha:
         yield
         return

@@ -1,4 +1,4 @@
-"""A model on several ranks: gradients averaged by DDP, frozen blocks sharded by FSDP2."""
+"""A model on several ranks: DDP averages gradients, FSDP2 shards frozen blocks."""
 
 import contextlib
 from typing import Any
@@ -15,11 +15,11 @@ from ..support.ranks import size
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Freezes `model` and spreads its blocks' weights over all ranks, in place: a block is gathered while it runs.
+    """Freezes `model` and spreads its blocks' weights over all ranks, in place. A block is gathered while it runs.
 
-    What lies outside the blocks (embeddings, last norm, head) stays whole on each rank: it would be gathered from the
-    first block's forward pass to the end of the backward pass anyway. Adapters are injected afterwards. Every rank
-    must then run the model, `score` it and save its adapters equally often.
+    What is outside the blocks (embeddings, last norm, head) stays whole on each rank: it would be gathered from the first
+    block's forward pass to the end of the backward pass anyway. Inject adapters afterwards. From then on, every rank must
+    run the model, `score` it and save its adapters equally often.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes 0.6 s to import
@@ -34,8 +34,8 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
 
 def averaged(objective: nn.Module) -> nn.Module:
-    """`objective` with its trainable parameters' gradients averaged over all ranks in each backward pass that is not
-    `held`. Raises TrainingError where a sharded weight is to be trained."""
+    """Wraps `objective` so that each backward pass averages the gradients over all ranks, unless it is `held`. With one
+    rank it stays as it is. Raises TrainingError where a sharded weight is to be trained."""
     if size() == 1:
         return objective
     sharded = [p for p in objective.parameters() if is_sharded(p)]
@@ -48,5 +48,5 @@ def averaged(objective: nn.Module) -> nn.Module:
 
 
 def held(objective: nn.Module) -> Any:
-    """A context in which gradients are only added up on this rank."""
+    """Returns a context in which gradients are only added up on this rank."""
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..support import files, ranks
 from ..support.errors import FileError, TrainingError
+from ..support.inputs import check_same
 
 CHECKPOINTS = "checkpoints"  # their folder within a run's folder
 COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
@@ -199,10 +200,4 @@ def check_same_run(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> Non
             f"{path}: belongs to a training on {count} ranks, this one has {now['ranks']}: resume it under torchrun with "
             f"nodes x --nproc-per-node = {count}, or start anew with --overwrite"
         )
-    changed = ", ".join(
-        f"another {key}" if key in ("data", "base model", "placement") else f"{key} was {kept.get(key)}, is {value}"
-        for key, value in now.items()
-        if kept.get(key) != value
-    )
-    if changed:
-        raise TrainingError(f"{path}: belongs to another run: {changed}; give the same options and data")
+    check_same({name: kept.get(name) for name in now}, now, path, TrainingError)  # older ones kept more settings

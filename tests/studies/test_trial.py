@@ -68,7 +68,7 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
         line = next(line for line in printed.out.splitlines() if line.startswith(arm["name"]))
         assert f"{arm['accuracy']:.4f}" in line and ("unmatched" in line) == full
         assert ("no difference shown" in line) == (number > 0 and versus["verdict"] == "no difference shown")
-    for text in ("training 16 of 16", "evaluation 13 of 13", "min left", "full: all weights, not matched"):
+    for text in ("trainings: 100%", "16/16", "tests    : 100%", "13/13", "full: all weights, not matched"):
         assert text in printed.err
     assert plopfast("report", "--out", out) == 0, "of a folder without placement and adapter"
     page = (out / "report.html").read_text()

@@ -76,8 +76,8 @@ def test_the_same_run_check():
     check_same_run(Path("x"), kept, dict(kept))
     check_same_run(Path("x"), kept | {"gone": 1}, dict(kept))
     for changed, text in (
-        ({"lr": 0.5}, "another run: lr was 0.1, is 0.5"),
-        ({"data": "b", "lr": 1}, "lr was 0.1, is 1, another data"),
+        ({"lr": 0.5}, "other inputs: lr was 0.1, is 0.5"),
+        ({"data": "0" * 64, "lr": 1}, "data.*; lr was 0.1, is 1"),
         ({"ranks": 2, "lr": 1}, "on 1 ranks, this one has 2"),
         ({"new": 3}, "new was None, is 3"),
     ):

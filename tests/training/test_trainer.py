@@ -106,17 +106,17 @@ def test_resume_refuses_another_run(examples, tmp_path):
     with pytest.raises(FileError, match="no training checkpoint; start anew"):
         made(examples, tmp_path).fit(resume=True)
     made(examples, tmp_path).fit()
-    with pytest.raises(TrainingError, match=r"another run: lr was 0\.001, is 0\.5"):
+    with pytest.raises(TrainingError, match=r"other inputs: lr was 0\.001, is 0\.5"):
         made(examples, tmp_path, lr=0.5).fit(resume=True)
     for change in ({"rank": 2}, {"alpha": 99.0}):
         other = build("llama")
         pf.inject(other, everywhere(other, **change))
-        with pytest.raises(TrainingError, match="belongs to another run: another placement"):
+        with pytest.raises(TrainingError, match="other inputs: .*placement"):
             made(examples, tmp_path, model=other).fit(resume=True)
-    with pytest.raises(TrainingError, match="another base model"):
+    with pytest.raises(TrainingError, match="other inputs: base model"):
         made(examples, tmp_path, model=build("llama", seed=1)).fit(resume=True)
     shuffled = [*examples[1:48], examples[0], *examples[48:]]
-    with pytest.raises(TrainingError, match="another data"):
+    with pytest.raises(TrainingError, match="other inputs: data"):
         made(shuffled, tmp_path).fit(resume=True)
     trainer = made(examples)
     trainer.fit()
