@@ -29,7 +29,6 @@ FLAGS: dict[str, dict[str, Any]] = {
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 GROUPS = [kind for kind in RunConfig.__mro__ if issubclass(kind, Settings)]
 TITLES = list(dict.fromkeys(kind.title for kind in GROUPS))
-WORDS = help_words()  # the words that help texts leave open, as support may not import the rules
 FIRST = ("model", "train", "score_prompts", "rule", "k", "rank", "init", "lr")  # lead their groups in a help text
 
 
@@ -89,7 +88,7 @@ def _title(name: str) -> str:
 def _option(name: str) -> dict[str, Any]:
     field, hint = FIELDS[name], TYPES[name]
     default = ("on" if field.default else "off") if hint is bool else field.default
-    text = field.metadata["help"].format(**WORDS) + ("" if default is None else f" (default: {default})")
+    text = field.metadata["help"].format(**help_words()) + ("" if default is None else f" (default: {default})")
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # int | None -> int
     if plain is bool:

@@ -10,7 +10,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from . import tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
 from .ops import lora_linear, path
 from .placement import Placement, check_rank
-
-if TYPE_CHECKING:
-    from .shared import SharedInput
 
 
 class LoRALinear(nn.Module):
@@ -61,7 +58,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
         self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see prepared()
-        self.shared: SharedInput | None = None
+        self.shared: Any = None  # a SharedInput of shared.py, where it reads what others read too
         self.lora_A = nn.Parameter((draw_A("kaiming", rank, n_in) if lora_A is None else lora_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
 

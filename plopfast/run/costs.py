@@ -38,7 +38,7 @@ def run_estimate(run: Run) -> str:
     with run.stage("estimate"):
         found = estimate(
             run.model, choices, config.training, rows=shape.rows, row_tokens=shape.row_tokens,
-            label_tokens=shape.label_tokens,
+            label_tokens=shape.label_tokens, progress=run.progress,
         )  # fmt: skip
     value = {
         "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),

@@ -10,7 +10,7 @@ import optuna
 import pytest
 import torch
 
-from plopfast.cli import main
+from plopfast.cli.main import main
 from plopfast.data.rows import DEMO
 from plopfast.placing import rules
 from plopfast.training.trainer import Trainer
