@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..lora import ops  # noqa: F401  # registers torch.ops.plopfast, of which FORMULAS speaks
+
 
 class Meter(TorchDispatchMode):
     """Counts bytes of the storages that operations made, or that `add` was given: those still alive, `now`, and the most
