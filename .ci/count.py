@@ -12,7 +12,18 @@ from pathlib import Path
 
 # what explains, compares or measures: no run needs it
 APART = {"studies", "report", "doctor", "bench", "benchmark", "estimate", "audit", "controls", "criteria", "trial"}
-APART |= {"trial_runs", "arms", "paired", "search", "sections", "pictures", "page"}
+APART |= {
+    "trial_runs",
+    "arms",
+    "paired",
+    "search",
+    "sections",
+    "pictures",
+    "page",
+    "bench_cases",
+    "bench_timing",
+    "meter",
+}
 QUIET = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 
