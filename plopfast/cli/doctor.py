@@ -21,6 +21,7 @@ from torch.func import functional_call
 from ..kernels import accuracy, dispatch, library, philox, reference
 from ..lora.layer import LoRALinear
 from ..lora.ops import linear_norms, lora_linear, or_backend_error, path, row_norms
+from ..lora.placement import full_rank
 from ..models.linears import LinearInfo, linear_modules
 from ..models.loading import load_model
 from ..support import machine
@@ -253,7 +254,7 @@ def _layer(info: LinearInfo, backend: str, rank: int) -> str:
     """Compares our adapter on one module with PEFT's, says how far they differ. ArithmeticError if ours is worse."""
     base, w_NK, generator = info.module, info.frozen.weight_NK, torch.Generator().manual_seed(0)
     bias_N: Any = base.bias
-    rank = min(rank, info.n_in, info.n_out)
+    rank = min(rank, full_rank(info.n_in, info.n_out))
     shapes = (96, info.n_in), (96, info.n_out), (rank, info.n_in), (info.n_out, rank)
     x_MK, dy_MN, a_RK, b_NR = (torch.randn(*shape, generator=generator).to(w_NK) for shape in shapes)
     given = Operands(x_MK, a_RK.float() / info.n_in**0.5, b_NR.float() / rank**0.5, dy_MN, w_NK, bias_N)

@@ -12,7 +12,6 @@ import json
 import time
 import warnings
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from ..support import files
 from ..support.config import FREE
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
 from ..support.inputs import check_same
+from ..support.progress import Work
 from ..training.trainer import Trainer
 
 try:
@@ -217,14 +217,15 @@ def run_search(run: Run) -> str:
         run.delete("search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     search = Search(run)
-    with run.stage("search"):
+    with run.stage("search"), Work("trials", total, run.progress) as work:
+        for _ in search.done():
+            work.skip()
         while (count := len(search.done())) < total:
-            run.say(f"trial {count + 1} of {total}")
-            search.next()
+            with work.piece(f"trial {count + 1}"):
+                search.next()
             search.save()
-            done, so_far = search.done(), [_row(trial) for trial in search.ranking()[:1]]
-            minutes = fmean(t.user_attrs["seconds"] for t in done) * (total - len(done)) / 60
-            run.say(f"{_row(done[-1])}\n{(so_far or ['none'])[0]}, the best so far; about {minutes:.0f} min left")
+            so_far = [_row(trial) for trial in search.ranking()[:1]] or ["none"]
+            run.say(f"{_row(search.done()[-1])}\n{so_far[0]}, the best so far")
     search.save()
     done, ranking = search.done(), search.ranking()
     if not ranking:
