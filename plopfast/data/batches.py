@@ -15,17 +15,12 @@ from .rows import IGNORE, Example
 
 def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
     """Return `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest], padded on the right with token 0."""
-    longest = max(map(len, sequences))
+    rows = [torch.tensor(tokens) for tokens in sequences]
     batch = {
-        "input_ids": torch.zeros(len(sequences), longest, dtype=torch.long),
-        "attention_mask": torch.zeros(len(sequences), longest, dtype=torch.long),
-        "labels": torch.full((len(sequences), longest), IGNORE),
+        "input_ids": pad_sequence(rows, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
+        "labels": pad_sequence(_labels(rows, starts), batch_first=True, padding_value=IGNORE),
     }
-    for i, (tokens, start) in enumerate(zip(sequences, starts, strict=True)):
-        row = torch.tensor(tokens)
-        batch["input_ids"][i, : len(row)] = row
-        batch["attention_mask"][i, : len(row)] = 1
-        batch["labels"][i, start : len(row)] = row[start:]
     return {key: value.to(device) for key, value in batch.items()}
 
 
@@ -40,15 +35,20 @@ def collate_packed(
     of flash attention. `check_packing` tests whether a model does so.
     """
     rows = [torch.tensor(tokens) for tokens in sequences]
-    labels = [row.clone() for row in rows]
-    for label, start in zip(labels, starts, strict=True):
-        label[: max(start, 1)] = IGNORE
     batch = {
         "input_ids": torch.cat(rows),
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
-        "labels": torch.cat(labels),
+        "labels": torch.cat(_labels(rows, [max(start, 1) for start in starts])),
     }
     return {key: value.unsqueeze(0).to(device) for key, value in batch.items()}
+
+
+def _labels(rows: list[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
+    """Return the labels of each row: its tokens from `start` on."""
+    labels = [row.clone() for row in rows]
+    for label, start in zip(labels, starts, strict=True):
+        label[:start] = IGNORE
+    return labels
 
 
 def batches_of(
@@ -184,32 +184,27 @@ def micro_batches(
     `labelled` on are unlabelled rows. With `share` 0 they come once, before all others; otherwise that share of the
     groups holds them.
     """
-    ours = _epochs(lengths[:labelled], 0, budget, seed, packing)
-    others: Iterator[list[int]] = iter(())
-    if labelled < len(lengths):
-        others = _epochs(lengths[labelled:], labelled, budget, seed, packing)
-        if not share:
-            yield from islice(others, groups_in_epoch(lengths[labelled:], budget, seed, packing))
+    unlabelled = lengths[labelled:]
+    ours = _epochs(lengths[:labelled], budget, seed, packing)
+    others = ([labelled + index for index in group] for group in _epochs(unlabelled, budget, seed, packing))
+    if unlabelled and not share:
+        yield from islice(others, groups_in_epoch(unlabelled, budget, seed, packing))
     owed = 0.0
     while True:
         owed += share
-        if owed >= 1.0:
-            owed -= 1.0
-            yield next(others)
-        else:
-            yield next(ours)
+        yield next(others if owed >= 1.0 else ours)
+        owed %= 1.0
 
 
 def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> int:
     """Return the number of micro-batches in the first epoch."""
-    return len((pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, 0)))
+    return len(_epoch(0, lengths, budget, seed, packing))
 
 
-def _epochs(lengths: Sequence[int], first: int, budget: int, seed: int, packing: bool) -> Iterator[list[int]]:
+def _epochs(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> Iterator[list[int]]:
     for epoch in count():
-        for group in (pack if packing else group_by_length)(lengths, budget, _epoch_seed(seed, epoch)):
-            yield [first + index for index in group]
+        yield from _epoch(epoch, lengths, budget, seed, packing)
 
 
-def _epoch_seed(seed: int, epoch: int) -> int:
-    return seed * 1_000_003 + epoch
+def _epoch(epoch: int, lengths: Sequence[int], budget: int, seed: int, packing: bool) -> list[list[int]]:
+    return (pack if packing else group_by_length)(lengths, budget, seed * 1_000_003 + epoch)

@@ -3,6 +3,7 @@
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -79,28 +80,24 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
     The groups are found by running the model on two tokens. All members of a group have one scaling, and their ranks
     sum to at most MAX_RANKS.
     """
-    seen: list[tuple[torch.Tensor, list[str]]] = []  # keeps the inputs alive, so that their identities differ
-    modules = adapters(model)
+    seen: list[tuple[torch.Tensor, list[LoRALinear]]] = []  # keeps the inputs alive, so that their identities differ
+    names = {module: name for name, module in adapters(model).items()}
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            last = modules[seen[-1][1][0]] if seen else None
-            if last is not None and seen[-1][0] is args[0] and last.scaling == module.scaling:
-                seen[-1][1].append(name)
-            else:
-                seen.append((args[0], [name]))
+    def note(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        if seen and seen[-1][0] is args[0] and seen[-1][1][0].scaling == module.scaling:
+            seen[-1][1].append(module)
+        else:
+            seen.append((args[0], [module]))
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(note) for module in names]
     try:
         body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    groups = [names for _, names in seen if len(names) > 1 and sum(modules[n].rank for n in names) <= MAX_RANKS]
-    for names in groups:
-        shared = SharedInput([modules[name] for name in names])
-        for module in shared.members:
+    groups = [members for _, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
+    for members in groups:
+        shared = SharedInput(members)
+        for module in members:
             module.shared = shared
-    return groups
+    return [[names[module] for module in members] for members in groups]

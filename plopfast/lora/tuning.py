@@ -4,7 +4,6 @@ The file holds one version (kernels, torch, triton) and a row for each (GPU, dty
 `dispatch.key`. Rows of another version are not used, because another compiler gives other times.
 """
 
-import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import asdict, fields

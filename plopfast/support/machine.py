@@ -51,20 +51,20 @@ def describe() -> str:
     """Describes processor, cores, threads and the OpenMP wait policy in force, on one line."""
     import torch
 
-    name = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    models = (line.partition(":")[2].strip() for line in _cpuinfo().splitlines() if line.startswith("model name"))
+    name = next(models, platform.processor() or platform.machine())
     if torch.cuda.is_available():
         name += f", {torch.cuda.get_device_name()}"
-    cores = usable_cores()
     policy = os.environ.get("OMP_WAIT_POLICY", "default")
-    return f"{name}, {cores} cores, {torch.get_num_threads()} threads (OMP_WAIT_POLICY {policy}), {platform.system()}"
+    return f"{name}, {usable_cores()} cores, {torch.get_num_threads()} threads (OMP_WAIT_POLICY {policy}), {platform.system()}"
 
 
 def has_bfloat16() -> bool:
     """Returns whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
-    with contextlib.suppress(OSError):
-        flags = Path("/proc/cpuinfo").read_text().split()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpuinfo().split())
+
+
+def _cpuinfo() -> str:
+    """Returns what Linux says about the processor, "" elsewhere."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.is_file() else ""

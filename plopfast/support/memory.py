@@ -4,19 +4,14 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
-
-if TYPE_CHECKING:
-    import torch
+import torch
 
 
-def reset_peak(device: "torch.device | None" = None) -> None:
+def reset_peak(device: torch.device | None = None) -> None:
     """Starts a new measurement of a GPU's peak memory, or of the peak resident memory where the system can (Linux)."""
     if device is not None and device.type == "cuda":
-        import torch
-
         return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps freed memory, which hides what follows
         ctypes.CDLL(None).malloc_trim(0)
@@ -24,12 +19,10 @@ def reset_peak(device: "torch.device | None" = None) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak_mib(device: "torch.device | None" = None) -> float:
+def peak_mib(device: torch.device | None = None) -> float:
     """Returns the peak memory since `reset_peak`, in MiB: of torch's tensors on a GPU, else this process's resident memory
     (since its start where a reset does not work)."""
     if device is not None and device.type == "cuda":
-        import torch
-
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):  # the kernel's own peak, which psutil does not read and getrusage does not reset
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -43,10 +36,8 @@ def peak_mib(device: "torch.device | None" = None) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def free_mib(device: "torch.device") -> float:
+def free_mib(device: torch.device) -> float:
     """Returns the memory that new tensors on `device` could take, in MiB."""
     if device.type == "cuda":
-        import torch
-
         return torch.cuda.mem_get_info(device)[0] / 2**20
     return psutil.virtual_memory().available / 2**20

@@ -34,13 +34,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
-            _check(item.name, getattr(self, item.name), item.metadata)
-
-
-def _check(name: str, value: Any, rules: Any) -> None:
-    if rules["choices"] and value is not None and value not in rules["choices"]:
-        raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
-    if isinstance(value, int | float):
-        low, below = "above" if rules["positive"] else "of at least", rules["below"]
-        if not (value > 0 or (value == 0 and not rules["positive"])) or not value < below:
-            raise ConfigError(f"{name}: expected a number {low} 0 and below {below}, got {value}")
+            name, value, rules = item.name, getattr(self, item.name), item.metadata
+            if rules["choices"] and value is not None and value not in rules["choices"]:
+                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+            if isinstance(value, int | float):
+                low = "above" if rules["positive"] else "of at least"
+                enough = value > 0 if rules["positive"] else value >= 0
+                if not (enough and value < rules["below"]):  # so NaN is refused too
+                    raise ConfigError(f"{name}: expected a number {low} 0 and below {rules['below']}, got {value}")
