@@ -58,7 +58,7 @@ def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int],
         return [*tokenizer(row["text"])["input_ids"], *end], 0, None
     if kind == "pair":
         prompt = list(tokenizer(row["prompt"])["input_ids"])
-        answer = completion_tokens(tokenizer, row["prompt"], row["completion"])
+        answer = _completion_tokens(tokenizer, row["prompt"], row["completion"])
         return [*prompt, *answer, *end], len(prompt), row["completion"]
     messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
     asked = len(messages) - 1 if kind == "messages" else len(row["prompt"])
@@ -79,7 +79,7 @@ def _template(tokenizer: Any, messages: list[dict[str, Any]], generate: bool) ->
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
-def completion_tokens(tokenizer: Any, prompt: str, completion: str) -> list[int]:
+def _completion_tokens(tokenizer: Any, prompt: str, completion: str) -> list[int]:
     """Return the completion's tokens as they follow the prompt.
 
     They come from the joint text if that starts with the prompt's own tokens: sentencepiece would add a space to a

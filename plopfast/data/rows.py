@@ -11,10 +11,8 @@ from typing import Any
 
 from ..support.errors import DataError
 
-DEMO = {
-    split: Path(__file__).parents[1] / "demo" / f"wordnet_categories.{split}.jsonl"
-    for split in ("train", "valid", "test")
-}
+_DEMO = Path(__file__).parents[1] / "demo"
+DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")}
 IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
 FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
 

@@ -51,7 +51,7 @@ def draw_A(init: str, rank: int, n_in: int) -> torch.Tensor:
 
 
 def draw_seeded_A(init: str, rank: int, n_in: int, seed: int, name: str) -> torch.Tensor:
-    """As `draw_A`, from (seed, module name) alone; torch's own generator stays as it was."""
+    """As `draw_A`, but the values depend on the seed and the module's name alone; torch's own generator is untouched."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:7], "big"))
         return draw_A(init, rank, n_in)

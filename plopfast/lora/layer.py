@@ -32,7 +32,7 @@ class LoRALinear(nn.Module):
     Dropout draws one seed a call from torch's generator and stores no mask, so it is reproducible under
     `torch.manual_seed` and activation checkpointing.
 
-    Raises ModelError for a `base` that is no linear module or is quantised, PlacementError where the rank is below 1 or
+    Raises ModelError for a `base` that isn't a linear module or is quantised, PlacementError where the rank is below 1 or
     above the smaller side of the weight, and BackendError where `backend` cannot run.
     """
 
@@ -122,7 +122,7 @@ def inject(
 
     `init` says how A begins: "kaiming", "gaussian", "orthogonal" or "eva" (see init.py); B begins at zero. "eva" takes the
     first rows of `eva`, which is `report.eva` of `score(..., eva_rank=...)`. Otherwise A is drawn from the seed and the
-    module's name, so that it depends on nothing else. A model that is refused stays as it was.
+    module's name, so that it depends on nothing else. If an error is raised, the model is unchanged.
 
     Raises PlacementError for names that the model does not have and for ranks and vectors that do not fit it, ConfigError
     for an `init` that is unknown or disagrees with `eva`, AdapterError where the model has adapters already, ModelError

@@ -7,6 +7,7 @@ M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 21
 zeroes elements. The factor 1 / (1 - p) is part of c, which is applied in float32 before S and dS are rounded.
 """
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -68,10 +69,7 @@ def lora_linear(
     arguments = (
         x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend, low, s,
     )  # fmt: skip
-    if autocast:
-        with torch.autocast(kind, enabled=False):
-            y_MN = _LoRALinear.apply(*arguments)
-    else:
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         y_MN = _LoRALinear.apply(*arguments)
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.shape[0])
 
@@ -222,9 +220,8 @@ def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
             raise ValueError(f"{name}: expected float32 or x's dtype {x.dtype}, got {tensor.dtype}")
     if bias is not None and list(bias.shape) != [n_out]:
         raise ValueError(f"bias: expected [{n_out}], got {list(bias.shape)}")
-    for name, tensor in (("weight", weight), ("lora_A", lora_A), ("lora_B", lora_B), ("bias", bias)):
-        if tensor is None:
-            continue
+    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B} | ({} if bias is None else {"bias": bias})
+    for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
         if name in ("weight", "bias"):

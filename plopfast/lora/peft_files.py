@@ -12,7 +12,7 @@ from torch import nn
 from ..models.frozen import fingerprint, frozen_of, is_linear, same_fingerprint
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
-from .layer import adapters, inject, unload
+from .layer import LoRALinear, adapters, inject, unload
 from .placement import Placement, ranks_and_patterns
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -54,12 +54,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     with files.replacing(path) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)
-        files.write_json(scratch / CONFIG, _peft_config(model))
+        files.write_json(scratch / CONFIG, _peft_config(model, modules))
     return path
 
 
-def _peft_config(model: nn.Module) -> dict[str, Any]:
-    modules = adapters(model)
+def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, Any]:
     first = next(iter(modules.values()))
     return {
         "peft_type": "LORA",
@@ -96,11 +95,10 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     config = _read_config(path)
     parts, metadata = _read_parts(path)
     _check_base(model, path, parts)
-    ranks = {name: int(part["A"].shape[0]) for name, part in parts.items()}
-    placement = Placement({name: (rank, _alpha(config, name)) for name, rank in ranks.items()}, [], "adapter", 0)
+    placed = {name: (len(part["A"]), _alpha(config, name)) for name, part in parts.items()}
     dropout, rslora = float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora"))
     try:
-        names = inject(model, placement, dropout=dropout, rslora=rslora, backend=backend)
+        names = inject(model, Placement(placed, [], "adapter", 0), dropout=dropout, rslora=rslora, backend=backend)
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     saved = metadata.get("plopfast_base")
@@ -155,10 +153,9 @@ def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
     for name, part in parts.items():
         if set(part) != {"A", "B"}:
             raise AdapterError(f"{path / WEIGHTS}: {name} has lora_{'/'.join(part)} only; the file is incomplete")
-        module = modules.get(name)
-        if module is None or not is_linear(module):
+        if name not in modules or not is_linear(modules[name]):
             raise AdapterError(f"{path}: made for another base model: this one has no linear module {name!r}")
-        n_out, n_in = frozen_of(module, name).shape
+        n_out, n_in = frozen_of(modules[name], name).shape
         got = [part["A"].shape[1], part["B"].shape[0]]
         if got != [n_in, n_out] or part["A"].shape[0] != part["B"].shape[1]:
             raise AdapterError(

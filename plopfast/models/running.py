@@ -54,20 +54,15 @@ def check_packing(model: nn.Module) -> None:
     """
     device, training = device_of(model), model.training
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    packed = torch.tensor([[[1, 2, 3, 4, 9, 8, 7, 6]], [[9, 5, 8, 7, 9, 8, 7, 6]]], device=device)
     model.eval()  # dropout would change them too
     try:
-        one, two = (
-            model(
-                input_ids=torch.tensor([[*first, 9, 8, 7, 6]], device=device), position_ids=positions, use_cache=False
-            )
-            .logits[0, 4:]
-            .float()
-            for first in ((1, 2, 3, 4), (9, 5, 8, 7))
-        )
+        outputs = [model(input_ids=ids, position_ids=positions, use_cache=False) for ids in packed]
     except TypeError as error:
         raise ModelError(f"{type(model).__name__} takes no position_ids ({error}): train it without packing") from error
     finally:
         model.train(training)
+    one, two = (output.logits[0, 4:].float() for output in outputs)
     if not (one - two).norm() <= 0.01 * one.norm():  # 0 in dense models; rounding where experts share a batch
         raise ModelError(
             f"{type(model).__name__} mixes the sequences of a packed batch (its attention does not follow position_ids, "

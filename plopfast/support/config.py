@@ -38,7 +38,6 @@ class Backend(Settings):
 class ModelSettings(Backend):
     """The model, and what computes it."""
 
-    title = "model and device"
     model: str | None = option(None, "hub id, local folder or .gguf file (default: SmolLM2-135M-Instruct)")
     dtype: str = option(
         "auto",
@@ -127,7 +126,6 @@ class ScoreSettings(Choice, Backend):
 class PlaceSettings(Choice):
     """Which modules get adapters, and how large these are."""
 
-    title = "placement"
     alpha: float = option(32.0, "LoRA alpha; the update is scaled by alpha / rank", positive=True)
     budget: str | None = option(
         None,
@@ -157,7 +155,6 @@ class PlaceSettings(Choice):
 class AdapterSettings(Init, Seed, Backend):
     """What is trained: adapters of some kind, or all weights."""
 
-    title = "adapters"
     rslora: bool = option(False, "scale the update by alpha / sqrt(rank) instead of alpha / rank")
     full: bool = option(
         False, "train all weights instead of adapters, to compare with (use a lower --lr, such as 2e-5)"
@@ -190,7 +187,6 @@ class TrainConfig(StepSettings, Seed):
     >>> config = pf.TrainConfig(lr=2e-4, max_steps=100)
     """
 
-    title = "training"
     lr: float = option(1e-3, "peak learning rate of AdamW", positive=True)
     schedule: str = option("cosine", "course of the learning rate after the warmup", ("cosine", "linear", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", below=1)

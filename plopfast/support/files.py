@@ -14,19 +14,22 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import FileError
 
+OTHER_OUT = "choose another --out"
+OTHER_CACHE = "plopfast keeps its cache there: set PLOPFAST_CACHE to a writable folder with room"
+
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = OTHER_OUT) -> Iterator[Path]:
     """Yields a temporary path in the same folder. On success it replaces `path`; on failure it is removed.
 
-    Works for files and folders. Raises FileError where the system refuses (permission, full disk, not a folder).
+    Works for files and folders. Raises FileError, with `remedy`, where the system refuses (permission, full disk, not a
+    folder).
     """
-    path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
-        raise FileError(f"{path}: cannot write there ({error.strerror}); choose another --out") from error
+        raise FileError(f"{path}: cannot write there ({error.strerror}); {remedy}") from error
     try:
         yield scratch / path.name
         _share(scratch / path.name)
@@ -40,7 +43,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 old.replace(path)
             raise
     except (OSError, SafetensorError) as error:
-        raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact") from error
+        raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact; {remedy}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -53,15 +56,15 @@ def _share(written: Path) -> None:
             file.chmod(usual.stat().st_mode)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, remedy: str = OTHER_OUT) -> None:
     """Writes a UTF-8 file, as a whole or not at all. Raises FileError."""
-    with replacing(path) as scratch:
+    with replacing(path, remedy) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, remedy: str = OTHER_OUT) -> None:
     """Writes a JSON file, indented, as a whole or not at all. Raises FileError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", remedy)
 
 
 def read_json(path: Path, made_by: str) -> Any:
@@ -77,7 +80,7 @@ def read_json_lines(path: Path, made_by: str) -> list[Any]:
 
 def _read(path: Path, made_by: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise FileError(f"{path}: no such file; it is written by {made_by}") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -93,7 +96,7 @@ def _parse(path: Path, text: str, line: int) -> Any:
 
 
 def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors of a safetensors file, on the CPU, and its metadata; `made_by` as for `read_json`."""
+    """Returns the tensors of a safetensors file, on the CPU, and its metadata. Raises FileError as `read_json` does."""
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -106,7 +109,7 @@ def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, st
 def sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hexadecimal."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -116,10 +119,10 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises FileError where `path` exists and is not an empty folder, unless `overwrite`."""
     if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    raise FileError(f"{path}: exists already; choose another --out, or pass --overwrite to replace it")
+    raise FileError(f"{path}: exists already; {OTHER_OUT}, or pass --overwrite to replace it")
 
 
 def cache_dir() -> Path:
-    """Returns the folder for converted GGUF files: $PLOPFAST_CACHE, else the user's cache folder."""
+    """Returns the folder of converted GGUF files and the tuning table: $PLOPFAST_CACHE, else the user's cache folder."""
     root = os.environ.get("PLOPFAST_CACHE")
     return Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "plopfast"

@@ -30,7 +30,7 @@ def option(
 class Settings:
     """Base of the groups. Raises ConfigError for a value that its option does not allow."""
 
-    title: ClassVar[str] = ""  # heading of the group's own options in the help of a command
+    title: ClassVar[str] = ""  # heading of the group's own options in a command's help; inherited from the first base
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

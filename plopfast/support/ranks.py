@@ -1,7 +1,7 @@
 """Several processes (ranks), one for each device, as torchrun starts them: sums over all of them, and how they fail.
 
-Every rank runs the same program on its share of the data; only rank 0 writes and prints. A program that torchrun did not
-start is the only rank, for which everything here does nothing.
+Every rank runs the same program on its share of the data; only rank 0 writes and prints. Without torchrun there is one
+rank, and everything here does nothing.
 
 Gradients are averaged by torch's DistributedDataParallel, in both layouts: "ddp" keeps the whole model on each rank,
 "fsdp" spreads the frozen blocks with fully_shard. The adapters, hundreds of times smaller, are whole on each rank.

@@ -25,6 +25,9 @@ class Column:
             return "yes" if value else "no"
         return value if isinstance(value, str) else format(value, self.form)
 
+    def aligned(self, cell: str, width: int) -> str:
+        return cell.rjust(width) if self.form else cell.ljust(width)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -47,13 +50,7 @@ class Table:
         """Return aligned text for the terminal. Empty lines are left out, so a table without headings has no head."""
         lines = [[column.heading for column in self.columns], *self.cells()]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = [
-            "  ".join(
-                f"{cell:{'>' if column.form else '<'}{width}}"
-                for cell, column, width in zip(line, self.columns, widths, strict=True)
-            ).rstrip()
-            for line in lines
-        ]
+        aligned = ("  ".join(map(Column.aligned, self.columns, line, widths)).rstrip() for line in lines)
         return "\n".join(filter(None, (self.caption, *aligned, self.note)))
 
     def write_csv(self, path: Path) -> None:
