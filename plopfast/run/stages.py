@@ -89,7 +89,7 @@ def run_train(run: Run) -> TrainResult:
         try:
             result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:
-            if trainer.best_step and placement is not None:  # the last good adapters may be of use
+            if trainer.state.best_step and placement is not None:  # the last good adapters may be of use
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
                 ranks.barrier()
             raise

@@ -136,7 +136,7 @@ class Training:
             else:
                 save_adapter(model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
-        value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
+        value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}
 
 
