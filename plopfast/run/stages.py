@@ -150,7 +150,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
     found = {"base": base, "tuned": tuned}
-    value = {who: dataclasses.asdict(metrics) for who, metrics in found.items()}
+    value = {who: metrics.summary() for who, metrics in found.items()}
     ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return found
 

@@ -233,7 +233,7 @@ class Scoring:
             raise DataError("there is no token to score: the batches are empty, or the options leave every token out")
         if self.sketch and self.tokens < self.sketch.rank:
             raise DataError(
-                f"eva_rank {self.sketch.rank}: expected at most {self.tokens}, the tokens scored; score more"
+                f"eva_rank {self.sketch.rank}: expected at most {self.tokens}, the tokens scored; score more prompts"
             )
         prompts = len(self.order)
         table = self.state.table(prompts)

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,8 @@ MAX_CHOICES = 32
 @dataclass(frozen=True)
 class Metrics:
     """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats; `metric` names the kind of
-    `accuracy` (see `evaluate`); `tokens` are the label tokens."""
+    `accuracy` (see `evaluate`); `tokens` are the label tokens. `right` says how right each example was: numbers whose mean
+    is the accuracy, 0 or 1 except for "token" accuracy, where longer examples weigh more."""
 
     loss: float
     accuracy: float
@@ -30,6 +31,11 @@ class Metrics:
     examples: int
     tokens: int
     seconds: float
+    right: list[float] = field(repr=False)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns all but `right`, for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "right"}
 
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -56,6 +62,7 @@ def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] |
     return None if any(prefixes) or not all(choices) else choices
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -71,19 +78,6 @@ def evaluate(
     every label token is the likeliest one) and "token" for plain text (the share of label tokens). `progress` is a bar's
     label, empty for none. Raises TrainingError for a loss that is not finite.
     """
-    return evaluate_rows(model, examples, choices, batch_tokens, progress)[0]
-
-
-@torch.no_grad()
-def evaluate_rows(
-    model: nn.Module,
-    examples: Sequence[Example],
-    choices: list[list[int]] | None = None,
-    batch_tokens: int = 512,
-    progress: str = "",
-) -> tuple[Metrics, list[float]]:
-    """Returns what `evaluate` does, and how right each example was: numbers whose mean is the accuracy. They are 0 or 1,
-    except for "token" accuracy, where longer examples weigh more."""
     began = time.perf_counter()
     # what is run: every example, and again with each other way in which a choice of several tokens can begin
     sequences = list(enumerate(examples))
@@ -107,10 +101,10 @@ def evaluate_rows(
                 index, example = sequences[i]
                 labels = example.tokens[example.start :]
                 if i < len(examples):
-                    right = row_best.cpu() == torch.tensor(labels)
+                    hit = row_best.cpu() == torch.tensor(labels)
                     loss += float(row_losses.sum())
                     count += len(row_losses)
-                    hits[i], exact[i] = int(right.sum()), bool(right.all())
+                    hits[i], exact[i] = int(hit.sum()), bool(hit.all())
                 for choice in map(tuple, choices or []):
                     if choice[:-1] == labels[: len(choice) - 1]:
                         ranking[index][choice] = sum(float(row_logprobs[s, token]) for s, token in enumerate(choice))
@@ -118,13 +112,13 @@ def evaluate_rows(
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
     if choices:
-        metric, rows = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
+        metric, right = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
     elif all(e.completion is not None for e in examples):
-        metric, rows = "exact-match", [float(right) for right in exact]
+        metric, right = "exact-match", [float(all_right) for all_right in exact]
     else:
-        metric, rows = "token", [n * len(examples) / count for n in hits]
-    accuracy = sum(rows) / len(examples)
-    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began), rows
+        metric, right = "token", [n * len(examples) / count for n in hits]
+    accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
+    return Metrics(loss / count, accuracy, metric, len(examples), count, seconds, right)
 
 
 def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:

@@ -33,7 +33,7 @@ from .logs import open_log, targets
 from .loss import Objective
 from .neftune import neftune
 from .optimizer import lr_factor, make_optimizer, set_lr
-from .plan import make_plan
+from .plan import Plan
 from .records import Records
 from .state import CHECKPOINTS, TrainState, check_same_run, checkpoint_path, load_state, save_state
 
@@ -96,7 +96,7 @@ class Trainer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
-        self.plan = make_plan(train, unlabeled, config)
+        self.plan = Plan(train, unlabeled, config)
         self.rows, self.max_steps = self.plan.rows, self.plan.max_steps
         if machine.launch().size > ranks.size():
             raise TrainingError("torchrun started several processes, but ranks.init was not called in this one")
