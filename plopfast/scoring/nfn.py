@@ -213,9 +213,8 @@ class Scoring:
         if self.options.confidence is None or prompts != next_look(prompts - 1):
             return False
         stats = self._as_they_came(self.state.table(prompts))
-        if not stats.isfinite().all():
-            return True  # the report names the module and the row
-        return self._decide(stats).decided
+        # where a value is not finite, the report names the module and the row
+        return not bool(stats.isfinite().all()) or self._decide(stats).decided
 
     def _decide(self, stats: torch.Tensor) -> Decision:
         how = self.options
