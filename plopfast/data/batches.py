@@ -185,6 +185,7 @@ def micro_batches(
     groups holds them.
     """
     unlabelled = lengths[labelled:]
+    assert unlabelled or not share  # the trainer's plan refuses this; it would never end
     ours = _epochs(lengths[:labelled], budget, seed, packing)
     others = ([labelled + index for index in group] for group in _epochs(unlabelled, budget, seed, packing))
     if unlabelled and not share:

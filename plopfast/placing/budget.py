@@ -45,13 +45,21 @@ def share_out(budget: int, modules: dict[str, ModuleScore], proportional: bool) 
     """
     most = {name: full_rank(score.n_in, score.n_out) for name, score in modules.items()}
     size = {name: parameters_at(1, score) for name, score in modules.items()}
-    _check_budget(budget, sum(size.values()), sum(most[name] * size[name] for name in modules), len(modules))
-    order = sorted(modules, key=lambda name: modules[name].nfn)
-    price = {
-        name: modules[name].nfn if proportional else 1.0 for name in order
-    }  # 1 / weight: an NFN of 0 has no weight
-    given = dict.fromkeys(modules, 1)
     left = budget - sum(size.values())
+    if left < 0:
+        raise PlacementError(
+            f"budget {budget:,} parameters: below the smallest adapter on these {len(modules)} modules, which takes "
+            f"{budget - left:,} at rank 1: raise it, or choose fewer modules"
+        )
+    if budget > (full := sum(most[name] * size[name] for name in modules)):
+        raise PlacementError(
+            f"budget {budget:,} parameters: above the {full:,} that full ranks of these {len(modules)} modules take: "
+            "lower it, or choose more modules"
+        )
+    order = sorted(modules, key=lambda name: modules[name].nfn)
+    # 1 / weight: an NFN of 0 has no weight
+    price = {name: score.nfn if proportional else 1.0 for name, score in modules.items()}
+    given = dict.fromkeys(modules, 1)
     queue = [(2 * price[name], place, name) for place, name in enumerate(order)]
     heapq.heapify(queue)
     while queue:
@@ -61,16 +69,3 @@ def share_out(budget: int, modules: dict[str, ModuleScore], proportional: bool) 
             left -= size[name]
             heapq.heappush(queue, ((given[name] + 1) * price[name], place, name))
     return given
-
-
-def _check_budget(budget: int, least: int, most: int, modules: int) -> None:
-    if budget < least:
-        raise PlacementError(
-            f"budget {budget:,} parameters: below the smallest adapter on these {modules} modules, which takes {least:,} "
-            "at rank 1: raise it, or choose fewer modules"
-        )
-    if budget > most:
-        raise PlacementError(
-            f"budget {budget:,} parameters: above the {most:,} that full ranks of these {modules} modules take: "
-            "lower it, or choose more modules"
-        )

@@ -32,9 +32,7 @@ def by_type(report: NFNReport, rule: str | Sequence[str], k: int, seed: int, cri
     if not isinstance(rule, str):
         return _named(report, rule)
     if rule not in RULES:
-        raise PlacementError(
-            f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{nearest(rule, list(RULES))}"
-        )
+        raise PlacementError(f"rule {rule!r}: expected {', '.join(RULES)} or a list of types{nearest(rule, [*RULES])}")
     entry, types = RULES[rule], list(report.types)
     if entry.needs_k and not 1 <= k <= len(types):
         raise PlacementError(f"k = {k}: expected 1 to {len(types)}, this model's module types ({', '.join(types)})")
@@ -76,13 +74,13 @@ def _type_scores(report: NFNReport, rule: Rule, criteria: Criteria) -> dict[str,
 
 
 def _named(report: NFNReport, names: Sequence[str]) -> Choice:
-    types, scored = list(report.types), in_layers(report)
+    scored = in_layers(report)
+    known = [*report.types, *scored]
     for name in names:
-        if name not in types and name not in scored:
-            known = [*types, *scored]
+        if name not in known:
             raise PlacementError(f"{name!r} is neither a module type nor a module of this model{nearest(name, known)}")
     if not names:
-        raise PlacementError(f"no module named; expected some of the types {', '.join(types)}")
+        raise PlacementError(f"no module named; expected some of the types {', '.join(report.types)}")
     modules = [name for name, score in scored.items() if score.type in names or name in names]
     return Choice(_types_of(report, modules), modules)
 

@@ -82,10 +82,6 @@ def _mlp(report: "NFNReport", _k: int, _seed: int) -> list[str]:
     return [t for t in report.types if t.split(".")[-1] in MLP_NAMES or parents[t] & set(MLP_PARENTS)]
 
 
-def _all(report: "NFNReport", _k: int, _seed: int) -> list[str]:
-    return list(report.types)
-
-
 def _random(report: "NFNReport", k: int, seed: int) -> list[str]:
     return random.Random(seed).sample(sorted(report.types), k)
 
@@ -100,7 +96,7 @@ RULES: dict[str, Rule] = {
         Rule(name="plop-inverse", help="the k types of highest NFN", ranks_by=NFN, highest=True, needs_k=True),
         Rule(name="attn", help="query, key and value", pick=_attention),
         Rule(name="mlp", help="the MLPs", pick=_mlp),
-        Rule(name="all", help="every type", pick=_all),
+        Rule(name="all", help="every type", pick=lambda report, _k, _seed: list(report.types)),
         Rule(
             name="input-spectrum", help="the k types whose inputs lie most along a few directions", needs_k=True,
             ranks_by="input spectrum", highest=True, source="EVA, arXiv 2410.07170", needs="forward passes",

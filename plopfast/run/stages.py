@@ -89,7 +89,7 @@ def run_train(run: Run) -> TrainResult:
         try:
             result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:
-            if trainer.best_step and placement is not None:  # the last good adapters may be of use
+            if trainer.state.best_step and placement is not None:  # the last good adapters may be of use
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
                 ranks.barrier()
             raise
@@ -150,7 +150,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
     found = {"base": base, "tuned": tuned}
-    value = {who: dataclasses.asdict(metrics) for who, metrics in found.items()}
+    value = {who: metrics.summary() for who, metrics in found.items()}
     ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return found
 

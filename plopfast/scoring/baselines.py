@@ -9,6 +9,20 @@ from ..models.linears import LinearInfo
 from ..support.errors import ModelError
 
 
+def denominators(infos: Sequence[LinearInfo], baseline: str, samples: int, seed: int) -> torch.Tensor:
+    """Returns E||W u|| of a random unit vector u for each module, by "closed-form" or "monte-carlo", [modules] float32.
+
+    Raises ModelError naming the first module whose weight is all zeros or not finite.
+    """
+    found = closed_form(infos) if baseline == "closed-form" else monte_carlo(infos, samples, seed)
+    for info, value in zip(infos, found.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
+        if value == 0:
+            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")
+    return found
+
+
 def closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
     """Returns ||W||_F / sqrt(n_in) of each module, [modules] float32.
 
@@ -20,21 +34,11 @@ def closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:
 
 def monte_carlo(infos: Sequence[LinearInfo], samples: int, seed: int) -> torch.Tensor:
     """Returns the mean of ||W u|| over `samples` random unit vectors u for each module, [modules] float32."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.stack([_mean_random_norm(info, samples, generator) for info in infos])
-
-
-def _mean_random_norm(info: LinearInfo, samples: int, generator: torch.Generator) -> torch.Tensor:
-    g = torch.randn(samples, info.n_in, generator=generator)  # on the CPU: the same draws on every device
-    w_NK = info.frozen.dequantize()
-    unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
-    return (unit @ w_NK.float().T).norm(dim=1).mean().cpu()
-
-
-def check_denominators(denominators: torch.Tensor, infos: Sequence[LinearInfo]) -> None:
-    """Raises ModelError naming the first module whose weight is all zeros or not finite."""
-    for info, value in zip(infos, denominators.tolist(), strict=True):
-        if not math.isfinite(value):
-            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
-        if value == 0:
-            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
+    means = []
+    for info in infos:
+        g = torch.randn(samples, info.n_in, generator=generator)
+        w_NK = info.frozen.dequantize()
+        unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
+        means.append((unit @ w_NK.float().T).norm(dim=1).mean().cpu())
+    return torch.stack(means)

@@ -38,11 +38,9 @@ class InputSketch:
     """
 
     def __init__(self, rank: int, infos: Sequence[LinearInfo], seed: int = 0) -> None:
-        narrowest = min(infos, key=lambda info: info.n_in)
-        if not 1 <= rank <= narrowest.n_in:
-            raise ConfigError(
-                f"eva_rank {rank}: expected 1 to {narrowest.n_in}, the inputs of {narrowest.name}; choose a lower rank"
-            )
+        least = min(infos, key=lambda info: info.n_in)
+        if not 1 <= rank <= least.n_in:
+            raise ConfigError(f"eva_rank {rank}: expected 1 to {least.n_in}, the inputs of {least.name}; lower it")
         self.rank, self.seed = rank, seed
         self.tests: dict[int, torch.Tensor] = {}  # n_in -> T [n_in, L]
         self.sketches: dict[str, torch.Tensor] = {}  # first module of those that share an input -> X^T X T [n_in, L]

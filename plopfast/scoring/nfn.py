@@ -14,6 +14,7 @@ A scoring reads top to bottom: `score` -> `Scoring.run`; prompts.py prepares the
 stopping.py decides when there are enough.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,13 +30,12 @@ from ..data.batches import group_by_length
 from ..lora.layer import adapters
 from ..models.frozen import whole
 from ..models.linears import LinearInfo, linear_modules
-from ..models.running import body, device_of
+from ..models.running import body, device_of, evaluating
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
 from ..support.progress import bar
-from .baselines import check_denominators, closed_form, monte_carlo
+from .baselines import denominators
 from .eva import InputSketch
-from .hooks import hooked
 from .official import score_official
 from .prompts import Row, rows_of
 from .report import ModuleScore, NFNReport, types_of
@@ -92,17 +92,13 @@ def score(
     )  # fmt: skip
     if adapters(model):
         raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
-    began, training = time.perf_counter(), model.training
-    model.eval()
-    try:
-        with torch.no_grad(), bar("score", _prompts_of_a_rank(batches), "prompts", progress) as meter:
-            if compat == "official":
-                report = score_official(model, batches, seed, meter)
-            else:
-                bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
-                report = Scoring(model, options).run(rows_of(batches, tokens, bos), meter)
-    finally:
-        model.train(training)
+    began = time.perf_counter()
+    with evaluating(model), torch.no_grad(), bar("score", _prompts_of_a_rank(batches), "prompts", progress) as meter:
+        if compat:
+            report = score_official(model, batches, seed, meter)
+        else:
+            bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
+            report = Scoring(model, options).run(rows_of(batches, tokens, bos), meter)
     report.model, report.seconds = getattr(model, "name_or_path", ""), time.perf_counter() - began
     return report
 
@@ -132,39 +128,26 @@ class Options:
             raise ConfigError(f"baseline: expected closed-form or monte-carlo, got {self.baseline!r}")
         if self.compat not in (None, "official"):
             raise ConfigError(f"compat: expected official or nothing, got {self.compat!r}")
-        if self.compat:
-            self._check_official()
+        how = (self.tokens, self.skip_bos, self.include_head, self.baseline)
+        if self.compat and how != ("all", True, False, "closed-form"):
+            raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
+        if self.compat and self.confidence is not None:
+            raise ConfigError("compat='official' keeps nothing of single prompts: leave out confidence")
+        if self.compat and self.eva_rank is not None:
+            raise ConfigError("compat='official' counts padding, EVA does not: leave out compat or eva_rank (init eva)")
         if self.confidence is not None and not 0 < self.confidence < 1:
             raise ConfigError(f"confidence: expected a number above 0 and below 1, got {self.confidence}")
 
-    def _check_official(self) -> None:
-        plain = ("all", True, False, "closed-form")
-        if (self.tokens, self.skip_bos, self.include_head, self.baseline) != plain:
-            raise ConfigError("compat='official' has its own tokens and baseline: leave those options out")
-        if self.confidence is not None:
-            raise ConfigError("compat='official' keeps nothing of single prompts: leave out confidence")
-        if self.eva_rank is not None:
-            raise ConfigError(
-                "compat='official' counts padding, EVA does not: leave out compat, or eva_rank (init 'eva')"
-            )
-
-    def denominators(self, infos: Sequence[LinearInfo]) -> torch.Tensor:
-        """Returns E||W u|| of a random unit vector u for each module. Raises ModelError for a damaged weight."""
-        closed = self.baseline == "closed-form"
-        found = closed_form(infos) if closed else monte_carlo(infos, self.mc_samples, self.seed)
-        check_denominators(found, infos)
-        return found
-
     def for_report(self) -> dict[str, Any]:
         """Returns what the report's `settings` keep of the options."""
-        kept: dict[str, Any] = {"baseline": self.baseline, "tokens": self.tokens, "skip_bos": self.skip_bos}
+        kept = ["baseline", "tokens", "skip_bos"]
         if self.confidence is not None:
-            kept |= {"confidence": self.confidence, "k": self.k}
+            kept += ["confidence", "k"]
         if self.eva_rank is not None:
-            kept |= {"eva_rank": self.eva_rank, "seed": self.seed}
+            kept += ["eva_rank", "seed"]
         if self.baseline == "monte-carlo":
-            kept |= {"mc_samples": self.mc_samples, "seed": self.seed}
-        return kept
+            kept += ["mc_samples", "seed"]
+        return {name: getattr(self, name) for name in kept}
 
 
 def _prompts_of_a_rank(batches: Iterable[Mapping[str, Any]]) -> int | None:
@@ -180,9 +163,9 @@ class Scoring:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options, self.device = options, device_of(model)
         self.infos = linear_modules(model, options.include_head)
-        self.types = types_of(self.infos)
         self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, self.infos, options.seed)
-        self.state = NFNState(options.denominators(self.infos).to(self.device), options.backend, self.sketch)
+        below = denominators(self.infos, options.baseline, options.mc_samples, options.seed)
+        self.state = NFNState(below.to(self.device), options.backend, self.sketch)
         self.runner = model if options.include_head else body(model)
         self.without_cache = {"use_cache": False} if hasattr(model, "config") else {}
         self.order: list[Row] = []  # the rows scored so far, in the order in which they were run
@@ -191,8 +174,10 @@ class Scoring:
         self.decision: Decision | None = None
 
     def run(self, rows: Iterator[Row], meter: Any) -> NFNReport:
-        hooks = [self.state.hook(i, m.name, whole(getattr(m.module, "bias", None))) for i, m in enumerate(self.infos)]
-        with hooked(self.infos, hooks):
+        with contextlib.ExitStack() as hooks:
+            for i, info in enumerate(self.infos):
+                hook = self.state.hook(i, info.name, whole(getattr(info.module, "bias", None)))
+                hooks.enter_context(info.module.register_forward_hook(hook))
             while window := list(islice(rows, self._window_size())):
                 self._forward(window, meter)
                 if self._look_says_stop():
@@ -228,15 +213,14 @@ class Scoring:
         if self.options.confidence is None or prompts != next_look(prompts - 1):
             return False
         stats = self._as_they_came(self.state.table(prompts))
-        if not stats.isfinite().all():
-            return True  # the report names the module and the row
-        return self._decide(stats).decided
+        # where a value is not finite, the report names the module and the row
+        return not bool(stats.isfinite().all()) or self._decide(stats).decided
 
     def _decide(self, stats: torch.Tensor) -> Decision:
-        assert self.options.confidence is not None
-        self.looks.append(len(self.order))
         how = self.options
-        self.decision = decide(stats, self.types, how.k, self.options.confidence, self.looks, how.inverse)
+        assert how.confidence is not None
+        self.looks.append(len(self.order))
+        self.decision = decide(stats, types_of(self.infos), how.k, how.confidence, self.looks, how.inverse)
         return self.decision
 
     def _as_they_came(self, table: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """NFN as the PLoP authors' code computes it."""
 
+import contextlib
 import math
 import statistics
 from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,6 @@ from torch import nn
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import device_of
 from ..support.errors import ConfigError, DataError, ModelError
-from .hooks import hooked
 from .report import ModuleScore, NFNReport
 
 
@@ -26,33 +27,31 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
     ratios: dict[str, list[float]] = {}
-    infos = {info.name: info for info in linear_modules(model, include_head=True)}
-    seen = {"tokens": 0, "prompts": 0}
+    tokens = prompts = 0
 
-    def hook_for(info: LinearInfo) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
-            z_MK = args[0].float().reshape(-1, info.n_in)
-            w_NK = info.frozen.dequantize().float()
-            w = w_NK / (w_NK.square().mean().sqrt() + 1e-8)
-            z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
-            g = torch.randn(z.shape, generator=generator, device=device)
-            g = g / (g.norm(dim=1, keepdim=True) + 1e-8)
-            actual, random = (z @ w.T).norm(dim=1).mean().item(), (g @ w.T).norm(dim=1).mean().item()
-            ratios.setdefault(info.name, []).append(actual / random if random else math.nan)
+    def record(info: LinearInfo, _module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
+        z_MK = args[0].float().reshape(-1, info.n_in)
+        w_NK = info.frozen.dequantize().float()
+        w = w_NK / (w_NK.square().mean().sqrt() + 1e-8)
+        z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
+        g = torch.randn(z.shape, generator=generator, device=device)
+        g = g / (g.norm(dim=1, keepdim=True) + 1e-8)
+        actual, random = (z @ w.T).norm(dim=1).mean().item(), (g @ w.T).norm(dim=1).mean().item()
+        ratios.setdefault(info.name, []).append(actual / random if random else math.nan)
 
-        return hook
-
-    chosen = [info for name, info in infos.items() if "norm" not in name.lower()]
-    with hooked(chosen, [hook_for(info) for info in chosen]):
+    chosen = [info for info in linear_modules(model, include_head=True) if "norm" not in info.name.lower()]
+    with contextlib.ExitStack() as hooks:
+        for info in chosen:
+            hooks.enter_context(info.module.register_forward_hook(partial(record, info)))
         for index, batch in enumerate(batches):
             if "counted" in batch:
                 raise ConfigError(f"batch {index}: compat='official' scores every token, but 'counted' leaves some out")
             inputs = {k: torch.as_tensor(batch[k]).to(device) for k in ("input_ids", "attention_mask") if k in batch}
             model(**inputs)
-            seen["tokens"] += inputs["input_ids"].numel()
-            seen["prompts"] += len(inputs["input_ids"])
+            tokens += inputs["input_ids"].numel()
+            prompts += len(inputs["input_ids"])
             meter.update(len(inputs["input_ids"]))
-    if not seen["tokens"]:
+    if not tokens:
         raise DataError("there is no token to score: the batches are empty")
     scores = {}
     for info in chosen:
@@ -64,5 +63,5 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
             first = next(i for i, value in enumerate(values) if not math.isfinite(value))
             raise ModelError(f"{info.name}: NaN or infinity in batch {first}")
         std = statistics.pstdev(values)
-        scores[info.name] = ModuleScore(mean, std, seen["tokens"], info.type, info.layer, info.n_in, info.n_out)
-    return NFNReport(scores, seen["tokens"], seen["prompts"], 0.0, settings={"compat": "official", "seed": seed})
+        scores[info.name] = ModuleScore(mean, std, tokens, info.type, info.layer, info.n_in, info.n_out)
+    return NFNReport(scores, tokens, prompts, 0.0, settings={"compat": "official", "seed": seed})

@@ -83,7 +83,7 @@ class NFNReport:
         """
         if self.prompt_stats is None:
             raise ConfigError("no intervals: these scores hold no statistics of single prompts (compat='official')")
-        return intervals(self.prompt_stats, list(self.scores), self._types_in_order(), confidence, seed)
+        return intervals(self.prompt_stats, list(self.scores), types_of(self.scores.values()), confidence, seed)
 
     def decide(self, k: int, confidence: float = 0.95, inverse: bool = False) -> Decision | None:
         """Test how sure the k lowest types are (highest, if `inverse`), given the looks that scoring took.
@@ -93,10 +93,7 @@ class NFNReport:
         if self.prompt_stats is None:
             return None
         looks = self.decision.looks if self.decision else [self.prompts]
-        return decide(self.prompt_stats, self._types_in_order(), k, confidence, looks, inverse)
-
-    def _types_in_order(self) -> list[str]:
-        return types_of(self.scores.values())
+        return decide(self.prompt_stats, types_of(self.scores.values()), k, confidence, looks, inverse)
 
     def z_scores(self) -> dict[str, float]:
         """Module -> distance of its NFN from its type's median over the layers, in robust standard deviations.
@@ -173,14 +170,10 @@ class NFNReport:
             decision = value.get("decision")
             rest["decision"] = decision and Decision(**decision)
         except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(
-                f"{path}: expected scores, got another file ({error}); make it anew with plopfast score"
-            ) from None
+            raise FileError(f"{path}: not a file of scores ({error}); make it anew with plopfast score") from None
         beside = path.with_suffix(".safetensors")
-        if not beside.is_file() or "prompt_stats_sha256" not in value:
-            return cls(scores, **rest)
-        if files.sha256(beside) != value["prompt_stats_sha256"]:
-            raise FileError(
-                f"{beside}: damaged, or of other scores than {path.name}; make both anew with plopfast score"
-            )
-        return cls(scores, **rest, prompt_stats=load_file(beside)["prompt_stats"].double())
+        if beside.is_file() and "prompt_stats_sha256" in value:
+            if files.sha256(beside) != value["prompt_stats_sha256"]:
+                raise FileError(f"{beside}: damaged, or of other scores; make both anew with plopfast score")
+            rest["prompt_stats"] = load_file(beside)["prompt_stats"].double()
+        return cls(scores, **rest)

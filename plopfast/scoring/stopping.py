@@ -86,9 +86,8 @@ def decide(
     value_T = mean_TM @ _nfn(stats)
     order = value_T.argsort(descending=inverse, stable=True).tolist()
     chosen, others = order[:k], order[k:]
-    decided = partial(
-        Decision, [names[i] for i in chosen], k, DIRECTIONS[inverse], confidence, prompts=prompts, looks=list(looks)
-    )
+    lowest = [names[i] for i in chosen]
+    decided = partial(Decision, lowest, k, DIRECTIONS[inverse], confidence, prompts=prompts, looks=list(looks))
     if not others:
         return decided(decided=True, note="every module type is chosen: there is nothing to decide")
     margin = abs(float(value_T[others[0]] - value_T[chosen[-1]]))
@@ -107,10 +106,8 @@ def decide(
     ties.sort(key=lambda pair: abs(float(value_T[names.index(pair[0])] - value_T[names.index(pair[1])])))
     half = critical * float(error_CO[-1, 0])
     low, high = margin - half, margin + half
-    between = (
-        f"the margin between {names[chosen[-1]]} and {names[others[0]]} is {margin:.3f} NFN, {low:.3f} to {high:.3f}"
-    )
-    note = f"{_verdict(ties, confidence, prompts)}; {between}"
+    between = f"between {names[chosen[-1]]} and {names[others[0]]}"
+    note = f"{_verdict(ties, confidence, prompts)}; the margin {between} is {margin:.3f} NFN, {low:.3f} to {high:.3f}"
     return decided(decided=not ties, margin=margin, margin_low=low, margin_high=high, near_ties=ties, note=note)
 
 
@@ -165,9 +162,8 @@ def intervals(
     tails = torch.tensor([(1 + confidence) / 2, (1 - confidence) / 2], dtype=torch.float64)
     low_X, high_X = (value_X - t_BX.nanquantile(tails, 0).nan_to_num() * error_X).tolist()
     bounds = list(zip(low_X, high_X, strict=True))
-    return Intervals(
-        confidence, dict(zip(kinds, bounds[len(names) :], strict=True)), dict(zip(names, bounds, strict=False))
-    )
+    by_type = dict(zip(kinds, bounds[len(names) :], strict=True))
+    return Intervals(confidence, by_type, dict(zip(names, bounds, strict=False)))
 
 
 def averages(types: Sequence[str]) -> tuple[list[str], torch.Tensor]:

@@ -1,6 +1,7 @@
 """The running sums of NFN: forward hooks take norms, and each batch's norms are added up on the device."""
 
 import math
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -25,8 +26,9 @@ class NFNState:
         self.scale = 1.0 / denominators  # [modules]
         self.parts: list[tuple[int, torch.Tensor]] = []  # (first, [sums, squares, counts] x modules x rows) of a batch
         self._first = 0
-        self._counted: torch.Tensor | None = None
-        self._calls: list[tuple[int, torch.Tensor, torch.Tensor, int, bool]] = []
+        self._counted = torch.empty(0, 0)
+        # layout -> (module, norms of its input and output) of each call in this batch
+        self._calls: defaultdict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
         self._input: torch.Tensor | None = None  # the last module's input, and its norms
         self._input_norm = torch.empty(0)
 
@@ -41,13 +43,12 @@ class NFNState:
             elif self.sketch is not None:
                 self.sketch.share(name)
             y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
-            self._calls.append((index, self._input_norm, y_norm, *self._layout(name, y_norm)))
+            self._calls[self._layout(name, y_norm)].append((index, self._input_norm, y_norm))
 
         return record
 
     def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
         """Returns how a module's norms lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
-        assert self._counted is not None
         rows, tokens = self._counted.shape
         shape = norms.shape
         if shape[:2] == (rows, tokens):
@@ -63,36 +64,30 @@ class NFNState:
 
     def _spread(self, extra: int, inner: bool) -> torch.Tensor:
         """Returns `counted` for a module's norms: [rows, tokens * extra]."""
-        assert self._counted is not None
         return self._counted.repeat(1, extra) if inner else self._counted.repeat_interleave(extra, 1)
 
     def open(self, counted: torch.Tensor, first: int = 0) -> None:
         """Begins a batch."""
         self._counted, self._first = counted, first
-        self._calls = []
+        self._calls.clear()
 
     def close(self) -> None:
         """Ends a batch: adds its norms to the sums, with one set of operations for all modules of a shape."""
-        assert self._counted is not None
         rows = self._counted.shape[0]
         part = self.scale.new_zeros(3, len(self.scale), rows)
         sums, squares, counts = part
-        groups: dict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
-        for i, x_norm, y_norm, extra, inner in self._calls:
-            groups.setdefault((extra, inner), []).append((i, x_norm.reshape(rows, -1), y_norm.reshape(rows, -1)))
-        for (extra, inner), calls in groups.items():
-            counted = self._spread(extra, inner)
-            index = torch.tensor([call[0] for call in calls], device=self.scale.device)
-            x_CRT = torch.stack([call[1].to(sums.device) for call in calls])
-            y_CRT = torch.stack([call[2].to(sums.device) for call in calls])
+        for layout, calls in self._calls.items():
+            counted = self._spread(*layout)
+            index = torch.tensor([i for i, _, _ in calls], device=sums.device)
+            x_CRT = torch.stack([x_norm.reshape(rows, -1).to(sums.device) for _, x_norm, _ in calls])
+            y_CRT = torch.stack([y_norm.reshape(rows, -1).to(sums.device) for _, _, y_norm in calls])
             valid = counted & (x_CRT != 0)  # a zero input has no direction; NaN stays, to be found at the end
             ratio = torch.where(valid, y_CRT / x_CRT * self.scale[index, None, None], 0.0)
             sums.index_add_(0, index, ratio.sum(-1))
             counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
             squares.index_add_(0, index, ratio.square_().sum(-1))
         self.parts.append((self._first, part))
-        self._counted = self._input = None
-        self._calls = []
+        self._input = None
 
     def table(self, prompts: int) -> torch.Tensor:
         """Returns sums, squares and counts of all ranks' batches: [3, modules, prompts] float64.

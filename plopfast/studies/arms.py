@@ -31,7 +31,7 @@ from ..support.config import RunConfig
 from ..support.errors import ConfigError, TrainingError
 from ..support.inputs import check_same
 from ..support.progress import Work
-from ..training.evaluate import choices_of, evaluate, evaluate_rows
+from ..training.evaluate import choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer
 
@@ -136,7 +136,7 @@ class Training:
             else:
                 save_adapter(model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
-        value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
+        value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}
 
 
@@ -158,10 +158,10 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
             load_adapter(model, out / "adapter", backend=run.config.backend)
         examples = run.examples("test")
         label = "test" if run.progress else ""
-        metrics, right = evaluate_rows(model, examples, choices_of(examples, run.tokenizer), progress=label)
+        metrics = evaluate(model, examples, choices=choices_of(examples, run.tokenizer), progress=label)
         value = {
             "accuracy": metrics.accuracy, "loss": metrics.loss, "general_loss": evaluate(model, general).loss,
-            "metric": metrics.metric, "right": right, "seconds": time.perf_counter() - began,
+            "metric": metrics.metric, "right": metrics.right, "seconds": time.perf_counter() - began,
         }  # fmt: skip
         files.write_json(done, value)
         (out / WEIGHTS).unlink(missing_ok=True)

@@ -5,7 +5,7 @@ import importlib.util
 import sys
 import weakref
 from collections.abc import Collection, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..models.frozen import find_frozen, is_sharded
 from ..models.linears import blocks
-from ..models.running import device_of
+from ..models.running import device_of, evaluating
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError
 
@@ -29,9 +29,7 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
     """
     device, notes = device_of(model), []
     if config.offload and device.type == "cpu":
-        raise ConfigError(
-            "offload moves activations from a GPU to CPU memory, but the model is on the CPU: leave it out"
-        )
+        raise ConfigError("offload moves activations to CPU memory, but the model is on the CPU: leave it out")
     if config.offload and any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
     if config.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
@@ -130,16 +128,15 @@ def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict
     A module is recognised by what it computes for a few random tokens. Where the tensors have no values, `known` names
     the modules that were found in a model like this one. Trained norms and sharded weights are left alone.
     """
-    found, training = {}, model.training
-    model.eval()  # dropout would hide that two ways agree
-    for name, module in model.named_modules():
-        forward, width, like = _lean_forward(module)
-        if forward is None or "forward" in vars(module):
-            continue
-        if name in known if known is not None else _agree(module, forward, width, like):
-            module.forward = forward
-            found[name] = module
-    model.train(training)
+    found = {}
+    with evaluating(model):  # dropout would hide that two ways agree
+        for name, module in model.named_modules():
+            forward, width, like = _lean_forward(module)
+            if forward is None or "forward" in vars(module):
+                continue
+            if name in known if known is not None else _agree(module, forward, width, like):
+                module.forward = forward
+                found[name] = module
     return found
 
 
@@ -156,15 +153,13 @@ def _lean_forward(module: Any) -> tuple[Any, int, Any]:
     frozen = find_frozen(gate) if all(isinstance(part, nn.Module) for part in parts) else None
     if frozen and not is_sharded(frozen.stored):
         return lambda x: down(_SwiGLU.apply(gate(x), up(x))), frozen.shape[1], frozen.stored
-    weight, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if eps is not None and _is_plain(weight) and weight.dim() == 1 and not weight.requires_grad:
+    weight: Any = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", None)
+    is_frozen_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad
+    if eps is not None and is_frozen_vector and not is_sharded(weight):
         plain = module.forward  # for inputs that are wider than the weights
         return lambda x: _RMSNorm.apply(x, weight, eps) if x.dtype == weight.dtype else plain(x), len(weight), weight
     return None, 0, None
-
-
-def _is_plain(weight: Any) -> TypeGuard[nn.Parameter]:
-    return isinstance(weight, nn.Parameter) and not is_sharded(weight)
 
 
 class _Moved:

@@ -76,8 +76,8 @@ def estimate(
     objective, lean = Objective(model, recomputed=config.checkpointing), lean_modules(model)
     for module in lean.values():
         del module.forward
-    batch = Batch(rows, row_tokens, row_tokens - 1 if label_tokens is None else label_tokens)
-    step = Step(objective, set(lean), config, batch, best)
+    labels = row_tokens - 1 if label_tokens is None else label_tokens
+    step = Step(objective, set(lean), config, rows, row_tokens, labels, best)
     found = []
     try:
         with bar("estimate", len(placements), "placements", progress) as meter:
@@ -106,30 +106,19 @@ def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch: `rows` of `tokens` tokens, of which the last `labels` have a label."""
-
-    rows: int
-    tokens: int
-    labels: int
-
-    def on(self, device: torch.device) -> dict[str, Any]:
-        """Returns what `Objective` takes; the places of the labels are indices, as fake labels cannot be read."""
-        ids = torch.zeros(self.rows, self.tokens, dtype=torch.long, device=device)
-        columns = torch.arange(self.tokens - 1 - self.labels, self.tokens - 1, device=device)
-        row = torch.arange(self.rows, device=device)
-        row = row.repeat_interleave(self.labels, output_size=self.rows * self.labels)
-        return {"input_ids": ids, "labels": ids, "at": (row, columns.repeat(self.rows))}
-
-
-@dataclass(frozen=True)
 class Step:
-    """A step to estimate: all but the placement. `lean` names the modules that `lean_modules` found in the real model."""
+    """A step to estimate: all but the placement.
+
+    `lean` names the modules that `lean_modules` found in the real model. A micro-batch has `rows` of `tokens` tokens, of
+    which the last `labels` have a label.
+    """
 
     objective: Objective
     lean: set[str]
     config: TrainConfig
-    batch: Batch
+    rows: int
+    tokens: int
+    labels: int
     best: bool
 
     def estimate(self, name: str, placement: Placement | None) -> Estimate:
@@ -138,11 +127,15 @@ class Step:
         with FakeCopyMode(mode):
             objective = copy.deepcopy(self.objective)
         model = objective.model
-        _without_mask(model, self.batch.tokens)
+        _without_mask(model, self.tokens)
         config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
         with mode:
-            _prepare(model, placement, config)
-            batch = self.batch.on(device_of(model))
+            if placement is None:
+                _widen(model)
+                model.requires_grad_(True)
+            else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results
+                inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
+            batch = self._batch(device_of(model))
             for tensor in (*model.parameters(), *model.buffers()):
                 live.add(tensor)
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -170,14 +163,13 @@ class Step:
             tflops_per_step=live.flops / passes * config.accumulate / 1e12,
         )
 
-
-def _prepare(model: nn.Module, placement: Placement | None, config: TrainConfig) -> None:
-    """Injects adapters, or makes all weights trainable, without values."""
-    if placement is None:
-        _widen(model)
-        model.requires_grad_(True)
-    else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results
-        inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
+    def _batch(self, device: torch.device) -> dict[str, Any]:
+        """Returns what `Objective` takes; the places of the labels are indices, as fake labels cannot be read."""
+        ids = torch.zeros(self.rows, self.tokens, dtype=torch.long, device=device)
+        columns = torch.arange(self.tokens - 1 - self.labels, self.tokens - 1, device=device)
+        row = torch.arange(self.rows, device=device)
+        row = row.repeat_interleave(self.labels, output_size=self.rows * self.labels)
+        return {"input_ids": ids, "labels": ids, "at": (row, columns.repeat(self.rows))}
 
 
 def _widen(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data.batches import collate, group_by_length
 from ..data.rows import Example
-from ..models.running import device_of, run_for_logits
+from ..models.running import device_of, evaluating, run_for_logits
 from ..support.errors import TrainingError
 from ..support.progress import bar
 from .loss import inputs_of, positions
@@ -22,7 +22,8 @@ MAX_CHOICES = 32
 @dataclass(frozen=True)
 class Metrics:
     """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats; `metric` names the kind of
-    `accuracy` (see `evaluate`); `tokens` are the label tokens."""
+    `accuracy` (see `evaluate`); `tokens` are the label tokens. `right` says how right each example was: numbers whose mean
+    is the accuracy, 0 or 1 except for "token" accuracy, where longer examples weigh more."""
 
     loss: float
     accuracy: float
@@ -30,15 +31,11 @@ class Metrics:
     examples: int
     tokens: int
     seconds: float
+    right: list[float] = field(repr=False)
 
-
-@dataclass(frozen=True)
-class _Sequence:
-    """What is run for the example of this `index`; labels begin at `start`."""
-
-    index: int
-    tokens: tuple[int, ...]
-    start: int
+    def summary(self) -> dict[str, Any]:
+        """Returns all but `right`, for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "right"}
 
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -65,6 +62,7 @@ def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] |
     return None if any(prefixes) or not all(choices) else choices
 
 
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -80,68 +78,47 @@ def evaluate(
     every label token is the likeliest one) and "token" for plain text (the share of label tokens). `progress` is a bar's
     label, empty for none. Raises TrainingError for a loss that is not finite.
     """
-    return evaluate_rows(model, examples, choices, batch_tokens, progress)[0]
-
-
-@torch.no_grad()
-def evaluate_rows(
-    model: nn.Module,
-    examples: Sequence[Example],
-    choices: list[list[int]] | None = None,
-    batch_tokens: int = 512,
-    progress: str = "",
-) -> tuple[Metrics, list[float]]:
-    """Returns what `evaluate` does, and how right each example was: numbers whose mean is the accuracy. They are 0 or 1,
-    except for "token" accuracy, where longer examples weigh more."""
     began = time.perf_counter()
-    training = model.training
-    model.eval()
-    device = device_of(model)
-    # a sequence for each example, and one more for each other way in which a choice of several tokens can begin
-    sequences = [_Sequence(i, e.tokens, e.start) for i, e in enumerate(examples)]
+    # what is run: every example, and again with each other way in which a choice of several tokens can begin
+    sequences = list(enumerate(examples))
     for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
         sequences += [
-            _Sequence(i, (*e.tokens[: e.start], *begin, 0), e.start)  # the last token is never read
+            (i, replace(e, tokens=(*e.tokens[: e.start], *begin, 0)))  # the last token is never read
             for i, e in enumerate(examples)
             if e.tokens[e.start : e.start + len(begin)] != begin
         ]
     loss, count = 0.0, 0
     hits, exact = [0] * len(examples), [False] * len(examples)
     ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
-    try:
-        with bar(progress, len(sequences), "rows", bool(progress)) as meter:
-            for group in group_by_length([len(s.tokens) for s in sequences], batch_tokens):
-                run = [sequences[i] for i in group]
-                batch = collate([s.tokens for s in run], [s.start for s in run], device)
-                losses, logits, where = label_loss(model, batch)
-                logprobs = logits.float().log_softmax(-1) if choices else logits
-                best = logits.argmax(-1)
-                for i, row_losses, row_logprobs, row_best in zip(
-                    group, *(t.split(where.sum(1).tolist()) for t in (losses, logprobs, best)), strict=True
-                ):
-                    index, tokens, start = sequences[i].index, sequences[i].tokens, sequences[i].start
-                    if i < len(examples):
-                        right = row_best.cpu() == torch.tensor(tokens[start:])
-                        loss += float(row_losses.sum())
-                        count += len(row_losses)
-                        hits[i], exact[i] = int(right.sum()), bool(right.all())
-                    for choice in choices or []:
-                        if tuple(choice[:-1]) == tokens[start : start + len(choice) - 1]:
-                            steps = range(len(choice))
-                            ranking[index][tuple(choice)] = sum(float(row_logprobs[s, choice[s]]) for s in steps)
-                meter.update(len(group))
-    finally:
-        model.train(training)
+    with evaluating(model), bar(progress, len(sequences), "rows", bool(progress)) as meter:
+        for group in group_by_length([len(e.tokens) for _, e in sequences], batch_tokens):
+            run = [sequences[i][1] for i in group]
+            batch = collate([e.tokens for e in run], [e.start for e in run], device_of(model))
+            losses, logits, where = label_loss(model, batch)
+            logprobs = logits.float().log_softmax(-1) if choices else logits
+            parts = (t.split(where.sum(1).tolist()) for t in (losses, logprobs, logits.argmax(-1)))
+            for i, row_losses, row_logprobs, row_best in zip(group, *parts, strict=True):
+                index, example = sequences[i]
+                labels = example.tokens[example.start :]
+                if i < len(examples):
+                    hit = row_best.cpu() == torch.tensor(labels)
+                    loss += float(row_losses.sum())
+                    count += len(row_losses)
+                    hits[i], exact[i] = int(hit.sum()), bool(hit.all())
+                for choice in map(tuple, choices or []):
+                    if choice[:-1] == labels[: len(choice) - 1]:
+                        ranking[index][choice] = sum(float(row_logprobs[s, token]) for s, token in enumerate(choice))
+            meter.update(len(group))
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
     if choices:
-        metric, rows = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
+        metric, right = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
     elif all(e.completion is not None for e in examples):
-        metric, rows = "exact-match", [float(right) for right in exact]
+        metric, right = "exact-match", [float(all_right) for all_right in exact]
     else:
-        metric, rows = "token", [n * len(examples) / count for n in hits]
-    accuracy = sum(rows) / len(examples)
-    return Metrics(loss / count, accuracy, metric, len(examples), count, time.perf_counter() - began), rows
+        metric, right = "token", [n * len(examples) / count for n in hits]
+    accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
+    return Metrics(loss / count, accuracy, metric, len(examples), count, seconds, right)
 
 
 def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:

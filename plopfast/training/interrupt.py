@@ -22,20 +22,14 @@ def interruptible() -> Iterator[Noted]:
     The earlier handlers come back at the end. Outside the main thread, where Python allows no handlers, nothing is noted.
     """
     noted = Noted()
-    if threading.current_thread() is not threading.main_thread():
-        yield noted
-        return
 
     def note(number: int, _frame: Any) -> None:
         if noted.number:
             raise KeyboardInterrupt
         noted.number = number
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, note)
-    try:
+    with contextlib.ExitStack() as undo:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                undo.callback(signal.signal, number, signal.signal(number, note))
         yield noted
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -63,9 +63,7 @@ def open_log(folder: str | Path | None, log_to: str, run_name: str | None = None
     log = Log()
     if "tensorboard" in names:
         if folder is None:
-            raise ConfigError(
-                "log_to: tensorboard needs a folder for its events; give an output folder, or leave it out"
-            )
+            raise ConfigError("log_to: tensorboard needs a folder for its events; give one, or leave tensorboard out")
         from torch.utils.tensorboard import SummaryWriter
 
         log.writer = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first_step)

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..data.rows import IGNORE
 from ..lora.layer import LoRALinear
 from ..models.frozen import frozen_of
-from ..models.running import body, output_head, run_for_logits
+from ..models.running import body, evaluating, output_head, run_for_logits
 
 CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
 SHORT_ROW = 128
@@ -53,12 +53,9 @@ def head_of(model: nn.Module) -> Head | None:
     module, config = output_head(model), getattr(model, "config", None)
     if not isinstance(module, nn.Linear) or isinstance(module, LoRALinear):
         return None
-    multiplier = 1.0
-    for name, inverse in (("logit_scale", False), ("lm_head_multiplier", False), ("logits_scaling", True)):
-        value = getattr(config, name, None)  # Cohere, Falcon-H1, Granite
-        if value:
-            multiplier *= 1.0 / value if inverse else value
-    return Head(module, multiplier, getattr(config, "final_logit_softcapping", None))
+    names = ("logit_scale", "lm_head_multiplier", "logits_scaling")  # Cohere's, Falcon-H1's, Granite's
+    cohere, falcon, granite = (getattr(config, name, None) or 1.0 for name in names)
+    return Head(module, cohere * falcon * (1.0 / granite), getattr(config, "final_logit_softcapping", None))
 
 
 def positions(labels: torch.Tensor) -> torch.Tensor:
@@ -74,15 +71,14 @@ def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: batch[key][:, :-1] for key in ("input_ids", "position_ids") if key in batch}
 
 
-def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None] | None:
-    """Returns a context for plain products, for short rows in half precision on the CPU; else None, torch's choice.
+def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """Returns a context for plain products, for short rows in half precision on the CPU; else torch chooses.
 
     There, torch 2.13's flash attention takes 3 times as long at 40 tokens and 1.5 times at 120, forward and backward (8
     rows of 9 heads of 64, 2 cores).
     """
-    if ids.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and ids.shape[1] <= SHORT_ROW:
-        return sdpa_kernel(SDPBackend.MATH)
-    return None
+    short = ids.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16) and ids.shape[1] <= SHORT_ROW
+    return sdpa_kernel(SDPBackend.MATH) if short else contextlib.nullcontext()
 
 
 class Objective(nn.Module):
@@ -109,8 +105,8 @@ class Objective(nn.Module):
         values to read (see estimate.py), "at" gives their places: index tensors of rows and columns."""
         where = batch["at"] if "at" in batch else positions(batch["labels"])
         targets_n = batch["labels"][:, 1:][where]
-        short = not self.recomputed and attention_for(batch["input_ids"], self.model.dtype)  # type: ignore[arg-type]
-        with short or contextlib.nullcontext():
+        ids, dtype = batch["input_ids"], self.model.dtype
+        with contextlib.nullcontext() if self.recomputed else attention_for(ids, dtype):  # type: ignore[arg-type]
             if self.head is None:
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
@@ -126,13 +122,9 @@ class Objective(nn.Module):
         assert self.head is not None
         weight = self.head.weight_VH
         ids = torch.arange(1, 9, device=weight.device).view(2, 4) % len(weight)
-        training = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             theirs = self.model(input_ids=ids, use_cache=False).logits.float()
             hidden = body(self.model)(input_ids=ids, use_cache=False)[0]
-        finally:
-            self.model.train(training)
         if hidden.shape[-1] != weight.shape[1]:
             return False
         ours = self.head.logits(hidden.reshape(-1, hidden.shape[-1])).view_as(theirs)

@@ -23,8 +23,5 @@ def neftune(model: nn.Module, alpha: float) -> Iterator[None]:
         bound = alpha / math.sqrt(output.shape[-2] * output.shape[-1])
         return output + torch.empty_like(output).uniform_(-bound, bound) if module.training else output
 
-    handle = model.get_input_embeddings().register_forward_hook(add_noise)  # type: ignore[operator]
-    try:
+    with model.get_input_embeddings().register_forward_hook(add_noise):  # type: ignore[operator]
         yield
-    finally:
-        handle.remove()

@@ -20,13 +20,12 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
     """Makes AdamW for parameters by name. With LoRA+ (Hayou et al., arXiv 2402.12354) every lora_B learns faster."""
-    groups = [
-        {"params": [p for name, p in parameters.items() if name.endswith("lora_B") == is_b], "ratio": ratio}
-        for is_b, ratio in ((False, 1.0), (True, config.lora_plus))
-    ]
-    used = [group for group in groups if group["params"]]
+    groups = []
+    for is_b, ratio in ((False, 1.0), (True, config.lora_plus)):
+        if chosen := [p for name, p in parameters.items() if name.endswith("lora_B") == is_b]:
+            groups.append({"params": chosen, "ratio": ratio})
     fused = next(iter(parameters.values())).device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(used, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+    return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from ..data.batches import groups_in_epoch, micro_batches
@@ -14,21 +13,44 @@ from ..support.errors import ConfigError, TrainingError
 BATCH_TOKENS = 1024
 
 
-@dataclass(frozen=True)
 class Plan:
-    """The rows of a training and how its steps take them. Made by `make_plan`.
+    """The rows of a training and how its steps take them: one epoch of `train`, unless the settings say how many steps.
 
-    `rows` are the `labelled` ones and then the unlabelled ones. A step takes `groups_in_step` micro-batches over all
-    ranks, each of at most `batch_tokens` tokens. The first `first_stage` of the `max_steps` steps hold unlabelled rows.
+    `unlabeled` rows come first, once, or are mixed in as `config.unlabeled_share` says. `rows` are the `labelled` ones and
+    then the unlabelled ones. A step takes `groups_in_step` micro-batches over all ranks, each of at most `batch_tokens`
+    tokens. The first `first_stage` of the `max_steps` steps hold unlabelled rows.
+
+    Raises TrainingError without training rows, ConfigError where the settings do not fit the rows.
     """
 
-    rows: list[Example]
-    labelled: int
-    config: TrainConfig
-    batch_tokens: int
-    groups_in_step: int
-    first_stage: int
-    max_steps: int
+    def __init__(self, train: Sequence[Example], unlabeled: Sequence[Example], config: TrainConfig) -> None:
+        if not train:
+            raise TrainingError("nothing to train on: the training data is empty")
+        self.config, self.rows, self.labelled = config, [*train, *unlabeled], len(train)
+        longest = max(self.rows, key=lambda example: len(example.tokens))
+        self.batch_tokens = batch_tokens_for(config, len(longest.tokens))
+        if len(longest.tokens) > self.batch_tokens:
+            raise ConfigError(
+                f"batch_tokens: {self.batch_tokens} is below the longest row, {len(longest.tokens)} tokens "
+                f"({longest.where}): raise it, or shorten or split the row"
+            )
+        if config.unlabeled_share and not unlabeled:
+            raise ConfigError("unlabeled_share: there are no unlabelled examples to mix in; give some, or leave it out")
+        self.groups_in_step = config.accumulate * ranks.size()
+        first = 0 if config.unlabeled_share else self._in_epoch(unlabeled)
+        self.first_stage = first // self.groups_in_step
+        epoch = math.ceil((first + self._in_epoch(train) / (1 - config.unlabeled_share)) / self.groups_in_step)
+        self.max_steps = config.max_steps or epoch
+        if self.max_steps <= self.first_stage:
+            raise ConfigError(
+                f"max_steps: the unlabelled text takes {self.first_stage} steps, so {self.max_steps} would end before the "
+                "labelled rows: raise --max-steps, or mix the text in with --unlabeled-share"
+            )
+
+    def _in_epoch(self, examples: Sequence[Example]) -> int:
+        """Returns the micro-batches of an epoch of `examples`."""
+        lengths = [len(example.tokens) for example in examples]
+        return groups_in_epoch(lengths, self.batch_tokens, self.config.seed, self.config.packing) if lengths else 0
 
     def groups(self, first_step: int = 0) -> Iterator[list[int]]:
         """Yields micro-batches without end, as indices of `rows`, beginning with those of `first_step` (from 0)."""
@@ -42,39 +64,3 @@ class Plan:
 def batch_tokens_for(config: TrainConfig, longest: int) -> int:
     """Returns the tokens of a micro-batch: the settings', else 1024 or the longest row's."""
     return config.batch_tokens or max(BATCH_TOKENS, longest)
-
-
-def make_plan(train: Sequence[Example], unlabeled: Sequence[Example], config: TrainConfig) -> Plan:
-    """Plans a training: one epoch of `train`, unless the settings say how many steps. `unlabeled` rows come first, once,
-    or are mixed in as `config.unlabeled_share` says.
-
-    Raises TrainingError without training rows, ConfigError where the settings do not fit the rows.
-    """
-    if not train:
-        raise TrainingError("nothing to train on: the training data is empty")
-    rows = [*train, *unlabeled]
-    longest = max(rows, key=lambda example: len(example.tokens))
-    batch_tokens = batch_tokens_for(config, len(longest.tokens))
-    if len(longest.tokens) > batch_tokens:
-        raise ConfigError(
-            f"batch_tokens: {batch_tokens} is below the longest row, {len(longest.tokens)} tokens "
-            f"({longest.where}): raise it, or shorten or split the row"
-        )
-    if config.unlabeled_share and not unlabeled:
-        raise ConfigError("unlabeled_share: there are no unlabelled examples to mix in; give some, or leave it out")
-
-    def in_epoch(examples: Sequence[Example]) -> int:
-        lengths = [len(example.tokens) for example in examples]
-        return groups_in_epoch(lengths, batch_tokens, config.seed, config.packing) if lengths else 0
-
-    groups_in_step = config.accumulate * ranks.size()
-    first = 0 if config.unlabeled_share else in_epoch(unlabeled)
-    first_stage = first // groups_in_step
-    epoch = math.ceil((first + in_epoch(train) / (1 - config.unlabeled_share)) / groups_in_step)
-    max_steps = config.max_steps or epoch
-    if max_steps <= first_stage:
-        raise ConfigError(
-            f"max_steps: the unlabelled text takes {first_stage} steps, so {max_steps} would end before the labelled "
-            "rows: raise --max-steps, or mix the text in with --unlabeled-share"
-        )
-    return Plan(rows, len(train), config, batch_tokens, groups_in_step, first_stage, max_steps)

@@ -21,14 +21,14 @@ class Records:
 
     def begin(self, step: int) -> None:
         """Cuts metrics.jsonl back to the first `step` steps, those of the checkpoint that is resumed (0: anew)."""
-        self.history = []
+        self.history.clear()
         if self.path is None:
             return
         if step and self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line short
-                    self.history.append(json.loads(line))
-            self.history = [record for record in self.history if record["step"] <= step]
+                    if (record := json.loads(line))["step"] <= step:
+                        self.history.append(record)
         if ranks.is_main():
             files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
 

@@ -11,7 +11,6 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +24,7 @@ from ..support.inputs import check_same
 
 CHECKPOINTS = "checkpoints"  # their folder within a run's folder
 COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
-KINDS = (
-    "now",
-    "best",
-    "average",
-    "step",
-    "exp_avg",
-    "exp_avg_sq",
-)  # the tensors of a parameter; the last three AdamW's
+KINDS = ("now", "best", "average", "step", "exp_avg", "exp_avg_sq")  # a parameter's tensors; the last three are AdamW's
 
 
 class TrainState:
@@ -131,16 +123,7 @@ class TrainState:
             setattr(self, name, state[name])
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was read: `identity` is the run's, `state` what `TrainState.load_state_dict` takes."""
-
-    path: Path
-    identity: dict[str, Any]
-    state: dict[str, Any]
-
-
-def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], keep: int) -> Path:
+def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], keep: int) -> None:
     """Writes a checkpoint, step-N.safetensors, as a whole or not at all, and then removes all but the newest `keep`.
 
     Raises FileError; earlier checkpoints are intact then.
@@ -154,7 +137,6 @@ def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], ke
             os.fsync(file.fileno())  # the data must reach the disk before the new name does
     for old in checkpoints(folder)[keep:]:
         old.unlink(missing_ok=True)
-    return path
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -166,9 +148,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"), reverse=True)
 
 
-def load_state(folder: Path) -> Checkpoint:
-    """Reads the newest good checkpoint. Damaged ones are skipped with a warning, and renamed, so that they are not
-    counted among those to keep. What killed writes left behind is removed.
+def load_state(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Reads the newest good checkpoint: its path, the identity of its run, and what `TrainState.load_state_dict` takes.
+
+    Damaged ones are skipped with a warning, and renamed, so that they are not counted among those to keep. What killed
+    writes left behind is removed.
 
     Raises FileError where there is no good one.
     """
@@ -187,7 +171,7 @@ def load_state(folder: Path) -> Checkpoint:
             warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
             with contextlib.suppress(FileNotFoundError):  # another rank was quicker
                 damaged.rename(damaged.with_suffix(".damaged"))
-        return Checkpoint(path, identity, tensors | facts)
+        return path, identity, tensors | facts
     found = "; ".join(problems.values()) or f"{folder}: no training checkpoint"
     raise FileError(f"{found}; start anew without --resume")
 

@@ -33,7 +33,7 @@ from .logs import open_log, targets
 from .loss import Objective
 from .neftune import neftune
 from .optimizer import lr_factor, make_optimizer, set_lr
-from .plan import make_plan
+from .plan import Plan
 from .records import Records
 from .state import CHECKPOINTS, TrainState, check_same_run, checkpoint_path, load_state, save_state
 
@@ -64,7 +64,8 @@ class Trainer:
     A micro-batch holds examples of similar length, at most `config.batch_tokens` tokens. The loss of a step is the mean
     over all its label tokens, however many micro-batches they came in. `unlabeled` examples come first, or are mixed in as
     `config.unlabeled_share` says. The parameters with the lowest loss on `valid` are kept. `on_valid` is called after each
-    validation with the step and the loss; an exception that it raises ends the training.
+    validation with the step and the loss; an exception that it raises ends the training. `history` holds the records of
+    metrics.jsonl, one for each step and each validation; `state` what was reached (`state.tokens`, `state.best_step`, ...).
 
     With `out` (a folder), metrics.jsonl and the newest `config.keep` checkpoints are written there, also on Ctrl-C.
     `fit(resume=True)` then continues from the newest good checkpoint as if nothing had happened (bit for bit on the CPU).
@@ -95,7 +96,7 @@ class Trainer:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
-        self.plan = make_plan(train, unlabeled, config)
+        self.plan = Plan(train, unlabeled, config)
         self.rows, self.max_steps = self.plan.rows, self.plan.max_steps
         if machine.launch().size > ranks.size():
             raise TrainingError("torchrun started several processes, but ranks.init was not called in this one")
@@ -109,6 +110,7 @@ class Trainer:
         self.optimizer = make_optimizer(self.parameters, config)
         self.state = TrainState(self.parameters, self.optimizer, validated=bool(valid), averaged=bool(config.ema))
         self.records = Records(self.out)
+        self.history = self.records.history
         self.notes: list[str] = []
         self.last_loss = math.nan
 
@@ -116,21 +118,6 @@ class Trainer:
     def step(self) -> int:
         """Steps done, those before an interruption included."""
         return self.state.step
-
-    @property
-    def tokens(self) -> int:
-        """Tokens learned from, without padding."""
-        return self.state.tokens
-
-    @property
-    def best_step(self) -> int:
-        """The step with the lowest validation loss, 0 before the first validation."""
-        return self.state.best_step
-
-    @property
-    def history(self) -> list[dict[str, Any]]:
-        """The records of metrics.jsonl, one for each step and each validation."""
-        return self.records.history
 
     def fit(self, resume: bool = False) -> TrainResult:
         """Trains to the last step, or until the validation loss has not improved `patience` times.
@@ -167,13 +154,11 @@ class Trainer:
 
     def paths(self) -> list[str]:
         """Says how the steps are computed, a line for each choice; what was done to the blocks is known after `fit`."""
-        loss = (
-            "chunks of logits" if self.objective.chunked else f"all label tokens' logits at once: {self.objective.why}"
-        )
-        lines = [f"loss: {loss}", *(f"one shrink for {', '.join(names)}" for names in self.shared[:1])]
-        if len(self.shared) > 1:
-            lines[-1] += f" and {len(self.shared) - 1} more such groups"
-        return lines + self.notes
+        why = self.objective.why
+        loss = f"all label tokens' logits at once: {why}" if why else "chunks of logits"
+        more = f" and {len(self.shared) - 1} more such groups" if len(self.shared) > 1 else ""
+        shrinks = [f"one shrink for {', '.join(names)}{more}" for names in self.shared[:1]]
+        return [f"loss: {loss}", *shrinks, *self.notes]
 
     def _train_step(self, groups: list[list[int]]) -> None:
         """Takes one optimizer step: forward and backward of this rank's micro-batches, clip, update, record."""
@@ -208,7 +193,7 @@ class Trainer:
         state.step += 1
         state.tokens += tokens
         state.positions += positions
-        self._record({
+        self.records.add({
             "step": state.step, "loss": self.last_loss if finite else None, "lr": lr,
             "grad_norm": grad_norm if finite else None, "tokens": tokens, "positions": positions,
             "seconds": round(time.perf_counter() - began, 4), **({} if finite else {"skipped": True}),
@@ -226,7 +211,7 @@ class Trainer:
                 state.worse += 1
         if not math.isfinite(loss):  # out here, as the end of the context would overwrite the best values
             self._stop(f"step {state.step}: validation loss {loss}")
-        self._record({"step": state.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
+        self.records.add({"step": state.step, "valid_loss": loss, "seconds": round(time.perf_counter() - began, 4)})
         if self.on_valid:
             self.on_valid(state.step, loss)
 
@@ -281,9 +266,6 @@ class Trainer:
         arrange = collate_packed if packed else collate
         return arrange([e.tokens for e in rows], [e.start for e in rows], device_of(self.model))
 
-    def _record(self, record: dict[str, Any]) -> None:
-        self.records.add(record)
-
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
         """Puts the model into training mode, the settings' choices in force and the log open, while it lasts."""
@@ -303,9 +285,9 @@ class Trainer:
         if resume:
             if self.out is None:
                 raise TrainingError("resume needs the folder `out` that holds the checkpoints")
-            checkpoint = load_state(self.out / CHECKPOINTS)
-            check_same_run(checkpoint.path, checkpoint.identity, self.identity)
-            self.state.load_state_dict(checkpoint.state)
+            path, identity, state = load_state(self.out / CHECKPOINTS)
+            check_same_run(path, identity, self.identity)
+            self.state.load_state_dict(state)
         elif self.out is not None and ranks.is_main():
             shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
         self.records.begin(self.state.step)
@@ -320,12 +302,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """Returns what must be the same when a run is resumed: settings, data, base model, placement, ranks."""
-        names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in FREE]
-        model, plan = self.model, self.plan
+        model, plan, lora = self.model, self.plan, adapters(self.model)
+        settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
         data = sha256(repr([(example.tokens, example.start) for example in plan.rows]).encode()).hexdigest()
-        lora = adapters(model)
         return {
-            **{name: getattr(self.config, name) for name in names},
+            **settings,
             "max_steps": plan.max_steps,
             "batch_tokens": plan.batch_tokens,
             "examples": plan.labelled,

@@ -6,7 +6,7 @@ from helpers import build
 
 from plopfast.data.rows import Example
 from plopfast.support.errors import TrainingError
-from plopfast.training.evaluate import choices_of, evaluate, evaluate_rows, label_loss
+from plopfast.training.evaluate import choices_of, evaluate, label_loss
 
 
 def logprobs(model, tokens):
@@ -72,7 +72,8 @@ def test_exact_match_and_token_accuracy():
     assert token.metric == "token" and token.accuracy == pytest.approx(hits / token.tokens)
     assert token.loss == pytest.approx(got.loss)
     for rows, whole in ((mixed, got), (plain, token)):
-        metrics, right = evaluate_rows(model, rows)
+        metrics = evaluate(model, rows)
+        right = metrics.right
         assert metrics.accuracy == whole.accuracy == pytest.approx(sum(right) / 24) and len(right) == 24
         if rows is mixed:
             assert set(right) == {0.0, 1.0} and right[:12] == [1.0] * 12
