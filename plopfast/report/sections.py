@@ -1,6 +1,5 @@
 """The sections of the report: what it says of each file of a run folder, in sentences, pictures and tables."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +53,7 @@ def _choice(run: RunFolder, report: NFNReport) -> Section:
     )  # fmt: skip
     return Section(
         "choice", "Which modules, and how sure", _about_the_choice(run), [picture],
-        [report.types_table(run.intervals, run.types)], run.noted("score"),
+        [report.types_table(run.intervals, run.types)],
     )  # fmt: skip
 
 
@@ -113,7 +112,6 @@ def _layers(run: RunFolder, report: NFNReport) -> Section:
         "layers", "Layer by layer",
         [f"Outliers: {spoken}. They are more than 3.5 robust standard deviations from their type's median."],
         [Picture("nfn_by_layer", alt, "Lighter is higher.", head, rows, pictures.heat_map(rows))],
-        command=run.noted("score"),
     )  # fmt: skip
 
 
@@ -125,9 +123,7 @@ def audit(run: RunFolder) -> list[Section]:
         f"NFN of {found['prompts']} prompts picks {listed(found['pick'])}. Everything is compared with that.",
         *(f"Skipped: {row['kind']}, {row['what']}: {row['why']}." for row in found.get("missing", [])),
     ]
-    return [
-        Section("audit", "Can the scores be trusted?", texts, tables=audit_tables(found), command=run.noted("audit"))
-    ]
+    return [Section("audit", "Can the scores be trusted?", texts, tables=audit_tables(found))]
 
 
 def estimate(run: RunFolder) -> list[Section]:
@@ -141,11 +137,7 @@ def estimate(run: RunFolder) -> list[Section]:
         "Estimated peaks, not measurements. Hatched: full fine-tuning.",
         ("placement", "total_mib", *PARTS), rows, pictures.memory(rows),
     )  # fmt: skip
-    return [
-        Section(
-            "estimate", "What training would take", [text], [picture], [estimate_table(found)], run.noted("estimate")
-        )
-    ]
+    return [Section("estimate", "What training would take", [text], [picture], [estimate_table(found)])]
 
 
 def training(run: RunFolder) -> list[Section]:
@@ -162,7 +154,7 @@ def training(run: RunFolder) -> list[Section]:
         return []
     picture = Picture("training", f"Loss over {rows[-1][0]} training steps: {spoken}.", "Nats per label token.",
                       ("step", "loss", "valid_loss"), rows, pictures.curve(rows))  # fmt: skip
-    return [Section("training", "Training", pictures=[picture], command=run.noted("train"))]
+    return [Section("training", "Training", pictures=[picture])]
 
 
 def evaluation(run: RunFolder) -> list[Section]:
@@ -179,7 +171,7 @@ def evaluation(run: RunFolder) -> list[Section]:
         "before_after", alt, note, [column.heading for column in columns], rows, pictures.before_after(rows)
     )
     table = Table("Before and after training", columns, rows)
-    return [Section("eval", "Before and after", [], [picture], [table], run.noted("eval"))]
+    return [Section("eval", "Before and after", [], [picture], [table])]
 
 
 def trial(run: RunFolder) -> list[Section]:
@@ -203,14 +195,13 @@ def trial(run: RunFolder) -> list[Section]:
         ("placement", "difference", "low", "high", "p_corrected", "verdict"), rows,
         pictures.forest(rows, [row[5] for row in rows], [row[5] in ("better", "worse") for row in rows], f"accuracy minus that of {reference}"),
     )  # fmt: skip
-    command = run.noted("trial")
     return [
-        Section("trial", "Placements compared", texts, [picture] * bool(rows), [trial_table(found)], command),
-        *_forgetting(run, command),
+        Section("trial", "Placements compared", texts, [picture] * bool(rows), [trial_table(found)]),
+        *_forgetting(run),
     ]
 
 
-def _forgetting(run: RunFolder, command: str) -> list[Section]:
+def _forgetting(run: RunFolder) -> list[Section]:
     base = run.trial["base"].get("general_loss")
     if base is None:
         return []
@@ -228,7 +219,7 @@ def _forgetting(run: RunFolder, command: str) -> list[Section]:
         ("placement", "forgetting", "lowest_seed", "highest_seed", "general_loss"), rows,
         pictures.forest(rows, [f"{row[1]:+.3f}" for row in rows], [True] * len(rows), "loss on general text minus the base model's"),
     )  # fmt: skip
-    return [Section("forgetting", "Forgetting", [text], [picture], command=command)]
+    return [Section("forgetting", "Forgetting", [text], [picture])]
 
 
 def cost(run: RunFolder) -> Section:
@@ -265,7 +256,7 @@ def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
     facts += [
         ("seeds", "; ".join([str(settings.get("seed", UNKNOWN)), *seeds])),
         ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None) or UNKNOWN),
-        ("this page", f"plopfast report --overwrite --out {shlex.quote(str(run.path))}"),
+        ("this page", run.command("report --overwrite")),
     ]
     tables = [Table("Data, versions and settings", [Column("what"), Column("value")], facts)]
     if missing:
