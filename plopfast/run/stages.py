@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..lora.layer import adapters, disabled, merge, unload
+from ..lora.layer import adapters, disabled, merge
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.loading import load_model
@@ -20,7 +20,7 @@ from ..support.errors import ConfigError, FileError, PlacementError, TrainingErr
 from ..training.evaluate import Metrics, choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer, TrainResult
-from .apply import adapt, placed, scored, why_every_row
+from .apply import placed, scored, trainer_for, why_every_row
 from .folder import EVA, Run
 
 
@@ -74,15 +74,7 @@ def run_train(run: Run) -> TrainResult:
             f"{unfinished[0]}: an unfinished training; pass --resume to go on, or --overwrite to start anew"
         )
     run.begin("train")
-    train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
-    unload(run.model)
-    if placement is None:
-        run.model.requires_grad_(True)
-    else:
-        adapt(run.model, placement, config.adapters, config.dropout, vectors)
-    trainer = Trainer(
-        run.model, config.training, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress
-    )
+    trainer = trainer_for(run, placement, vectors, out=run.folder)
     for line in (*trainer.paths(), *(threads.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)
     with run.stage("train"):

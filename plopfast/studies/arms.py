@@ -24,7 +24,7 @@ from ..lora.placement import Placement
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.running import context_length
-from ..run.apply import adapt
+from ..run.apply import trainer_for
 from ..run.folder import EVA, Run
 from ..support import files, memory
 from ..support.config import RunConfig
@@ -33,7 +33,6 @@ from ..support.inputs import check_same
 from ..support.progress import Work
 from ..training.evaluate import choices_of, evaluate, evaluate_rows
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.trainer import Trainer
 
 GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
 SHARED = 16  # tokens in a row; fewer can be a turn of phrase
@@ -111,15 +110,9 @@ class Training:
         return value
 
     def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:
-        run, model = self.run, self.run.model
-        unload(model)
-        if arm.placement is None:
-            model = copy.deepcopy(model).float().requires_grad_(True)
-        else:
-            adapt(model, arm.placement, config.adapters, config.dropout, self.vectors)
+        run = self.run
+        trainer = trainer_for(run, arm.placement, self.vectors, config=config, out=out, copied=True)
         memory.reset_peak(run.model.device)
-        train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
-        trainer = Trainer(model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
         value: dict[str, Any] = {"valid_loss": None}
         try:
             result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
@@ -132,9 +125,9 @@ class Training:
             value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
             if arm.placement is None:
                 with files.replacing(out / WEIGHTS) as scratch:
-                    save_model(model, str(scratch))
+                    save_model(trainer.model, str(scratch))
             else:
-                save_adapter(model, out / "adapter", overwrite=True)
+                save_adapter(run.model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}

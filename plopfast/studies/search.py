@@ -22,7 +22,7 @@ from ..lora.placement import full_rank
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..placing.rules import RULES, command_rules
-from ..run.apply import adapt, placed, scored
+from ..run.apply import placed, scored, trainer_for
 from ..run.folder import Run
 from ..scoring.report import NFNReport
 from ..support import files
@@ -30,7 +30,6 @@ from ..support.config import FREE
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
 from ..support.inputs import check_same
 from ..support.progress import Work
-from ..training.trainer import Trainer
 
 try:
     import optuna
@@ -162,7 +161,6 @@ class Search:
         run = self.run
         config = dataclasses.replace(run.config, **trial.params, log_to="none")
         vectors = self.scored(config.rank).eva if config.init == "eva" else None
-        train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
 
         def look(step: int, loss: float) -> None:
             trial.set_user_attr("steps", step)
@@ -171,10 +169,7 @@ class Search:
                 raise optuna.TrialPruned
 
         try:
-            adapt(run.model, placed(self.report, config.placing), config.adapters, config.dropout, vectors)
-            trainer = Trainer(
-                run.model, config.training, train, valid, unlabeled=unlabeled, progress=run.progress, on_valid=look
-            )
+            trainer = trainer_for(run, placed(self.report, config.placing), vectors, config=config, on_valid=look)
             loss = trainer.fit().valid_loss
         finally:
             unload(run.model)
