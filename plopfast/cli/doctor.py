@@ -135,8 +135,9 @@ def examine(
     if loaded is not None:
         for info in _middle_layer(loaded):
             checks.run(info.name, partial(_layer, info, backend, rank))
+        listed = lambda rows: "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows)  # noqa: E731
         paths = partial(module_paths, loaded, where, dtype, rank, backend)
-        checks.run("paths", paths, lambda rows: f"for {TOKENS} tokens and rank {rank}{_table(rows)}")
+        checks.run("paths", paths, lambda rows: f"for {TOKENS} tokens and rank {rank}{listed(rows)}")
     return checks.verdict()
 
 
@@ -163,10 +164,6 @@ def _middle_layer(model: nn.Module) -> list[LinearInfo]:
     infos = linear_modules(model)
     middle = infos[len(infos) // 2].layer
     return list({info.type: info for info in infos if info.layer == middle}.values())
-
-
-def _table(rows: list[tuple[int, str, str, str]]) -> str:
-    return "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows)
 
 
 def kernels(device: torch.device, strategy: str, dtype: torch.dtype, seconds: float) -> str:

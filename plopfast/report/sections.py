@@ -92,14 +92,9 @@ def _about_the_choice(run: RunFolder) -> list[str]:
 def _layers(run: RunFolder, report: NFNReport) -> Section:
     z, outliers = report.z_scores(), set(report.outliers())
     order = list(report.types)
-    rows = sorted(
-        (
-            (name, s.type, s.layer, s.nfn, z[name], name in outliers)
-            for name, s in report.scores.items()
-            if s.layer is not None
-        ),
-        key=lambda row: (order.index(row[1]), row[2]),
-    )
+    layered = [(name, s) for name, s in report.scores.items() if s.layer is not None]
+    rows = [(name, s.type, s.layer, s.nfn, z[name], name in outliers) for name, s in layered]
+    rows.sort(key=lambda row: (order.index(row[1]), row[2]))
     low, high = min(rows, key=lambda row: row[3]), max(rows, key=lambda row: row[3])
     odd = {type_: [str(row[2]) for row in rows if row[1] == type_ and row[5]] for type_ in order}
     spoken = "; ".join(f"{type_} in layer {', '.join(found)}" for type_, found in odd.items() if found) or "none"
@@ -146,9 +141,8 @@ def training(run: RunFolder) -> list[Section]:
     for metric in run.metrics:
         steps.setdefault(metric["step"], {}).update(metric)
     rows = [(step, steps[step].get("loss"), steps[step].get("valid_loss")) for step in sorted(steps)]
-    lines = {
-        name: [row[at] for row in rows if row[at] is not None] for at, name in ((1, "training"), (2, "validation"))
-    }
+    losses = ("training", [row[1] for row in rows]), ("validation", [row[2] for row in rows])
+    lines = {name: [loss for loss in line if loss is not None] for name, line in losses}
     spoken = "; ".join(f"{name} from {line[0]:.3f} to {line[-1]:.3f}" for name, line in lines.items() if line)
     if not spoken:
         return []
@@ -167,9 +161,8 @@ def evaluation(run: RunFolder) -> list[Section]:
     )
     note = f"{base['examples']} held-out rows. Accuracy: {base['metric']}."
     columns = [Column("model"), Column("accuracy", ".4f"), Column("loss", ".4f"), Column("rows", "d")]
-    picture = Picture(
-        "before_after", alt, note, [column.heading for column in columns], rows, pictures.before_after(rows)
-    )
+    head = [column.heading for column in columns]
+    picture = Picture("before_after", alt, note, head, rows, pictures.before_after(rows))
     table = Table("Before and after training", columns, rows)
     return [Section("eval", "Before and after", [], [picture], [table])]
 
@@ -178,11 +171,8 @@ def trial(run: RunFolder) -> list[Section]:
     """trial.json: the placements compared, and what they forgot."""
     found, level = run.trial, f"{100 * run.trial['confidence']:g}%"
     arms, reference = found["arms"], found["reference"]
-    rows = [
-        (arm["name"], v["difference"], v["low"], v["high"], v["p_corrected"], v["verdict"])
-        for arm in arms
-        if (v := arm["versus"])
-    ]
+    head = ("difference", "low", "high", "p_corrected", "verdict")
+    rows = [(arm["name"], *(arm["versus"][key] for key in head)) for arm in arms if arm["versus"]]
     spoken = "; ".join(f"{name} {d:+.3f} ({low:+.3f} to {high:+.3f}), {word}" for name, d, low, high, _, word in rows)
     texts = [
         f"{len(arms)} placements were trained with {len(found['seeds'])} seeds each, chosen by validation rows, and tested on "
@@ -192,7 +182,7 @@ def trial(run: RunFolder) -> list[Section]:
     picture = Picture(
         "trial", f"Difference in accuracy to {reference}, with {level} intervals: {spoken}.",
         f"Right of the dotted line: better than {reference}. Filled squares: a difference was shown. Bars: {level} intervals.",
-        ("placement", "difference", "low", "high", "p_corrected", "verdict"), rows,
+        ("placement", *head), rows,
         pictures.forest(rows, [row[5] for row in rows], [row[5] in ("better", "worse") for row in rows], f"accuracy minus that of {reference}"),
     )  # fmt: skip
     return [
@@ -234,17 +224,10 @@ def cost(run: RunFolder) -> Section:
     if run.trial and "trial" not in run.stages:
         peak = max(arm["peak_mib"] for arm in run.trial["arms"])
         rows.append(("trial", run.trial["seconds"], None, peak, run.noted("trial")))
-    columns = [
-        Column("stage"),
-        Column("seconds", ".1f"),
-        Column("tokens", ",d"),
-        Column("peak MiB", ".0f"),
-        Column("command"),
-    ]
-    tables = [Table("Measured time and memory", columns, rows)] if rows else []
-    return Section(
-        "cost", "Time and memory used", [] if rows else ["stages.json is missing: no time was noted."], tables=tables
-    )
+    columns = [Column("stage"), Column("seconds", ".1f"), Column("tokens", ",d"), Column("peak MiB", ".0f")]
+    table = Table("Measured time and memory", [*columns, Column("command")], rows)
+    missing = [] if rows else ["stages.json is missing: no time was noted."]
+    return Section("cost", "Time and memory used", missing, tables=[table] * bool(rows))
 
 
 def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:

@@ -101,10 +101,9 @@ class Training:
         if done.exists():
             self.work.skip()
             return files.read_json(done, MADE_BY)
+        config = dataclasses.replace(self.run.config, lr=lr, seed=seed)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
-            value = {"seed": seed, "lr": lr} | self._fit(
-                arm, dataclasses.replace(self.run.config, lr=lr, seed=seed), out
-            )
+            value = {"seed": seed, "lr": lr} | self._fit(arm, config, out)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value
@@ -163,14 +162,10 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
 
 @dataclass(frozen=True)
 class GeneralText:
-    """Text that has nothing to do with the task: its rows, and what trial.json tells of it."""
+    """Text that has nothing to do with the task: its rows, and what trial.json tells of it (file, sha256, tokens)."""
 
     rows: list[Example]
-    file: str
-    sha256: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"file": self.file, "sha256": self.sha256, "tokens": sum(len(row.tokens) for row in self.rows)}
+    facts: dict[str, Any]
 
 
 def general_text(run: Run, folder: Path) -> GeneralText:
@@ -195,7 +190,8 @@ def general_text(run: Run, folder: Path) -> GeneralText:
             rows.append(row)
     file = run.config.general or "pydoc_data.topics"
     _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
-    return GeneralText(rows, file, files.sha256(Path(path)))
+    tokens = sum(len(row.tokens) for row in rows)
+    return GeneralText(rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens})
 
 
 def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
@@ -220,12 +216,9 @@ def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) 
     """
     names = [info.name for info in linear_modules(run.model)][:8]
     now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
-    now |= {"the general text": general.sha256, "the model's weights": fingerprint(run.model, names)}
-    now |= {
-        f"the placement of {arm.name}": {name: list(pair) for name, pair in arm.placement.modules.items()}
-        for arm in arms
-        if arm.placement
-    }
+    now |= {"the general text": general.facts["sha256"], "the model's weights": fingerprint(run.model, names)}
+    for placement, name in ((arm.placement, arm.name) for arm in arms if arm.placement):
+        now[f"the placement of {name}"] = {module: list(pair) for module, pair in placement.modules.items()}
     if run.config.init == "eva":
         now["EVA's vectors"] = files.sha256(run.folder / EVA)
     path = folder / "inputs.json"

@@ -30,6 +30,7 @@ from ..scoring.report import NFNReport
 from ..support import files
 from ..support.config import PlaceSettings
 from ..support.errors import ConfigError, FileError, PlacementError, nearest
+from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
 from .paired import accuracies, compare
@@ -82,7 +83,7 @@ def run_trial(run: Run) -> str:
     value = {
         "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
         **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
-        "seeds": seeds, "lrs": lrs, "general": general.as_json(), **_compared(run, trained, base, tests),
+        "seeds": seeds, "lrs": lrs, "general": general.facts, **_compared(run, trained, base, tests),
     }  # fmt: skip
     files.write_json(run.file("trial"), value)
     return str(trial_table(value))
@@ -115,21 +116,15 @@ def _check_test_rows(run: Run) -> None:
 
 
 def _check_scored_alike(run: Run, report: NFNReport) -> None:
-    """Raises ConfigError where the folder's scores are of another model or other tokens, or were made in another way, than
-    the settings say."""
-    if report.model != run.model.name_or_path:
+    """Raises ConfigError where the folder's scores were made of another model, of other tokens or in another way."""
+    plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
+    kept = {name: report.settings.get(name.removeprefix("score_"), usual) for name, usual in plain.items()}
+    asked = {name: getattr(run.config, name) for name in plain}
+    if changed := differences(kept | {"model": report.model}, asked | {"model": run.model.name_or_path}):
         raise ConfigError(
-            f"{run.file('score')} holds the scores of {report.model}, the trial's model is {run.model.name_or_path}: choose "
+            f"{run.file('score')} was made with other settings: {'; '.join(changed)}. Give the ones that were, or choose "
             "another --out"
         )
-    plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
-    for name, default in plain.items():
-        kept, asked = report.settings.get(name.removeprefix("score_"), default), getattr(run.config, name)
-        if kept != asked:
-            raise ConfigError(
-                f"{run.file('score')} was made with {name} {kept}, the trial's is {asked}: give that one, or choose another "
-                "--out"
-            )
 
 
 def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
