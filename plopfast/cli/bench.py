@@ -34,7 +34,7 @@ from ..support import files, machine
 from ..support.errors import BackendError, ConfigError
 from ..support.progress import bar
 from . import bench_timing as timing
-from .bench_cases import C, Case, Plain, Shapes, adapted, adapters, cases, op_bytes, op_flops, operands, ops, step
+from .bench_cases import C, Case, Plain, Shapes, adapted, adapters, cases, op_work, operands, ops, step
 from .bench_timing import NONE, Calls
 
 TUNE_TOKENS, TUNE_RANKS = (512, 1024, 2048, 4096, 8192), (16, 32, 64)
@@ -174,7 +174,7 @@ class Bench:
         for op, (plain, kernel) in ops(*tensors, triton_ops if self.kernels else None).items():
             both = {"torch": plain, "triton": kernel} if self.kernels else {"torch": plain}
             calls = self.right(f"{op} of {case}", both, plain(), exact[op][0]())
-            flops, moved = op_flops(op, case), op_bytes(op, case, x.element_size())
+            flops, moved = op_work(op, case, x.element_size())
             tiles = str(dispatch.candidates(self.target, self.dtype, m)[0]) if flops else ""
             self.record(case, op, calls, budget_s / len(exact), flops, moved, tiles)
 

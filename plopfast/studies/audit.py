@@ -17,7 +17,7 @@ from ..data.batches import batches_of
 from ..data.rows import Example
 from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
-from ..placing.rules import RULES, Rule
+from ..placing.rules import RULES, Rule, ranked
 from ..report.tables import audit_tables
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
@@ -215,12 +215,11 @@ def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
 
 
 def _criterion_row(rule: Rule, types: Mapping[str, float], cost: Measured, base: Measured, k: int) -> dict[str, Any]:
-    ours, highest = base.value.types, rule.highest
-    picked = pick(types, k, highest)
+    ours, highest, order = base.value.types, rule.highest, ranked(types, rule.highest)
     return {
         "name": rule.criterion, "source": rule.source, "chooses": "highest" if highest else "lowest",
-        "types": {type_: types[type_] for type_ in pick(types, len(types), highest)}, "pick": picked,
-        "tau": tau_of(ours, types, highest), "agrees": set(picked) == set(pick(ours, k)),
+        "types": {type_: types[type_] for type_ in order}, "pick": order[:k],
+        "tau": tau_of(ours, types, highest), "agrees": set(order[:k]) == set(pick(ours, k)),
         "seconds": cost.seconds, "cost": cost.seconds / base.seconds, "extra_mib": cost.extra_mib,
         "needs": rule.needs,
     }  # fmt: skip
