@@ -94,19 +94,17 @@ def _shown_by_trial(run: RunFolder) -> str:
     matched = [arm for arm in _arms(trial, "better") if arm["types"]]  # `full` trains all weights: it is no placement
     if matched:
         best = max(matched, key=lambda arm: arm["versus"]["difference"])
-        return (
-            f"Use the placement {best['name']} ({listed(best['types'])}). In the trial it did better than {trial['reference']}, "
-            f"by {points_of(best['versus'])} points of accuracy, at {100 * trial['confidence']:g}% confidence."
-        )
-    for arm in _arms(trial, "worse"):
-        first = trial["arms"][0]
-        if arm["name"] == run.rule and first["types"]:
-            return (
-                f"Use the placement {first['name']} ({listed(first['types'])}). In the trial {arm['name']}, which this folder "
-                f"holds, differed from it by {points_of(arm['versus'])} points of accuracy, at {100 * trial['confidence']:g}% "
-                "confidence."
-            )
-    return ""
+        use, found, by = best, f"it did better than {trial['reference']}, by", best["versus"]
+    else:
+        ours = [arm for arm in _arms(trial, "worse") if arm["name"] == run.rule]
+        if not (ours and trial["arms"][0]["types"]):
+            return ""
+        use, found = trial["arms"][0], f"{run.rule}, which this folder holds, differed from it by"
+        by = ours[0]["versus"]
+    return (
+        f"Use the placement {use['name']} ({listed(use['types'])}). In the trial {found} {points_of(by)} points of accuracy, at "
+        f"{100 * trial['confidence']:g}% confidence."
+    )
 
 
 def _findings(trial: dict[str, Any]) -> str:

@@ -21,8 +21,6 @@ from ..data.text import read_text
 from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
-from ..models.frozen import fingerprint
-from ..models.linears import linear_modules
 from ..models.running import context_length
 from ..run.apply import trainer_for
 from ..run.folder import EVA, Run
@@ -214,9 +212,7 @@ def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) 
 
     Raises ConfigError where `run.resume` meets other inputs than the trial began with.
     """
-    names = [info.name for info in linear_modules(run.model)][:8]
-    now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
-    now |= {"the general text": general.facts["sha256"], "the model's weights": fingerprint(run.model, names)}
+    now = run.inputs() | {"the general text": general.facts["sha256"]}
     for placement, name in ((arm.placement, arm.name) for arm in arms if arm.placement):
         now[f"the placement of {name}"] = {module: list(pair) for module, pair in placement.modules.items()}
     if run.config.init == "eva":

@@ -19,7 +19,6 @@ import torch
 from ..lora.init import INITS
 from ..lora.layer import unload
 from ..lora.placement import full_rank
-from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..placing.rules import RULES, command_rules
 from ..run.apply import placed, scored, trainer_for
@@ -65,8 +64,7 @@ class Search:
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
-        infos = [info for info in linear_modules(run.model) if info.layer is not None]
-        most = min(full_rank(info.n_in, info.n_out) for info in infos)
+        most = min(full_rank(info.n_in, info.n_out) for info in linear_modules(run.model))
         ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
         self.scored = functools.cache(self._scored)
         self.report = self.scored(ranks[0])  # NFN is the same whatever EVA's rank
@@ -84,13 +82,9 @@ class Search:
             "rule": CategoricalDistribution(rules),
         }
         identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in APART}
-        identity |= {f"the {split} file": files.sha256(path) for split, path in run.paths.items() if split != "test"}
-        self.ranges = {
-            name: json.loads(distribution_to_json(known))["attributes"] for name, known in self.space.items()
-        }
+        self.ranges = {name: json.loads(distribution_to_json(kind))["attributes"] for name, kind in self.space.items()}
         identity |= {f"range of {name}": known for name, known in self.ranges.items()}
-        identity["the model's weights"] = fingerprint(run.model, [info.name for info in infos][:8])
-        self.study = self._open(run.folder / STORE, identity)
+        self.study = self._open(run.folder / STORE, identity | run.inputs(without="test"))
 
     def _scored(self, rank: int) -> NFNReport:
         """Scores every row, and takes EVA's vectors as a run of this rank does (their sketch depends on the rank)."""
