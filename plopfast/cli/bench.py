@@ -16,7 +16,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from math import inf
@@ -71,13 +71,12 @@ def run(
 
 
 def tune(
-    *, shapes: Shapes = "all", tokens: Sequence[int] = TUNE_TOKENS, ranks: Sequence[int] = TUNE_RANKS,
-    dtype: str = "bfloat16", repeats: int = 20, budget_s: float = 540.0, dry: bool = False, path: Path | None = None,
-    progress: bool = False,
+    *, shapes: Shapes = "all", dtype: str = "bfloat16", repeats: int = 20, budget_s: float = 540.0, dry: bool = False,
+    path: Path | None = None, progress: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], str]:  # fmt: skip
     """Times a training step of each linear, lora-first and fused with every candidate tiling, and stores the fastest.
 
-    `shapes` is as in `run`; pairs are (in, out) of a model's linears. `tokens` and `ranks` stand for their buckets
+    `shapes` is as in `run`; pairs are (in, out) of a model's linears. TUNE_TOKENS and TUNE_RANKS stand for their buckets
     (dispatch.key). Rows go to tuning.save(path) and are put in force; a dry run writes only if `path` is given. Returns
     rows and text. Raises what `run` raises.
     """
@@ -85,7 +84,7 @@ def tune(
     if not dry and not bench.kernels:
         raise BackendError(f"nothing to tune: {dispatch.cannot_run(bench.device)}")
     sides = dict.fromkeys((case.n, case.k) for case in cases(shapes, dry))
-    points = product(sides, [32] if dry else tokens, [4] if dry else ranks)
+    points = product(sides, [32] if dry else TUNE_TOKENS, [4] if dry else TUNE_RANKS)
     chosen = [Case("linear", "tune", m, n, k, rank) for (n, k), m, rank in points]
     before, rows = dict(dispatch.TABLE), {}
     try:
