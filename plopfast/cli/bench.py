@@ -16,8 +16,7 @@ import importlib.util
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from itertools import product
 from math import inf
@@ -35,22 +34,12 @@ from ..support import files, machine
 from ..support.errors import BackendError, ConfigError
 from ..support.progress import bar
 from . import bench_timing as timing
-from .bench_cases import C, Case, Plain, Shapes, adapted, adapters, cases, op_bytes, op_flops, operands, ops, step
+from .bench_cases import C, Case, Plain, Shapes, adapted, adapters, cases, op_work, operands, ops, step
 from .bench_timing import NONE, Calls
 
 TUNE_TOKENS, TUNE_RANKS = (512, 1024, 2048, 4096, 8192), (16, 32, 64)
 CHECKED = 256  # tokens of a layer's first sequence that are checked
 UNITS = {"tflops": "TFLOP/s", "gbytes_per_s": "GB/s", "peak_mib": "MiB at its peak"}
-
-
-@dataclass(frozen=True)
-class Work:
-    """What the calls of one op do: FLOPs and bytes (0: not reported), and the tiles of the Triton variants."""
-
-    op: str
-    flops: float = 0.0
-    moved: float = 0.0
-    tiles: str = ""
 
 
 def run(
@@ -82,13 +71,12 @@ def run(
 
 
 def tune(
-    *, shapes: Shapes = "all", tokens: Sequence[int] = TUNE_TOKENS, ranks: Sequence[int] = TUNE_RANKS,
-    dtype: str = "bfloat16", repeats: int = 20, budget_s: float = 540.0, dry: bool = False, path: Path | None = None,
-    progress: bool = False,
+    *, shapes: Shapes = "all", dtype: str = "bfloat16", repeats: int = 20, budget_s: float = 540.0, dry: bool = False,
+    path: Path | None = None, progress: bool = False,
 ) -> tuple[dict[str, dict[str, Any]], str]:  # fmt: skip
     """Times a training step of each linear, lora-first and fused with every candidate tiling, and stores the fastest.
 
-    `shapes` is as in `run`; pairs are (in, out) of a model's linears. `tokens` and `ranks` stand for their buckets
+    `shapes` is as in `run`; pairs are (in, out) of a model's linears. TUNE_TOKENS and TUNE_RANKS stand for their buckets
     (dispatch.key). Rows go to tuning.save(path) and are put in force; a dry run writes only if `path` is given. Returns
     rows and text. Raises what `run` raises.
     """
@@ -96,7 +84,7 @@ def tune(
     if not dry and not bench.kernels:
         raise BackendError(f"nothing to tune: {dispatch.cannot_run(bench.device)}")
     sides = dict.fromkeys((case.n, case.k) for case in cases(shapes, dry))
-    points = product(sides, [32] if dry else tokens, [4] if dry else ranks)
+    points = product(sides, [32] if dry else TUNE_TOKENS, [4] if dry else TUNE_RANKS)
     chosen = [Case("linear", "tune", m, n, k, rank) for (n, k), m, rank in points]
     before, rows = dict(dispatch.TABLE), {}
     try:
@@ -167,12 +155,12 @@ class Bench:
         fused = flops and self.kernels
         tiles = str(dispatch.plan(self.device, self.dtype, *case.sizes, "fused").tiles) if fused else ""
         forward = {name: partial(module, x) for name, module in modules.items()}
-        self.record(case, Work(f"{case.kind} forward", flops, tiles=tiles), forward, budget_s / 3)
+        self.record(case, f"{case.kind} forward", forward, budget_s / 3, flops, tiles=tiles)
         steps = {name: partial(step, module, x, dy, adapters(module)) for name, module in modules.items()}
-        self.record(case, Work(f"{case.kind} step", 2 * flops, tiles=tiles), steps, budget_s / 3)
+        self.record(case, f"{case.kind} step", steps, budget_s / 3, 2 * flops, tiles=tiles)
         grad = partial(torch.autograd.grad, grad_outputs=dy, retain_graph=True)
         backward = {name: partial(grad, module(x), [x, *adapters(module)]) for name, module in modules.items()}
-        self.record(case, Work(f"{case.kind} backward", flops, tiles=tiles), backward, budget_s / 3)
+        self.record(case, f"{case.kind} backward", backward, budget_s / 3, flops, tiles=tiles)
 
     def measure_ops(self, case: Case, budget_s: float, x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor) -> None:
         """Adds the rows of each kernel on its own."""
@@ -185,9 +173,9 @@ class Bench:
         for op, (plain, kernel) in ops(*tensors, triton_ops if self.kernels else None).items():
             both = {"torch": plain, "triton": kernel} if self.kernels else {"torch": plain}
             calls = self.right(f"{op} of {case}", both, plain(), exact[op][0]())
-            flops, moved = op_flops(op, case), op_bytes(op, case, x.element_size())
+            flops, moved = op_work(op, case, x.element_size())
             tiles = str(dispatch.candidates(self.target, self.dtype, m)[0]) if flops else ""
-            self.record(case, Work(op, flops, moved, tiles), calls, budget_s / len(exact))
+            self.record(case, op, calls, budget_s / len(exact), flops, moved, tiles)
 
     def tune(self, case: Case, budget_s: float) -> dict[str, dict[str, Any]]:
         """The row of dispatch's table for one linear, under its key."""
@@ -244,25 +232,30 @@ class Bench:
     def time_ms(self, calls: Calls, budget_s: float, prepare: Calls = NONE) -> dict[str, list[float]]:
         return timing.interleaved(calls, self.repeats, budget_s, self.flush, prepare)
 
-    def record(self, case: Case, work: Work, calls: Calls, budget_s: float) -> None:
-        """Times the calls and adds a row for each."""
+    def record(
+        self, case: Case, op: str, calls: Calls, budget_s: float, flops: float, moved: float = 0.0, tiles: str = ""
+    ) -> None:
+        """Times the calls and adds a row for each.
+
+        `flops` and `moved`, in bytes, are what a call does (0: not reported); `tiles` are those of the Triton variants.
+        """
         times = self.time_ms(calls, budget_s)
         base = next(name for name in ("peft", "frozen", "torch") if name in calls)
         for name, ms in times.items():
             median, (low, *_, high) = statistics.median(ms), statistics.quantiles(ms, n=5, method="inclusive")
             row = {
-                **self.origin, "case": case.label, "op": work.op, "variant": name,
-                "tiles": work.tiles if name in ("fused", "triton") else "",
+                **self.origin, "case": case.label, "op": op, "variant": name,
+                "tiles": tiles if name in ("fused", "triton") else "",
                 "M": case.m, "N": case.n, "K": case.k, "R": case.rank,
                 "median_ms": median, "q20_ms": low, "q80_ms": high, "repeats": len(ms),
                 "peak_mib": None if self.flush is None else timing.peak_mib(calls[name]),
-                "tflops": work.flops / median / 1e9 or None, "gbytes_per_s": work.moved / median / 1e6 or None,
+                "tflops": flops / median / 1e9 or None, "gbytes_per_s": moved / median / 1e6 or None,
                 "relative": median / statistics.median(times[base]), "relative_to": base,
             }  # fmt: skip
             self.rows.append(row)
             units = ", ".join(f"{row[key]:.1f} {unit}" for key, unit in UNITS.items() if row[key] is not None)
             spread = f"{median:9.3f} ms ({low:.3f} to {high:.3f})"
-            self.note(f"{case!s:<44} {work.op:<16} {name:<11}{spread}, {row['relative']:.2f} of {base}, {units}")
+            self.note(f"{case!s:<44} {op:<16} {name:<11}{spread}, {row['relative']:.2f} of {base}, {units}")
 
 
 def _listed(value: Any) -> list[torch.Tensor]:

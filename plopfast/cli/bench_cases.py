@@ -86,19 +86,13 @@ def ops(x, dy, w, a, b, s, ds, kernels: Any = None) -> dict[str, tuple[Callable[
     }
 
 
-def op_bytes(op: str, case: Case, itemsize: int) -> float:
-    """Bytes that an op has to move; 0 for the products, which arithmetic bounds."""
+def op_work(op: str, case: Case, itemsize: int) -> tuple[float, float]:
+    """FLOPs of a product, which arithmetic bounds, or bytes that another op has to move, as memory bounds it; else 0."""
     m, n, k, r = case.sizes
     if op.startswith("gemm"):
-        return 0.0
+        return 2.0 * m * n * (k + r * (op != "gemm")), 0.0
     read = {"shrink": m * (k + r), "expand": m * (n + r), "grads dS+dB": m * (n + 2 * r), "grad dA": m * (k + r)}
-    return float(read.get(op, m * n) * itemsize)
-
-
-def op_flops(op: str, case: Case) -> float:
-    """FLOPs of the products; 0 for the other ops, which memory bounds."""
-    m, n, k, r = case.sizes
-    return 2.0 * m * n * (k + r * (op != "gemm")) if op.startswith("gemm") else 0.0
+    return 0.0, float(read.get(op, m * n) * itemsize)
 
 
 class Plain(LoRALinear):

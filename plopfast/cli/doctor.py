@@ -8,7 +8,6 @@ M tokens, K in, N out, R rank.
 
 import math
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,14 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..kernels import accuracy, dispatch, library, philox, reference
+from ..kernels import accuracy, dispatch, philox, reference
 from ..lora.layer import LoRALinear
-from ..lora.ops import linear_norms, lora_linear, or_backend_error, path, row_norms
+from ..lora.ops import linear_norms, lora_linear, path, row_norms
 from ..lora.placement import full_rank
 from ..models.linears import LinearInfo, linear_modules
 from ..models.loading import load_model
 from ..support import machine
 from ..support.devices import device_for
+from .info import TOKENS, module_paths
 
 
 @dataclass(frozen=True)
@@ -85,12 +85,12 @@ class _Checks:
 
     def __init__(self, out: Callable[[str], object]) -> None:
         self.out, self.start = out, time.monotonic()
-        self.names: list[str] = []
+        self.count = 0
         self.failed: list[str] = []
 
     def run(self, name: str, function: Callable[[], Any], show: Callable[[Any], str] = str) -> Any:
         """What `function` returns; None if it raises, which is a failed check."""
-        self.names.append(name)
+        self.count += 1
         try:
             result = function()
             self.out(f"ok      {name}: {show(result)}")
@@ -101,22 +101,23 @@ class _Checks:
 
     def verdict(self) -> bool:
         """Writes the last line; True if no check failed."""
-        bad = f"NOT healthy: {len(self.failed)} of {len(self.names)} checks failed: {'; '.join(self.failed)}"
-        text = bad if self.failed else f"healthy: {len(self.names)} checks passed"
+        text = f"healthy: {self.count} checks passed"
+        if self.failed:
+            text = f"NOT healthy: {len(self.failed)} of {self.count} checks failed: {'; '.join(self.failed)}"
         self.out(f"{text} ({time.monotonic() - self.start:.0f} s)")
         return not self.failed
 
 
 def examine(
     model: str | None = None, device: str = "auto", backend: str = "auto", dtype: torch.dtype = torch.float32, *,
-    seconds: float = 60.0, tokens: int = 1024, rank: int = 16, out: Callable[[str], object] = print,
+    seconds: float = 60.0, rank: int = 16, out: Callable[[str], object] = print,
 ) -> bool:  # fmt: skip
     """Checks this machine and this model: one line to `out` for each check, then a verdict. True if healthy.
 
     `model` is as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine
     kernel cases, one of each shape, and more while `seconds` last. On a GPU the first visit takes longer, because those
-    nine compile first. Paths are those of `tokens` rows and adapters of `rank`. Whatever goes wrong is a failed check,
-    except that ConfigError is raised for a device that this machine does not have.
+    nine compile first. Adapters have `rank`. Whatever goes wrong is a failed check, except that ConfigError is raised
+    for a device that this machine does not have.
     """
     where, checks = device_for(device), _Checks(out)
     checks.run("versions", lambda: " ".join(f"{name} {version}" for name, version in machine.versions().items()))
@@ -134,26 +135,10 @@ def examine(
     if loaded is not None:
         for info in _middle_layer(loaded):
             checks.run(info.name, partial(_layer, info, backend, rank))
-        paths = partial(module_paths, loaded, where, dtype, tokens, rank, backend)
-        checks.run("paths", paths, lambda rows: f"for {tokens} tokens and rank {rank}{_table(rows)}")
+        listed = lambda rows: "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows)  # noqa: E731
+        paths = partial(module_paths, loaded, where, dtype, rank, backend)
+        checks.run("paths", paths, lambda rows: f"for {TOKENS} tokens and rank {rank}{listed(rows)}")
     return checks.verdict()
-
-
-def module_paths(
-    model: nn.Module, device: torch.device, dtype: torch.dtype, tokens: int = 1024, rank: int = 16, backend: str = "auto"
-) -> list[tuple[int, str, str, str]]:  # fmt: skip
-    """The path that each kind of linear module would take on `device`.
-
-    Returns rows (number of modules, module type, "in -> out", path and why). Raises BackendError where `backend` cannot
-    run, and ModelError for a model without linear modules.
-    """
-    rows = Counter[tuple[str, str, str]]()
-    for info in linear_modules(model):
-        x_MK = torch.empty(1, 1, dtype=dtype, device=device).expand(tokens, info.n_in)
-        w_NK = torch.empty_strided((info.n_out, info.n_in), info.frozen.weight_NK.stride(), dtype=dtype, device="meta")
-        plan = or_backend_error(library.plan_of, x_MK, w_NK, rank, backend)
-        rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
-    return [(number, *row) for row, number in rows.items()]
 
 
 def _machine() -> str:
@@ -179,10 +164,6 @@ def _middle_layer(model: nn.Module) -> list[LinearInfo]:
     infos = linear_modules(model)
     middle = infos[len(infos) // 2].layer
     return list({info.type: info for info in infos if info.layer == middle}.values())
-
-
-def _table(rows: list[tuple[int, str, str, str]]) -> str:
-    return "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows)
 
 
 def kernels(device: torch.device, strategy: str, dtype: torch.dtype, seconds: float) -> str:

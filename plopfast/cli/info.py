@@ -1,11 +1,17 @@
 """`plopfast info`: what a model's linear modules are, and how this machine computes them."""
 
+from collections import Counter
+
+import torch
+from torch import nn
+
+from ..kernels import library
 from ..lora import tuning
-from ..lora.ops import path
+from ..lora.ops import or_backend_error, path
+from ..models.linears import linear_modules
 from ..models.loading import load_model
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
-from .doctor import module_paths
 
 TOKENS = 1024  # rows of the product whose path is shown
 
@@ -20,6 +26,23 @@ def info(config: RunConfig) -> str:
     lines.append(f"model: {model.name_or_path}")
     lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")
     dtype = dtype_for(config.dtype, device)
-    for number, type_, shape, plan in module_paths(model, device, dtype, TOKENS, config.rank, config.backend):
+    for number, type_, shape, plan in module_paths(model, device, dtype, config.rank, config.backend):
         lines.append(f"{number:>7} {type_:<16} {shape:<14} {plan}")
-    return "\n".join(line for line in lines if line)
+    return "\n".join(lines)
+
+
+def module_paths(
+    model: nn.Module, device: torch.device, dtype: torch.dtype, rank: int = 16, backend: str = "auto"
+) -> list[tuple[int, str, str, str]]:
+    """The path that each kind of linear module would take on `device`, for 1,024 tokens and adapters of `rank`.
+
+    Returns rows (number of modules, module type, "in -> out", path and why). Raises BackendError where `backend` cannot
+    run, and ModelError for a model without linear modules.
+    """
+    rows = Counter[tuple[str, str, str]]()
+    for info in linear_modules(model):
+        x_MK = torch.empty(1, 1, dtype=dtype, device=device).expand(TOKENS, info.n_in)
+        w_NK = torch.empty_strided((info.n_out, info.n_in), info.frozen.weight_NK.stride(), dtype=dtype, device="meta")
+        plan = or_backend_error(library.plan_of, x_MK, w_NK, rank, backend)
+        rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
+    return [(number, *row) for row, number in rows.items()]

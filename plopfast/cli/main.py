@@ -45,9 +45,9 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)
-        code = 128 + (error.number if isinstance(error, Interrupted) else 2)
         if not isinstance(error, Interrupted):
-            return code
+            return 130
+        code = 128 + error.number
     except Exception as error:
         if launch.size == 1:
             raise

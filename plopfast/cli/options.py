@@ -38,14 +38,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("plopfast", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        text = command.help
-        added = commands.add_parser(
-            name, help=text, description=text[0].upper() + text[1:], epilog=EPILOG, formatter_class=raw
-        )
+        text = command.help[0].upper() + command.help[1:]
+        added = commands.add_parser(name, help=command.help, description=text, epilog=EPILOG, formatter_class=raw)
         added.add_argument("--out", type=Path, metavar="DIR", help=_help_of_out(command))
-        added.add_argument(
-            "--config", type=Path, metavar="FILE", help="take settings from this JSON file, named as the options are"
-        )
+        config = "take settings from this JSON file, named as the options are"
+        added.add_argument("--config", type=Path, metavar="FILE", help=config)
         for flag in command.flags:
             added.add_argument(f"--{flag.replace('_', '-')}", **FLAGS[flag])
         _add_settings(added, command)
@@ -73,10 +70,8 @@ def names_of(command: Command) -> list[str]:
 
 def _add_settings(parser: argparse.ArgumentParser, command: Command) -> None:
     """Adds the command's settings as options, under the titles of their groups."""
-    groups: dict[str, Any] = {}
     titles = {name: _title(name) for name in names_of(command)}
-    for title in dict.fromkeys(sorted(titles.values(), key=TITLES.index)):
-        groups[title] = parser.add_argument_group(title)
+    groups = {title: parser.add_argument_group(title) for title in TITLES if title in titles.values()}
     for name, title in titles.items():
         groups[title].add_argument(f"--{name.replace('_', '-')}", **_option(name))
 

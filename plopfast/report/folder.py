@@ -76,14 +76,11 @@ class RunFolder:
         kept = self.scores.decision if self.scores else None
         if not (self.scores and self.placement):
             return kept
-        name, types = self.placement.rule, self.placement.types
-        rule = nfn_rule(name)
+        rule, types = nfn_rule(self.placement.rule), set(self.placement.types)
         if rule is None or not self.whole_types:
             return None
-        found = None
-        if kept and kept.rule == name and set(kept.types) == set(types):
-            found = kept
-        elif self.scores.prompt_stats is not None:
-            confidence = self.intervals.confidence if self.intervals else 0.95
-            found = self.scores.decide(len(types), confidence, rule.highest)
-        return found if found and set(found.types) == set(types) else None
+        if kept and kept.rule == rule.name and set(kept.types) == types:
+            return kept
+        confidence = self.intervals.confidence if self.intervals else 0.95
+        found = self.scores.decide(len(types), confidence, rule.highest)
+        return found if found and set(found.types) == types else None

@@ -12,14 +12,16 @@ from ..placing.rules import RULES, nfn_rule
 from ..support import files
 from ..support.errors import ConfigError, FileError
 from ..support.tables import DIFFERS
-from .folder import RunFolder
-from .sections import SOURCES, Section, Source, cost, made
-from .words import end_of, listed, points_of, range_of, ties_of
 
 try:
     import jinja2
+    import matplotlib  # noqa: F401  # of pictures.py
 except ImportError as error:
     raise ConfigError(f"the report needs matplotlib and jinja2 ({error}): pip install 'plopfast[report]'") from error
+
+from .folder import RunFolder
+from .sections import SOURCES, Section, Source, cost, made
+from .words import listed, points_of, range_of, ties_of
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PICTURES = "report"  # the folder of PNG and CSV files
@@ -55,7 +57,10 @@ def write_report(folder: str | Path) -> Path:
 
 def _sections_of(source: Source, run: RunFolder) -> list[Section]:
     try:
-        return source.sections(run)
+        sections = source.sections(run)
+        for section in sections:
+            section.command = run.noted(source.stage)
+        return sections
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FileError(
             f"{run.path / source.file}: not what plopfast {source.stage} writes ({type(error).__name__}: {error}); make it "
@@ -89,19 +94,17 @@ def _shown_by_trial(run: RunFolder) -> str:
     matched = [arm for arm in _arms(trial, "better") if arm["types"]]  # `full` trains all weights: it is no placement
     if matched:
         best = max(matched, key=lambda arm: arm["versus"]["difference"])
-        return (
-            f"Use the placement {best['name']} ({listed(best['types'])}). In the trial it did better than {trial['reference']}, "
-            f"by {points_of(best['versus'])} points of accuracy, at {100 * trial['confidence']:g}% confidence."
-        )
-    for arm in _arms(trial, "worse"):
-        first = trial["arms"][0]
-        if arm["name"] == run.rule and first["types"]:
-            return (
-                f"Use the placement {first['name']} ({listed(first['types'])}). In the trial {arm['name']}, which this folder "
-                f"holds, differed from it by {points_of(arm['versus'])} points of accuracy, at {100 * trial['confidence']:g}% "
-                "confidence."
-            )
-    return ""
+        use, found, by = best, f"it did better than {trial['reference']}, by", best["versus"]
+    else:
+        ours = [arm for arm in _arms(trial, "worse") if arm["name"] == run.rule]
+        if not (ours and trial["arms"][0]["types"]):
+            return ""
+        use, found = trial["arms"][0], f"{run.rule}, which this folder holds, differed from it by"
+        by = ours[0]["versus"]
+    return (
+        f"Use the placement {use['name']} ({listed(use['types'])}). In the trial {found} {points_of(by)} points of accuracy, at "
+        f"{100 * trial['confidence']:g}% confidence."
+    )
 
 
 def _findings(trial: dict[str, Any]) -> str:
@@ -129,19 +132,19 @@ def _adapters(run: RunFolder) -> str:
 
 def _how_sure(run: RunFolder) -> str:
     """Say in a sentence why these types were chosen, and how sure that is."""
-    decision, least = run.decision, f"They have the {end_of(run.rule)} NFN"
-    if not nfn_rule(run.rule):
+    decision, rule = run.decision, nfn_rule(run.rule)
+    if rule is None:
         ranks_by = RULES[run.rule].ranks_by if run.rule in RULES else ""
         return f"The rule {run.rule!r} chose them {f'by {ranks_by}' if ranks_by else 'without the scores'}."
+    least = f"They have the {'highest' if rule.highest else 'lowest'} NFN"
     if run.scores and len(run.types) == len(run.scores.types):
         return "These are all the module types there are."
     if decision is None:
         return f"{least}, but the scores do not say how sure this is."
     level = f"{100 * decision.confidence:g}%"
     if decision.decided:
-        side = "higher" if end_of(run.rule) == "highest" else "lower"
         return (
-            f"Their scores are {side} than every other module type's, and {decision.prompts} prompts were enough to be {level} "
+            f"Their scores are {'higher' if rule.highest else 'lower'} than every other module type's, and {decision.prompts} prompts were enough to be {level} "
             "sure."
         )
     if decision.near_ties:

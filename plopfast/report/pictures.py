@@ -9,18 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import nan
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from ..support.errors import ConfigError
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
 from ..support.tables import Column, Table
-
-try:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-except ImportError as error:
-    raise ConfigError(f"the report needs matplotlib and jinja2 ({error}): pip install 'plopfast[report]'") from error
 
 STYLE: dict[Any, Any] = {
     "font.size": 9,
@@ -30,7 +25,7 @@ STYLE: dict[Any, Any] = {
     "hatch.linewidth": 0.6,
 }
 WIDTH = 4.8  # inches
-INK = "#222222"
+INK, GREY = "#222222", "#777777"
 PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # behind text, so that no line crosses it
 
 
@@ -51,38 +46,28 @@ class Picture:
         Table(self.name, [Column(name) for name in self.head], self.rows).write_csv(folder / f"{self.name}.csv")
 
 
+@rc_context(STYLE)
 def by_type(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw a dot and its interval for each (type, NFN, low, high, chosen). Without an interval, low and high are None."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 1.0))
-        axes.axvline(1.0, color="#777777", linestyle=":", zorder=0)
-        for at, (_, value, low, high, chosen) in enumerate(rows):
-            if low is not None:
-                axes.plot([low, high], [at, at], color=INK, linewidth=2.5, marker="|", markersize=13)
-            axes.plot(
-                value, at, "s" if chosen else "o", color=INK, markerfacecolor=INK if chosen else "white", markersize=6.5
-            )
-            text = f"{value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
-            axes.annotate(
-                text,
-                (value if low is None else high, at),
-                (7, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                bbox=PAPER,
-            )
-        axes.plot([], [], "s", color=INK, label="chosen")
-        axes.plot([], [], "o", color=INK, markerfacecolor="white", label="not chosen")
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
-        _rows_of(axes, [row[0] for row in rows])
-        axes.set_xmargin(0.05)
-        axes.autoscale_view()
-        axes.set_xlim(right=axes.get_xlim()[1] + 0.35 * (axes.get_xlim()[1] - axes.get_xlim()[0]))  # for the numbers
-        axes.set_xlabel("NFN, mean over layers (dotted: 1, a random input)")
-        return _png(figure)
+    axes = _axes(0.33 * len(rows) + 1.0)
+    axes.axvline(1.0, color=GREY, linestyle=":", zorder=0)
+    for at, (_, value, low, high, chosen) in enumerate(rows):
+        _mark(axes, at, value, low, high, chosen, cap=13)
+        text = f"{value:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})")
+        _write(axes, text, (value if low is None else high, at), (7, 0), va="center", bbox=PAPER)
+    axes.plot([], [], "s", color=INK, label="chosen")
+    axes.plot([], [], "o", color=INK, markerfacecolor="white", label="not chosen")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, borderaxespad=0)
+    _rows_of(axes, [row[0] for row in rows])
+    axes.set_xmargin(0.05)
+    axes.autoscale_view()
+    left, right = axes.get_xlim()
+    axes.set_xlim(right=right + 0.35 * (right - left))  # for the numbers
+    axes.set_xlabel("NFN, mean over layers (dotted: 1, a random input)")
+    return _png(axes)
 
 
+@rc_context(STYLE)
 def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw a cell for each (module, type, layer, NFN, z, outlier), with a cross on outliers."""
     types = list(dict.fromkeys(row[1] for row in rows))
@@ -90,88 +75,93 @@ def heat_map(rows: Sequence[Sequence[Any]]) -> bytes:
     cells: dict[tuple[str, int], list[float]] = {}
     for _, type_, layer, value, *_ in rows:
         cells.setdefault((type_, layer), []).append(value)
-    grid = [[_mean(cells.get((type_, layer), [])) for layer in layers] for type_ in types]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(types) + 1.5))
-        picture = axes.imshow(grid, aspect="auto", cmap="cividis")
-        crosses = [(layers.index(row[2]), types.index(row[1])) for row in rows if row[5]]
-        if crosses:
-            for color, width in (("white", 3.2), ("black", 1.4)):
-                axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=5, markeredgewidth=width)
-        axes.set_yticks(range(len(types)), [_short(name) for name in types])
-        every = max(1, -(-len(layers) // 10))
-        axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
-        axes.set_xlabel("layer" + (" (cross: outlier within its type)" if crosses else ""))
-        figure.colorbar(picture, label="NFN", orientation="horizontal", pad=0.9 / (0.33 * len(types) + 1.5), aspect=40)
-        return _png(figure)
+    grid = [[fmean(cells.get((type_, layer), [nan])) for layer in layers] for type_ in types]
+    height = 0.33 * len(types) + 1.5
+    axes = _axes(height)
+    picture = axes.imshow(grid, aspect="auto", cmap="cividis")
+    crosses = [(layers.index(row[2]), types.index(row[1])) for row in rows if row[5]]
+    if crosses:
+        for color, width in (("white", 3.2), ("black", 1.4)):
+            axes.plot(*zip(*crosses, strict=True), "x", color=color, markersize=5, markeredgewidth=width)
+    axes.set_yticks(range(len(types)), [_short(name) for name in types])
+    every = max(1, -(-len(layers) // 10))
+    axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])
+    axes.set_xlabel("layer" + (" (cross: outlier within its type)" if crosses else ""))
+    axes.figure.colorbar(picture, label="NFN", orientation="horizontal", pad=0.9 / height, aspect=40)
+    return _png(axes)
 
 
+@rc_context(STYLE)
 def memory(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw a bar for each (name, MiB, ...), hatched for full fine-tuning."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.33 * len(rows) + 0.7))
-        for at, (name, total, *_) in enumerate(rows):
-            full = name == "full"
-            axes.barh(at, total, 0.6, color="white" if full else "#777777", edgecolor=INK, hatch="////" if full else "")
-            axes.annotate(f"{total:,.0f}", (total, at), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        _rows_of(axes, [row[0] for row in rows])
-        axes.margins(x=0.12)
-        axes.set_xlabel("MiB")
-        return _png(figure)
+    axes = _axes(0.33 * len(rows) + 0.7)
+    for at, (name, total, *_) in enumerate(rows):
+        full = name == "full"
+        axes.barh(at, total, 0.6, color="white" if full else GREY, edgecolor=INK, hatch="////" if full else "")
+        _write(axes, f"{total:,.0f}", (total, at), (4, 0), va="center")
+    _rows_of(axes, [row[0] for row in rows])
+    axes.margins(x=0.12)
+    axes.set_xlabel("MiB")
+    return _png(axes)
 
 
+@rc_context(STYLE)
 def curve(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw lines through (step, training loss, validation loss). A None leaves its point out."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 2.6))
-        for column, style, color, label in ((1, "-", "#777777", "training"), (2, "o--", INK, "validation")):
-            points = [(row[0], row[column]) for row in rows if row[column] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats per label token")
-        if axes.lines:
-            axes.legend(frameon=False)
-        return _png(figure)
+    axes = _axes(2.6)
+    for column, style, color, label in ((1, "-", GREY, "training"), (2, "o--", INK, "validation")):
+        points = [(row[0], row[column]) for row in rows if row[column] is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, color=color, markersize=4, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss, nats per label token")
+    if axes.lines:
+        axes.legend(frameon=False)
+    return _png(axes)
 
 
+@rc_context(STYLE)
 def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw two panels of bars for (model, accuracy, loss, rows)."""
-    with plt.rc_context(STYLE):
-        figure, panels = plt.subplots(1, 2, figsize=(WIDTH, 2.3))
-        for axes, column, title in zip(panels, (1, 2), ("accuracy", "loss"), strict=True):
-            values = [row[column] for row in rows]
-            bars = axes.bar(
-                [row[0] for row in rows], values, 0.6, color=["white", "#999999"], edgecolor=INK, hatch=["", "////"]
-            )
-            axes.bar_label(bars, fmt="%.3f", padding=2)
-            axes.set_title(title, fontsize=9)
-            axes.margins(y=0.15)
-        figure.tight_layout()
-        return _png(figure)
+    panels = _axes(2.3, columns=2)
+    names, accuracies, losses, _ = zip(*rows, strict=True)
+    for axes, title, values in zip(panels, ("accuracy", "loss"), (accuracies, losses), strict=True):
+        bars = axes.bar(names, values, 0.6, color=["white", "#999999"], edgecolor=INK, hatch=["", "////"])
+        axes.bar_label(bars, fmt="%.3f", padding=2)
+        axes.set_title(title, fontsize=9)
+        axes.margins(y=0.15)
+    axes.figure.tight_layout()
+    return _png(axes)
 
 
+@rc_context(STYLE)
 def forest(rows: Sequence[Sequence[Any]], words: Sequence[str], filled: Sequence[bool], label: str) -> bytes:
     """Draw a mark and its interval for each (name, value, low, high, ...), with one of the `words` above it.
 
-    The mark is a square where `filled`, otherwise an open circle. Without an interval, low and high are None. The dotted
-    line is at 0; `label` names the axis.
+    The mark is a square where `filled`, otherwise an open circle. The dotted line is at 0; `label` names the axis.
     """
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(WIDTH, 0.4 * len(rows) + 0.8))
-        axes.axvline(0.0, color="#777777", linestyle=":", zorder=0)
-        for at, ((_, value, low, high, *_), word, full) in enumerate(zip(rows, words, filled, strict=True)):
-            if low is not None:
-                axes.plot([low, high], [at, at], color=INK, linewidth=1.8, marker="|", markersize=9)
-            axes.plot(
-                value, at, "s" if full else "o", color=INK, markerfacecolor=INK if full else "white", markersize=7
-            )
-            axes.annotate(word, (value, at), (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=PAPER)
-        _rows_of(axes, [row[0] for row in rows])
-        axes.margins(x=0.2)
-        axes.locator_params(axis="x", nbins=6)
-        axes.set_xlabel(label)
-        return _png(figure)
+    axes = _axes(0.4 * len(rows) + 0.8)
+    axes.axvline(0.0, color=GREY, linestyle=":", zorder=0)
+    for at, ((_, value, low, high, *_), word, full) in enumerate(zip(rows, words, filled, strict=True)):
+        _mark(axes, at, value, low, high, full, cap=9)
+        _write(axes, word, (value, at), (0, 6), ha="center", bbox=PAPER)
+    _rows_of(axes, [row[0] for row in rows])
+    axes.margins(x=0.2)
+    axes.locator_params(axis="x", nbins=6)
+    axes.set_xlabel(label)
+    return _png(axes)
+
+
+def _mark(axes: Any, at: int, value: float, low: float | None, high: float | None, filled: bool, cap: float) -> None:
+    """Draw a value, as a square where `filled`, else an open circle, and its interval, if any, with ends of size `cap`."""
+    if low is not None:
+        axes.plot([low, high], [at, at], color=INK, linewidth=1.8, marker="|", markersize=cap)
+    axes.plot(value, at, "s" if filled else "o", color=INK, markerfacecolor=INK if filled else "white", markersize=7)
+
+
+def _write(axes: Any, text: str, at: tuple[float, float], moved: tuple[int, int], **how: Any) -> None:
+    """Write a small text beside a point of the picture, `moved` by so many typographic points."""
+    axes.annotate(text, at, moved, textcoords="offset points", fontsize=8, **how)
 
 
 def _rows_of(axes: Any, names: Sequence[str]) -> None:
@@ -184,12 +174,12 @@ def _short(name: str, limit: int = 22) -> str:
     return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else nan
+def _axes(height: float, columns: int = 1) -> Any:
+    """Return the axes of a new figure `height` inches high: one, or an array of `columns`."""
+    return Figure(figsize=(WIDTH, height)).subplots(1, columns)
 
 
-def _png(figure: Any) -> bytes:
+def _png(axes: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
+    axes.figure.savefig(buffer, format="png", dpi=200, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()

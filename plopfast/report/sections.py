@@ -1,6 +1,5 @@
 """The sections of the report: what it says of each file of a run folder, in sentences, pictures and tables."""
 
-import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +53,7 @@ def _choice(run: RunFolder, report: NFNReport) -> Section:
     )  # fmt: skip
     return Section(
         "choice", "Which modules, and how sure", _about_the_choice(run), [picture],
-        [report.types_table(run.intervals, run.types)], run.noted("score"),
+        [report.types_table(run.intervals, run.types)],
     )  # fmt: skip
 
 
@@ -93,14 +92,9 @@ def _about_the_choice(run: RunFolder) -> list[str]:
 def _layers(run: RunFolder, report: NFNReport) -> Section:
     z, outliers = report.z_scores(), set(report.outliers())
     order = list(report.types)
-    rows = sorted(
-        (
-            (name, s.type, s.layer, s.nfn, z[name], name in outliers)
-            for name, s in report.scores.items()
-            if s.layer is not None
-        ),
-        key=lambda row: (order.index(row[1]), row[2]),
-    )
+    layered = [(name, s) for name, s in report.scores.items() if s.layer is not None]
+    rows = [(name, s.type, s.layer, s.nfn, z[name], name in outliers) for name, s in layered]
+    rows.sort(key=lambda row: (order.index(row[1]), row[2]))
     low, high = min(rows, key=lambda row: row[3]), max(rows, key=lambda row: row[3])
     odd = {type_: [str(row[2]) for row in rows if row[1] == type_ and row[5]] for type_ in order}
     spoken = "; ".join(f"{type_} in layer {', '.join(found)}" for type_, found in odd.items() if found) or "none"
@@ -113,7 +107,6 @@ def _layers(run: RunFolder, report: NFNReport) -> Section:
         "layers", "Layer by layer",
         [f"Outliers: {spoken}. They are more than 3.5 robust standard deviations from their type's median."],
         [Picture("nfn_by_layer", alt, "Lighter is higher.", head, rows, pictures.heat_map(rows))],
-        command=run.noted("score"),
     )  # fmt: skip
 
 
@@ -125,9 +118,7 @@ def audit(run: RunFolder) -> list[Section]:
         f"NFN of {found['prompts']} prompts picks {listed(found['pick'])}. Everything is compared with that.",
         *(f"Skipped: {row['kind']}, {row['what']}: {row['why']}." for row in found.get("missing", [])),
     ]
-    return [
-        Section("audit", "Can the scores be trusted?", texts, tables=audit_tables(found), command=run.noted("audit"))
-    ]
+    return [Section("audit", "Can the scores be trusted?", texts, tables=audit_tables(found))]
 
 
 def estimate(run: RunFolder) -> list[Section]:
@@ -141,11 +132,7 @@ def estimate(run: RunFolder) -> list[Section]:
         "Estimated peaks, not measurements. Hatched: full fine-tuning.",
         ("placement", "total_mib", *PARTS), rows, pictures.memory(rows),
     )  # fmt: skip
-    return [
-        Section(
-            "estimate", "What training would take", [text], [picture], [estimate_table(found)], run.noted("estimate")
-        )
-    ]
+    return [Section("estimate", "What training would take", [text], [picture], [estimate_table(found)])]
 
 
 def training(run: RunFolder) -> list[Section]:
@@ -154,15 +141,14 @@ def training(run: RunFolder) -> list[Section]:
     for metric in run.metrics:
         steps.setdefault(metric["step"], {}).update(metric)
     rows = [(step, steps[step].get("loss"), steps[step].get("valid_loss")) for step in sorted(steps)]
-    lines = {
-        name: [row[at] for row in rows if row[at] is not None] for at, name in ((1, "training"), (2, "validation"))
-    }
+    losses = ("training", [row[1] for row in rows]), ("validation", [row[2] for row in rows])
+    lines = {name: [loss for loss in line if loss is not None] for name, line in losses}
     spoken = "; ".join(f"{name} from {line[0]:.3f} to {line[-1]:.3f}" for name, line in lines.items() if line)
     if not spoken:
         return []
     picture = Picture("training", f"Loss over {rows[-1][0]} training steps: {spoken}.", "Nats per label token.",
                       ("step", "loss", "valid_loss"), rows, pictures.curve(rows))  # fmt: skip
-    return [Section("training", "Training", pictures=[picture], command=run.noted("train"))]
+    return [Section("training", "Training", pictures=[picture])]
 
 
 def evaluation(run: RunFolder) -> list[Section]:
@@ -175,22 +161,18 @@ def evaluation(run: RunFolder) -> list[Section]:
     )
     note = f"{base['examples']} held-out rows. Accuracy: {base['metric']}."
     columns = [Column("model"), Column("accuracy", ".4f"), Column("loss", ".4f"), Column("rows", "d")]
-    picture = Picture(
-        "before_after", alt, note, [column.heading for column in columns], rows, pictures.before_after(rows)
-    )
+    head = [column.heading for column in columns]
+    picture = Picture("before_after", alt, note, head, rows, pictures.before_after(rows))
     table = Table("Before and after training", columns, rows)
-    return [Section("eval", "Before and after", [], [picture], [table], run.noted("eval"))]
+    return [Section("eval", "Before and after", [], [picture], [table])]
 
 
 def trial(run: RunFolder) -> list[Section]:
     """trial.json: the placements compared, and what they forgot."""
     found, level = run.trial, f"{100 * run.trial['confidence']:g}%"
     arms, reference = found["arms"], found["reference"]
-    rows = [
-        (arm["name"], v["difference"], v["low"], v["high"], v["p_corrected"], v["verdict"])
-        for arm in arms
-        if (v := arm["versus"])
-    ]
+    head = ("difference", "low", "high", "p_corrected", "verdict")
+    rows = [(arm["name"], *(arm["versus"][key] for key in head)) for arm in arms if arm["versus"]]
     spoken = "; ".join(f"{name} {d:+.3f} ({low:+.3f} to {high:+.3f}), {word}" for name, d, low, high, _, word in rows)
     texts = [
         f"{len(arms)} placements were trained with {len(found['seeds'])} seeds each, chosen by validation rows, and tested on "
@@ -200,17 +182,16 @@ def trial(run: RunFolder) -> list[Section]:
     picture = Picture(
         "trial", f"Difference in accuracy to {reference}, with {level} intervals: {spoken}.",
         f"Right of the dotted line: better than {reference}. Filled squares: a difference was shown. Bars: {level} intervals.",
-        ("placement", "difference", "low", "high", "p_corrected", "verdict"), rows,
+        ("placement", *head), rows,
         pictures.forest(rows, [row[5] for row in rows], [row[5] in ("better", "worse") for row in rows], f"accuracy minus that of {reference}"),
     )  # fmt: skip
-    command = run.noted("trial")
     return [
-        Section("trial", "Placements compared", texts, [picture] * bool(rows), [trial_table(found)], command),
-        *_forgetting(run, command),
+        Section("trial", "Placements compared", texts, [picture] * bool(rows), [trial_table(found)]),
+        *_forgetting(run),
     ]
 
 
-def _forgetting(run: RunFolder, command: str) -> list[Section]:
+def _forgetting(run: RunFolder) -> list[Section]:
     base = run.trial["base"].get("general_loss")
     if base is None:
         return []
@@ -228,7 +209,7 @@ def _forgetting(run: RunFolder, command: str) -> list[Section]:
         ("placement", "forgetting", "lowest_seed", "highest_seed", "general_loss"), rows,
         pictures.forest(rows, [f"{row[1]:+.3f}" for row in rows], [True] * len(rows), "loss on general text minus the base model's"),
     )  # fmt: skip
-    return [Section("forgetting", "Forgetting", [text], [picture], command=command)]
+    return [Section("forgetting", "Forgetting", [text], [picture])]
 
 
 def cost(run: RunFolder) -> Section:
@@ -243,17 +224,10 @@ def cost(run: RunFolder) -> Section:
     if run.trial and "trial" not in run.stages:
         peak = max(arm["peak_mib"] for arm in run.trial["arms"])
         rows.append(("trial", run.trial["seconds"], None, peak, run.noted("trial")))
-    columns = [
-        Column("stage"),
-        Column("seconds", ".1f"),
-        Column("tokens", ",d"),
-        Column("peak MiB", ".0f"),
-        Column("command"),
-    ]
-    tables = [Table("Measured time and memory", columns, rows)] if rows else []
-    return Section(
-        "cost", "Time and memory used", [] if rows else ["stages.json is missing: no time was noted."], tables=tables
-    )
+    columns = [Column("stage"), Column("seconds", ".1f"), Column("tokens", ",d"), Column("peak MiB", ".0f")]
+    table = Table("Measured time and memory", [*columns, Column("command")], rows)
+    missing = [] if rows else ["stages.json is missing: no time was noted."]
+    return Section("cost", "Time and memory used", missing, tables=[table] * bool(rows))
 
 
 def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
@@ -265,7 +239,7 @@ def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
     facts += [
         ("seeds", "; ".join([str(settings.get("seed", UNKNOWN)), *seeds])),
         ("settings", ", ".join(f"{key} {value}" for key, value in settings.items() if value is not None) or UNKNOWN),
-        ("this page", f"plopfast report --overwrite --out {shlex.quote(str(run.path))}"),
+        ("this page", run.command("report --overwrite")),
     ]
     tables = [Table("Data, versions and settings", [Column("what"), Column("value")], facts)]
     if missing:

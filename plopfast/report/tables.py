@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..support.tables import DIFFERS, Column, Table
+from .words import range_of
 
 PARTS = ("weights_mib", "adapters_mib", "activations_mib", "logits_mib")
 UNSTABLE = 0.95  # below this share of equal picks, a row of the stability table is marked
@@ -43,7 +44,7 @@ def trial_table(trial: dict[str, Any]) -> Table:
             arm["name"], arm["accuracy"], f"{arm['accuracy_low']:.4f} to {arm['accuracy_high']:.4f}", arm["loss"],
             against["difference"] if against else "", f"{against['low']:+.4f} to {against['high']:+.4f}" if against else "",
             against["p_corrected"] if against else "", against["verdict"] if against else "reference", arm["forgetting"],
-            arm["parameters"], "unmatched" if low is None else f"{low}" if low == high else f"{low} to {high}", arm["lr"],
+            arm["parameters"], "unmatched" if low is None else range_of([low, high]), arm["lr"],
             arm["seconds"], arm["peak_mib"], _types(arm["types"]),
         ))  # fmt: skip
     note = (
@@ -56,7 +57,11 @@ def trial_table(trial: dict[str, Any]) -> Table:
 def audit_tables(audit: dict[str, Any]) -> list[Table]:
     """audit.json: criteria, controls, stability and other tokens, of which empty ones are left out. A row that picks other
     module types than NFN does is marked."""
-    made = [_criteria(audit), _rankings(audit, "controls"), _stability(audit), _rankings(audit, "tokens")]
+    chance = "With random weights, all scores should be near 1, and the pick is chance."
+    made = [
+        _criteria(audit), _rankings(audit, "controls", "Controls", chance), _stability(audit),
+        _rankings(audit, "tokens", "NFN of other tokens"),
+    ]  # fmt: skip
     return [table for table in made if table.rows]
 
 
@@ -73,12 +78,8 @@ def _criteria(audit: dict[str, Any]) -> Table:
     return Table("NFN and other criteria (*: another pick than NFN's)", columns, rows, note)
 
 
-def _rankings(audit: dict[str, Any], part: str) -> Table:
-    caption, note = {
-        "controls": ("Controls", "With random weights, all scores should be near 1, and the pick is chance."),
-        "tokens": ("NFN of other tokens", ""),
-    }[part]
-    types = list(audit["types"])
+def _rankings(audit: dict[str, Any], part: str, caption: str, note: str = "") -> Table:
+    types = audit["types"]
     columns = [Column("scored"), Column("picks"), Column("tau", ".2f"), *(Column(type_, ".3f") for type_ in types)]
     rows = [(r["what"], _picked(audit, r), r["tau"], *(r["types"][t] for t in types)) for r in audit[part]]
     return Table(f"{caption} (*: another pick)", columns, rows, note)

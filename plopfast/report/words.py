@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..placing.rules import nfn_rule
 from ..scoring.stopping import Decision
 from ..support.tables import UNKNOWN
 
@@ -33,9 +32,3 @@ def ties_of(decision: Decision, limit: int = 3) -> str:
     """Name the first near-ties of a decision."""
     pairs = [f"{chosen} from {other}" for chosen, other in decision.near_ties]
     return listed(pairs[:limit]) + (f" (and {len(pairs) - limit} more pairs)" if len(pairs) > limit else "")
-
-
-def end_of(rule: str) -> str:
-    """Return which end of the NFN ranking a rule chooses."""
-    entry = nfn_rule(rule)
-    return "highest" if entry and entry.highest else "lowest"

@@ -1,21 +1,24 @@
-"""Settings applied: the one call of `score`, of `place` and of `inject`, whoever asks (a run, a trial or a search)."""
+"""Settings applied: the one call of `score`, of `place`, of `inject` and of `Trainer`, whoever asks (run, trial, search)."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..data.batches import batches_of
 from ..data.rows import Example
-from ..lora.layer import inject
+from ..lora.layer import inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
 from ..placing.place import place
 from ..placing.rules import RULES, nfn_rule, rule_of
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
-from ..support.config import AdapterSettings, PlaceSettings, ScoreSettings
-from .folder import SCORE_ROWS
+from ..support.config import PlaceSettings, RunConfig, ScoreSettings
+from ..training.trainer import Trainer
+from .folder import SCORE_ROWS, Run
 
 
 def why_every_row(settings: ScoreSettings) -> str:
@@ -67,11 +70,25 @@ def check_rule(model: Any, settings: PlaceSettings) -> None:
         placed(NFNReport(unscored, 0, 0, 0.0), settings)
 
 
-def adapt(
-    model: Any, placement: Placement, settings: AdapterSettings, dropout: float, vectors: dict[str, torch.Tensor] | None
-) -> None:
-    """Injects the placement's adapters. `vectors` are EVA's, None for another init."""
-    inject(
-        model, placement, dropout=dropout, rslora=settings.rslora, backend=settings.backend, seed=settings.seed,
-        init=settings.init, eva=vectors,
-    )  # fmt: skip
+def trainer_for(
+    run: Run, placement: Placement | None, vectors: dict[str, torch.Tensor] | None, *, config: RunConfig | None = None,
+    out: Path | None = None, copied: bool = False, on_valid: Callable[[int, float], None] | None = None,
+) -> Trainer:  # fmt: skip
+    """Makes the trainer of a run's model and rows: of adapters on the placement, or of all weights where it is None.
+
+    `vectors` are EVA's, None for another init. `config`: instead of the run's own. `copied`: all weights are trained in a
+    float32 copy of the model, which stays as it is. `out` and `on_valid` as for `Trainer`.
+    """
+    config, model = config or run.config, run.model
+    train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+    unload(model)
+    if placement is None:
+        model = (copy.deepcopy(model).float() if copied else model).requires_grad_(True)
+    else:
+        inject(
+            model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, seed=config.seed,
+            init=config.init, eva=vectors,
+        )  # fmt: skip
+    return Trainer(
+        model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress, on_valid=on_valid
+    )

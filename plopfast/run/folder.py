@@ -17,6 +17,8 @@ import torch
 from ..data.labels import tokenize
 from ..data.rows import DEMO, Example, read_jsonl
 from ..data.text import read_text
+from ..models.frozen import fingerprint
+from ..models.linears import linear_modules
 from ..models.loading import DEFAULT_HUB_ID, load_model
 from ..models.running import context_length
 from ..support import files, machine, memory, ranks
@@ -142,6 +144,12 @@ class Run:
         rng = random.Random(config.seed if seed is None else seed)
         chosen = rng.sample(rows, min(config.score_prompts, len(rows)))
         return tokenize(chosen, self.tokenizer, roles=True)
+
+    def inputs(self, without: str = "") -> dict[str, Any]:
+        """What a study rests on besides settings, by name: the hash of each file but one, and some of the weights."""
+        hashes = {f"the {split} file": files.sha256(path) for split, path in self.paths.items() if split != without}
+        names = [info.name for info in linear_modules(self.model)][:8]
+        return hashes | {"the model's weights": fingerprint(self.model, names)}
 
     def file(self, stage: str) -> Path:
         """The result of a stage."""

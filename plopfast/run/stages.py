@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..lora.layer import adapters, disabled, merge, unload
+from ..lora.layer import adapters, disabled, merge
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.loading import load_model
@@ -19,8 +19,8 @@ from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
 from ..training.evaluate import Metrics, choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.trainer import Trainer, TrainResult
-from .apply import adapt, placed, scored, why_every_row
+from ..training.trainer import TrainResult
+from .apply import placed, scored, trainer_for, why_every_row
 from .folder import EVA, Run
 
 
@@ -74,15 +74,7 @@ def run_train(run: Run) -> TrainResult:
             f"{unfinished[0]}: an unfinished training; pass --resume to go on, or --overwrite to start anew"
         )
     run.begin("train")
-    train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
-    unload(run.model)
-    if placement is None:
-        run.model.requires_grad_(True)
-    else:
-        adapt(run.model, placement, config.adapters, config.dropout, vectors)
-    trainer = Trainer(
-        run.model, config.training, train, valid, unlabeled=unlabeled, out=run.folder, progress=run.progress
-    )
+    trainer = trainer_for(run, placement, vectors, out=run.folder)
     for line in (*trainer.paths(), *(threads.thread_advice() if run.model.device.type == "cpu" else ())):
         run.say(line)
     with run.stage("train"):
@@ -93,25 +85,17 @@ def run_train(run: Run) -> TrainResult:
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
                 ranks.barrier()
             raise
-    _save_trained(run, trainer, result)
+    if config.full:
+        ranks.on_main(lambda: _save_model(run, run.file("train")))
+    else:
+        save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
+    value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "paths": trainer.paths()}
+    ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
+    ranks.on_main(lambda: shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True))
     for line in trainer.notes:
         run.say(line)
     run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
     return result
-
-
-def _save_trained(run: Run, trainer: Trainer, result: TrainResult) -> None:
-    if not run.config.full:
-        save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
-
-    def save() -> None:
-        if run.config.full:
-            _save_model(run, run.file("train"))
-        value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "paths": trainer.paths()}
-        files.write_json(run.folder / "training.json", value)
-        shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True)
-
-    ranks.on_main(save)
 
 
 def _save_model(run: Run, target: Path) -> None:

@@ -21,10 +21,8 @@ from ..data.text import read_text
 from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
-from ..models.frozen import fingerprint
-from ..models.linears import linear_modules
 from ..models.running import context_length
-from ..run.apply import adapt
+from ..run.apply import trainer_for
 from ..run.folder import EVA, Run
 from ..support import files, memory
 from ..support.config import RunConfig
@@ -33,7 +31,6 @@ from ..support.inputs import check_same
 from ..support.progress import Work
 from ..training.evaluate import choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.trainer import Trainer
 
 GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
 SHARED = 16  # tokens in a row; fewer can be a turn of phrase
@@ -102,24 +99,17 @@ class Training:
         if done.exists():
             self.work.skip()
             return files.read_json(done, MADE_BY)
+        config = dataclasses.replace(self.run.config, lr=lr, seed=seed)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
-            value = {"seed": seed, "lr": lr} | self._fit(
-                arm, dataclasses.replace(self.run.config, lr=lr, seed=seed), out
-            )
+            value = {"seed": seed, "lr": lr} | self._fit(arm, config, out)
             files.write_json(done, value)
             shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
         return value
 
     def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:
-        run, model = self.run, self.run.model
-        unload(model)
-        if arm.placement is None:
-            model = copy.deepcopy(model).float().requires_grad_(True)
-        else:
-            adapt(model, arm.placement, config.adapters, config.dropout, self.vectors)
+        run = self.run
+        trainer = trainer_for(run, arm.placement, self.vectors, config=config, out=out, copied=True)
         memory.reset_peak(run.model.device)
-        train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
-        trainer = Trainer(model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress)
         value: dict[str, Any] = {"valid_loss": None}
         try:
             result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
@@ -132,9 +122,9 @@ class Training:
             value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
             if arm.placement is None:
                 with files.replacing(out / WEIGHTS) as scratch:
-                    save_model(model, str(scratch))
+                    save_model(trainer.model, str(scratch))
             else:
-                save_adapter(model, out / "adapter", overwrite=True)
+                save_adapter(run.model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}
@@ -170,14 +160,10 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
 
 @dataclass(frozen=True)
 class GeneralText:
-    """Text that has nothing to do with the task: its rows, and what trial.json tells of it."""
+    """Text that has nothing to do with the task: its rows, and what trial.json tells of it (file, sha256, tokens)."""
 
     rows: list[Example]
-    file: str
-    sha256: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {"file": self.file, "sha256": self.sha256, "tokens": sum(len(row.tokens) for row in self.rows)}
+    facts: dict[str, Any]
 
 
 def general_text(run: Run, folder: Path) -> GeneralText:
@@ -202,7 +188,8 @@ def general_text(run: Run, folder: Path) -> GeneralText:
             rows.append(row)
     file = run.config.general or "pydoc_data.topics"
     _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
-    return GeneralText(rows, file, files.sha256(Path(path)))
+    tokens = sum(len(row.tokens) for row in rows)
+    return GeneralText(rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens})
 
 
 def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
@@ -225,14 +212,9 @@ def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) 
 
     Raises ConfigError where `run.resume` meets other inputs than the trial began with.
     """
-    names = [info.name for info in linear_modules(run.model)][:8]
-    now: dict[str, Any] = {f"the {split} file": files.sha256(path) for split, path in run.paths.items()}
-    now |= {"the general text": general.sha256, "the model's weights": fingerprint(run.model, names)}
-    now |= {
-        f"the placement of {arm.name}": {name: list(pair) for name, pair in arm.placement.modules.items()}
-        for arm in arms
-        if arm.placement
-    }
+    now = run.inputs() | {"the general text": general.facts["sha256"]}
+    for placement, name in ((arm.placement, arm.name) for arm in arms if arm.placement):
+        now[f"the placement of {name}"] = {module: list(pair) for module, pair in placement.modules.items()}
     if run.config.init == "eva":
         now["EVA's vectors"] = files.sha256(run.folder / EVA)
     path = folder / "inputs.json"

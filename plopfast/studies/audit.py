@@ -7,7 +7,7 @@ types are picked.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,13 @@ from ..data.batches import batches_of
 from ..data.rows import Example
 from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
-from ..placing.rules import RULES, Rule
+from ..placing.rules import RULES, Rule, ranked
 from ..report.tables import audit_tables
 from ..run.folder import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport
 from ..support import files, memory
+from ..support.config import ScoreSettings
 from ..support.errors import ConfigError, DataError, PlopfastError
 from .agreement import SHORTEST, agreement, doubled_below, pick, subset_rows, tau_of
 from .controls import random_model, random_tokens, shuffled_words, truncated
@@ -30,23 +31,7 @@ from .criteria import Given, compared
 
 OTHER_SAMPLES = 3
 NEAR_ONE = 0.1  # how far a random model's scores may lie from 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class AuditSettings:
-    """What an audit compares: the k lowest types, criteria of this `rank`, and how the prompts are scored.
-
-    `rank` is the rank of the inputs' spectrum and of the gradient. `tokens` and `skip_first` are those of
-    `data.batches_of`, `baseline` and `backend` those of `score`.
-    """
-
-    k: int = 3
-    rank: int = 16
-    seed: int = 0
-    tokens: str = "all"
-    skip_first: bool = False
-    baseline: str = "closed-form"
-    backend: str = "auto"
+Mask = tuple[str, bool]  # which tokens are scored, and whether the first one is left out, as for `batches_of`
 
 
 @dataclass(frozen=True)
@@ -65,23 +50,18 @@ class Work:
     model: nn.Module
     tokenizer: Any
     examples: Sequence[Example]
-    settings: AuditSettings
+    settings: ScoreSettings
     progress: bool
     say: Callable[[str], None]
     missing: list[dict[str, str]] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
 
     def scored(
-        self,
-        rows: Sequence[Example],
-        *,
-        model: Any = None,
-        mask: AuditSettings | None = None,
-        eva_rank: int | None = None,
+        self, rows: Sequence[Example], *, model: Any = None, mask: Mask | None = None, eva_rank: int | None = None
     ) -> NFNReport:
-        """Score `rows` by the settings, or on another `model`, or the tokens that the settings `mask` name."""
-        s = mask or self.settings
-        batches = batches_of(rows, SCORE_ROWS, s.tokens, s.skip_first)
+        """Score `rows` by the settings, or on another `model` or other tokens."""
+        s = self.settings
+        batches = batches_of(rows, SCORE_ROWS, *(mask or (s.score_tokens, s.skip_first)))
         return score(
             model or self.model, batches, baseline=s.baseline, seed=s.seed, backend=s.backend, eva_rank=eva_rank,
             progress=self.progress,
@@ -114,7 +94,7 @@ def audit(
     model: nn.Module,
     tokenizer: Any,
     examples: Sequence[Example],
-    settings: AuditSettings | None = None,
+    settings: ScoreSettings | None = None,
     *,
     others: Sequence[Sequence[Example]] = (),
     progress: bool = False,
@@ -122,7 +102,8 @@ def audit(
 ) -> dict[str, Any]:
     """Return what audit.json holds, as plain values; `audit_text` shows it.
 
-    `examples` are the prompts, in random order; `others` are other samples of the same task. The parts:
+    `examples` are the prompts, in random order; `others` are other samples of the same task. `settings.k` types are picked,
+    and `settings.rank` is the rank of the inputs' spectrum and of the gradient. The parts:
 
     - "stability": subsets of the prompts, shorter rows and other samples;
     - "tokens": NFN of other tokens;
@@ -133,9 +114,9 @@ def audit(
     Unavailable checks are skipped; "missing" lists why. Raises what `score` raises for the scores themselves, ConfigError
     for a k outside 1 to the number of types, and DataError without examples.
     """
-    settings = settings or AuditSettings()
+    settings = settings or ScoreSettings()
     known = list(dict.fromkeys(info.type for info in linear_modules(model)))
-    if not 1 <= settings.k <= len(known):
+    if settings.k > len(known):
         raise ConfigError(
             f"k = {settings.k}: expected 1 to {len(known)}, this model's module types ({', '.join(known)})"
         )
@@ -150,7 +131,7 @@ def audit(
     criteria, ours = _criteria(work, base), pick(report.types, settings.k)
     return {
         "model": report.model, "k": settings.k, "rank": settings.rank, "prompts": report.prompts,
-        "scored_tokens": report.tokens, "seed": settings.seed, "score_tokens": settings.tokens,
+        "scored_tokens": report.tokens, "seed": settings.seed, "score_tokens": settings.score_tokens,
         "skip_first": settings.skip_first, "pick": ours, "types": report.types, "stability": stability, "tokens": masks,
         "controls": controls, "verdict": verdict(ours, controls), "criteria": criteria, "missing": work.missing,
         "peak_mib": round(max([*work.peaks, memory.peak_mib()]), 1),
@@ -178,31 +159,26 @@ def _stability(work: Work, base: NFNReport, others: Sequence[Sequence[Example]])
 
 def _tokens(work: Work, base: NFNReport) -> list[dict[str, Any]]:
     """Rank the types by the NFN of other tokens."""
-    rows = []
+    rows, ours = [], (work.settings.score_tokens, work.settings.skip_first)
     for what, mask in _masks(work).items():
-        same = mask == work.settings
-        if report := base if same else work.tried("tokens", what, partial(work.scored, work.examples, mask=mask)):
+        scored = partial(work.scored, work.examples, mask=mask)
+        if report := base if mask == ours else work.tried("tokens", what, scored):
             rows.append(_ranked(what, report, base, work.settings.k))
     return rows
 
 
-def _masks(work: Work) -> dict[str, AuditSettings]:
-    """Return the settings that score other tokens, as far as these rows allow, by the tokens' name."""
-
-    def mask(tokens: str, skip_first: bool = False) -> AuditSettings:
-        return replace(work.settings, tokens=tokens, skip_first=skip_first)
-
-    masks = {"all tokens": mask("all"), "without the first token": mask("all", skip_first=True)}
+def _masks(work: Work) -> dict[str, Mask]:
+    """Return the tokens to score, as far as these rows allow, by their name."""
+    masks = {"all tokens": ("all", False), "without the first token": ("all", True)}
     if any(example.completion is not None or example.start > 1 for example in work.examples):
-        masks |= {f"{part} tokens": mask(part) for part in ("prompt", "completion")}
+        masks |= {f"{part} tokens": (part, False) for part in ("prompt", "completion")}
     else:
         work.skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")
     roles = sorted({role for example in work.examples for role in example.roles or ()})
     if not roles:
-        work.skip(
-            "tokens", "tokens by role", "the rows are no messages, or the chat template rewrites earlier messages"
-        )
-    return masks | {f"{role} tokens": mask(role) for role in roles}
+        why = "the rows are no messages, or the chat template rewrites earlier messages"
+        work.skip("tokens", "tokens by role", why)
+    return masks | {f"{role} tokens": (role, False) for role in roles}
 
 
 def _controls(work: Work, base: NFNReport) -> list[dict[str, Any]]:
@@ -239,12 +215,11 @@ def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
 
 
 def _criterion_row(rule: Rule, types: Mapping[str, float], cost: Measured, base: Measured, k: int) -> dict[str, Any]:
-    ours, highest = base.value.types, rule.highest
-    picked = pick(types, k, highest)
+    ours, highest, order = base.value.types, rule.highest, ranked(types, rule.highest)
     return {
         "name": rule.criterion, "source": rule.source, "chooses": "highest" if highest else "lowest",
-        "types": {type_: types[type_] for type_ in pick(types, len(types), highest)}, "pick": picked,
-        "tau": tau_of(ours, types, highest), "agrees": set(picked) == set(pick(ours, k)),
+        "types": {type_: types[type_] for type_ in order}, "pick": order[:k],
+        "tau": tau_of(ours, types, highest), "agrees": set(order[:k]) == set(pick(ours, k)),
         "seconds": cost.seconds, "cost": cost.seconds / base.seconds, "extra_mib": cost.extra_mib,
         "needs": rule.needs,
     }  # fmt: skip
@@ -295,12 +270,10 @@ def run_audit(run: Run) -> str:
     run.begin("audit")
     examples = run.sample()
     others = [run.sample(config.seed + i) for i in range(1, OTHER_SAMPLES + 1)] if len(examples) < rows else []
-    settings = AuditSettings(
-        k=config.k, rank=config.rank, seed=config.seed, tokens=config.score_tokens, skip_first=config.skip_first,
-        baseline=config.baseline, backend=config.backend,
-    )  # fmt: skip
     with run.stage("audit") as noted:
-        found = audit(run.model, run.tokenizer, examples, settings, others=others, progress=run.progress, say=run.say)
+        found = audit(
+            run.model, run.tokenizer, examples, config.scoring, others=others, progress=run.progress, say=run.say
+        )
         noted["peak_mib"] = found["peak_mib"]
     files.write_json(run.file("audit"), {"plopfast": "audit", **found})
     return audit_text(found)

@@ -6,9 +6,10 @@ If a score reflects the task, it changes under them. If it stays the same, it re
 import copy
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ def shuffled_words(
     for example in examples:
         tokens: list[int] = []
         start, roles = 0, []
-        for (labelled, role, is_special), places in groupby(range(len(example.tokens)), _kind_of(example, special)):
-            part = [example.tokens[i] for i in places]
+        kinds = _kinds(example, special)
+        for (labelled, role, is_special), pairs in groupby(zip(kinds, example.tokens, strict=True), itemgetter(0)):
+            part = [token for _, token in pairs]
             if not is_special:
                 part, several = _shuffled(part, tokenizer, rng)
                 changeable |= several
@@ -91,12 +93,13 @@ def _special(tokenizer: Any) -> set[int]:
     return set(tokenizer.all_special_ids) | {number for number, token in added.items() if token.special}
 
 
-def _kind_of(example: Example, special: set[int]) -> Callable[[int], tuple[bool, str, bool]]:
-    """A function of a token's place: (whether it belongs to the labelled part, its role, whether it is special)."""
+def _kinds(example: Example, special: set[int]) -> list[tuple[bool, str, bool]]:
+    """What each token is: (whether it belongs to the labelled part, its role, whether it is special)."""
     roles = example.roles or ("",) * len(example.tokens)
     # the first token of plain text has no label, but belongs with the rest
-    text_alone = example.completion is None and example.start <= 1
-    return lambda place: (text_alone or place >= example.start, roles[place], example.tokens[place] in special)
+    start = 0 if example.completion is None and example.start <= 1 else example.start
+    tokens = enumerate(zip(example.tokens, roles, strict=True))
+    return [(place >= start, role, token in special) for place, (token, role) in tokens]
 
 
 def random_model(model: nn.Module, seed: int = 0) -> nn.Module:

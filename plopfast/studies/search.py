@@ -19,10 +19,9 @@ import torch
 from ..lora.init import INITS
 from ..lora.layer import unload
 from ..lora.placement import full_rank
-from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..placing.rules import RULES, command_rules
-from ..run.apply import adapt, placed, scored
+from ..run.apply import placed, scored, trainer_for
 from ..run.folder import Run
 from ..scoring.report import NFNReport
 from ..support import files
@@ -30,7 +29,6 @@ from ..support.config import FREE
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
 from ..support.inputs import check_same
 from ..support.progress import Work
-from ..training.trainer import Trainer
 
 try:
     import optuna
@@ -66,8 +64,7 @@ class Search:
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
-        infos = [info for info in linear_modules(run.model) if info.layer is not None]
-        most = min(full_rank(info.n_in, info.n_out) for info in infos)
+        most = min(full_rank(info.n_in, info.n_out) for info in linear_modules(run.model))
         ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
         self.scored = functools.cache(self._scored)
         self.report = self.scored(ranks[0])  # NFN is the same whatever EVA's rank
@@ -85,13 +82,9 @@ class Search:
             "rule": CategoricalDistribution(rules),
         }
         identity = {name: value for name, value in dataclasses.asdict(config).items() if name not in APART}
-        identity |= {f"the {split} file": files.sha256(path) for split, path in run.paths.items() if split != "test"}
-        self.ranges = {
-            name: json.loads(distribution_to_json(known))["attributes"] for name, known in self.space.items()
-        }
+        self.ranges = {name: json.loads(distribution_to_json(kind))["attributes"] for name, kind in self.space.items()}
         identity |= {f"range of {name}": known for name, known in self.ranges.items()}
-        identity["the model's weights"] = fingerprint(run.model, [info.name for info in infos][:8])
-        self.study = self._open(run.folder / STORE, identity)
+        self.study = self._open(run.folder / STORE, identity | run.inputs(without="test"))
 
     def _scored(self, rank: int) -> NFNReport:
         """Scores every row, and takes EVA's vectors as a run of this rank does (their sketch depends on the rank)."""
@@ -162,7 +155,6 @@ class Search:
         run = self.run
         config = dataclasses.replace(run.config, **trial.params, log_to="none")
         vectors = self.scored(config.rank).eva if config.init == "eva" else None
-        train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
 
         def look(step: int, loss: float) -> None:
             trial.set_user_attr("steps", step)
@@ -171,10 +163,7 @@ class Search:
                 raise optuna.TrialPruned
 
         try:
-            adapt(run.model, placed(self.report, config.placing), config.adapters, config.dropout, vectors)
-            trainer = Trainer(
-                run.model, config.training, train, valid, unlabeled=unlabeled, progress=run.progress, on_valid=look
-            )
+            trainer = trainer_for(run, placed(self.report, config.placing), vectors, config=config, on_valid=look)
             loss = trainer.fit().valid_loss
         finally:
             unload(run.model)

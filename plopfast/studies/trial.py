@@ -13,8 +13,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,41 +30,14 @@ from ..scoring.report import NFNReport
 from ..support import files
 from ..support.config import PlaceSettings
 from ..support.errors import ConfigError, FileError, PlacementError, nearest
+from ..support.inputs import differences
 from ..support.progress import Work
-from .arms import MADE_BY, Arm, GeneralText, Trained, Training, check_inputs, general_text, look
+from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
 from .paired import accuracies, compare
 
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
 MEASURED = ("accuracy", "loss", "general_loss")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `--arms`, `--lrs` and `--seeds` list."""
-
-    arms: list[str]
-    lrs: list[float]
-    seeds: list[int]
-
-
-@dataclass(frozen=True)
-class Matched:
-    """The arms, and the number of parameters that each adapter of them has, within 1 %."""
-
-    budget: int
-    arms: list[Arm]
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What test.json holds of the base, and of the seeds of each arm."""
-
-    base: dict[str, Any]
-    arms: list[list[dict[str, Any]]]
-
-    def seconds(self) -> float:
-        return sum(test["seconds"] for of in [[self.base], *self.arms] for test in of)
 
 
 def run_trial(run: Run) -> str:
@@ -77,7 +48,7 @@ def run_trial(run: Run) -> str:
     arms that cannot be matched; TrainingError where an arm trains at none of its rates; and whatever its stages raise.
     """
     config, folder = run.config, run.folder / "trial"
-    plan = Plan(listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds))
+    names, lrs, seeds = listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds)
     if config.full:
         raise ConfigError(
             "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
@@ -96,47 +67,44 @@ def run_trial(run: Run) -> str:
         run.delete("trial")
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
-    match = matched(run, report or run_score(run), plan)
-    vectors = _vectors(run, match.arms)
+    budget, arms = _matched(run, report or run_score(run), names, lrs)
+    vectors = _vectors(run, arms)
     general = general_text(run, folder)
-    check_inputs(run, match.arms, general, folder)
-    with Work("trainings", len(match.arms) * (len(plan.lrs) + len(plan.seeds) - 1), run.progress) as work:
-        training = Training(run, plan.seeds, vectors, work)
-        trained = [training.arm(arm, folder / arm.name) for arm in match.arms]
-    tested = _tested(run, trained, general, folder)  # the one look at the test rows, now that all training is over
-    value = _as_json(run, plan, match, trained, tested, general)
+    check_inputs(run, arms, general, folder)
+    with Work("trainings", len(arms) * (len(lrs) + len(seeds) - 1), run.progress) as work:
+        training = Training(run, seeds, vectors, work)
+        trained = [training.arm(arm, folder / arm.name) for arm in arms]
+    # the one look at the test rows, now that all training is over
+    with Work("tests", 1 + len(arms) * len(seeds), run.progress) as work:
+        base = look(run, None, folder / "base", general.rows, work)
+        tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
+    unload(run.model)
+    kept = files.read_json(run.folder / CONFIG, MADE_BY)
+    value = {
+        "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
+        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
+        "seeds": seeds, "lrs": lrs, "general": general.facts, **_compared(run, trained, base, tests),
+    }  # fmt: skip
     files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
-def _tested(run: Run, trained: list[Trained], general: GeneralText, folder: Path) -> Tested:
-    with Work("tests", 1 + sum(len(one.folders) for one in trained), run.progress) as work:
-        base = look(run, None, folder / "base", general.rows, work)
-        tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
-    unload(run.model)
-    return Tested(base, tests)
-
-
-def _as_json(
-    run: Run, plan: Plan, match: Matched, trained: list[Trained], tested: Tested, general: GeneralText
+def _compared(
+    run: Run, trained: list[Trained], base: dict[str, Any], tests: list[list[dict[str, Any]]]
 ) -> dict[str, Any]:
-    """What trial.json holds."""
-    base, confidence, seed = tested.base, run.config.confidence or 0.95, run.config.seed
-    right = torch.tensor([[test["right"] for test in of] for of in tested.arms], dtype=torch.float64)
-    described = [_described(run, one, of, base) for one, of in zip(trained, tested.arms, strict=True)]
+    """What trial.json holds of the results: `base` and `tests` are what `look` returned of the base and each arm's seeds."""
+    confidence, seed = run.config.confidence or 0.95, run.config.seed
+    right = torch.tensor([[test["right"] for test in of] for of in tests], dtype=torch.float64)
+    described = [_described(run, one, of, base) for one, of in zip(trained, tests, strict=True)]
     versus = [None, *map(dataclasses.asdict, compare(right, confidence, seed))]
     for arm, against, (mean, low, high) in zip(described, versus, accuracies(right, confidence, seed), strict=True):
         arm |= {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "versus": against}
-    kept = files.read_json(run.folder / CONFIG, MADE_BY)
-    seconds = sum(arm["seconds"] for arm in described) + tested.seconds()
+    seconds = sum(arm["seconds"] for arm in described) + sum(test["seconds"] for of in [[base], *tests] for test in of)
     return {
-        "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
-        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": match.budget,
-        "reference": match.arms[0].name, "seeds": plan.seeds, "lrs": plan.lrs, "metric": base["metric"],
-        "test_rows": right.shape[2],
-        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(match.arms) - 1} comparisons",
-        "confidence": confidence, "general": general.as_json(), "base": {key: base[key] for key in MEASURED},
-        "seconds": round(seconds, 1), "arms": described,
+        "metric": base["metric"], "test_rows": right.shape[2],
+        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(tests) - 1} comparisons",
+        "confidence": confidence, "base": {key: base[key] for key in MEASURED}, "seconds": round(seconds, 1),
+        "arms": described,
     }  # fmt: skip
 
 
@@ -148,21 +116,15 @@ def _check_test_rows(run: Run) -> None:
 
 
 def _check_scored_alike(run: Run, report: NFNReport) -> None:
-    """Raises ConfigError where the folder's scores are of another model or other tokens, or were made in another way, than
-    the settings say."""
-    if report.model != run.model.name_or_path:
+    """Raises ConfigError where the folder's scores were made of another model, of other tokens or in another way."""
+    plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
+    kept = {name: report.settings.get(name.removeprefix("score_"), usual) for name, usual in plain.items()}
+    asked = {name: getattr(run.config, name) for name in plain}
+    if changed := differences(kept | {"model": report.model}, asked | {"model": run.model.name_or_path}):
         raise ConfigError(
-            f"{run.file('score')} holds the scores of {report.model}, the trial's model is {run.model.name_or_path}: choose "
+            f"{run.file('score')} was made with other settings: {'; '.join(changed)}. Give the ones that were, or choose "
             "another --out"
         )
-    plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
-    for name, default in plain.items():
-        kept, asked = report.settings.get(name.removeprefix("score_"), default), getattr(run.config, name)
-        if kept != asked:
-            raise ConfigError(
-                f"{run.file('score')} was made with {name} {kept}, the trial's is {asked}: give that one, or choose another "
-                "--out"
-            )
 
 
 def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
@@ -229,14 +191,13 @@ def _listed(option: str, text: str) -> list[str]:
     parts = [part.strip() for part in text.split(",")]
     for number, part in enumerate(parts):
         if not part or part in parts[:number]:
-            raise ConfigError(
-                f"{option}: expected names or numbers with commas, got {part!r} {'twice ' if part else ''}in {text!r}"
-            )
+            got = f"{part!r} {'twice ' if part else ''}in {text!r}"
+            raise ConfigError(f"{option}: expected names or numbers with commas, got {got}")
     return parts
 
 
-def matched(run: Run, report: NFNReport, plan: Plan) -> Matched:
-    """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`.
+def _matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> tuple[int, list[Arm]]:
+    """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`; returns that number, the arms.
 
     Raises ConfigError naming an arm whose parameters are not within 1 % of that.
     """
@@ -244,20 +205,18 @@ def matched(run: Run, report: NFNReport, plan: Plan) -> Matched:
     budget = placed(report, settings).parameters
     settings = dataclasses.replace(settings, budget=str(budget))
     arms: list[Arm] = []
-    for name in plan.arms:
+    for name in names:
         if name == FULL:
-            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in plan.lrs]))
+            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in lrs]))
             run.say(f"{name}: all weights, not matched; learning rates are {FULL_LR:g} of the adapters'")
             continue
         placement = _matched_one(report, dataclasses.replace(settings, rule=name), budget)
         same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
-        arms.append(Arm(name, placement, plan.lrs))
+        arms.append(Arm(name, placement, lrs))
         run.say(str(placement))
         if same:
-            run.say(
-                f"{name} is the same placement as {same[0]}, and will show no difference from it: leave one of them out"
-            )
-    return Matched(budget, arms)
+            run.say(f"{name} is the same placement as {same[0]} and will show no difference: leave one of them out")
+    return budget, arms
 
 
 def _matched_one(report: NFNReport, settings: PlaceSettings, budget: int) -> Placement:
@@ -279,12 +238,12 @@ def _vectors(run: Run, arms: list[Arm]) -> dict[str, torch.Tensor] | None:
     if run.config.init != "eva":
         return None
     vectors = eva.load(run.folder / EVA)[0]
-    for arm in arms:
-        for name, (rank, _) in (arm.placement.modules if arm.placement else {}).items():
-            if len(vectors.get(name, ())) < rank:
-                most = max(rank for other in arms if other.placement for rank, _ in other.placement.modules.values())
-                raise ConfigError(
-                    f"arm {arm.name!r}: {name} has rank {rank}, for which {EVA} holds too few vectors; first: "
-                    f"plopfast score --init eva --rank {most} --overwrite --out {run.folder}"
-                )
+    wanted = [(arm.name, *item) for arm in arms if arm.placement for item in arm.placement.modules.items()]
+    for arm, module, (rank, _) in wanted:
+        if len(vectors.get(module, ())) < rank:
+            most = max(rank for _, _, (rank, _) in wanted)
+            raise ConfigError(
+                f"arm {arm!r}: {module} has rank {rank}, for which {EVA} holds too few vectors; first: plopfast score "
+                f"--init eva --rank {most} --overwrite --out {run.folder}"
+            )
     return vectors

@@ -19,10 +19,11 @@ from plopfast.data.rows import DEMO, Example, read_jsonl
 from plopfast.models.linears import linear_modules
 from plopfast.scoring.report import ModuleScore, NFNReport
 from plopfast.studies.agreement import kendall_tau, pick, subset_rows
-from plopfast.studies.audit import AuditSettings, audit, audit_text, verdict
+from plopfast.studies.audit import audit, audit_text, verdict
 from plopfast.studies.controls import random_model, random_tokens, shuffled_words
 from plopfast.studies.criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
 from plopfast.support import memory
+from plopfast.support.config import ScoreSettings
 from plopfast.support.errors import AdapterError, ConfigError, DataError, ModelError, PlacementError
 
 
@@ -338,7 +339,7 @@ def test_audit(llama, tokenizer):
     examples, before = prompts(tokenizer, 20), state_of(llama)
     others = [prompts(tokenizer, 20, "valid"), prompts(tokenizer, 20, "test")]
     lines = []
-    found = audit(llama, tokenizer, examples, AuditSettings(k=2, rank=2), others=others, say=lines.append)
+    found = audit(llama, tokenizer, examples, ScoreSettings(k=2, rank=2), others=others, say=lines.append)
     assert_unchanged(llama, before)
     found = json.loads(json.dumps(found, allow_nan=False))
     report = pf.score(llama, batches_of(examples, 8))
@@ -378,7 +379,7 @@ def test_what_cannot_be_had_is_said(tokenizer):
     model = build("llama")
     model.config = transformers.T5Config(bos_token_id=1)
     rows = [Example((7, 8, 9 + i), 1, None, f"a:{i}") for i in range(4)]
-    found = audit(model, None, rows, AuditSettings(k=1, rank=33))
+    found = audit(model, None, rows, ScoreSettings(k=1, rank=33))
     why = {(row["kind"], row["what"]): row["why"] for row in found["missing"]}
     for key, message in {
         ("stability", "random subsets of the prompts"): "4 prompts: too few for subsets of 8",
@@ -402,13 +403,13 @@ def test_what_cannot_be_had_is_said(tokenizer):
 def test_impossible_requests(llama, tokenizer):
     examples = prompts(tokenizer, 2)
     with pytest.raises(ConfigError, match="k = 8: expected 1 to 7, this model's module types"):
-        audit(llama, tokenizer, examples, AuditSettings(k=8))
-    with pytest.raises(ConfigError, match="k = 0"):
-        audit(llama, tokenizer, examples, AuditSettings(k=0))
+        audit(llama, tokenizer, examples, ScoreSettings(k=8))
+    with pytest.raises(ConfigError, match="k: expected a number above 0"):
+        audit(llama, tokenizer, examples, ScoreSettings(k=0))
     with pytest.raises(DataError, match="no prompt to score"):
         audit(llama, tokenizer, [])
     with pytest.raises(DataError, match="needs rows of messages"):
-        audit(llama, tokenizer, examples, AuditSettings(tokens="user"))
+        audit(llama, tokenizer, examples, ScoreSettings(score_tokens="user"))
 
 
 def control(what, picked, low=1.0, high=1.0):
@@ -454,7 +455,7 @@ def test_roles_of_chats(llama, tokenizer):
     rows = [
         Example((1, *range(10, 20 + i)), 6, None, "", ("user",) * 6 + ("assistant",) * (5 + i)) for i in range(3)
     ]  # fmt: skip
-    found = audit(llama, tokenizer, rows, AuditSettings(k=1, rank=2, tokens="assistant"))
+    found = audit(llama, tokenizer, rows, ScoreSettings(k=1, rank=2, score_tokens="assistant"))
     assert flat(found["tokens"])[-2:] == ["assistant tokens", "user tokens"]
     assert found["tokens"][-2]["types"] == found["types"] and found["score_tokens"] == "assistant"
 

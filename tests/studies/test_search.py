@@ -154,7 +154,8 @@ def test_a_finished_search_can_be_widened(base, tmp_path, found, capsys):
     assert len(results(tmp_path / "run")[1]) == TRIALS + 1
     printed = capsys.readouterr()
     assert f"{TRIALS + 1} trials" in printed.out and "plopfast run --config" in printed.out
-    assert f"{TRIALS + 1}/{TRIALS + 1}" in printed.err and f"trial {TRIALS + 1}" in printed.err and "the best so far" in printed.err
+    assert f"{TRIALS + 1}/{TRIALS + 1}" in printed.err and f"trial {TRIALS + 1}]" in printed.err, "on one bar"
+    assert "the best so far" in printed.err
     assert search(base, tmp_path / "run") == 2
     assert "--resume" in capsys.readouterr().err
     assert search(base, tmp_path / "run", "--overwrite", trials=1) == 0

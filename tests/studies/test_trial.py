@@ -149,11 +149,11 @@ def test_other_texts_scores_and_data(options, tmp_path, capsys):
     assert plopfast("score", *options[:8], "--score-prompts", 12, "--out", out) == 0
     scored = (out / "scores.json").stat().st_mtime_ns
     assert plopfast("trial", *options, "--skip-first", "--out", out) == 2
-    assert "was made with skip_first False, the trial's is True" in capsys.readouterr().err
+    assert "was made with other settings: skip_first was False, is True" in capsys.readouterr().err
     moved = tmp_path / "moved"
     shutil.copytree(options[1], moved)
     assert plopfast("trial", *edit(options, "--model", moved), "--out", out) == 2
-    assert f"holds the scores of {options[1]}, the trial's model is {moved}" in capsys.readouterr().err
+    assert f"model was {options[1]}, is {moved}" in capsys.readouterr().err
     assert plopfast("trial", *options, "--general", general, "--out", out) == 0
     trial = read(out)
     assert (out / "scores.json").stat().st_mtime_ns == scored
