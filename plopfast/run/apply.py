@@ -58,14 +58,15 @@ def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
     )  # fmt: skip
 
 
-def check_rule(model: Any, settings: PlaceSettings) -> None:
+def check_rule(run: Run) -> None:
     """Raises PlacementError for a rule that no scores could place, so that a run stops before it scores.
 
-    A rule that chooses k types by the scores can fail only on k, which scoring checks itself.
+    A rule that chooses k types by the scores can fail only on k, which scoring checks itself. No model is loaded for it.
     """
+    settings = run.config.placing
     rule = RULES.get(settings.rule)
     if not (rule and rule.needs_k and rule.from_report):
-        infos = linear_modules(model)
+        infos = linear_modules(run.model)
         unscored = {i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in infos}
         placed(NFNReport(unscored, 0, 0, 0.0), settings)
 

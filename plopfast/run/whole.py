@@ -27,7 +27,7 @@ def run_all(run: Run) -> str:
         ranks.on_main(run.refuse_results)
     run.rows("train")
     if not run.config.full:
-        check_rule(run.model, run.config.placing)  # before invalid settings are kept
+        check_rule(run)  # before invalid settings are kept
     run.write_config()  # from here on an interrupted run can be resumed
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
         run.examples(split)

@@ -317,6 +317,21 @@ def test_a_training_that_explodes_keeps_the_last_good_state(base, tmp_path, caps
     assert re.search(r"step \d+: loss .*training stopped", capsys.readouterr().err) and not (out / "adapter").exists()
 
 
+def test_a_run_interrupted_while_it_loads_the_model_can_be_resumed(base, tmp_path, monkeypatch, capsys):
+    """Converting a GGUF file takes half a minute, and the message promises --resume from the first moment."""
+    out = tmp_path / "run"
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("plopfast.run.folder.load_model", interrupted)
+        assert plopfast("run", *base, "--k", "1", "--out", out) == 130
+    assert f"--resume --out {out}" in capsys.readouterr().err
+    assert plopfast("run", "--resume", "--out", out) == 0
+    assert len(pf.Placement.load(out / "placement.json").types) == 1, "the settings were kept"
+
+
 def test_ctrl_c_and_resume(base, tmp_path):
     """A real process, a real SIGINT in mid-training: exit code 130, and the resumed run ends as an uninterrupted one."""
     steps = [*base, "--max-steps", "150", "--patience", "99", "--eval-every", "50"]
