@@ -171,9 +171,9 @@ def dies(folder):
 
 def command_line():
     """The command line, with a trainer that breaks."""
-    from plopfast.run import stages
+    from plopfast.run import apply
 
-    stages.Trainer = Breaks
+    apply.Trainer = Breaks
     return main.main(sys.argv[2:])
 
 
