@@ -103,6 +103,10 @@ class LoRALinear(nn.Module):
         """The update of the weight, scaling B A [out, in], in float32."""
         return self.scaling * (self.lora_B.float() @ self.lora_A.float())
 
+    def merged_weight(self) -> torch.Tensor:
+        """W + scaling B A in the base module's layout and dtype; the base stays as it is."""
+        return self.frozen.plus(self.delta_NK())
+
     def extra_repr(self) -> str:
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
 

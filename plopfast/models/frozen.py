@@ -70,11 +70,15 @@ class FrozenWeight:
         return whole(self.stored.detach()).flatten()[:4].float().tolist()
 
     @torch.no_grad()
-    def add_(self, delta_NK: torch.Tensor) -> None:
-        """W += delta: the sum is taken in float32 and rounded once."""
-        stored = self.stored
+    def plus(self, delta_NK: torch.Tensor) -> torch.Tensor:
+        """W + delta in the module's own layout and dtype: summed in float32 and rounded once. W stays as it is."""
         delta = delta_NK.T if self.transposed else delta_NK
-        stored.copy_((stored.float() + delta).to(stored.dtype))
+        return (self.stored.float() + delta).to(self.dtype)
+
+    @torch.no_grad()
+    def add_(self, delta_NK: torch.Tensor) -> None:
+        """W += delta, as `plus` sums it."""
+        self.stored.copy_(self.plus(delta_NK))
 
 
 def frozen_of(module: nn.Module, name: str = "") -> FrozenWeight:

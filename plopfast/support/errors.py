@@ -54,5 +54,5 @@ class Interrupted(KeyboardInterrupt):
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """Returns the end of an error about an unknown name: the most similar known one, or nothing."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""

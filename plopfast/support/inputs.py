@@ -25,8 +25,8 @@ def check_same(
     """Raises `error`, naming what changed, unless `now` is what was `kept` in `where` (a file or folder) at the start."""
     if changed := differences(kept, now):
         raise error(
-            f"{where}: cannot go on, because it began with other inputs: {'; '.join(changed)}. Give the same ones as then, or "
-            "start anew with --overwrite or another --out"
+            f"{where}: cannot go on, because it began with other inputs: {'; '.join(changed)}. Leave the "
+            "options out, or give the same inputs as then; or start anew with --overwrite or another --out"
         )
 
 

@@ -26,7 +26,9 @@ def test_inject_merge_unload(any_model):
         torch.testing.assert_close(logits(any_model), base)
     torch.testing.assert_close(logits(any_model), tuned)
     merged = copy.deepcopy(any_model)
+    weights = {name: module.merged_weight() for name, module in adapters(merged).items()}
     assert pf.merge(merged) == names and set(merged.state_dict()) == keys
+    assert all(torch.equal(merged.get_submodule(name).weight, weight) for name, weight in weights.items())
     torch.testing.assert_close(logits(merged), tuned, rtol=1e-4, atol=1e-4)
     assert pf.unload(any_model) == names and set(any_model.state_dict()) == keys
     assert torch.equal(logits(any_model), base)
