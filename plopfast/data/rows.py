@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..support import files
 from ..support.errors import DataError
 
 _DEMO = Path(__file__).parents[1] / "demo"
 DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")}
+MISSING = "no such data file"
 IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
 FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
 
@@ -34,7 +36,9 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     Raises DataError with the file and line for a missing file, invalid JSON, or a row of an unknown kind.
     """
     path = Path(path)
-    lines = read_utf8(path).split("\n")  # splitlines() would also split at U+2028 inside a string
+    lines = files.read_text(path, MISSING, DataError).split(
+        "\n"
+    )  # splitlines() would also split at U+2028 inside a string
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -52,16 +56,6 @@ def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
     if not rows:
         raise DataError(f"{path}: no rows; expected one JSON object a line: {FORMATS}")
     return rows
-
-
-def read_utf8(path: Path) -> str:
-    """Read a text file; a byte order mark is dropped. Raises DataError if it is missing or isn't UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such data file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def format_of(row: dict[str, Any]) -> str | None:

@@ -6,8 +6,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ..support import files
 from ..support.errors import DataError
-from .rows import Example, read_utf8
+from .rows import MISSING, Example
 
 
 def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
@@ -22,7 +23,7 @@ def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
     path = Path(path)
     if path.suffix in (".jsonl", ".json"):
         raise DataError(f"{path}: expected plain text (.txt); rows of JSON go to --train")
-    text = read_utf8(path)
+    text = files.read_text(path, MISSING, DataError)
     if not text.strip():
         raise DataError(f"{path}: no text in it")
     if not tokenizer.is_fast:

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import FileError
+from .errors import FileError, PlopfastError
 
 OTHER_OUT = "choose another --out"
 OTHER_CACHE = "plopfast keeps its cache there: set PLOPFAST_CACHE to a writable folder with room"
@@ -69,22 +69,23 @@ def write_json(path: Path, value: Any, remedy: str = OTHER_OUT) -> None:
 
 def read_json(path: Path, made_by: str) -> Any:
     """Returns the JSON value in `path`. Raises FileError; where the file is missing, it says that `made_by` writes it."""
-    return _parse(path, _read(path, made_by), 1)
+    return _parse(path, read_text(path, f"no such file; it is written by {made_by}"), 1)
 
 
 def read_json_lines(path: Path, made_by: str) -> list[Any]:
     """Returns the JSON values in `path`, one a line. Raises FileError as `read_json` does."""
-    lines = _read(path, made_by).split("\n")
+    lines = read_text(path, f"no such file; it is written by {made_by}").split("\n")
     return [_parse(path, line, number) for number, line in enumerate(lines, 1) if line]
 
 
-def _read(path: Path, made_by: str) -> str:
+def read_text(path: Path, missing: str, error: type[PlopfastError] = FileError) -> str:
+    """Returns the text of a UTF-8 file, without a byte order mark. Raises `error`; `missing` says that there is no file."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise FileError(f"{path}: no such file; it is written by {made_by}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: cannot be read ({error})") from error
+        raise error(f"{path}: {missing}") from None
+    except (OSError, UnicodeDecodeError) as failure:
+        raise error(f"{path}: cannot be read as UTF-8 text ({failure})") from failure
 
 
 def _parse(path: Path, text: str, line: int) -> Any:
