@@ -248,7 +248,6 @@ class SearchSettings(Settings):
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(
     ModelSettings,
-    RankSettings,
     DataSettings,
     ScoreSettings,
     PlaceSettings,
@@ -256,6 +255,7 @@ class RunConfig(
     TrainConfig,
     TrialSettings,
     SearchSettings,
+    RankSettings,
 ):
     """Every setting of a run, flat, as options and config.json name them; the properties are its groups.
 
