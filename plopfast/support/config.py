@@ -275,10 +275,6 @@ class RunConfig(
         return self._part(PlaceSettings)
 
     @property
-    def adapters(self) -> AdapterSettings:
-        return self._part(AdapterSettings)
-
-    @property
     def training(self) -> TrainConfig:
         return self._part(TrainConfig)
 

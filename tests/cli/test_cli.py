@@ -190,7 +190,7 @@ def test_settings_of_a_run_as_its_groups():
     config = pf.RunConfig(rank=8, lr=0.5, seed=3, score_prompts=9, rslora=True)
     assert config.training == pf.TrainConfig(lr=0.5, seed=3)
     assert (config.placing.rank, config.scoring.rank, config.placing.seed) == (8, 8, 3)
-    assert config.scoring.score_prompts == 9 and config.adapters.rslora
+    assert config.scoring.score_prompts == 9 and config.rslora
     read = {name for command in main.COMMANDS.values() for name in names_of(command)}
     assert read == set(dataclasses.asdict(config)), "every setting is some command's option"
 

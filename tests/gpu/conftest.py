@@ -15,7 +15,7 @@ import torch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if INTERPRETED:
-    collect_ignore_glob = []
+    collect_ignore_glob = ["test_grouped_heads.py"]  # of a GPU itself
 elif torch.cuda.is_available():
     collect_ignore_glob = ["test_interpreter_*.py", "test_traffic.py"]  # of the interpreter itself
 else:

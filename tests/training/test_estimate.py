@@ -219,16 +219,6 @@ def test_grouped_heads_on_a_gpu_without_one(kind, monkeypatch):
     assert meter.flops == attention_flops(q.shape, k.shape, k.shape) == 4 * B * H * T * T * D
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_grouped_heads_on_a_gpu(dtype):
-    model = build("llama").to(dtype)
-    choice = placement_on(model)
-    want = estimated(model, choice)
-    got = estimated(model.cuda(), choice)
-    assert got.tflops_per_step == pytest.approx(want.tflops_per_step, rel=0.05), "another kind of attention"
-
-
 @pytest.mark.parametrize("error", [AssertionError("shapes are incompatible"), TypeError("got an array"), KeyError("x")])
 def test_whatever_is_raised_is_a_model_error(error, monkeypatch):
     """So that a run goes on without its estimate."""
