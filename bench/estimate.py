@@ -44,7 +44,7 @@ def measured(choice, rows, tokens):
     from torch.utils.flop_counter import FlopCounterMode
 
     import plopfast as pf
-    from plopfast.data.rows import Example
+    from plopfast.data.example import Example
     from plopfast.lora.layer import inject
     from plopfast.lora.shared import prepared
     from plopfast.support.config import RunConfig
@@ -58,7 +58,7 @@ def measured(choice, rows, tokens):
         drawn = torch.randint(
             9, len(model.get_input_embeddings().weight), (rows * STEPS, tokens), generator=draw
         ).tolist()
-        examples = [Example(tuple(row), 1, None, f"row {i}") for i, row in enumerate(drawn)]
+        examples = [Example.after_prompt(tuple(row), 1, None, f"row {i}") for i, row in enumerate(drawn)]
         return Trainer(model, RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5), examples, examples[:1])
 
     pf.load_model()  # its tokenizer and code stay

@@ -52,7 +52,8 @@ except ImportError as error:
     raise SystemExit(f"{error}: the trainers to compare with come with pip install 'plopfast[hf,bench]'") from None
 
 import plopfast as pf
-from plopfast.data.rows import DEMO, IGNORE, Example
+from plopfast.data.example import Example
+from plopfast.data.rows import DEMO, IGNORE
 from plopfast.lora.layer import adapters
 from plopfast.training.evaluate import choices_of, evaluate
 
@@ -96,7 +97,7 @@ def case_a(dtype: torch.dtype, scale: float) -> Case:
     counts = {"train": 192, "valid": 128, "test": 256}
     whole = {split: pf.tokenize(pf.read_jsonl(DEMO[split]), tokenizer) for split in counts}
     data = {split: whole[split][: max(ROWS, int(count * scale))] for split, count in counts.items()}
-    return Case("SmolLM2-135M, WordNet demo", model, tokenizer, **data, choices=choices_of(whole["test"], tokenizer))
+    return Case("SmolLM2-135M, WordNet demo", model, tokenizer, **data, choices=choices_of(whole["test"]))
 
 
 def case_b(dtype: torch.dtype, scale: float) -> Case:
@@ -126,7 +127,9 @@ def help_texts(tokenizer: Any, *lengths: list[int]) -> list[list[Example]]:
         tokens = tokenizer("\n\n".join(part))["input_ids"]
         assert sum(sizes) <= len(tokens), "the help texts are too short for so many rows: choose a smaller --rows"
         stream = iter(tokens)
-        splits.append([Example(tuple(islice(stream, size)), 1, None, f"row {i}") for i, size in enumerate(sizes)])
+        splits.append(
+            [Example.after_prompt(tuple(islice(stream, size)), 1, None, f"row {i}") for i, size in enumerate(sizes)]
+        )
     return splits
 
 
@@ -198,7 +201,10 @@ def hf_settings(job: Job, lr: float) -> dict[str, Any]:
 
 
 def hf_data(job: Job) -> dict[str, Any]:
-    labels = [(IGNORE,) * e.start + e.tokens[e.start :] for e in job.examples]
+    labels = [
+        [token if learned else IGNORE for token, learned in zip(e.tokens, e.is_learned(), strict=True)]
+        for e in job.examples
+    ]
     rows = datasets.Dataset.from_dict({"input_ids": [e.tokens for e in job.examples], "labels": labels})
     return {"train_dataset": rows, "processing_class": job.case.tokenizer}
 

@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import plopfast as pf
 from plopfast.cli import main
+from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.models.running import body
 
@@ -63,6 +64,11 @@ def random_batches(count=3, rows=4, longest=19, vocabulary=300, seed=0, side="ri
 def everywhere(model, rank=4, alpha=8.0):
     modules = {info.name: (rank, alpha) for info in pf.linear_modules(model)}
     return pf.Placement(modules, [], "all", 0)
+
+
+def prompted(rows, starts):
+    """Examples whose tokens are learned from a place on."""
+    return [Example.after_prompt(row, start) for row, start in zip(rows, starts, strict=True)]
 
 
 def randomise(model):

@@ -10,44 +10,47 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from ..support.errors import DataError
-from .rows import IGNORE, Example
+from .example import Example
+from .rows import IGNORE
 
 
-def collate(sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu") -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[Example], device: Any = "cpu") -> dict[str, torch.Tensor]:
     """Return `input_ids`, `attention_mask` and `labels`, each int64 [rows, longest], padded on the right with token 0."""
-    rows = [torch.tensor(tokens) for tokens in sequences]
+    rows = [torch.tensor(example.tokens) for example in examples]
     batch = {
         "input_ids": pad_sequence(rows, batch_first=True),
         "attention_mask": pad_sequence([torch.ones_like(row) for row in rows], batch_first=True),
-        "labels": pad_sequence(_labels(rows, starts), batch_first=True, padding_value=IGNORE),
+        "labels": pad_sequence(_labels(rows, examples), batch_first=True, padding_value=IGNORE),
     }
     return {key: value.to(device) for key, value in batch.items()}
 
 
-def collate_packed(
-    sequences: Sequence[Sequence[int]], starts: Sequence[int], device: Any = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Return `input_ids`, `position_ids` and `labels`, each int64 [1, tokens]: the sequences end to end, without padding.
+def collate_packed(examples: Sequence[Example], device: Any = "cpu") -> dict[str, torch.Tensor]:
+    """Return `input_ids`, `position_ids` and `labels`, each int64 [1, tokens]: the rows end to end, without padding.
 
     Positions restart at 0 with each sequence. Its first token has no label, because the token before it belongs to
     another sequence. There is no attention mask on purpose: without one (and without a cache) transformers takes the
     borders of the sequences from the positions, for every layer's mask (full or sliding; sdpa, eager) and as cu_seqlens
     of flash attention. `check_packing` tests whether a model does so.
     """
-    rows = [torch.tensor(tokens) for tokens in sequences]
+    rows = [torch.tensor(example.tokens) for example in examples]
+    labels = _labels(rows, examples)
+    for row in labels:
+        row[:1] = IGNORE
     batch = {
         "input_ids": torch.cat(rows),
         "position_ids": torch.cat([torch.arange(len(row)) for row in rows]),
-        "labels": torch.cat(_labels(rows, [max(start, 1) for start in starts])),
+        "labels": torch.cat(labels),
     }
     return {key: value.unsqueeze(0).to(device) for key, value in batch.items()}
 
 
-def _labels(rows: list[torch.Tensor], starts: Sequence[int]) -> list[torch.Tensor]:
-    """Return the labels of each row: its tokens from `start` on."""
-    labels = [row.clone() for row in rows]
-    for label, start in zip(labels, starts, strict=True):
-        label[:start] = IGNORE
+def _labels(rows: list[torch.Tensor], examples: Sequence[Example]) -> list[torch.Tensor]:
+    """Return the labels of each row: its learned tokens."""
+    labels = [torch.full_like(row, IGNORE) for row in rows]
+    for row, label, example in zip(rows, labels, examples, strict=True):
+        for begin, end in example.learned:
+            label[begin:end] = row[begin:end]
     return labels
 
 
@@ -63,13 +66,11 @@ def batches_of(
     Raises DataError if no token is left, or if `tokens` is a role and the examples have none.
     """
     chunks = [examples[i : i + rows] for i in range(0, len(examples), rows)]
-    batches = [collate([e.tokens for e in chunk], [e.start for e in chunk]) for chunk in chunks]
+    batches = [collate(chunk) for chunk in chunks]
     if tokens == "all" and not skip_first:
         return batches
     for batch, chunk in zip(batches, chunks, strict=True):
-        masks = [
-            counted_tokens(tokens, torch.arange(len(e.tokens)) >= e.start, e.roles, skip_first, e.where) for e in chunk
-        ]
+        masks = [counted_tokens(tokens, torch.tensor(e.is_learned()), e.roles, skip_first, e.where) for e in chunk]
         batch["counted"] = pad_sequence(masks, batch_first=True)
     if not any(batch["counted"].any() for batch in batches):
         known = sorted({role for e in examples for role in e.roles or ()})

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..support.errors import DataError
-from .rows import Example, format_of
+from .example import Example
+from .rows import format_of
 
 
 def tokenize(
@@ -29,7 +30,7 @@ def tokenize(
         if len(tokens) < 2:
             raise DataError(f"{where}: only {len(tokens)} token; there is nothing to learn from it")
         told = _roles(row, tokens, tokenizer) if roles else None
-        examples.append(Example(tuple(tokens), max(start, 1), completion, where, told))
+        examples.append(Example.after_prompt(tokens, max(start, 1), completion, where, told, closing=1))
     return examples
 
 

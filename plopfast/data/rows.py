@@ -5,7 +5,6 @@ To add a kind of row, recognise it in `format_of` and turn it into tokens in `la
 """
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,6 @@ DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train"
 MISSING = "no such data file"
 IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
 FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised row. The model learns `tokens[start:]`."""
-
-    tokens: tuple[int, ...]
-    start: int
-    completion: str | None  # the answer, where it is plain text
-    where: str  # file:line, for errors
-    roles: tuple[str, ...] | None = None  # of each token, where the row is messages and the caller asked for roles
 
 
 def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:

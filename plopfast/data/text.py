@@ -8,7 +8,8 @@ from typing import Any
 
 from ..support import files
 from ..support.errors import DataError
-from .rows import MISSING, Example
+from .example import Example
+from .rows import MISSING
 
 
 def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
@@ -46,7 +47,7 @@ def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
             end = paragraph if paragraph - begin >= room / 2 else end
             end -= end == len(tokens) - 1  # so that the last row has more than one token, and so a label
         line, at = line + text.count("\n", at, begins[begin]), begins[begin]
-        examples.append(Example((*front, *tokens[begin:end]), 1, None, f"{path}:{line}"))
+        examples.append(Example.after_prompt((*front, *tokens[begin:end]), 1, where=f"{path}:{line}"))
         begin = end
     return examples
 

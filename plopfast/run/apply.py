@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..data.batches import batches_of
-from ..data.rows import Example
+from ..data.example import Example
 from ..lora.layer import inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules

@@ -74,5 +74,5 @@ def _shape(run: Run) -> StepShape:
     total, longest = sum(len(e.tokens) for e in examples), max(len(e.tokens) for e in examples)
     batch_tokens = batch_tokens_for(run.config, longest)
     rows, tokens = (1, batch_tokens) if run.config.packing else (max(1, batch_tokens // longest), longest)
-    labels = min(tokens - 1, max(1, round(tokens * sum(len(e.tokens) - e.start for e in examples) / total)))
+    labels = min(tokens - 1, max(1, round(tokens * sum(e.label_tokens for e in examples) / total)))
     return StepShape(batch_tokens, rows, tokens, labels)

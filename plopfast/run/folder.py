@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from ..data.example import Example
 from ..data.labels import tokenize
-from ..data.rows import DEMO, Example, read_jsonl
+from ..data.rows import DEMO, read_jsonl
 from ..data.text import read_text
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules

@@ -114,7 +114,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     run.rows("test")
     run.begin("eval")
     examples, config = run.examples("test"), run.config
-    choices = choices_of(examples, run.tokenizer)
+    choices = choices_of(examples)
 
     def measure(model: Any, who: str) -> Metrics:
         return evaluate(model, examples, choices=choices, progress=who if run.progress else "")

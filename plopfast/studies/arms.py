@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_model, save_model
 
-from ..data.rows import Example
+from ..data.example import Example
 from ..data.text import read_text
 from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
@@ -148,7 +148,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
             load_adapter(model, out / "adapter", backend=run.config.backend)
         examples = run.examples("test")
         label = "test" if run.progress else ""
-        metrics = evaluate(model, examples, choices=choices_of(examples, run.tokenizer), progress=label)
+        metrics = evaluate(model, examples, choices=choices_of(examples), progress=label)
         value = {
             "accuracy": metrics.accuracy, "loss": metrics.loss, "general_loss": evaluate(model, general).loss,
             "metric": metrics.metric, "right": metrics.right, "seconds": time.perf_counter() - began,

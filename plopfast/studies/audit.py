@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..data.batches import batches_of
-from ..data.rows import Example
+from ..data.example import Example
 from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
 from ..placing.rules import RULES, Rule, ranked
@@ -26,7 +26,7 @@ from ..support import files, memory
 from ..support.config import ScoreSettings
 from ..support.errors import ConfigError, DataError, PlopfastError
 from .agreement import SHORTEST, agreement, doubled_below, pick, subset_rows, tau_of
-from .controls import random_model, random_tokens, shuffled_words, truncated
+from .controls import random_model, random_tokens, shuffled_words
 from .criteria import Given, compared
 
 OTHER_SAMPLES = 3
@@ -146,7 +146,7 @@ def _stability(work: Work, base: NFNReport, others: Sequence[Sequence[Example]])
     if not lengths:
         work.skip(kind, "shorter rows", f"no row is longer than {SHORTEST} tokens")
     for length in lengths:
-        what, shorter = f"first {length} tokens", [truncated(e, length) for e in work.examples]
+        what, shorter = f"first {length} tokens", [e.truncated(length) for e in work.examples]
         if report := work.tried(kind, what, partial(work.scored, shorter)):
             rows.append(agreement("length", what, base.types, [report.types], k))
     if not others:
@@ -170,7 +170,7 @@ def _tokens(work: Work, base: NFNReport) -> list[dict[str, Any]]:
 def _masks(work: Work) -> dict[str, Mask]:
     """Return the tokens to score, as far as these rows allow, by their name."""
     masks = {"all tokens": ("all", False), "without the first token": ("all", True)}
-    if any(example.completion is not None or example.start > 1 for example in work.examples):
+    if any(example.has_prompt for example in work.examples):
         masks |= {f"{part} tokens": (part, False) for part in ("prompt", "completion")}
     else:
         work.skip("tokens", "prompt and completion tokens", "the rows are plain text, without a prompt")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.rows import Example
+from ..data.example import Example, Span
 from ..models.running import device_of
 from ..support import memory
 from ..support.errors import ConfigError, DataError, ModelError
@@ -50,18 +50,21 @@ def shuffled_words(
     shuffled, changeable = [], False
     for example in examples:
         tokens: list[int] = []
-        start, roles = 0, []
+        learned: list[Span] = []
+        roles: list[str] = []
         kinds = _kinds(example, special)
         for (labelled, role, is_special), pairs in groupby(zip(kinds, example.tokens, strict=True), itemgetter(0)):
             part = [token for _, token in pairs]
             if not is_special:
                 part, several = _shuffled(part, tokenizer, rng)
                 changeable |= several
+            if labelled and part:
+                begin = learned.pop()[0] if learned and learned[-1][1] == len(tokens) else max(len(tokens), 1)
+                learned.append((begin, len(tokens) + len(part)))
             tokens += part
             roles += [role] * len(part)
-            start += 0 if labelled else len(part)
-        new = replace(example, tokens=tuple(tokens), start=max(start, 1), roles=tuple(roles) if example.roles else None)
-        shuffled.append(truncated(new, max_length or len(tokens)))
+        new = Example(tuple(tokens), tuple(learned), None, None, example.where, tuple(roles) if example.roles else None)
+        shuffled.append(new.truncated(max_length or len(tokens)))
     if not changeable:
         raise DataError(
             f"shuffled words: none of the {len(examples)} rows has two different words (white space separates words)"
@@ -80,12 +83,6 @@ def _shuffled(part: list[int], tokenizer: Any, rng: random.Random) -> tuple[list
     return list(tokenizer("".join(pieces), add_special_tokens=False)["input_ids"]), several
 
 
-def truncated(example: Example, length: int) -> Example:
-    """Returns a row's first `length` tokens."""
-    roles = example.roles and example.roles[:length]
-    return replace(example, tokens=example.tokens[:length], start=min(example.start, length), roles=roles)
-
-
 def _special(tokenizer: Any) -> set[int]:
     if tokenizer is None:
         raise ConfigError("random tokens and shuffled words need the model's tokenizer, got none")
@@ -96,10 +93,12 @@ def _special(tokenizer: Any) -> set[int]:
 def _kinds(example: Example, special: set[int]) -> list[tuple[bool, str, bool]]:
     """What each token is: (whether it belongs to the labelled part, its role, whether it is special)."""
     roles = example.roles or ("",) * len(example.tokens)
-    # the first token of plain text has no label, but belongs with the rest
-    start = 0 if example.completion is None and example.start <= 1 else example.start
-    tokens = enumerate(zip(example.tokens, roles, strict=True))
-    return [(place >= start, role, token in special) for place, (token, role) in tokens]
+    learned = example.is_learned()
+    if not example.has_prompt:
+        learned[0] = True  # the first token of plain text has no label, but belongs with the rest
+    return [
+        (labelled, role, token in special) for labelled, role, token in zip(learned, roles, example.tokens, strict=True)
+    ]
 
 
 def random_model(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ..data.batches import collate, group_by_length
-from ..data.rows import Example
+from ..data.example import Example
 from ..lora.layer import adapters, inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
@@ -84,7 +84,7 @@ def gradient_energy(
     PlacementError for a rank that does not fit, AdapterError where the model has adapters already.
     """
     infos = {info.name: info for info in linear_modules(model)}
-    labels = sum(len(e.tokens) - max(e.start, 1) for e in examples)
+    labels = sum(e.label_tokens for e in examples)
     if labels < 1:
         raise DataError(f"no label token in {len(examples)} rows: there is no loss to take a gradient of")
     with _injected(model, Placement(dict.fromkeys(infos, (rank, float(rank))), [], "all", 0), seed):
@@ -107,7 +107,7 @@ def _backward(model: nn.Module, examples: Sequence[Example], progress: bool) -> 
     with bar("gradient", len(examples), "prompts", progress) as meter:
         for group in group_by_length([len(e.tokens) for e in examples], BATCH_TOKENS):
             rows = [examples[i] for i in group]
-            batch = collate([e.tokens for e in rows], [e.start for e in rows], device_of(model))
+            batch = collate(rows, device_of(model))
             loss = objective(batch)  # the sum, not the mean: small gradients would vanish in half precision
             loss.backward()
             total += loss.detach()

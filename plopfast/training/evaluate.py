@@ -3,14 +3,14 @@
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.batches import collate, group_by_length
-from ..data.rows import Example
+from ..data.example import Example
 from ..models.running import device_of, evaluating, run_for_logits
 from ..support.errors import TrainingError
 from ..support.progress import bar
@@ -47,17 +47,16 @@ def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
 
 
-def choices_of(examples: Sequence[Example], tokenizer: Any) -> list[list[int]] | None:
+def choices_of(examples: Sequence[Example]) -> list[list[int]] | None:
     """Returns the tokens of each answer where the task is a choice, else None. A choice has 2 to 32 distinct completions,
     each used at least four times on average, and none of them begins another one."""
     texts = sorted({e.completion for e in examples if e.completion is not None})
     if any(e.completion is None for e in examples) or not 2 <= len(texts) <= min(MAX_CHOICES, len(examples) // 4):
         return None
-    answers = {(e.completion, e.tokens[e.start :]) for e in examples}
+    answers = {(e.completion, _answer(e)) for e in examples}
     if len(answers) != len(texts):
         return None  # an answer's tokens depend on the prompt
-    end = 0 if tokenizer.eos_token_id is None else 1  # tokenize() puts an end-of-text token after each completion
-    choices = [list(tokens[: len(tokens) - end]) for _, tokens in sorted(answers)]
+    choices = [list(tokens) for _, tokens in sorted(answers)]
     prefixes = [a == b[: len(a)] for a in choices for b in choices if a is not b]
     return None if any(prefixes) or not all(choices) else choices
 
@@ -74,8 +73,9 @@ def evaluate(
     """Evaluates a model: loss over all label tokens, and accuracy.
 
     With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
-    the likeliest of the choices. Without, it is "exact-match" for prompt/completion examples (the share of examples whose
-    every label token is the likeliest one) and "token" for plain text (the share of label tokens). `progress` is a bar's
+    the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
+    every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
+    last one is the answer; closing markup is not part of it. `progress` is a bar's
     label, empty for none. Raises TrainingError for a loss that is not finite.
     """
     began = time.perf_counter()
@@ -83,7 +83,7 @@ def evaluate(
     sequences = list(enumerate(examples))
     for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
         sequences += [
-            (i, replace(e, tokens=(*e.tokens[: e.start], *begin, 0)))  # the last token is never read
+            (i, Example.after_prompt((*e.tokens[: e.start], *begin, 0), e.start))  # the last token is never read
             for i, e in enumerate(examples)
             if e.tokens[e.start : e.start + len(begin)] != begin
         ]
@@ -93,32 +93,44 @@ def evaluate(
     with evaluating(model), bar(progress, len(sequences), "rows", bool(progress)) as meter:
         for group in group_by_length([len(e.tokens) for _, e in sequences], batch_tokens):
             run = [sequences[i][1] for i in group]
-            batch = collate([e.tokens for e in run], [e.start for e in run], device_of(model))
+            batch = collate(run, device_of(model))
             losses, logits, where = label_loss(model, batch)
             logprobs = logits.float().log_softmax(-1) if choices else logits
             parts = (t.split(where.sum(1).tolist()) for t in (losses, logprobs, logits.argmax(-1)))
             for i, row_losses, row_logprobs, row_best in zip(group, *parts, strict=True):
                 index, example = sequences[i]
-                labels = example.tokens[example.start :]
+                begin, end = example.learned[-1]
+                first = len(row_losses) - (end - begin)  # the labels of earlier turns come before the answer's
+                labels = example.tokens[begin:end]
                 if i < len(examples):
-                    hit = row_best.cpu() == torch.tensor(labels)
                     loss += float(row_losses.sum())
                     count += len(row_losses)
+                    hit = row_best[first:].cpu() == torch.tensor(labels)
+                    hit = hit[: len(_answer(example))]
                     hits[i], exact[i] = int(hit.sum()), bool(hit.all())
                 for choice in map(tuple, choices or []):
                     if choice[:-1] == labels[: len(choice) - 1]:
-                        ranking[index][choice] = sum(float(row_logprobs[s, token]) for s, token in enumerate(choice))
+                        ranking[index][choice] = sum(
+                            float(row_logprobs[first + s, token]) for s, token in enumerate(choice)
+                        )
             meter.update(len(group))
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
     if choices:
         metric, right = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
-    elif all(e.completion is not None for e in examples):
+    elif all(e.answer for e in examples):
         metric, right = "exact-match", [float(all_right) for all_right in exact]
     else:
-        metric, right = "token", [n * len(examples) / count for n in hits]
+        tokens = sum(len(_answer(e)) for e in examples)
+        metric, right = "token", [n * len(examples) / tokens for n in hits]
     accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
     return Metrics(loss / count, accuracy, metric, len(examples), count, seconds, right)
+
+
+def _answer(example: Example) -> tuple[int, ...]:
+    """Returns the tokens that accuracy is measured on: the answer's, or all of a plain text's labels."""
+    begin, end = example.answer or example.learned[-1]
+    return example.tokens[begin:end]
 
 
 def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 from ..data.batches import groups_in_epoch, micro_batches
-from ..data.rows import Example
+from ..data.example import Example
 from ..support import ranks
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..data.batches import collate, collate_packed, group_by_length
-from ..data.rows import Example
+from ..data.example import Example
 from ..lora.layer import adapters
 from ..lora.shared import find_shared_inputs, prepared
 from ..models.frozen import fingerprint
@@ -164,7 +164,7 @@ class Trainer:
         """Takes one optimizer step: forward and backward of this rank's micro-batches, clip, update, record."""
         began, state, config = time.perf_counter(), self.state, self.config
         examples = [[self.rows[i] for i in group] for group in groups]
-        label_tokens = sum(len(e.tokens) - e.start for group in examples for e in group)
+        label_tokens = sum(e.label_tokens for group in examples for e in group)
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +219,7 @@ class Trainer:
     def _valid_loss(self) -> float:
         """Returns the mean loss of a label token of the validation rows."""
         self.model.eval()
-        total, labels = 0.0, sum(len(e.tokens) - e.start for e in self.valid)
+        total, labels = 0.0, sum(e.label_tokens for e in self.valid)
         groups = group_by_length([len(e.tokens) for e in self.valid], self.plan.batch_tokens)
         for index, counts in ranks.share(len(groups)):
             rows = [self.valid[i] for i in groups[index]]
@@ -264,7 +264,7 @@ class Trainer:
     def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
         packed = self.config.packing if packed is None else packed
         arrange = collate_packed if packed else collate
-        return arrange([e.tokens for e in rows], [e.start for e in rows], device_of(self.model))
+        return arrange(rows, device_of(self.model))
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:
@@ -304,14 +304,16 @@ class Trainer:
         """Returns what must be the same when a run is resumed: settings, data, base model, placement, ranks."""
         model, plan, lora = self.model, self.plan, adapters(self.model)
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
-        data = sha256(repr([(example.tokens, example.start) for example in plan.rows]).encode()).hexdigest()
+        data = sha256()
+        for example in plan.rows:
+            data.update(repr((example.tokens, example.learned)).encode())
         return {
             **settings,
             "max_steps": plan.max_steps,
             "batch_tokens": plan.batch_tokens,
             "examples": plan.labelled,
             "unlabeled": len(plan.rows) - plan.labelled,
-            "data": data,
+            "data": data.hexdigest(),
             "ranks": ranks.size(),
             "placement": {name: [m.rank, m.scaling, m.dropout] for name, m in lora.items()},
             "base model": fingerprint(model, list(lora) or [info.name for info in linear_modules(model)][:8]),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, build
+from helpers import CONFIGS, build, prompted
 
 import plopfast as pf
 from plopfast.data.batches import collate, collate_packed, pack
@@ -22,11 +22,13 @@ def nll(model, batch):
 
 
 def alone(model):
-    return torch.stack([nll(model, collate([row], [max(s, 1)])).sum() for row, s in zip(ROWS, STARTS, strict=True)])
+    return torch.stack(
+        [nll(model, collate(prompted([row], [max(s, 1)]))).sum() for row, s in zip(ROWS, STARTS, strict=True)]
+    )
 
 
 def packed(model):
-    losses = nll(model, collate_packed(ROWS, STARTS))[0]
+    losses = nll(model, collate_packed(prompted(ROWS, STARTS)))[0]
     return torch.stack([part.sum() for part in torch.cat([losses, losses.new_zeros(1)]).split([len(r) for r in ROWS])])
 
 
@@ -47,7 +49,7 @@ def test_each_example_has_the_loss_it_has_alone(architecture, attention, trainin
 def test_a_leak_would_show():
     """The same comparison fails by far where the borders are not in the positions."""
     model = build("llama")
-    batch = collate_packed(ROWS, STARTS)
+    batch = collate_packed(prompted(ROWS, STARTS))
     batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
     with torch.no_grad():
         leaking = nll(model, batch)[0, 9:33].sum()
@@ -71,7 +73,7 @@ def test_gradients_of_the_adapters_are_equal(llama):
 
 
 def test_collate_packed():
-    batch = collate_packed([[5, 6, 7], [8], [9, 4]], [2, 0, 1])
+    batch = collate_packed(prompted([[5, 6, 7], [8], [9, 4]], [2, 0, 1]))
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
     assert batch["labels"].tolist() == [[-100, -100, 7, -100, -100, 4]]

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers import prompted
 
 import plopfast as pf
 from plopfast.data.batches import batches_of, collate, group_by_length
@@ -152,7 +153,7 @@ def test_groups_cover_everything_once_within_the_budget(examples, seed):
 
 
 def test_collate():
-    batch = collate([[5, 6, 7], [8]], [1, 1])
+    batch = collate(prompted([[5, 6, 7], [8]], [1, 1]))
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]

@@ -14,8 +14,9 @@ from helpers import CONFIGS, build, exact_inputs
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.data.batches import batches_of, collate
+from plopfast.data.example import Example
 from plopfast.data.labels import tokenize
-from plopfast.data.rows import DEMO, Example, read_jsonl
+from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.models.linears import linear_modules
 from plopfast.scoring.report import ModuleScore, NFNReport
 from plopfast.studies.agreement import kendall_tau, pick, subset_rows
@@ -147,7 +148,9 @@ def test_shuffled_roles_stay_with_their_words(tokenizer):
         return tokenizer(text)["input_ids"]
 
     user, bot = ids("one two three"), ids("four five six")
-    example = Example((1, *user, 2, *bot), len(user) + 2, None, "", ("user",) * (len(user) + 2) + ("bot",) * len(bot))
+    example = Example.after_prompt(
+        (1, *user, 2, *bot), len(user) + 2, None, "", ("user",) * (len(user) + 2) + ("bot",) * len(bot)
+    )
     (new,) = shuffled_words([example], tokenizer)
     for role, words in (("user", "one two three"), ("bot", "four five six")):
         tokens = [t for t, r in zip(new.tokens, new.roles, strict=True) if r == role and t > 2]
@@ -171,7 +174,7 @@ def test_controls_that_cannot_be_built(tokenizer, llama):
         with pytest.raises(ConfigError, match="need the model's tokenizer, got none"):
             make(single, None)
     with pytest.raises(DataError, match="all tokens of the 1 rows are special"):
-        random_tokens([Example((1, 2), 1, None, "")], tokenizer)
+        random_tokens([Example.after_prompt((1, 2), 1, None, "")], tokenizer)
     nothing = SimpleNamespace(all_special_ids=[0, 1], get_vocab=lambda: {"<s>": 0, "</s>": 1})
     with pytest.raises(DataError, match="the tokenizer's vocabulary holds special tokens only"):
         random_tokens(single, nothing)
@@ -251,11 +254,11 @@ def test_explained_variance(llama, tokenizer):
 def weight_gradients(model, examples):
     """Module -> gradient [out, in] of the mean label loss, from transformers' own loss, row by row in float64."""
     model = model.double().requires_grad_(True)
-    total = sum(len(e.tokens) - e.start for e in examples)
+    total = sum(e.label_tokens for e in examples)
     for e in examples:
-        batch = collate([e.tokens], [e.start])
+        batch = collate([e])
         out = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False)
-        (out.loss * (len(e.tokens) - e.start) / total).backward()
+        (out.loss * e.label_tokens / total).backward()
     found = {i.name: i.module.weight.grad.T if i.transposed else i.module.weight.grad for i in linear_modules(model)}
     model.zero_grad(set_to_none=True)
     model.float()
@@ -304,9 +307,9 @@ def test_gradient_energy_leaves_the_model_alone(llama, tokenizer):
         gradient_energy(llama, examples, 17)
     assert_unchanged(llama, before)
     with pytest.raises(DataError, match="no label token in 1 rows"):
-        gradient_energy(llama, [Example((5, 6), 2, None, "")], 2)
+        gradient_energy(llama, [Example.after_prompt((5, 6), 2, None, "")], 2)
     with pytest.raises(IndexError):  # a token beyond the vocabulary: the forward pass itself fails
-        gradient_energy(llama, [Example((600, 5), 1, None, "")], 2)
+        gradient_energy(llama, [Example.after_prompt((600, 5), 1, None, "")], 2)
     assert_unchanged(llama, before)
     llama.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(DataError, match="the loss is not finite"):
@@ -378,7 +381,7 @@ def test_what_cannot_be_had_is_said(tokenizer):
     """Short rows of single words, no tokenizer, a rank that does not fit, a configuration that builds no model."""
     model = build("llama")
     model.config = transformers.T5Config(bos_token_id=1)
-    rows = [Example((7, 8, 9 + i), 1, None, f"a:{i}") for i in range(4)]
+    rows = [Example.after_prompt((7, 8, 9 + i), 1, None, f"a:{i}") for i in range(4)]
     found = audit(model, None, rows, ScoreSettings(k=1, rank=33))
     why = {(row["kind"], row["what"]): row["why"] for row in found["missing"]}
     for key, message in {
@@ -453,7 +456,7 @@ def test_verdicts(controls, want):
 
 def test_roles_of_chats(llama, tokenizer):
     rows = [
-        Example((1, *range(10, 20 + i)), 6, None, "", ("user",) * 6 + ("assistant",) * (5 + i)) for i in range(3)
+        Example.after_prompt((1, *range(10, 20 + i)), 6, None, "", ("user",) * 6 + ("assistant",) * (5 + i)) for i in range(3)
     ]  # fmt: skip
     found = audit(llama, tokenizer, rows, ScoreSettings(k=1, rank=2, score_tokens="assistant"))
     assert flat(found["tokens"])[-2:] == ["assistant tokens", "user tokens"]

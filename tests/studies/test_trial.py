@@ -84,7 +84,7 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
     model, _ = loading.load_model(model_folder)
     load_adapter(model, out / "trial" / "attn" / f"lr-{run['lr']:g}-seed-2" / "adapter")
     examples = tokenize(read_jsonl(DEMO["test"])[:40], tokenizer)
-    metrics = evaluate(model, examples, choices=choices_of(examples, tokenizer))
+    metrics = evaluate(model, examples, choices=choices_of(examples))
     assert (metrics.accuracy, metrics.loss) == pytest.approx((run["accuracy"], run["loss"]), rel=1e-6)
 
     assert plopfast("trial", *options, "--out", out) == 2

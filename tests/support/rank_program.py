@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import plopfast as pf
 from plopfast.cli import main
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.support import ranks
 from plopfast.support.errors import Interrupted, TrainingError
 from plopfast.training import parallel
@@ -28,7 +28,7 @@ def examples(count=64):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(6, 30, (count,), generator=generator).tolist()
     rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
-    return [Example(tuple(row), len(row) // 2, None, f"row {i}") for i, row in enumerate(rows)]
+    return [Example.after_prompt(tuple(row), len(row) // 2, None, f"row {i}") for i, row in enumerate(rows)]
 
 
 def adapted(kind="ddp", dropout=0.0):

@@ -24,7 +24,7 @@ import torch
 from helpers import build, everywhere
 
 import plopfast as pf
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.lora import peft_files
 from plopfast.support import files
 from plopfast.support.errors import FileError
@@ -35,7 +35,10 @@ STEPS = 18
 
 
 def train(out):
-    rows = [Example(tuple(3 + (7 * i + j * j) % 290 for j in range(8 + i % 9)), 3, None, f"row {i}") for i in range(40)]
+    rows = [
+        Example.after_prompt(tuple(3 + (7 * i + j * j) % 290 for j in range(8 + i % 9)), 3, None, f"row {i}")
+        for i in range(40)
+    ]
     model = build("llama")
     pf.inject(model, everywhere(model), dropout=0.2)
     config = pf.TrainConfig(

@@ -5,18 +5,18 @@ import types
 
 import pytest
 import torch
-from helpers import CONFIGS, ROWS, STARTS, build, gradients, trained
+from helpers import CONFIGS, ROWS, STARTS, build, gradients, prompted, trained
 
 import plopfast as pf
 from plopfast.data.batches import collate
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import blocks
 from plopfast.support.errors import ConfigError
 from plopfast.training.blocks import OFFLOADED_BYTES, lean_modules, offloaded, prepared_blocks
 from plopfast.training.loss import Objective, inputs_of
 
-BATCH = collate(ROWS, STARTS)
+BATCH = collate(prompted(ROWS, STARTS))
 
 
 def saved_bytes(model, call):
@@ -151,7 +151,7 @@ def test_compiled_blocks_train_alike(monkeypatch):
     """Traced and differentiated by torch.compile, then run op by op: its C++ code generation would take a minute here."""
     plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: plain(self, backend="aot_eager", **how))
-    rows = [Example(tokens, start, None, "here") for tokens, start in zip(ROWS, STARTS, strict=True)]
+    rows = [Example.after_prompt(tokens, start, None, "here") for tokens, start in zip(ROWS, STARTS, strict=True)]
     losses = {}
     for on in (False, True):
         model = trained(build("llama"))

@@ -8,7 +8,7 @@ from helpers import CONFIGS, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.lora.layer import adapters, inject
 from plopfast.lora.placement import Placement
 from plopfast.lora.shared import prepared
@@ -41,7 +41,10 @@ def estimated(model, choice, config=None):
 
 def measured(model, placement, config):
     """(peak MiB over two optimizer steps, TFLOPs of one) of a real training"""
-    rows = [Example(tuple(range(5 + i, 5 + i + TOKENS)), TOKENS - LABELS, None, f"row {i}") for i in range(4 * ROWS)]
+    rows = [
+        Example.after_prompt(tuple(range(5 + i, 5 + i + TOKENS)), TOKENS - LABELS, None, f"row {i}")
+        for i in range(4 * ROWS)
+    ]
     with Meter() as meter:
         for tensor in (*model.parameters(), *model.buffers()):
             meter.add(tensor)

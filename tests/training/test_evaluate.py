@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import build
 
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.support.errors import TrainingError
 from plopfast.training.evaluate import choices_of, evaluate, label_loss
 
@@ -27,7 +27,13 @@ def some_examples(answers, count=24, seed=0):
             3, 300, (int(torch.randint(2, 12, (), generator=generator)),), generator=generator
         ).tolist()
         made.append(
-            Example((*prompt, *answers[i % len(answers)], 2), len(prompt), str(answers[i % len(answers)]), f"x:{i}")
+            Example.after_prompt(
+                (*prompt, *answers[i % len(answers)], 2),
+                len(prompt),
+                str(answers[i % len(answers)]),
+                f"x:{i}",
+                closing=1,
+            )
         )
     return made
 
@@ -37,7 +43,7 @@ def some_examples(answers, count=24, seed=0):
 )
 def test_choice(answers, tokenizer):
     model, examples = build("llama"), some_examples(answers)
-    choices = choices_of(examples, tokenizer)
+    choices = choices_of(examples)
     assert sorted(map(tuple, choices)) == sorted(answers)
     got = evaluate(model, examples, choices=choices, batch_tokens=64)
     loss = right = tokens = 0
@@ -58,11 +64,11 @@ def test_exact_match_and_token_accuracy():
         tokens = list(e.tokens[: e.start])
         for _ in range(2):
             tokens.append(int(logprobs(model, tokens)[-1].argmax()))
-        greedy.append(Example(tuple(tokens), e.start, "x", e.where))
+        greedy.append(Example.after_prompt(tuple(tokens), e.start, "x", e.where))
     mixed = [*greedy[:12], *examples[12:]]
     got = evaluate(model, mixed)
     assert got.metric == "exact-match" and 0.5 <= got.accuracy < 1
-    plain = [Example(e.tokens, e.start, None, e.where) for e in mixed]
+    plain = [Example.after_prompt(e.tokens, e.start, None, e.where) for e in mixed]
     token = evaluate(model, plain)
     hits = sum(
         int(logprobs(model, e.tokens)[i - 1].argmax()) == e.tokens[i]
@@ -80,22 +86,24 @@ def test_exact_match_and_token_accuracy():
 
 
 def test_what_is_no_choice(tokenizer):
-    assert choices_of(some_examples([(5,), (5, 6)]), tokenizer) is None, "one answer begins another"
-    assert choices_of(some_examples([(5,)]), tokenizer) is None
-    assert choices_of(some_examples([(i,) for i in range(3, 27)]), tokenizer) is None, "nearly all answers differ"
-    assert choices_of([Example((1, 2), 1, None, "")] * 9, tokenizer) is None
+    assert choices_of(some_examples([(5,), (5, 6)])) is None, "one answer begins another"
+    assert choices_of(some_examples([(5,)])) is None
+    assert choices_of(some_examples([(i,) for i in range(3, 27)])) is None, "nearly all answers differ"
+    assert choices_of([Example.after_prompt((1, 2), 1, None, "")] * 9) is None
 
 
 def test_an_answer_with_two_tokenisations_is_no_choice(tokenizer):
     examples = some_examples([(5,), (6,)])
-    odd = Example((*examples[0].tokens[: examples[0].start], 7, 8, 2), examples[0].start, examples[0].completion, "")
-    assert choices_of(examples, tokenizer) and choices_of([*examples, odd], tokenizer) is None
+    odd = Example.after_prompt(
+        (*examples[0].tokens[: examples[0].start], 7, 8, 2), examples[0].start, examples[0].completion, ""
+    )
+    assert choices_of(examples) and choices_of([*examples, odd]) is None
 
 
 def test_label_loss_equals_the_plain_loss(any_model, examples):
     from plopfast.data.batches import collate
 
-    batch = collate([e.tokens for e in examples[:8]], [e.start for e in examples[:8]])
+    batch = collate(examples[:8])
     losses, logits, where = label_loss(any_model, batch)
     plain = any_model(**batch).loss
     torch.testing.assert_close(losses.mean(), plain)

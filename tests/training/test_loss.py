@@ -3,11 +3,11 @@
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, ROWS, SMALL, STARTS, build, everywhere, gradients, trained
+from helpers import CONFIGS, ROWS, SMALL, STARTS, build, everywhere, gradients, prompted, trained
 
 import plopfast as pf
 from plopfast.data.batches import collate
-from plopfast.data.rows import Example
+from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.lora.shared import find_shared_inputs, prepared
 from plopfast.training import loss
@@ -40,7 +40,7 @@ def test_chunks_give_the_plain_loss_and_gradients(name, rows_in_chunk, monkeypat
     """Also that right padding needs no attention mask, and that soft caps and scalings of the logits are known."""
     monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", rows_in_chunk * SMALL["vocab_size"])
     model = trained(model_of(name))
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     want = plain_loss(model, batch)
     want.backward()
     expected = gradients(model)
@@ -59,7 +59,7 @@ def test_a_head_that_learns(tied):
     config = transformers.LlamaConfig(**SMALL, tie_word_embeddings=tied)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).train()
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     plain_loss(model, batch).backward()
     expected = gradients(model)
     model.zero_grad()
@@ -71,7 +71,7 @@ def test_a_head_that_learns(tied):
 
 def test_logits_never_exist_whole(llama):
     """The largest tensor that the head makes is a chunk."""
-    batch = collate([tuple(range(3, 103))] * 4, [1] * 4)
+    batch = collate(prompted([tuple(range(3, 103))] * 4, [1] * 4))
     trained(llama)
     sizes = []
 
@@ -103,22 +103,22 @@ def test_an_unknown_treatment_of_logits_is_noticed(llama):
     trained(llama)
     objective = Objective(llama)
     assert not objective.chunked and "does not know" in objective.why
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     assert objective(batch).item() == pytest.approx(plain_loss(llama, batch).item(), rel=1e-5)
-    trainer = pf.Trainer(llama, pf.TrainConfig(max_steps=1), [Example(ROWS[0], 1, None, "here")])
+    trainer = pf.Trainer(llama, pf.TrainConfig(max_steps=1), [Example.after_prompt(ROWS[0], 1, None, "here")])
     assert "all label tokens' logits at once" in trainer.paths()[0]
 
 
 def test_an_adapter_on_the_head_is_not_left_out(llama):
     pf.inject(llama, pf.Placement({"lm_head": (2, 4.0)}, [], "explicit", 0))
     llama.lm_head.lora_B.data.normal_()
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     assert Objective(llama)(batch).item() == pytest.approx(plain_loss(llama, batch).item(), rel=1e-5)
 
 
 def test_no_labels_is_no_loss(llama):
     trained(llama)
-    batch = collate([(5, 6, 7)], [3])
+    batch = collate(prompted([(5, 6, 7)], [3]))
     total = Objective(llama)(batch)
     assert total.item() == 0.0
     total.backward()
@@ -127,7 +127,7 @@ def test_no_labels_is_no_loss(llama):
 
 def test_padding_cannot_be_seen(any_model):
     """Without a mask, what stands in the padding changes nothing."""
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     objective = Objective(any_model)
     with torch.no_grad():
         want = objective(batch).item()
@@ -142,7 +142,7 @@ def test_no_gradient_below_the_lowest_adapter(llama):
     needs = {}
     for i, layer in enumerate(llama.model.layers):
         layer.register_forward_hook(lambda m, a, out, i=i: needs.update({i: torch.as_tensor(out[0]).requires_grad}))
-    Objective(llama)(collate(ROWS, STARTS)).backward()
+    Objective(llama)(collate(prompted(ROWS, STARTS))).backward()
     assert needs == {0: False, 1: False, 2: True}
 
 
@@ -152,7 +152,7 @@ def test_prepared_steps_equal_single_calls(any_model, dtype):
     model = trained(any_model).to(dtype)
     for module in adapters(model).values():
         module.lora_A.data, module.lora_B.data = module.lora_A.data.float(), module.lora_B.data.float()
-    batch = collate(ROWS, STARTS)
+    batch = collate(prompted(ROWS, STARTS))
     objective = Objective(model)
     want = objective(batch)
     want.backward()
@@ -182,7 +182,7 @@ def test_shrinks_and_casts_are_counted(llama, monkeypatch):
     for module in adapters(model).values():
         module.lora_A.data, module.lora_B.data = module.lora_A.data.float(), module.lora_B.data.float()
     find_shared_inputs(model)
-    objective, batch = Objective(model), collate(ROWS, STARTS)
+    objective, batch = Objective(model), collate(prompted(ROWS, STARTS))
     shrinks, casts, plain_to = [], [], torch.Tensor.to
     plain_shrink = library.shrink
     monkeypatch.setattr(library, "shrink", lambda *a: shrinks.append(a) or plain_shrink(*a))

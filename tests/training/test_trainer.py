@@ -1,6 +1,5 @@
 """The trainer: what a step computes, what is kept, how it stops and goes on."""
 
-import dataclasses
 import json
 import os
 import signal
@@ -11,6 +10,7 @@ import torch
 from helpers import adapted, build, everywhere, made, parameters, same
 
 import plopfast as pf
+from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.support.errors import ConfigError, FileError, Interrupted, TrainingError
 from plopfast.training.evaluate import evaluate
@@ -182,7 +182,7 @@ def test_packed_and_grouped_steps_agree(examples):
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
-    text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:36]]
+    text = [Example.after_prompt(e.tokens, 1) for e in examples[20:36]]
     config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, eval_every=100)
     trainer = pf.Trainer(adapted(), config, examples[:20], unlabeled=text)
     stream = list(islice(trainer.plan.groups(), trainer.max_steps))
@@ -199,7 +199,7 @@ def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
 
 def test_unlabelled_text_must_not_swallow_the_run(examples):
     """No early stopping before the labelled rows, and no end either."""
-    text = [dataclasses.replace(e, start=1, completion=None) for e in examples[20:48]]
+    text = [Example.after_prompt(e.tokens, 1) for e in examples[20:48]]
     how = {"batch_tokens": 100, "eval_every": 1, "patience": 1, "lr": 1e-9}
     trainer = pf.Trainer(adapted(), pf.TrainConfig(**how), examples[:20], examples[48:], unlabeled=text)
     assert trainer.plan.first_stage > 3 and trainer.fit().steps > trainer.plan.first_stage
