@@ -42,7 +42,9 @@ class Example:
 
     @property
     def start(self) -> int:
-        """Where the last learned turn begins."""
+        """Where the answer begins, or of plain text the last learned part."""
+        if self.answer:
+            return self.answer[0]
         return self.learned[-1][0] if self.learned else len(self.tokens)
 
     @property

@@ -1,93 +1,268 @@
-"""Turns rows into tokens, and marks the tokens that the model learns."""
+"""Turns rows into tokens, and marks the tokens that the model learns.
 
-from collections.abc import Sequence
+The prompt's text is tokenised as it is at inference, and each learned part apart from it. So no token crosses the border
+between what is given and what is learned, even where an answer begins with a line break that would join the prompt's.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..support.errors import DataError
-from .example import Example
-from .rows import format_of
+from ..support.errors import ConfigError, DataError
+from .conversation import alpaca_prompt, conversation_of
+from .encoding import Encoder
+from .example import Example, Span
+from .notices import Notices
+from .rows import FORMATS, format_of
+from .template import Rendered, Template, common_length
+
+ROWS = 1024  # tokenised at once
+LEARN = ("assistant", "last", "all")
+LONG = ("error", "skip", "cut")
+AS_WRITTEN = (
+    "a prompt and completion of plain text are learned as they are written, although the model has a chat template; to use "
+    'it, give them as messages: {"prompt": [{"role": "user", "content": ...}], "completion": [{"role": "assistant", ...}]}'
+)
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of a row's text that is tokenised by itself."""
+
+    text: str
+    learned: bool
+    answer: bool = False
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row as pieces of text; `templated` where a chat template put the special tokens in."""
+
+    where: str
+    pieces: list[Piece]
+    completion: str | None = None
+    templated: bool = False
+    roles: list[tuple[int, str]] | None = None
+    tokens: list[list[int]] = field(default_factory=list)  # of each piece
 
 
 def tokenize(
-    rows: Sequence[tuple[str, dict[str, Any]]], tokenizer: Any, max_length: int | None = None, roles: bool = False
+    rows: Sequence[tuple[str, dict[str, Any]]],
+    tokenizer: Any,
+    max_length: int | None = None,
+    roles: bool = False,
+    *,
+    learn: str = "assistant",
+    long: str = "error",
+    skipped: list[str] | None = None,
+    notices: Notices | None = None,
 ) -> list[Example]:
     """Turn rows, as `read_jsonl` returns them, into one Example each.
 
-    An end-of-text token follows each completion or text. With `roles`, the tokens of messages also carry their role.
-    Nothing is truncated: raises DataError for a row longer than `max_length` tokens, for a row of fewer than two tokens,
-    and for messages where the tokenizer's chat template is missing or refuses them.
+    The model learns the assistant's messages with their end-of-turn tokens (`learn` "assistant"), only the last of them
+    ("last"), or everything ("all"); of a prompt with a completion the completion, and all of a plain text. A row that is
+    not messages is closed by an end-of-text token. With `roles`, the tokens of messages also carry their role.
+
+    `long` says what becomes of a row of more than `max_length` tokens: "error", "skip", or "cut", from the left of its
+    prompt. `skipped` takes the messages of rows that cannot be used, which are left out then. `notices` takes what is to
+    be said of rows that can.
+
+    Raises DataError, with file and line: for a row that is too long, has no token to learn or no message to learn, or
+    that the tokenizer's chat template refuses.
 
         examples = tokenize(read_jsonl("train.jsonl"), tokenizer, max_length=model.config.max_position_embeddings)
     """
-    examples = []
-    for where, row in rows:
-        tokens, start, completion = _tokens(where, row, tokenizer)
-        if max_length is not None and len(tokens) > max_length:
-            part = "prompt" if start >= max_length else "row"
-            raise DataError(
-                f"{where}: the {part} has {len(tokens)} tokens, the limit is {max_length}: shorten or split it"
-            )
-        if len(tokens) < 2:
-            raise DataError(f"{where}: only {len(tokens)} token; there is nothing to learn from it")
-        told = _roles(row, tokens, tokenizer) if roles else None
-        examples.append(Example.after_prompt(tokens, max(start, 1), completion, where, told, closing=1))
-    return examples
+    for name, value, known in ("learn", learn, LEARN), ("long", long, LONG):
+        if value not in known:
+            raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+    maker = _Maker(tokenizer, max_length, roles, learn, long, skipped, Notices() if notices is None else notices)
+    return [example for begin in range(0, len(rows), ROWS) for example in maker.examples(rows[begin : begin + ROWS])]
 
 
-def _roles(row: dict[str, Any], tokens: list[int], tokenizer: Any) -> tuple[str, ...] | None:
-    """Return the role of each token. A message's tokens are the ones that the chat template adds for it, with its markup.
+@dataclass(slots=True)
+class _Maker:
+    """Makes examples of rows, a batch at a time; the options are `tokenize`'s."""
 
-    None if the row has no messages, or if the template rewrites earlier messages, so that their tokens cannot be told apart.
-    """
-    if format_of(row) not in ("chat", "messages"):
-        return None
-    messages = row["messages"] if format_of(row) == "messages" else [*row["prompt"], *row["completion"]]
-    roles: list[str] = []
-    for number, message in enumerate(messages, 1):
-        upto = _template(tokenizer, messages[:number], False)
-        if upto != tokens[: len(upto)]:
+    tokenizer: Any
+    max_length: int | None
+    with_roles: bool
+    learn: str
+    long: str
+    skipped: list[str] | None
+    notices: Notices
+    encoder: Encoder = field(init=False)
+    template: Template | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.encoder = Encoder(self.tokenizer)
+        self.template = Template(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
+
+    def examples(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
+        drafts = [draft for where, row in rows if (draft := self._tried(self._draft, where, row))]
+        self._encode(drafts)
+        for draft in drafts:
+            if example := self._tried(lambda draft: self._fitting(self._example(draft)), draft):
+                yield example
+
+    def _tried(self, make: Any, *arguments: Any) -> Any:
+        """What `make` returns; None for a row that it refuses, where such rows are skipped."""
+        try:
+            return make(*arguments)
+        except DataError as error:
+            if self.skipped is None:
+                raise
+            self.skipped.append(str(error))
             return None
-        roles += [message["role"]] * (len(upto) - len(roles))
-    return tuple(roles)
+
+    def _draft(self, where: str, row: dict[str, Any]) -> Draft:
+        kind = format_of(row)
+        if kind is None:
+            raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
+        if kind == "text":
+            return Draft(where, [Piece(row["text"], True)])
+        if kind == "pair" or (kind == "alpaca" and self.template is None):
+            if self.template:
+                self.notices.add(AS_WRITTEN, where)
+            prompt = row["prompt"] if kind == "pair" else alpaca_prompt(where, row)
+            completion = row["completion"] if kind == "pair" else row["output"]
+            pieces = [Piece(prompt, self.learn == "all"), Piece(completion, True, answer=True)]
+            return Draft(where, pieces, completion)
+        if self.template is None:
+            raise DataError(f"{where}: messages need a tokenizer with a chat template; use prompt/completion text")
+        talk = conversation_of(where, row, kind, self.notices)
+        found = self.template.rendered(where, talk, self.learn, self.with_roles, self.notices)
+        last = max(number for number, may_learn in enumerate(talk.may_learn) if may_learn)
+        completion = talk.messages[last].get("content", "").strip()
+        return Draft(where, _pieces(found), completion, templated=True, roles=found.roles)
+
+    def _encode(self, drafts: list[Draft]) -> None:
+        """Gives drafts the tokens of their pieces."""
+        firsts = self.encoder.encode([draft.pieces[0].text for draft in drafts])
+        rest = [(draft, piece.text) for draft in drafts for piece in draft.pieces[1:]]
+        inside = self.encoder.encode_inside([text for _, text in rest], [draft.where for draft, _ in rest])
+        for draft, tokens in zip(drafts, firsts, strict=True):
+            draft.tokens = [tokens]
+        for (draft, _), tokens in zip(rest, inside, strict=True):
+            draft.tokens.append(tokens)
+
+    def _example(self, draft: Draft) -> Example:
+        tokens: list[int] = []
+        front, end = ([], []) if draft.templated else (self.encoder.front, self.encoder.end)
+        if draft.tokens[0][: len(front)] != front:
+            tokens += front
+        spans: list[Span] = []
+        answer: Span | None = None
+        for piece, added in zip(draft.pieces, draft.tokens, strict=True):
+            begin = len(tokens)
+            tokens += added
+            if piece.answer:
+                answer = max(begin, 1), max(len(tokens), 1)
+            if piece.learned:
+                spans.append((begin, len(tokens)))
+        if end and tokens[-len(end) :] == end:  # the text held it already
+            answer = answer and (answer[0], max(answer[0], len(tokens) - len(end)))
+        elif end:
+            tokens += end
+            spans.append((len(tokens) - len(end), len(tokens)))
+        roles = self._roles(draft) if draft.roles else None
+        return Example(self.encoder.shared(tokens), _merged(spans), answer, draft.completion, draft.where, roles)
+
+    def _roles(self, draft: Draft) -> tuple[str, ...]:
+        """The role of each token. A message's tokens are those that the chat template adds for it, with its marks."""
+        roles: list[str] = []
+        begin, tokens = 0, 0
+        borders = iter([*(draft.roles or ()), (math.inf, "")])
+        border, role = next(borders)
+        for number, (piece, added) in enumerate(zip(draft.pieces, draft.tokens, strict=True)):
+            end = begin + len(piece.text)
+            while border < end:
+                inside = piece.text[: int(border) - begin]
+                encode = self.encoder.encode_inside if number else lambda texts, _: self.encoder.encode(texts)
+                (head,) = encode([inside], [draft.where])
+                roles += [role] * (tokens + common_length(head, added) - len(roles))
+                border, role = next(borders)
+            begin, tokens = end, tokens + len(added)
+            roles += [role] * (tokens - len(roles))
+            if border == end:
+                border, role = next(borders)
+        return tuple(roles)
+
+    def _fitting(self, example: Example) -> Example | None:
+        """The row, cut where it is too long and may be. Raises DataError where it has nothing to learn, or is too long."""
+        count, limit = len(example.tokens), self.max_length
+        if count < 2:
+            raise DataError(f"{example.where}: only {count} token; there is nothing to learn from it")
+        if not example.label_tokens:
+            raise DataError(f"{example.where}: no token of this row is learned")
+        if limit is None or count <= limit:
+            return example
+        if self.long == "skip":
+            self.notices.add(f"longer than {limit} tokens, so left out (--long skip)", example.where)
+            return None
+        if self.long == "cut":
+            return self._cut(example, limit)
+        part = "prompt" if example.start >= limit else "row"
+        raise DataError(
+            f"{example.where}: the {part} has {count} tokens, the limit is {limit}: shorten or split it, or choose "
+            "--long skip or cut"
+        )
+
+    def _cut(self, example: Example, limit: int) -> Example:
+        """The row without the first tokens of its prompt; plain text without its last ones."""
+        if not example.has_prompt:
+            self.notices.add(f"cut to the first {limit} tokens (--long cut)", example.where)
+            return example.truncated(limit)
+        keep = int(example.tokens[0] == self.tokenizer.bos_token_id)
+        less = len(example.tokens) - limit
+        last = (
+            len(example.tokens) - example.start
+        )  # the last turn must stay whole, after a token of its prompt at least
+        if limit < keep + 1 + last and self.learn != "all":
+            raise DataError(
+                f"{example.where}: the part to learn has {last} tokens, the limit is {limit}: it cannot be cut"
+            )
+        spans = [(begin - less, end - less) for begin, end in example.learned]
+        if self.learn == "all":
+            spans = [(max(begin, keep), end) for begin, end in spans]
+        kept = [(begin, end) for begin, end in spans if keep <= begin < end]
+        self.notices.add(f"cut to {limit} tokens, from the left of the prompt (--long cut)", example.where)
+        if len(kept) < len(spans):
+            self.notices.add("earlier turns were cut off, so they are not learned", example.where)
+        tokens, roles, answer = example.tokens, example.roles, example.answer
+        return Example(
+            (*tokens[:keep], *tokens[keep + less :]),
+            _merged(kept),
+            answer and (max(answer[0] - less, keep), max(answer[1] - less, keep)),
+            example.completion,
+            example.where,
+            roles and (*roles[:keep], *roles[keep + less :]),
+        )
 
 
-def _tokens(where: str, row: dict[str, Any], tokenizer: Any) -> tuple[list[int], int, str | None]:
-    """Return a row's tokens, where the learned ones start, and its completion if that is plain text."""
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    kind = format_of(row)
-    if kind == "text":
-        return [*tokenizer(row["text"])["input_ids"], *end], 0, None
-    if kind == "pair":
-        prompt = list(tokenizer(row["prompt"])["input_ids"])
-        answer = _completion_tokens(tokenizer, row["prompt"], row["completion"])
-        return [*prompt, *answer, *end], len(prompt), row["completion"]
-    messages = row["messages"] if kind == "messages" else [*row["prompt"], *row["completion"]]
-    asked = len(messages) - 1 if kind == "messages" else len(row["prompt"])
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"{where}: messages need a tokenizer with a chat template; use prompt/completion text")
-    try:
-        prompt = _template(tokenizer, messages[:asked], True) if asked else []
-        whole = _template(tokenizer, messages, False)
-    except Exception as error:  # a template is the model authors' program and can raise anything
-        raise DataError(f"{where}: the model's chat template refuses this row ({error})") from error
-    if whole[: len(prompt)] != prompt:
-        raise DataError(f"{where}: the chat template does not keep the prompt as a prefix; use prompt/completion text")
-    return whole, len(prompt), None
+def _pieces(found: Rendered) -> list[Piece]:
+    """A rendered row's text in pieces: what is given, each learned answer, and what closes it."""
+    pieces: list[Piece] = []
+    at = 0
+    for turn in found.turns:
+        last = turn is found.answer
+        parts = [(turn.begin, False, False), (turn.closing, True, last), (turn.end, True, False)]
+        for end, learned, answer in parts:
+            if end > at or answer or not pieces:
+                pieces.append(Piece(found.text[at:end], learned, answer))
+            at = end
+    if at < len(found.text):
+        pieces.append(Piece(found.text[at:], False))
+    return pieces
 
 
-def _template(tokenizer: Any, messages: list[dict[str, Any]], generate: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generate)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _completion_tokens(tokenizer: Any, prompt: str, completion: str) -> list[int]:
-    """Return the completion's tokens as they follow the prompt.
-
-    They come from the joint text if that starts with the prompt's own tokens: sentencepiece would add a space to a
-    completion that stands alone. Otherwise the completion is tokenised on its own.
-    """
-    head = list(tokenizer(prompt)["input_ids"])
-    whole = list(tokenizer(prompt + completion)["input_ids"])
-    if len(whole) > len(head) and whole[: len(head)] == head:
-        return whole[len(head) :]
-    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Spans without empty ones, those that touch joined. Nothing comes before the first token, so it is never learned."""
+    merged: list[Span] = []
+    for begin, end in spans:
+        begin = max(begin, 1)
+        if merged and begin <= merged[-1][1]:
+            begin = merged.pop()[0]
+        if begin < end:
+            merged.append((begin, end))
+    return tuple(merged)

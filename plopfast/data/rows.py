@@ -56,7 +56,7 @@ def format_of(row: dict[str, Any]) -> str | None:
         value = row.get(key)
         if not isinstance(value, list) or not value:
             return False
-        return all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
+        return all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
 
     if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
         return "pair"
@@ -64,4 +64,13 @@ def format_of(row: dict[str, Any]) -> str | None:
         return "chat"
     if is_chat("messages"):
         return "messages"
+    turns = row.get("conversations")
+    if (
+        isinstance(turns, list)
+        and turns
+        and all(isinstance(t, dict) and ({"from", "value"} <= t.keys() or "role" in t) for t in turns)
+    ):
+        return "sharegpt"
+    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
+        return "alpaca"
     return "text" if isinstance(row.get("text"), str) else None

@@ -99,14 +99,16 @@ def evaluate(
             parts = (t.split(where.sum(1).tolist()) for t in (losses, logprobs, logits.argmax(-1)))
             for i, row_losses, row_logprobs, row_best in zip(group, *parts, strict=True):
                 index, example = sequences[i]
-                begin, end = example.learned[-1]
-                first = len(row_losses) - (end - begin)  # the labels of earlier turns come before the answer's
-                labels = example.tokens[begin:end]
+                start = example.start
+                first = sum(
+                    max(0, min(end, start) - begin) for begin, end in example.learned
+                )  # labels before the answer
+                labels = example.tokens[start : next(end for _, end in example.learned if end > start)]
                 if i < len(examples):
                     loss += float(row_losses.sum())
                     count += len(row_losses)
-                    hit = row_best[first:].cpu() == torch.tensor(labels)
-                    hit = hit[: len(_answer(example))]
+                    own = torch.tensor(_answer(example), dtype=torch.long)
+                    hit = row_best[first : first + len(own)].cpu() == own
                     hits[i], exact[i] = int(hit.sum()), bool(hit.all())
                 for choice in map(tuple, choices or []):
                     if choice[:-1] == labels[: len(choice) - 1]:
@@ -122,7 +124,7 @@ def evaluate(
         metric, right = "exact-match", [float(all_right) for all_right in exact]
     else:
         tokens = sum(len(_answer(e)) for e in examples)
-        metric, right = "token", [n * len(examples) / tokens for n in hits]
+        metric, right = "token", [n * len(examples) / max(tokens, 1) for n in hits]
     accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
     return Metrics(loss / count, accuracy, metric, len(examples), count, seconds, right)
 

@@ -1,0 +1,58 @@
+"""Turns texts into tokens in batches, and knows which special tokens the tokenizer adds by itself."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..support.errors import DataError
+
+BEFORE = ("\n", "a", ".", "0", "|", "é")  # texts that a text is put after, to tokenise it as it follows another one
+
+
+class Encoder:
+    """A tokenizer as rows need it.
+
+    `front` and `back` are the special tokens that it puts around a text by itself; `end` closes a row of plain text: `back`,
+    else the end-of-text token, if there is one.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        (bare,) = self.encode(["x"])
+        whole = list(tokenizer("x")["input_ids"])
+        at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+        self.front, self.back = whole[:at], whole[at + len(bare) :]
+        self.end = self.back or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
+        # SentencePiece's kind puts a blank before a text, but not in the middle of one
+        self._alone = any(self.encode([before + "x"])[0] == self.encode([before])[0] + bare for before in BEFORE)
+        self._numbers = list(range(max(tokenizer.get_vocab().values(), default=0) + 1))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of texts, each as the beginning of a row, without special tokens added."""
+        if not texts:
+            return []
+        found = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )
+        return found["input_ids"]
+
+    def encode_inside(self, texts: list[str], places: Sequence[str]) -> list[list[int]]:
+        """Return the tokens of texts as they follow other text. Raises DataError, with the text's place, where they cannot."""
+        if self._alone:
+            return self.encode(texts)
+        found: dict[int, list[int]] = {}
+        for before in BEFORE:
+            left = [i for i in range(len(texts)) if i not in found]
+            (head,) = self.encode([before])
+            for i, tokens in zip(left, self.encode([before + texts[i] for i in left]), strict=True):
+                if tokens[: len(head)] == head:
+                    found[i] = tokens[len(head) :]
+        if len(found) < len(texts):
+            at = min(set(range(len(texts))) - found.keys())
+            raise DataError(
+                f"{places[at]}: the tokenizer joins {texts[at][:30]!r} to any text before it: it cannot be split"
+            )
+        return [found[i] for i in range(len(texts))]
+
+    def shared(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """Return the tokens with one object for each number: 200,000 rows would hold millions of equal ones."""
+        return tuple(map(self._numbers.__getitem__, tokens))
