@@ -127,14 +127,13 @@ class _Maker:
             prompt = row["prompt"] if kind == "pair" else alpaca_prompt(where, row)
             completion = row["completion"] if kind == "pair" else row["output"]
             pieces = [Piece(prompt, self.learn == "all"), Piece(completion, True, answer=True)]
-            return Draft(where, pieces, completion)
+            return Draft(where, pieces, completion.removesuffix(self.tokenizer.eos_token or ""))
         if self.template is None:
             raise DataError(f"{where}: messages need a tokenizer with a chat template; use prompt/completion text")
         talk = conversation_of(where, row, kind, self.notices)
         found = self.template.rendered(where, talk, self.learn, self.with_roles, self.notices)
-        last = max(number for number, may_learn in enumerate(talk.may_learn) if may_learn)
-        completion = talk.messages[last].get("content", "").strip()
-        return Draft(where, _pieces(found), completion, templated=True, roles=found.roles)
+        answer = found.text[found.answer.begin : found.answer.closing]
+        return Draft(where, _pieces(found), answer, templated=True, roles=found.roles)
 
     def _encode(self, drafts: list[Draft]) -> None:
         """Gives drafts the tokens of their pieces."""

