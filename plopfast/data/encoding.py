@@ -28,12 +28,14 @@ class Encoder:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts, each as the beginning of a row, without special tokens added."""
-        if not texts:
+        different = list(dict.fromkeys(texts))  # answers and marks come again and again
+        if not different:
             return []
         found = self._tokenizer(
-            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+            different, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )
-        return found["input_ids"]
+        tokens = dict(zip(different, found["input_ids"], strict=True))
+        return [tokens[text] for text in texts]
 
     def encode_inside(self, texts: list[str], places: Sequence[str]) -> list[list[int]]:
         """Return the tokens of texts as they follow other text. Raises DataError, with the text's place, where they cannot."""
