@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .data.labels import tokenize as tokenize
-    from .data.rows import read_jsonl as read_jsonl
+    from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
     from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -41,7 +41,7 @@ _HOME = {
         "lora.peft_files": "load_adapter save_adapter",
         "lora.placement": "Placement",
         "data.labels": "tokenize",
-        "data.rows": "read_jsonl",
+        "data.rows": "read_jsonl read_rows",
         "models.linears": "linear_modules",
         "models.loading": "load_model",
         "placing.place": "place",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..placing.rules import help_words
-from ..support.config import TYPES, RunConfig, load_settings
+from ..support.config import ROWS, TYPES, RunConfig, load_settings
 from ..support.options import Settings
 from . import bench_command
 from .commands import COMMANDS, Command
@@ -16,7 +16,7 @@ DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there
 plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
-Data rows are JSON lines: {"prompt", "completion"}, {"messages"} or {"text"}.
+Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
 Exit codes: 0 done, 1 doctor found something wrong, 2 a clear error, 130 or 143 interrupted (state saved). On several devices:
 torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,8 @@ def _option(name: str) -> dict[str, Any]:
         return options | {"action": argparse.BooleanOptionalAction}
     if field.metadata["choices"]:
         return options | {"type": plain, "choices": field.metadata["choices"]}
-    return options | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
+    several = {"nargs": "+"} if name in ROWS else {}
+    return options | several | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
 
 
 def settings_of(arguments: argparse.Namespace) -> RunConfig:

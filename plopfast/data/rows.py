@@ -1,76 +1,139 @@
-"""Reads JSONL files into rows, and says which kind each row is.
+"""Rows: what is read from data files, as (where, row) pairs, with what there is to say about them.
 
-Rows follow TRL's conventions: {"prompt", "completion"} as strings or message lists, {"messages"}, or {"text"}.
-To add a kind of row, recognise it in `format_of` and turn it into tokens in `labels.py`.
+Rows follow TRL's conventions, Alpaca's or ShareGPT's; `formats.py` lists them. `labels.py` turns them into tokens.
 """
 
-import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..support import files
-from ..support.errors import DataError
+from ..support.errors import ConfigError, DataError
+from .formats import FORMATS, NAMES, USES, Renaming, format_of, recognise
+from .readers import MISSING as MISSING, Bad, Pairs, read_lines, read_source
+from .strict_json import StrictJSON
 
 _DEMO = Path(__file__).parents[1] / "demo"
 DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")}
-MISSING = "no such data file"
 IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
-FORMATS = '{"prompt": ..., "completion": ...}, {"messages": [...]} or {"text": ...}'
+SHOWN = 3  # examples in a message
+Row = tuple[str, dict[str, Any]]  # where it stands ("file:line"), and its columns
 
 
-def read_jsonl(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+@dataclass
+class Rows:
+    """The rows of a split, and what was noticed while they were read.
+
+    >>> rows = pf.read_rows("train.jsonl")
+    >>> rows.formats, rows.unused
+    (Counter({'messages': 100}), Counter({'id': 100}))
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)  # why rows were left out, each with its place
+    _shapes: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by their kind and columns
+
+    def add(self, row: Row, kind: str) -> None:
+        """Add a row of a kind."""
+        self.rows.append(row)
+        shape = (kind, *row[1])
+        self._shapes[shape] += 1
+
+    @property
+    def formats(self) -> Counter[str]:
+        """How many rows there are of each kind, as `format_of` names them."""
+        formats: Counter[str] = Counter()
+        for (kind, *_), count in self._shapes.items():
+            formats[kind] += count
+        return formats
+
+    @property
+    def unused(self) -> Counter[str]:
+        """How many rows have a column that their kind does not use."""
+        unused: Counter[str] = Counter()
+        for (kind, *columns), count in self._shapes.items():
+            unused.update({name: count for name in columns if name not in USES[kind]})
+        return unused
+
+    def part(self, rows: Sequence[Row]) -> "Rows":
+        """Return some of the rows, counted anew; the bad ones stay behind."""
+        part = Rows()
+        for row in rows:
+            kind = format_of(row[1])
+            assert kind  # they were read
+            part.add(row, kind)
+        return part
+
+    def lines(self) -> list[str]:
+        """What a user should know, in a line each: the formats, columns that are not used, rows that were left out."""
+        kinds = [NAMES[kind] + (f" ({n:,})" if len(self.formats) > 1 else "") for kind, n in self.formats.most_common()]
+        lines = [f"{len(self.rows):,} rows: {', '.join(kinds)}"]
+        if self.unused:
+            names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(self.unused.items()))
+            lines.append(f"columns that are not used: {names}")
+        if self.bad:
+            whole = len(self.rows) + len(self.bad)
+            lines.append(f"{len(self.bad):,} of {whole:,} rows are bad and left out: {'; '.join(self.bad[:SHOWN])}")
+        return lines
+
+
+def read_rows(
+    sources: str | Path | Sequence[str | Path],
+    *,
+    columns: str | None = None,
+    bad_rows: str = "error",
+    split: str = "train",
+) -> Rows:
+    """Read files (.jsonl, .json, .csv, .tsv, .parquet), folders and hub ids, one after the other.
+
+    `columns` renames columns: "prompt=question,completion=answer". With `bad_rows` "skip", rows that cannot be read are
+    left out and listed in `bad`. `split` ("train", "valid" or "test") is read of data sets that are given without one.
+
+        rows = pf.read_rows(["a.jsonl", "b.csv"], columns="prompt=question,completion=answer").rows
+
+    Raises DataError with the file and line for a missing file, for one without a good row, for a bad row unless these are
+    skipped; ConfigError for impossible `columns` or `bad_rows`.
+    """
+    if bad_rows not in ("error", "skip"):
+        raise ConfigError(f"bad_rows: expected error or skip, got {bad_rows!r}")
+    names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    readers = {name: partial(read_source, name, split) for name in names}
+    return _collect([(name, readers[name]) for name in names], Renaming(columns), bad_rows == "skip")
+
+
+def read_jsonl(path: str | Path) -> list[Row]:
     """Read a JSONL file (UTF-8, one object a line) into a list of (file:line, row). Empty lines are skipped.
 
     Raises DataError with the file and line for a missing file, invalid JSON, or a row of an unknown kind.
     """
-    path = Path(path)
-    lines = files.read_text(path, MISSING, DataError).split(
-        "\n"
-    )  # splitlines() would also split at U+2028 inside a string
-    rows = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno}); one object a line") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}")
-        if format_of(row) is None:
-            raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
-        rows.append((where, row))
-    if not rows:
-        raise DataError(f"{path}: no rows; expected one JSON object a line: {FORMATS}")
-    return rows
+    return _collect([(str(path), partial(read_lines, Path(path)))], Renaming(None), skip=False).rows
 
 
-def format_of(row: dict[str, Any]) -> str | None:
-    """Return the row's kind: "pair" (prompt and completion as strings), "chat" (both as message lists), "messages" or "text".
+def _collect(readers: list[tuple[str, Callable[[StrictJSON, Bad], Pairs]]], renaming: Renaming, skip: bool) -> Rows:
+    found, json = Rows(), StrictJSON()
 
-    The first kind that fits wins, in this order. None means that no kind fits.
-    """
+    def bad(where: str, why: object) -> None:
+        if not skip:
+            raise DataError(f"{where}: {why}")
+        found.bad.append(f"{where}: {why}")
 
-    def is_chat(key: str) -> bool:
-        value = row.get(key)
-        if not isinstance(value, list) or not value:
-            return False
-        return all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return "pair"
-    if is_chat("prompt") and is_chat("completion"):
-        return "chat"
-    if is_chat("messages"):
-        return "messages"
-    turns = row.get("conversations")
-    if (
-        isinstance(turns, list)
-        and turns
-        and all(isinstance(t, dict) and ({"from", "value"} <= t.keys() or "role" in t) for t in turns)
-    ):
-        return "sharegpt"
-    if isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        return "alpaca"
-    return "text" if isinstance(row.get("text"), str) else None
+    for name, reader in readers:
+        good, refused = len(found.rows), len(found.bad)
+        for where, row in reader(json, bad):
+            try:
+                if renaming.sources:
+                    row = renaming.apply(row)
+                kind = recognise(row, json)
+                if renaming.sources:
+                    renaming.check(kind)
+            except ValueError as error:
+                bad(where, error)
+            else:
+                found.add((where, row), kind)
+        if len(found.rows) == good:
+            if not found.bad[refused:]:
+                raise DataError(f"{name}: no rows; expected rows like {FORMATS}")
+            raise DataError(f"{name}: all {len(found.bad) - refused:,} rows are bad; the first: {found.bad[refused]}")
+    return found

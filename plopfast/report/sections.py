@@ -249,7 +249,11 @@ def made(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
 
 def _facts(source: dict[str, Any]) -> list[tuple[str, str]]:
     data = source.get("data", {}) | ({"general text": source["general"]} if "general" in source else {})
-    facts = [(f"data: {split}", f"{d['file']}, sha256 {d['sha256']}") for split, d in data.items()]
+    facts = [
+        (f"data: {split}", f"{d['file']}, sha256 {d['sha256']}")
+        for split, of in data.items()
+        for d in (of if isinstance(of, list) else [of])  # a split may have several files
+    ]
     if "versions" in source:
         facts.append(("versions", ", ".join(f"{name} {version}" for name, version in source["versions"].items())))
     if "machine" in source:

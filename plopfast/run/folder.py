@@ -16,20 +16,21 @@ import torch
 
 from ..data.example import Example
 from ..data.labels import tokenize
-from ..data.rows import DEMO, read_jsonl
+from ..data.rows import Row, Rows
 from ..data.text import read_text
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.loading import DEFAULT_HUB_ID, load_model
 from ..models.running import context_length
 from ..support import files, machine, memory, ranks
-from ..support.config import FILES, FREE, RunConfig, load_settings
+from ..support.config import FILES, FREE, ROWS, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError
 from ..support.inputs import check_same
 from ..support.progress import say
 from ..training import parallel
 from ..training.state import CHECKPOINTS
+from .splits import read_splits, resolved, sha256_of, sources_of
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
@@ -67,7 +68,7 @@ class Run:
     ) -> None:
         self.folder, self.config = folder, resolve(config)
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
-        self._rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+        self._splits: dict[str, Rows] = {}
         self._examples: dict[str, list[Example]] = {}
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -102,25 +103,24 @@ class Run:
     def tokenizer(self) -> Any:
         return self._loaded[1]
 
-    @property
-    def paths(self) -> dict[str, Path]:
-        given = {split: getattr(self.config, split) for split in (*DEMO, "unlabeled")}
-        demo = DEMO if given["train"] is None else {}
-        return demo | {split: Path(path) for split, path in given.items() if path}
+    def read(self, split: str) -> Rows:
+        """The rows of "train", "valid" or "test" with their formats, columns that are not used, and bad rows.
 
-    def rows(self, split: str) -> list[tuple[str, dict[str, Any]]]:
-        """The rows of a split, as read.
-
-        Without a file of its own, the validation split is every 20th training row (held out from training), and the test
-        split is the validation split.
+        All splits are read at the first call; see `read_splits`.
         """
-        if not self._rows:
-            self._rows = {name: read_jsonl(path) for name, path in self.paths.items() if name != "unlabeled"}
-            if "valid" not in self._rows:
-                whole = self._rows["train"]
-                self._rows |= {"valid": whole[::20], "train": [row for i, row in enumerate(whole) if i % 20] or whole}
-            self._rows.setdefault("test", self._rows["valid"])
-        return self._rows[split]
+        if not self._splits:
+            self._splits = read_splits(self.config, self.say)
+        return self._splits[split]
+
+    def rows(self, split: str) -> list[Row]:
+        """The rows of a split, as read."""
+        return self.read(split).rows
+
+    def hashes(self, split: str) -> list[dict[str, str]]:
+        """The sources of a split, "file", with their hashes, "sha256"; without files that are gone."""
+        sources = sources_of(self.config).get(split, [])
+        hashes = ((source, sha256_of(source, lambda: self.read(split))) for source in sources)
+        return [{"file": source, "sha256": digest} for source, digest in hashes if digest]
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
@@ -148,7 +148,8 @@ class Run:
 
     def inputs(self, without: str = "") -> dict[str, Any]:
         """What a study rests on besides settings, by name: the hash of each file but one, and some of the weights."""
-        hashes = {f"the {split} file": files.sha256(path) for split, path in self.paths.items() if split != without}
+        given = {split: self.hashes(split) for split in sources_of(self.config) if split != without}
+        hashes = {f"the {split} file": _alone([one["sha256"] for one in of]) for split, of in given.items()}
         names = [info.name for info in linear_modules(self.model)][:8]
         return hashes | {"the model's weights": fingerprint(self.model, names)}
 
@@ -206,13 +207,13 @@ class Run:
         self.write_config()
 
     def write_config(self) -> None:
-        data = {s: {"file": str(p), "sha256": files.sha256(p)} for s, p in self.paths.items() if p.is_file()}
+        given = {split: self.hashes(split) for split in sources_of(self.config)}
         value = {
             "plopfast": "config",
             "settings": dataclasses.asdict(self.config),
             "model": self.config.model or DEFAULT_HUB_ID,
             "device": str(device_for(self.config.device)),
-            "data": data,
+            "data": {split: _alone(hashes) for split, hashes in given.items() if hashes},
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
@@ -229,5 +230,11 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fills in the demo's own settings, and makes the names of files absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    known |= {name: str(Path(value).resolve()) for name in FILES if (value := getattr(config, name))}
-    return dataclasses.replace(config, **known)
+    rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
+    text = {name: str(Path(value).resolve()) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
+    return dataclasses.replace(config, **known | rows | text)
+
+
+def _alone(values: list[Any]) -> Any:
+    """A single value without its list, as most splits have one file."""
+    return values[0] if len(values) == 1 else values

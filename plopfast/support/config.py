@@ -8,7 +8,7 @@ import dataclasses
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from . import files
 from .errors import ConfigError, nearest
@@ -65,14 +65,24 @@ class DataSettings(Settings):
     """The rows."""
 
     title = "data"
-    train: str | None = option(None, "training rows, JSONL (default: the WordNet demo)", file=True)
-    valid: str | None = option(
-        None, "validation rows, JSONL (default with --train: every 20th training row)", file=True
+    train: str | tuple[str, ...] | None = option(
+        None,
+        "training rows, one or several: .jsonl, .json, .csv, .tsv or .parquet files, a folder, or a data set of the hub, "
+        "owner/name:split (default: the WordNet demo)",
+        file=True,
     )
-    test: str | None = option(None, "test rows, JSONL (default with --train: the validation rows)", file=True)
+    valid: str | tuple[str, ...] | None = option(
+        None, "validation rows (default with --train: every 20th training row)", file=True
+    )
+    test: str | tuple[str, ...] | None = option(
+        None, "test rows (default with --train: the validation rows)", file=True
+    )
     unlabeled: str | None = option(
         None, "plain text of the domain, UTF-8 .txt, learned before the rows (see --unlabeled-share)", file=True
     )
+    columns: str | None = option(None, "names of columns, such as prompt=question,completion=answer")
+    bad_rows: str = option("error", "stop at rows that cannot be read, or skip and count them", ("error", "skip"))
+    allow_overlap: bool = option(False, "go on where test rows, or their prompts, are training rows too", free=True)
     max_length: int | None = option(None, "longest row in tokens (default: the model's context)", positive=True)
 
 
@@ -300,6 +310,9 @@ _FIELDS = dataclasses.fields(RunConfig)
 TYPES: dict[str, Any] = {item.name: item.type for item in _FIELDS}
 FREE = {item.name for item in _FIELDS if item.metadata["free"]}  # may change at --resume
 FILES = tuple(item.name for item in _FIELDS if item.metadata["file"])
+ROWS = tuple(
+    name for name in FILES if list[str] in get_args(TYPES[name])
+)  # files of rows: several, or a data set's name
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
@@ -314,8 +327,16 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     for name, setting in settings.items():
         if name not in TYPES:
             raise ConfigError(f"{path}: unknown setting {name!r}{nearest(name, tuple(TYPES))}")
-        wanted = TYPES[name]
-        allowed = float | int if wanted is float else wanted
-        if not isinstance(setting, allowed) or (isinstance(setting, bool) and wanted is not bool):
-            raise ConfigError(f"{path}: {name}: expected {inspect.formatannotation(wanted)}, got {setting!r}")
-    return settings
+        if not _fits(name, setting):
+            wanted = "a string or a list of strings" if name in ROWS else inspect.formatannotation(TYPES[name])
+            raise ConfigError(f"{path}: {name}: expected {wanted}, got {setting!r}")
+    return {name: tuple(setting) if isinstance(setting, list) else setting for name, setting in settings.items()}
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether a JSON value has the type of a setting."""
+    if isinstance(value, list):
+        return name in ROWS and all(isinstance(item, str) for item in value)
+    kinds = [kind for kind in get_args(TYPES[name]) or (TYPES[name],) if kind != tuple[str, ...]]
+    kinds += [int] if float in kinds else []
+    return isinstance(value, tuple(kinds)) and (bool in kinds or not isinstance(value, bool))

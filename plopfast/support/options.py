@@ -20,7 +20,8 @@ def option(
     """A field of a group of settings.
 
     A number must be at least 0 (above 0 with `positive`) and less than `below`. A `free` option may change when a run is
-    resumed: what is learned does not depend on it (single bits may). A `file` option is the path of a file.
+    resumed: what is learned does not depend on it (single bits may). A `file` option is the path of a file, or a list of
+    them, and not empty.
     """
     rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free, "file": file}
     return dataclasses.field(default=default, metadata=rules)
@@ -37,6 +38,8 @@ class Settings:
             name, value, rules = item.name, getattr(self, item.name), item.metadata
             if rules["choices"] and value is not None and value not in rules["choices"]:
                 raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+            if rules["file"] and value is not None and not (value and all(value)):
+                raise ConfigError(f"{name}: expected the name of a file, got {value!r}")
             if isinstance(value, int | float):
                 low = "above" if rules["positive"] else "of at least"
                 enough = value > 0 if rules["positive"] else value >= 0

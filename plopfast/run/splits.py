@@ -1,0 +1,76 @@
+"""The splits of a run: where their rows come from, how they are read, and what they may not share."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..data.overlap import overlaps
+from ..data.readers import absolute
+from ..data.rows import DEMO, Rows, read_rows
+from ..support import files
+from ..support.config import RunConfig
+from ..support.errors import DataError
+
+HOLD_OUT = 20  # without validation rows, every 20th training row is one
+
+
+def sources_of(config: RunConfig) -> dict[str, list[str]]:
+    """The files, folders and hub ids of each split that has some of its own, and of "unlabeled"."""
+    given = {split: getattr(config, split) for split in (*DEMO, "unlabeled")}
+    demo = {split: [str(path)] for split, path in DEMO.items()} if given["train"] is None else {}
+    return demo | {split: [value] if isinstance(value, str) else list(value) for split, value in given.items() if value}
+
+
+def resolved(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """Sources that mean the same in every working folder. A single one is a string, so that settings compare."""
+    names = tuple(absolute(name) for name in ([value] if isinstance(value, str) else value))
+    return names[0] if len(names) == 1 else names
+
+
+def read_splits(config: RunConfig, say: Callable[[str], None]) -> dict[str, Rows]:
+    """The rows of "train", "valid" and "test", as the settings ask for them. `say` is told what was read and noticed.
+
+    Without rows of its own, the validation split is every 20th training row (held out from training), and the test split
+    is the validation split. Raises DataError for rows that cannot be read, and where test rows are training rows too
+    unless `allow_overlap`.
+    """
+    splits = {}
+    for split, sources in sources_of(config).items():
+        if split != "unlabeled":
+            splits[split] = read_rows(sources, columns=config.columns, bad_rows=config.bad_rows, split=split)
+            for line in splits[split].lines():
+                say(f"{split}: {line}")
+    if "valid" not in splits:
+        whole = splits["train"]
+        kept = [row for i, row in enumerate(whole.rows) if i % HOLD_OUT] or whole.rows
+        splits |= {"valid": whole.part(whole.rows[::HOLD_OUT]), "train": whole.part(kept)}
+        splits["train"].bad = whole.bad
+    _check_overlap(splits, config.allow_overlap, say)
+    splits.setdefault("test", splits["valid"])
+    return splits
+
+
+def _check_overlap(splits: dict[str, Rows], allowed: bool, say: Callable[[str], None]) -> None:
+    in_order = {split: splits[split].rows for split in DEMO if split in splits}
+    for overlap in filter(None, overlaps(in_order)):
+        if (overlap.first, overlap.second) == ("train", "test") and not allowed:
+            raise DataError(
+                f"{overlap}: figures on them would not show what the model does on new rows; take them out of one of the "
+                "files, or pass --allow-overlap"
+            )
+        say(str(overlap))
+
+
+def sha256_of(source: str, rows: Callable[[], Rows]) -> str | None:
+    """The SHA-256 of a file, or of the rows of a folder or hub id. None for a file that is gone."""
+    path = Path(source)
+    if path.is_file():
+        return files.sha256(path)
+    if source != absolute(source) or (path.is_absolute() and not path.is_dir()):
+        return None
+    digest = hashlib.sha256()
+    for where, row in rows().rows:
+        if where.rpartition(", row ")[0] == source:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
