@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .data.describe import describe_data as describe_data
     from .data.labels import tokenize as tokenize
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
     from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
@@ -40,6 +41,7 @@ _HOME = {
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",
         "lora.placement": "Placement",
+        "data.describe": "describe_data",
         "data.labels": "tokenize",
         "data.rows": "read_jsonl read_rows",
         "models.linears": "linear_modules",

@@ -5,6 +5,7 @@ A command imports what it calls when it is called, so that --help answers before
 
 import argparse
 import importlib
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,6 +76,16 @@ def _stage(name: str) -> Callable[[Call], None]:
     return do
 
 
+def _data(call: Call) -> None:
+    from ..run.stages import run_data
+    from ..support.progress import shows_color
+
+    kept = call.arguments.out is not None
+    run = call.run()
+    run.progress = False  # all that would be said is in the text
+    print((run_data(run) if kept else run.described()).text(shows_color(sys.stdout)))
+
+
 def _train(call: Call) -> None:
     from ..run.stages import run_train
 
@@ -125,6 +136,10 @@ COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
         _stage("run.whole.run_all"), (*ALL, RANKS), flags=RESUMABLE,
+    ),
+    "data": Command(
+        "show what would be learned of your rows: lengths, learned tokens, what is left out, one whole row",
+        _data, ("model", DATA),
     ),
     "score": Command(
         "measure the NFN of every linear module: scores.json",

@@ -67,7 +67,9 @@ def _is_turns(value: Any) -> bool:
     if not isinstance(value, list) or not value:
         return False
     return all(
-        isinstance(t, dict) and isinstance(t.get("from"), str) and isinstance(t.get("value"), str) for t in value
+        isinstance(t, dict)
+        and (isinstance(t.get("role"), str) or (isinstance(t.get("from"), str) and isinstance(t.get("value"), str)))
+        for t in value  # some files have the names of messages under `conversations`
     )
 
 

@@ -18,8 +18,12 @@ class Notices:
         count, first = self._found.get(text, (0, where))
         self._found[text] = count + 1, first
 
-    def lines(self) -> list[str]:
-        """Return a line for each text, in the order of their first rows."""
-        return [
-            f"{count:,} row{'s' * (count > 1)} (first: {where}): {text}" for text, (count, where) in self._found.items()
-        ]
+    def lines(self, told: set[str] | None = None) -> list[str]:
+        """Return a line for each text, in the order of their first rows.
+
+        Texts in `told` are left out, and the others are added to it: so a thing is said once for several splits.
+        """
+        told = set() if told is None else told
+        new = {text: found for text, found in self._found.items() if text not in told}
+        told |= new.keys()
+        return [f"{count:,} row{'s' * (count > 1)} (first: {where}): {text}" for text, (count, where) in new.items()]

@@ -94,7 +94,7 @@ def prompt_of(row: dict[str, Any]) -> Hashable:
     if kind not in _ANSWERS:
         return None
     column, key, roles = _ANSWERS[kind]
-    answers = [index for index, message in enumerate(row[column]) if message[key] in roles]
+    answers = [index for index, message in enumerate(row[column]) if message.get(key, message.get("role")) in roles]
     before = row[column][: answers[-1]] if answers else []
     return _text([row.get("system"), before] if kind == "sharegpt" else before) if before else None
 

@@ -69,7 +69,7 @@ class Rows:
     def lines(self) -> list[str]:
         """What a user should know, in a line each: the formats, columns that are not used, rows that were left out."""
         kinds = [NAMES[kind] + (f" ({n:,})" if len(self.formats) > 1 else "") for kind, n in self.formats.most_common()]
-        lines = [f"{len(self.rows):,} rows: {', '.join(kinds)}"]
+        lines = [f"{len(self.rows):,} row{'s' * (len(self.rows) != 1)}: {', '.join(kinds)}"]
         if self.unused:
             names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(self.unused.items()))
             lines.append(f"columns that are not used: {names}")

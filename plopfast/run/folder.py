@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -14,18 +14,19 @@ from typing import Any
 
 import torch
 
+from ..data.describe import DataFacts, facts_of, left_out
 from ..data.example import Example
 from ..data.labels import tokenize
-from ..data.rows import Row, Rows
+from ..data.notices import Notices
+from ..data.rows import DEMO, Row, Rows
 from ..data.text import read_text
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
-from ..models.loading import DEFAULT_HUB_ID, load_model
-from ..models.running import context_length
+from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer
 from ..support import files, machine, memory, ranks
 from ..support.config import FILES, FREE, ROWS, RunConfig, load_settings
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError, FileError
+from ..support.errors import ConfigError, DataError, FileError
 from ..support.inputs import check_same
 from ..support.progress import say
 from ..training import parallel
@@ -40,6 +41,7 @@ CONFIG, EVA = "config.json", "eva.safetensors"
 # What each stage makes, its result first: a stage is done once that exists. The stage itself may delete these files and
 # folders, and `plopfast run --overwrite` all of them. Nothing else in a run folder is ever deleted.
 ARTEFACTS = {
+    "data": ("data.json",),
     "score": ("scores.json", "scores.safetensors", EVA),
     "place": ("placement.json",),
     "estimate": ("estimate.json",),
@@ -70,6 +72,9 @@ class Run:
         self.overwrite, self.resume, self.progress = overwrite, resume, progress
         self._splits: dict[str, Rows] = {}
         self._examples: dict[str, list[Example]] = {}
+        self.notes: dict[str, list[str]] = {}  # what is to be said of the rows of each split that was tokenised
+        self._told: set[str] = set()
+        self.overlap: list[str] = []  # what splits share
         if config.threads:
             torch.set_num_threads(config.threads)
         if resume:
@@ -99,9 +104,15 @@ class Run:
     def model(self) -> Any:
         return self._loaded[0]
 
+    @cached_property
+    def _tokenizer(self) -> tuple[Any, int | None]:
+        with ranks.first_on_each_machine():
+            return load_tokenizer(self.config.model)
+
     @property
     def tokenizer(self) -> Any:
-        return self._loaded[1]
+        """The model's tokenizer; it loads without the model, so that broken rows are found in seconds."""
+        return self._tokenizer[0]
 
     def read(self, split: str) -> Rows:
         """The rows of "train", "valid" or "test" with their formats, columns that are not used, and bad rows.
@@ -109,7 +120,11 @@ class Run:
         All splits are read at the first call; see `read_splits`.
         """
         if not self._splits:
-            self._splits = read_splits(self.config, self.say)
+            self._splits, self.overlap = read_splits(self.config)
+            for split in sources_of(self.config).keys() & self._splits.keys():
+                self._say_of(split, self._splits[split].lines())
+            for line in self.overlap:
+                self.say(line)
         return self._splits[split]
 
     def rows(self, split: str) -> list[Row]:
@@ -125,15 +140,46 @@ class Run:
     def examples(self, split: str) -> list[Example]:
         """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
         if split not in self._examples:
-            limits = [n for n in (self.config.max_length, context_length(self.model)) if n]
             if split != "unlabeled":
-                self._examples[split] = tokenize(self.rows(split), self.tokenizer, min(limits, default=None))
+                self._examples[split] = self._tokenized(split, self.rows(split))
             elif self.config.unlabeled:
+                limits = [n for n in (self.config.max_length, self._tokenizer[1]) if n]
                 room = min([self.config.max_length or 512, *limits, self.config.batch_tokens or 512])
                 self._examples[split] = read_text(self.config.unlabeled, self.tokenizer, room)
             else:
                 self._examples[split] = []
         return self._examples[split]
+
+    def _tokenized(self, split: str, rows: Sequence[Row], roles: bool = False) -> list[Example]:
+        """Rows tokenised as the settings say; what is to be said of them is kept in `notes`."""
+        config, notices = self.config, Notices()
+        limits = [n for n in (config.max_length, self._tokenizer[1]) if n]
+        skipped: list[str] | None = [] if config.bad_rows == "skip" else None
+        examples = tokenize(
+            rows, self.tokenizer, min(limits, default=None), roles, learn=config.learn, long=config.long, skipped=skipped,
+            notices=notices,
+        )  # fmt: skip
+        lines = [*left_out(skipped, len(rows)), *notices.lines(self._told)]
+        if not examples:
+            raise DataError(f"{split}: no row can be used; {'; '.join(lines)}")
+        if split not in self.notes:
+            self._say_of(split, lines)
+        if not roles:
+            self.notes[split] = lines
+        return examples
+
+    def _say_of(self, split: str, lines: Sequence[str]) -> None:
+        for line in lines:
+            self.say(f"{split}: {line}")
+
+    def described(self) -> DataFacts:
+        """What the settings make of the rows: lengths, learned tokens, what is left out or overlaps, the first row."""
+        found = []
+        for split in DEMO:
+            if split != "test" or self.rows("test") is not self.rows("valid"):
+                examples = self.examples(split)
+                found.append(facts_of(split, examples, self.tokenizer, [*self.read(split).lines(), *self.notes[split]]))
+        return DataFacts(found, self.overlap)
 
     def sample(self, seed: int | None = None) -> list[Example]:
         """Draws the training rows to score, in random order, with the settings' seed by default.
@@ -141,10 +187,8 @@ class Run:
         Rows of messages know the roles of their tokens.
         """
         rows, config = self.rows("train"), self.config
-        self.examples("train")  # raises for a row that cannot be used
         rng = random.Random(config.seed if seed is None else seed)
-        chosen = rng.sample(rows, min(config.score_prompts, len(rows)))
-        return tokenize(chosen, self.tokenizer, roles=True)
+        return self._tokenized("train", rng.sample(rows, min(config.score_prompts, len(rows))), roles=True)
 
     def inputs(self, without: str = "") -> dict[str, Any]:
         """What a study rests on besides settings, by name: the hash of each file but one, and some of the weights."""

@@ -28,8 +28,8 @@ def resolved(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else names
 
 
-def read_splits(config: RunConfig, say: Callable[[str], None]) -> dict[str, Rows]:
-    """The rows of "train", "valid" and "test", as the settings ask for them. `say` is told what was read and noticed.
+def read_splits(config: RunConfig) -> tuple[dict[str, Rows], list[str]]:
+    """The rows of "train", "valid" and "test", as the settings ask for them, and what they share, in a line each.
 
     Without rows of its own, the validation split is every 20th training row (held out from training), and the test split
     is the validation split. Raises DataError for rows that cannot be read, and where test rows are training rows too
@@ -39,27 +39,26 @@ def read_splits(config: RunConfig, say: Callable[[str], None]) -> dict[str, Rows
     for split, sources in sources_of(config).items():
         if split != "unlabeled":
             splits[split] = read_rows(sources, columns=config.columns, bad_rows=config.bad_rows, split=split)
-            for line in splits[split].lines():
-                say(f"{split}: {line}")
     if "valid" not in splits:
         whole = splits["train"]
         kept = [row for i, row in enumerate(whole.rows) if i % HOLD_OUT] or whole.rows
         splits |= {"valid": whole.part(whole.rows[::HOLD_OUT]), "train": whole.part(kept)}
         splits["train"].bad = whole.bad
-    _check_overlap(splits, config.allow_overlap, say)
+    shared = _overlap(splits, config.allow_overlap)
     splits.setdefault("test", splits["valid"])
-    return splits
+    return splits, shared
 
 
-def _check_overlap(splits: dict[str, Rows], allowed: bool, say: Callable[[str], None]) -> None:
+def _overlap(splits: dict[str, Rows], allowed: bool) -> list[str]:
     in_order = {split: splits[split].rows for split in DEMO if split in splits}
-    for overlap in filter(None, overlaps(in_order)):
+    found = [overlap for overlap in overlaps(in_order) if overlap]
+    for overlap in found:
         if (overlap.first, overlap.second) == ("train", "test") and not allowed:
             raise DataError(
                 f"{overlap}: figures on them would not show what the model does on new rows; take them out of one of the "
                 "files, or pass --allow-overlap"
             )
-        say(str(overlap))
+    return [str(overlap) for overlap in found]
 
 
 def sha256_of(source: str, rows: Callable[[], Rows]) -> str | None:

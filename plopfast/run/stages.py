@@ -5,9 +5,11 @@ data -> score -> scores.json -> place -> placement.json -> train -> adapter/ -> 
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+from ..data.describe import DataFacts
 from ..lora.layer import adapters, disabled, merge
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
@@ -17,11 +19,21 @@ from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
+from ..support.progress import shows_color
 from ..training.evaluate import Metrics, choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import TrainResult
 from .apply import placed, scored, trainer_for, why_every_row
 from .folder import EVA, Run
+
+
+def run_data(run: Run) -> DataFacts:
+    """Describes the rows, before anything is scored or trained: data.json."""
+    run.begin("data")
+    facts = run.described()
+    run.say(f"{facts.table()}\n{facts.shown_row(shows_color(sys.stderr))}")
+    ranks.on_main(lambda: files.write_json(run.file("data"), {"plopfast": "data", **facts.as_dict()}))
+    return facts
 
 
 def run_score(run: Run) -> NFNReport:

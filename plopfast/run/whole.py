@@ -8,10 +8,10 @@ from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
 from .folder import ARTEFACTS, Run
-from .stages import run_eval, run_place, run_report, run_score, run_train
+from .stages import run_data, run_eval, run_place, run_report, run_score, run_train
 
 ORDER = {
-    "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
+    "data": run_data, "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
     "report": run_report,
 }  # fmt: skip
 
@@ -34,7 +34,7 @@ def run_all(run: Run) -> str:
     if run.overwrite and not run.resume:
         ranks.on_main(lambda: run.delete(*ARTEFACTS))
     for stage, do in ORDER.items():
-        if run.config.full and stage not in ("train", "eval"):
+        if run.config.full and stage not in ("data", "train", "eval"):
             continue
         if run.resume and ranks.on_main(run.file(stage).exists):
             run.say(f"{stage}: already done")

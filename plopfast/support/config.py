@@ -83,7 +83,17 @@ class DataSettings(Settings):
     columns: str | None = option(None, "names of columns, such as prompt=question,completion=answer")
     bad_rows: str = option("error", "stop at rows that cannot be read, or skip and count them", ("error", "skip"))
     allow_overlap: bool = option(False, "go on where test rows, or their prompts, are training rows too", free=True)
+    learn: str = option(
+        "assistant",
+        "what is learned of messages: every turn of the assistant, the last one, or all tokens of the row",
+        ("assistant", "last", "all"),
+    )
     max_length: int | None = option(None, "longest row in tokens (default: the model's context)", positive=True)
+    long: str = option(
+        "error",
+        "what becomes of longer rows: stop, skip them, or cut the left of their prompt",
+        ("error", "skip", "cut"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

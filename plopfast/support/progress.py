@@ -1,9 +1,10 @@
 """Progress of long work on stderr: bars with rate and time left, and lines that leave the bars whole."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 
 class _Silent:
@@ -62,6 +63,11 @@ class Work:
         """Counts a piece that was done earlier; the rate and the time left ignore it."""
         self._bar.initial += 1
         self._bar.update()
+
+
+def shows_color(stream: TextIO) -> bool:
+    """Returns whether a stream is a terminal whose user has not asked for no colour (no-color.org)."""
+    return stream.isatty() and "NO_COLOR" not in os.environ
 
 
 def say(text: str) -> None:
