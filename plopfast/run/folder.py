@@ -229,5 +229,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fills in the demo's own settings, and makes the names of files absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
+    if config.epochs:
+        known.pop("max_steps", None)
     known |= {name: str(Path(value).resolve()) for name in FILES if (value := getattr(config, name))}
     return dataclasses.replace(config, **known)

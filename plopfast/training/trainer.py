@@ -143,9 +143,9 @@ class Trainer:
                 meter.set_postfix_str(f"loss {self.last_loss:.3f}, {rate:.0f} tokens/s")
                 meter.update()
                 last = state.step == self.max_steps
-                if self.valid and (last or state.step % config.eval_every == 0):
+                if self.valid and (last or state.step % self.plan.eval_every == 0):
                     self._validate()
-                if last or state.step % (config.save_every or config.eval_every) == 0:
+                if last or state.step % (config.save_every or self.plan.eval_every) == 0:
                     self._save()
             if number:
                 where = f"; the state is in {self._save()}" if self.out else ""
@@ -311,6 +311,8 @@ class Trainer:
             **settings,
             "max_steps": plan.max_steps,
             "batch_tokens": plan.batch_tokens,
+            "batch_rows": plan.batch_rows,
+            "eval_every": plan.eval_every,
             "examples": plan.labelled,
             "unlabeled": len(plan.rows) - plan.labelled,
             "data": data.hexdigest(),
