@@ -120,10 +120,11 @@ class Plan:
         little = "; chosen for little data, --epochs and --batch-rows choose otherwise" if self.little else ""
         return (
             f"{_some(facts['rows'], 'row')}, {facts['row_tokens']:,} tokens ({facts['learned_share']:.0%} learned): "
-            f"{_some(facts['steps'], 'step')}, {facts['epochs']:.3g} epochs, {facts['rows_per_step']:.3g} rows and "
+            f"{_some(facts['steps'], 'step')}, {_some(facts['epochs'], 'epoch')}, {facts['rows_per_step']:.3g} rows and "
             f"{facts['tokens_per_step']:,.0f} tokens a step{text}{little}"
         )
 
 
-def _some(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' * (count != 1)}"
+def _some(count: float, what: str) -> str:
+    number = f"{count:,}" if isinstance(count, int) else f"{count:.3g}"
+    return f"{number} {what}{'s' * (number != '1')}"
