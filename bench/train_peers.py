@@ -151,7 +151,7 @@ def placement(model: Any) -> pf.Placement:
 
 def train_config(case: Case, seed: int = 0) -> pf.TrainConfig:
     size = {"batch_tokens": case.batch_tokens, "accumulate": case.accumulate}
-    return pf.TrainConfig(lr=LORA_LR, warmup=0.0, clip=1.0, **size, seed=seed)
+    return pf.TrainConfig(lr=LORA_LR, warmup=0.0, clip=1.0, epochs=1, **size, seed=seed)
 
 
 def plopfast(job: Job) -> Callable[[], int]:

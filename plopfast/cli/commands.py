@@ -94,10 +94,10 @@ def _train(call: Call) -> None:
 
 
 def _eval(call: Call) -> None:
-    from ..run.stages import run_eval
+    from ..run.stages import eval_lines, run_eval
 
-    for who, metrics in run_eval(call.run(), call.arguments.adapter, call.arguments.any_base).items():
-        print(f"{who:<6} loss {metrics.loss:.4f}  accuracy {metrics.accuracy:.4f} ({metrics.metric})")
+    for who, line in eval_lines(run_eval(call.run(), call.arguments.adapter, call.arguments.any_base)):
+        print(f"{who:<6} {line}")
 
 
 def _merge(call: Call) -> None:

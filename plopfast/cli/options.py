@@ -102,4 +102,8 @@ def settings_of(arguments: argparse.Namespace) -> RunConfig:
         settings |= load_settings(kept)
     if arguments.config:
         settings |= load_settings(arguments.config)
-    return RunConfig(**settings | {key: value for key, value in vars(arguments).items() if key in FIELDS})
+    given = {key: value for key, value in vars(arguments).items() if key in FIELDS}
+    for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
+        if one in given:
+            settings.pop(other, None)  # both say how long to train: the one that is given now counts
+    return RunConfig(**settings | given)

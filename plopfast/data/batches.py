@@ -110,9 +110,10 @@ def counted_tokens(
 
 
 def group_by_length(
-    lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024
+    lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024, rows: int | None = None
 ) -> list[list[int]]:
-    """Return groups of indices whose padded size (rows x longest) is at most `budget` tokens. Each index appears once.
+    """Return groups of at most `rows` indices whose padded size (rows x longest) is at most `budget` tokens. Each index
+    appears once.
 
     Indices are sorted by length within windows of `window` rows, which leaves a few per cent of padding. With a `seed`,
     the rows are shuffled before that and the groups after it. A row longer than the budget gets a group of its own.
@@ -120,10 +121,13 @@ def group_by_length(
         group_by_length([500, 3], budget=256)  # [[1], [0]]
     """
 
+    most = len(lengths) if rows is None else rows
+
     def fill(window: list[int]) -> list[list[int]]:
         groups: list[list[int]] = [[]]
         for index in sorted(window, key=lambda i: lengths[i]):
-            if groups[-1] and (len(groups[-1]) + 1) * lengths[index] > budget:
+            count = len(groups[-1]) + 1
+            if groups[-1] and (count * lengths[index] > budget or count > most):
                 groups.append([])
             groups[-1].append(index)
         return groups
@@ -131,8 +135,10 @@ def group_by_length(
     return _in_windows(len(lengths), fill, seed, window)
 
 
-def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024) -> list[list[int]]:
-    """Return groups of indices whose lengths add up to at most `budget` tokens. Each index appears once.
+def pack(
+    lengths: Sequence[int], budget: int, seed: int | None = None, window: int = 1024, rows: int | None = None
+) -> list[list[int]]:
+    """Return groups of at most `rows` indices whose lengths add up to at most `budget` tokens. Each index appears once.
 
     The method is best fit decreasing within windows of `window` rows: each row, longest first, joins the fullest group
     that has room for it. With a `seed`, the rows are shuffled before that and the groups after it. Raises DataError for
@@ -149,14 +155,15 @@ def pack(lengths: Sequence[int], budget: int, seed: int | None = None, window: i
 
     def fill(window: list[int]) -> list[list[int]]:
         groups: list[list[int]] = []
-        rooms: list[tuple[int, int]] = []  # (free tokens, number of the group), ascending
+        rooms: list[tuple[int, int]] = []  # (free tokens, number of the group) of groups that may grow, ascending
         for index in sorted(window, key=lambda i: -lengths[i]):
             at = bisect.bisect_left(rooms, (lengths[index], 0))
             free, number = rooms.pop(at) if at < len(rooms) else (budget, len(groups))
             if number == len(groups):
                 groups.append([])
             groups[number].append(index)
-            bisect.insort(rooms, (free - lengths[index], number))
+            if rows is None or len(groups[number]) < rows:
+                bisect.insort(rooms, (free - lengths[index], number))
         return groups
 
     return _in_windows(len(lengths), fill, seed, window)
@@ -177,8 +184,9 @@ def _in_windows(
 
 
 def micro_batches(
-    lengths: Sequence[int], labelled: int, budget: int, seed: int, share: float = 0.0, packing: bool = False
-) -> Iterator[list[int]]:
+    lengths: Sequence[int], labelled: int, budget: int, seed: int, share: float = 0.0, packing: bool = False,
+    rows: int | None = None,
+) -> Iterator[list[int]]:  # fmt: skip
     """Yield groups of indices without end, epoch after epoch, each epoch in its own order.
 
     The groups depend on the arguments alone, so the number of groups taken is a position in the data. Indices from
@@ -187,10 +195,11 @@ def micro_batches(
     """
     unlabelled = lengths[labelled:]
     assert unlabelled or not share  # the trainer's plan refuses this; it would never end
-    ours = _epochs(lengths[:labelled], budget, seed, packing)
-    others = ([labelled + index for index in group] for group in _epochs(unlabelled, budget, seed, packing))
+    how = (budget, seed, packing, rows)
+    ours = _epochs(lengths[:labelled], *how)
+    others = ([labelled + index for index in group] for group in _epochs(unlabelled, *how))
     if unlabelled and not share:
-        yield from islice(others, groups_in_epoch(unlabelled, budget, seed, packing))
+        yield from islice(others, groups_in_epoch(unlabelled, *how))
     owed = 0.0
     while True:
         owed += share
@@ -198,15 +207,17 @@ def micro_batches(
         owed %= 1.0
 
 
-def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> int:
+def groups_in_epoch(lengths: Sequence[int], budget: int, seed: int, packing: bool, rows: int | None = None) -> int:
     """Return the number of micro-batches in the first epoch."""
-    return len(_epoch(0, lengths, budget, seed, packing))
+    return len(_epoch(0, lengths, budget, seed, packing, rows))
 
 
-def _epochs(lengths: Sequence[int], budget: int, seed: int, packing: bool) -> Iterator[list[int]]:
+def _epochs(lengths: Sequence[int], budget: int, seed: int, packing: bool, rows: int | None) -> Iterator[list[int]]:
     for epoch in count():
-        yield from _epoch(epoch, lengths, budget, seed, packing)
+        yield from _epoch(epoch, lengths, budget, seed, packing, rows)
 
 
-def _epoch(epoch: int, lengths: Sequence[int], budget: int, seed: int, packing: bool) -> list[list[int]]:
-    return (pack if packing else group_by_length)(lengths, budget, seed * 1_000_003 + epoch)
+def _epoch(
+    epoch: int, lengths: Sequence[int], budget: int, seed: int, packing: bool, rows: int | None
+) -> list[list[int]]:
+    return (pack if packing else group_by_length)(lengths, budget, seed * 1_000_003 + epoch, rows=rows)

@@ -55,7 +55,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
             f"{type(model).__name__} has no linear modules (nn.Linear or transformers' Conv1D) inside repeated layers; "
             "plopfast needs a transformer whose layers are a ModuleList"
         )
-    types = _shortest_suffixes({inner for *_, inner in found})
+    types = shortest_suffixes({inner for *_, inner in found})
     infos = []
     for name, module, layer, inner in found:
         frozen = frozen_of(module, name)
@@ -64,7 +64,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
     return infos
 
 
-def _shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+def shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
     """Gives each path its shortest end that no other path has, joined by dots."""
     result = {}
     for path in paths:

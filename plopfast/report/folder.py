@@ -52,6 +52,11 @@ class RunFolder:
         return self._kept_intervals.get("why", "")
 
     @property
+    def judged_by(self) -> str:
+        """The kind of rows that eval.json is of: test or validation. Older files do not say it."""
+        return self.eval.get("rows", "held-out")
+
+    @property
     def rule(self) -> str:
         """The placement's rule; without a placement, the rule of the scores' own choice."""
         return self.placement.rule if self.placement else self.decision.rule if self.decision else ""

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from .folder import RunFolder
 from .sections import SOURCES, Section, Source, cost, made
-from .words import listed, points_of, range_of, ties_of
+from .words import interval_of, listed, points_of, range_of, ties_of
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PICTURES = "report"  # the folder of PNG and CSV files
@@ -157,7 +157,9 @@ def _figures(run: RunFolder) -> list[tuple[str, str]]:
     found = []
     if run.eval:
         base, tuned = run.eval["base"], run.eval["tuned"]
-        found.append((f"Accuracy on {base['examples']} test rows", f"{base['accuracy']:.1%} → {tuned['accuracy']:.1%}"))
+        bounds = interval_of(tuned, ".1%")
+        after = f"{tuned['accuracy']:.1%}{f' ({bounds})' if bounds else ''}"
+        found.append((f"Accuracy on {base['examples']} {run.judged_by} rows", f"{base['accuracy']:.1%} → {after}"))
     if run.placement:
         found.append(("Trained parameters", f"{run.placement.parameters:,}"))
     if run.scores:

@@ -122,12 +122,17 @@ def curve(rows: Sequence[Sequence[Any]]) -> bytes:
 
 @rc_context(STYLE)
 def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
-    """Draw two panels of bars for (model, accuracy, loss, rows)."""
+    """Draw two panels of bars for (model, accuracy, low, high, loss, rows). Without an interval, low and high are None."""
     panels = _axes(2.3, columns=2)
-    names, accuracies, losses, _ = zip(*rows, strict=True)
+    names, accuracies, lows, highs, losses, _ = zip(*rows, strict=True)
     for axes, title, values in zip(panels, ("accuracy", "loss"), (accuracies, losses), strict=True):
         bars = axes.bar(names, values, 0.6, color=["white", "#999999"], edgecolor=INK, hatch=["", "////"])
-        axes.bar_label(bars, fmt="%.3f", padding=2)
+        if title == "accuracy" and None not in lows:
+            for at, (low, high) in enumerate(zip(lows, highs, strict=True)):
+                axes.plot([at, at], [low, high], color=INK, linewidth=1.8, marker="_", markersize=9)
+                _write(axes, f"{values[at]:.3f}", (at, high), (0, 3), ha="center")
+        else:
+            axes.bar_label(bars, fmt="%.3f", padding=2)
         axes.set_title(title, fontsize=9)
         axes.margins(y=0.15)
     axes.figure.tight_layout()

@@ -11,7 +11,7 @@ from . import pictures
 from .folder import RunFolder
 from .pictures import Picture
 from .tables import PARTS, audit_tables, estimate_table, trial_table
-from .words import listed, range_of, ties_of
+from .words import interval_of, listed, range_of, ties_of
 
 KNOWN = (
     "What the authors found (Hayou, Ghosh and Yu, arXiv 2506.20629): adapters where NFN is lowest did about as well as "
@@ -153,18 +153,31 @@ def training(run: RunFolder) -> list[Section]:
 
 def evaluation(run: RunFolder) -> list[Section]:
     """eval.json: the tuned model against the base model."""
-    base, tuned = run.eval["base"], run.eval["tuned"]
-    rows = [(who, m["accuracy"], m["loss"], m["examples"]) for who, m in run.eval.items()]
-    alt = (
-        f"Bars: accuracy went from {base['accuracy']:.3f} to {tuned['accuracy']:.3f}, loss from {base['loss']:.3f} to "
-        f"{tuned['loss']:.3f}."
+    measured = {who: run.eval[who] for who in ("base", "tuned")}
+    base, tuned = measured.values()
+    bounds = ("accuracy_low", "accuracy_high")
+    rows = [(who, m["accuracy"], *map(m.get, bounds), m["loss"], m["examples"]) for who, m in measured.items()]
+    first, last = (
+        f"{m['accuracy']:.3f}{f' ({said})' if (said := interval_of(m, '.3f')) else ''}" for m in measured.values()
     )
-    note = f"{base['examples']} held-out rows. Accuracy: {base['metric']}."
-    columns = [Column("model"), Column("accuracy", ".4f"), Column("loss", ".4f"), Column("rows", "d")]
-    head = [column.heading for column in columns]
+    alt = f"Bars: accuracy went from {first} to {last}, loss from {base['loss']:.3f} to {tuned['loss']:.3f}."
+    known = "accuracy_low" in base
+    note = f"{base['examples']} {run.judged_by} rows. Accuracy: {base['metric']}{', with 95% intervals' * known}."
+    head = ("model", "accuracy", *bounds, "loss", "rows")
     picture = Picture("before_after", alt, note, head, rows, pictures.before_after(rows))
-    table = Table("Before and after training", columns, rows)
-    return [Section("eval", "Before and after", [], [picture], [table])]
+    columns = [
+        Column("model"), Column("accuracy", ".4f"), Column("95% interval"), Column("loss", ".4f"),
+        Column(f"{run.judged_by} rows", "d"),
+    ]  # fmt: skip
+    cells = [
+        (who, m["accuracy"], interval_of(m, ".4f") or UNKNOWN, m["loss"], m["examples"]) for who, m in measured.items()
+    ]
+    texts = [
+        "There are no test rows: these are the validation rows, which also chose the training step that was kept. So they "
+        "flatter the tuned model."
+    ]
+    table = Table("Before and after training", columns, cells)
+    return [Section("eval", "Before and after", texts * (run.judged_by == "validation"), [picture], [table])]
 
 
 def trial(run: RunFolder) -> list[Section]:
@@ -218,7 +231,7 @@ def cost(run: RunFolder) -> Section:
         "score": run.scores and run.scores.tokens,
         "train": run.training.get("tokens"),
         "audit": run.audit.get("scored_tokens"),
-        "eval": sum(m["tokens"] for m in run.eval.values()) if run.eval else None,
+        "eval": sum(run.eval[who]["tokens"] for who in ("base", "tuned")) if run.eval else None,
     }
     rows = [(name, s["seconds"], tokens.get(name), s["peak_mib"], s["command"]) for name, s in run.stages.items()]
     if run.trial and "trial" not in run.stages:

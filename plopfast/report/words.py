@@ -28,6 +28,12 @@ def points_of(versus: dict[str, Any]) -> str:
     return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
 
 
+def interval_of(metrics: dict[str, Any], spec: str) -> str:
+    """Return the interval of an accuracy, "0.61 to 0.72"; nothing where an older file has none."""
+    bounds = [metrics.get(key) for key in ("accuracy_low", "accuracy_high")]
+    return "" if None in bounds else " to ".join(format(bound, spec) for bound in bounds)
+
+
 def ties_of(decision: Decision, limit: int = 3) -> str:
     """Name the first near-ties of a decision."""
     pairs = [f"{chosen} from {other}" for chosen, other in decision.near_ties]

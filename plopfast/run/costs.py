@@ -11,7 +11,7 @@ from ..scoring.report import NFNReport
 from ..support import files, ranks
 from ..support.errors import ConfigError, ModelError, PlacementError
 from ..training.estimate import as_rows, estimate
-from ..training.plan import batch_tokens_for
+from ..training.plan import Plan
 from .apply import placed
 from .folder import Run
 
@@ -70,9 +70,12 @@ def _choices(run: Run, own: Placement, report: NFNReport) -> dict[str, Placement
 
 
 def _shape(run: Run) -> StepShape:
-    examples = run.examples("train") + run.examples("unlabeled")
-    total, longest = sum(len(e.tokens) for e in examples), max(len(e.tokens) for e in examples)
-    batch_tokens = batch_tokens_for(run.config, longest)
-    rows, tokens = (1, batch_tokens) if run.config.packing else (max(1, batch_tokens // longest), longest)
-    labels = min(tokens - 1, max(1, round(tokens * sum(e.label_tokens for e in examples) / total)))
-    return StepShape(batch_tokens, rows, tokens, labels)
+    train, unlabeled = run.examples("train"), run.examples("unlabeled")
+    plan = Plan(train, unlabeled, run.config.training)
+    total, longest = sum(len(e.tokens) for e in plan.rows), max(len(e.tokens) for e in plan.rows)
+    most = plan.batch_rows or plan.batch_tokens  # a row has a token at least
+    rows, tokens = min(most, plan.batch_tokens // longest), longest
+    if run.config.packing:
+        rows, tokens = 1, min(plan.batch_tokens, most * longest)
+    labels = min(tokens - 1, max(1, round(tokens * sum(e.label_tokens for e in plan.rows) / total)))
+    return StepShape(plan.batch_tokens, rows, tokens, labels)

@@ -274,6 +274,8 @@ def resolve(config: RunConfig) -> RunConfig:
     """Fills in the demo's own settings, and makes the names of files absolute."""
     demo = {} if config.train else DEMO_SETTINGS
     known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
+    if config.epochs:
+        known.pop("max_steps", None)
     rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
     text = {name: str(Path(value).resolve()) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
     return dataclasses.replace(config, **known | rows | text)

@@ -20,11 +20,17 @@ from ..support import files, ranks, threads
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
 from ..support.progress import shows_color
-from ..training.evaluate import Metrics, choices_of, evaluate
+from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.trainer import TrainResult
+from ..training.trainer import Trainer, TrainResult
 from .apply import placed, scored, trainer_for, why_every_row
 from .folder import EVA, Run
+from .splits import sources_of
+
+CHOSE_THE_STEP = (
+    "validation rows also chose the training step that was kept, so they flatter the tuned model: give --test FILE for a "
+    "test result"
+)
 
 
 def run_data(run: Run) -> DataFacts:
@@ -87,7 +93,8 @@ def run_train(run: Run) -> TrainResult:
         )
     run.begin("train")
     trainer = trainer_for(run, placement, vectors, out=run.folder)
-    for line in (*trainer.paths(), *(threads.thread_advice() if run.model.device.type == "cpu" else ())):
+    advice = threads.thread_advice() if run.model.device.type == "cpu" else []
+    for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
         run.say(line)
     with run.stage("train"):
         try:
@@ -101,13 +108,25 @@ def run_train(run: Run) -> TrainResult:
         ranks.on_main(lambda: _save_model(run, run.file("train")))
     else:
         save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
-    value = {**dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "paths": trainer.paths()}
+    value = {
+        **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": trainer.plan.facts(),
+        "validation": _about_validation(run, trainer), "paths": trainer.paths(),
+    }  # fmt: skip
     ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
     ranks.on_main(lambda: shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True))
     for line in trainer.notes:
         run.say(line)
     run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
     return result
+
+
+def _about_validation(run: Run, trainer: Trainer) -> str:
+    """Says where the validation rows come from, and how often they are looked at."""
+    where = "" if "valid" in sources_of(run.config) else " held out from the training file"
+    if where and run.rows("valid")[0] is run.rows("train")[0]:
+        where = " from the training file, which has no other row"
+    rows = f"{len(trainer.valid)} validation row{'s' * (len(trainer.valid) != 1)}"
+    return f"{rows}{where}, looked at every {trainer.plan.eval_every} steps"
 
 
 def _save_model(run: Run, target: Path) -> None:
@@ -117,11 +136,12 @@ def _save_model(run: Run, target: Path) -> None:
         run.tokenizer.save_pretrained(scratch)
 
 
-def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> dict[str, Metrics]:
-    """Evaluates "base" and "tuned" on the test rows: eval.json.
+def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> dict[str, Any]:
+    """Evaluates "base" and "tuned" on the test rows, or on the validation rows where there are no others: eval.json.
 
     The base is the same model with its adapters switched off, or loaded anew where all weights were trained. `adapter` is
-    a folder to take instead of the run's own; `any_base` accepts one that was trained on other base weights.
+    a folder to take instead of the run's own; `any_base` accepts one that was trained on other base weights. Returns what
+    eval.json holds.
     """
     run.rows("test")
     run.begin("eval")
@@ -145,10 +165,19 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
-    found = {"base": base, "tuned": tuned}
-    value = {who: metrics.summary() for who, metrics in found.items()}
+    own = bool(run.hashes("test")) and run.hashes("test") != run.hashes("valid")
+    value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
     ranks.on_main(lambda: files.write_json(run.file("eval"), value))
-    return found
+    return value
+
+
+def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns what eval.json holds in words, each line with its heading. Figures of validation rows are not called a test
+    result. Files of earlier versions do not say which rows they are of.
+    """
+    rows = value.get("rows", "held-out")
+    lines = [(who, in_words(value[who], rows)) for who in ("base", "tuned")]
+    return [*lines, ("note", CHOSE_THE_STEP)] if rows == "validation" else lines
 
 
 def run_report(run: Run) -> Path:

@@ -8,7 +8,7 @@ from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
 from .folder import ARTEFACTS, Run
-from .stages import run_data, run_eval, run_place, run_report, run_score, run_train
+from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
 ORDER = {
     "data": run_data, "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
@@ -52,9 +52,7 @@ def summary(run: Run) -> str:
         what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
     metrics = files.read_json(run.file("eval"), "plopfast eval")
     stages = files.read_json(run.folder / "stages.json", "plopfast")
-    rows = [("adapters", what)]
-    for who, m in metrics.items():
-        rows.append((who, f"loss {m['loss']:.4f}, accuracy {m['accuracy']:.4f} ({m['metric']}, {m['examples']} rows)"))
+    rows = [("adapters", what), *eval_lines(metrics)]
     rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
     rows.append(("written", str(run.folder)))
     return str(Table("", [Column(""), Column("")], rows))

@@ -158,7 +158,7 @@ class Search:
 
         def look(step: int, loss: float) -> None:
             trial.set_user_attr("steps", step)
-            trial.report(loss, -(-step // config.eval_every))
+            trial.report(loss, -(-step // trainer.plan.eval_every))
             if step < trainer.max_steps and trial.should_prune():
                 raise optuna.TrialPruned
 

@@ -189,6 +189,10 @@ class StepSettings(Settings):
     batch_tokens: int | None = option(
         None, "padded tokens in a micro-batch (default: 1024 or the longest row; 160 on the demo data)", positive=True
     )
+    batch_rows: int | None = option(
+        None, "rows in a micro-batch, at most (default: as many as --batch-tokens takes; fewer on little data)",
+        positive=True,
+    )  # fmt: skip
     accumulate: int = option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
     packing: bool = option(False, "fill each micro-batch with one row of whole examples that cannot see each other")
     dropout: float = option(0.0, "LoRA dropout", below=1)
@@ -214,8 +218,21 @@ class TrainConfig(StepSettings, Seed):
     weight_decay: float = option(0.0, "AdamW's weight decay on the adapters")
     clip: float = option(1.0, "clip gradients to this norm; 0: no clipping")
     neftune: float = option(0.0, "add NEFTune's uniform noise to the embeddings, with this alpha; 0: none")
-    max_steps: int | None = option(None, "training steps (default: one epoch; 60 on the demo data)", positive=True)
-    eval_every: int = option(30, "steps between two looks at the validation loss", positive=True)
+    max_steps: int | None = option(
+        None, "training steps, instead of --epochs (default: as --epochs; 60 on the demo data)", positive=True
+    )
+    epochs: float | None = option(
+        None,
+        "passes over the training rows, such as 3 or 0.5 (default: 1; on little data as many as make about 60 steps, at "
+        "most 10)",
+        positive=True,
+    )
+    eval_every: int | None = option(
+        None,
+        "steps between two looks at the validation loss (default: 30, or an epoch where that is shorter and --max-steps is "
+        "not given)",
+        positive=True,
+    )
     eval_rows: int = option(128, "validation rows in a look (the first ones)", positive=True)
     patience: int = option(3, "stop after this many looks without a lower validation loss", positive=True)
     unlabeled_share: float = option(
@@ -235,6 +252,10 @@ class TrainConfig(StepSettings, Seed):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.max_steps and self.epochs:
+            raise ConfigError(
+                f"max_steps {self.max_steps} and epochs {self.epochs:g} both say how long to train: leave one of them out"
+            )
         if self.packing and self.neftune:
             raise ConfigError(
                 "packing and neftune exclude each other: the noise is scaled to the length of a row, and packed rows have "
@@ -320,9 +341,7 @@ _FIELDS = dataclasses.fields(RunConfig)
 TYPES: dict[str, Any] = {item.name: item.type for item in _FIELDS}
 FREE = {item.name for item in _FIELDS if item.metadata["free"]}  # may change at --resume
 FILES = tuple(item.name for item in _FIELDS if item.metadata["file"])
-ROWS = tuple(
-    name for name in FILES if list[str] in get_args(TYPES[name])
-)  # files of rows: several, or a data set's name
+ROWS = tuple(name for name in FILES if tuple[str, ...] in get_args(TYPES[name]))  # those of rows: one or several
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:

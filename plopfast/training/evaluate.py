@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..data.example import Example
 from ..models.running import device_of, evaluating, run_for_logits
 from ..support.errors import TrainingError
 from ..support.progress import bar
+from .intervals import of_shares, wilson
 from .loss import inputs_of, positions
 
 MAX_CHOICES = 32
@@ -22,11 +23,14 @@ MAX_CHOICES = 32
 @dataclass(frozen=True)
 class Metrics:
     """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats; `metric` names the kind of
-    `accuracy` (see `evaluate`); `tokens` are the label tokens. `right` says how right each example was: numbers whose mean
-    is the accuracy, 0 or 1 except for "token" accuracy, where longer examples weigh more."""
+    `accuracy` (see `evaluate`), whose 95 % interval is `accuracy_low` to `accuracy_high`; `tokens` are the label tokens.
+    `right` says how right each example was: numbers whose mean is the accuracy, 0 or 1 except for "token" accuracy, where
+    longer examples weigh more."""
 
     loss: float
     accuracy: float
+    accuracy_low: float
+    accuracy_high: float
     metric: str
     examples: int
     tokens: int
@@ -36,6 +40,20 @@ class Metrics:
     def summary(self) -> dict[str, Any]:
         """Returns all but `right`, for JSON."""
         return {name: value for name, value in vars(self).items() if name != "right"}
+
+
+def in_words(summary: Mapping[str, Any], rows: str) -> str:
+    """Says in a line what `Metrics.summary` holds; `rows` names the kind of rows, such as "test". Summaries that were kept
+    before there were intervals lack theirs.
+
+    >>> in_words({"loss": 0.21, "accuracy": 0.88, "metric": "choice", "examples": 770}, "test")
+    'loss 0.2100, accuracy 0.8800 (choice, 770 test rows)'
+    """
+    bounds = ""
+    if "accuracy_low" in summary:
+        bounds = f"95% interval {summary['accuracy_low']:.4f} to {summary['accuracy_high']:.4f}; "
+    of = f"{summary['examples']} {rows} row{'s' * (summary['examples'] != 1)}"
+    return f"loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.4f} ({bounds}{summary['metric']}, {of})"
 
 
 def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -123,10 +141,12 @@ def evaluate(
     elif all(e.answer for e in examples):
         metric, right = "exact-match", [float(all_right) for all_right in exact]
     else:
-        tokens = sum(len(_answer(e)) for e in examples)
+        lengths = [len(_answer(e)) for e in examples]
+        tokens = sum(lengths)
         metric, right = "token", [n * len(examples) / max(tokens, 1) for n in hits]
     accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
-    return Metrics(loss / count, accuracy, metric, len(examples), count, seconds, right)
+    low, high = of_shares(hits, lengths) if metric == "token" else wilson(accuracy, len(examples))
+    return Metrics(loss / count, accuracy, low, high, metric, len(examples), count, seconds, right)
 
 
 def _answer(example: Example) -> tuple[int, ...]:

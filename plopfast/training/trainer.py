@@ -5,8 +5,9 @@ import dataclasses
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
@@ -26,7 +27,7 @@ from ..support import machine, ranks
 from ..support.config import FREE, TrainConfig
 from ..support.errors import Interrupted, TrainingError
 from ..support.progress import bar
-from . import parallel
+from . import census, parallel
 from .blocks import prepared_blocks
 from .interrupt import interruptible
 from .logs import open_log, targets
@@ -43,7 +44,8 @@ SKIPS_IN_A_ROW = 10  # so many steps without a finite loss, one after the other,
 @dataclass(frozen=True)
 class TrainResult:
     """How a training ended. `stopped` says why; the model holds the parameters of `best_step`. `tokens` and `seconds` are
-    those of this call of `fit`, `padding` is the share of the computed positions that held no token."""
+    those of this call of `fit`, `padding` is the share of the computed positions that held no token, `unmoved` says how many
+    modules of a type no gradient ever reached (see census.py)."""
 
     steps: int
     best_step: int
@@ -52,6 +54,7 @@ class TrainResult:
     tokens: int
     padding: float
     seconds: float
+    unmoved: dict[str, int] = field(default_factory=dict)
 
     @property
     def tokens_per_s(self) -> float:
@@ -143,9 +146,9 @@ class Trainer:
                 meter.set_postfix_str(f"loss {self.last_loss:.3f}, {rate:.0f} tokens/s")
                 meter.update()
                 last = state.step == self.max_steps
-                if self.valid and (last or state.step % config.eval_every == 0):
+                if self.valid and (last or state.step % self.plan.eval_every == 0):
                     self._validate()
-                if last or state.step % (config.save_every or config.eval_every) == 0:
+                if last or state.step % (config.save_every or self.plan.eval_every) == 0:
                     self._save()
             if number:
                 where = f"; the state is in {self._save()}" if self.out else ""
@@ -184,7 +187,10 @@ class Trainer:
         self.last_loss, positions = loss_sum / ranks.size(), int(positions_sum)
         finite = math.isfinite(self.last_loss) and math.isfinite(grad_norm)
         if finite:
+            first = not self.optimizer.state
             self.optimizer.step()
+            if first:
+                self._census("in the first step")
             state.skipped = 0
             state.update_average(config.ema)
         else:
@@ -227,6 +233,14 @@ class Trainer:
         self.model.train()
         return float(ranks.total([total])) / labels
 
+    def _census(self, when: str) -> dict[str, int]:
+        """Warns of modules that no gradient reached, and returns how many there are of each type."""
+        found = census.census(self.model, self.parameters, self.optimizer)
+        if found and ranks.is_main():
+            full, dtype = not adapters(self.model), next(self.model.parameters()).dtype
+            warnings.warn(census.warning(found, when, full=full, dtype=dtype), stacklevel=3)
+        return {one.type: one.count for one in found}
+
     def _not_finite(self, grad_norm: float, examples: list[list[Example]]) -> None:
         """Counts a step whose loss or gradient is not finite; stops where the settings, or too many of them, say so."""
         self.state.skipped += 1
@@ -259,6 +273,7 @@ class Trainer:
             tokens=tokens,
             padding=1 - tokens / positions if positions else 0.0,
             seconds=seconds,
+            unmoved=self._census("in any step"),
         )
 
     def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
@@ -311,6 +326,8 @@ class Trainer:
             **settings,
             "max_steps": plan.max_steps,
             "batch_tokens": plan.batch_tokens,
+            "batch_rows": plan.batch_rows,
+            "eval_every": plan.eval_every,
             "examples": plan.labelled,
             "unlabeled": len(plan.rows) - plan.labelled,
             "data": data.hexdigest(),

@@ -151,15 +151,15 @@ def test_early_stopping(examples):
     assert result.stopped.startswith("early") and result.steps == result.best_step + 2 < 400
 
 
-def test_default_is_one_epoch(examples):
-    trainer = made(examples, max_steps=None)
+def test_one_epoch(examples):
+    trainer = made(examples, max_steps=None, epochs=1)
     seen = trainer.fit()
     assert seen.tokens == sum(len(e.tokens) for e in examples[:48])
 
 
 def test_every_row_comes_once_an_epoch(examples):
     for packing in (False, True):
-        trainer = made(examples, max_steps=None, packing=packing, batch_tokens=100, accumulate=2)
+        trainer = made(examples, max_steps=None, epochs=1, packing=packing, batch_tokens=100, accumulate=2)
         seen = []
         plain = trainer._train_step
         trainer._train_step = lambda groups: (seen.extend(i for g in groups for i in g), plain(groups))  # noqa: B023
@@ -183,7 +183,7 @@ def test_packed_and_grouped_steps_agree(examples):
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_unlabelled_text_comes_first_or_mixed_in(examples, share):
     text = [Example.after_prompt(e.tokens, 1) for e in examples[20:36]]
-    config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, eval_every=100)
+    config = pf.TrainConfig(batch_tokens=100, unlabeled_share=share, epochs=1, eval_every=100)
     trainer = pf.Trainer(adapted(), config, examples[:20], unlabeled=text)
     stream = list(islice(trainer.plan.groups(), trainer.max_steps))
     kinds = [group[0] >= 20 for group in stream]
