@@ -310,9 +310,7 @@ _FIELDS = dataclasses.fields(RunConfig)
 TYPES: dict[str, Any] = {item.name: item.type for item in _FIELDS}
 FREE = {item.name for item in _FIELDS if item.metadata["free"]}  # may change at --resume
 FILES = tuple(item.name for item in _FIELDS if item.metadata["file"])
-ROWS = tuple(
-    name for name in FILES if list[str] in get_args(TYPES[name])
-)  # files of rows: several, or a data set's name
+ROWS = tuple(name for name in FILES if tuple[str, ...] in get_args(TYPES[name]))  # those of rows: one or several
 
 
 def load_settings(path: str | Path) -> dict[str, Any]:
