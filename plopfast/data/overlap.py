@@ -35,12 +35,13 @@ class Overlap:
         return bool(self.rows or self.prompts)
 
     def __str__(self) -> str:
-        shown = self.same_row or self.same_prompt
-        example = f", such as {shown[1]}, as in {shown[0]}" if shown else ""
-        return (
+        counts = (
             f"of {self.total:,} {self.second} rows, {self.rows:,} are {self.first} rows too, and {self.prompts:,} have the "
-            f"prompt of one{example}"
+            "prompt of one"
         )
+        example = self.same_row or self.same_prompt
+        what = "row" if self.same_row else "prompt"
+        return f"{example[1]}: the same {what} as {example[0]}; {counts}" if example else counts
 
 
 def overlaps(splits: Mapping[str, Sequence[Row]]) -> list[Overlap]:

@@ -85,8 +85,8 @@ def _surrogate(value: Any) -> str:
 
 
 def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST + 1):
-        inner = [item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list)]
-        level = [child for items in inner for child in items]
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEEPEST):
+        items = [item.values() if isinstance(item, dict) else item for item in level]
+        level = [child for children in items for child in children if isinstance(child, dict | list)]
     return bool(level)

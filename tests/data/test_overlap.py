@@ -1,0 +1,59 @@
+"""Rows and prompts that splits share are counted, with the first places."""
+
+import pytest
+from test_formats import KINDS
+
+from plopfast.data.overlap import overlaps, prompt_of
+from plopfast.data.rows import DEMO, read_jsonl
+
+
+def placed(split, *rows):
+    return [(f"{split}:{number}", row) for number, row in enumerate(rows, 1)]
+
+
+def pair(prompt, completion, **more):
+    return {"prompt": prompt, "completion": completion, **more}
+
+
+def test_counts_and_first_places():
+    train = placed("train", pair("x", "1"), pair("a", "1", id=1), pair("a", "1"), pair("b", "2"), {"text": "t"})
+    test = placed(
+        "test", pair("c", "1"), pair("b", "3"), pair("a", "1", id=2), {"text": "t"}, pair("a", "1"), pair("", "1")
+    )
+    (found,) = overlaps({"train": train, "test": test})
+    assert (found.rows, found.prompts, found.total) == (3, 3, 6), "columns that are not used make no difference"
+    assert found.same_row == ("train:2", "test:3") and found.same_prompt == ("train:2", "test:3") and found
+    assert str(found).startswith("test:3: the same row as train:2; of 6 test rows, 3 are train rows too, and 3 have")
+    (found,) = overlaps({"train": train[3:4], "test": test})
+    assert (found.rows, found.prompts) == (0, 1) and "test:2: the same prompt as train:4" in str(found)
+    (found,) = overlaps({"train": train[:1], "test": test})
+    assert not found and found.same_row is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_compared(kind):
+    (found,) = overlaps({"train": placed("train", KINDS[kind]), "test": placed("test", dict(KINDS[kind]))})
+    assert found.rows == 1 and found.prompts == (kind != "text")
+
+
+def test_what_a_prompt_is():
+    ask, answer = KINDS["messages"]["messages"]
+    turns = KINDS["sharegpt"]["conversations"]
+    assert prompt_of({"messages": [ask, answer]}) == prompt_of({"messages": [ask, {**answer, "content": "b"}]})
+    assert prompt_of({"messages": [ask, answer, ask, answer]}) != prompt_of({"messages": [ask, answer]})
+    assert prompt_of({"messages": [ask, answer, ask]}) == prompt_of({"messages": [ask, answer]})
+    assert prompt_of({"conversations": turns}) != prompt_of({"conversations": turns, "system": "s"})
+    for name in ("input", "system", "history"):
+        assert prompt_of(KINDS["alpaca"]) != prompt_of(KINDS["alpaca"] | {name: "s"})
+    nothing = [
+        {"text": "a"},
+        pair("", "a"),
+        {"messages": [answer]},
+        {"messages": [ask]},
+        {"instruction": "", "output": "a"},
+    ]
+    assert [prompt_of(row) for row in nothing] == [None] * 5
+
+
+def test_the_demo_has_no_overlap():
+    assert not any(overlaps({split: read_jsonl(path) for split, path in DEMO.items()}))
