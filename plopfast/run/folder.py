@@ -121,8 +121,9 @@ class Run:
         """
         if not self._splits:
             self._splits, self.overlap = read_splits(self.config)
-            for split in sources_of(self.config).keys() & self._splits.keys():
-                self._say_of(split, self._splits[split].lines())
+            for name, rows in self._splits.items():
+                if name in sources_of(self.config):
+                    self._say_of(name, rows.lines())
             for line in self.overlap:
                 self.say(line)
         return self._splits[split]

@@ -159,6 +159,10 @@ MODEL = {"--model", "--dtype", "--device", "--backend"}
 DATA = {"--train", "--valid", "--test", "--max-length"}
 READ = {  # options that a command offers, and some that it does not read
     "run": (MODEL | DATA | {"--rule", "--rank", "--lr", "--parallel", "--resume"}, {"--arms", "--search-trials"}),
+    "data": (
+        DATA | {"--model", "--columns", "--learn", "--long", "--bad-rows", "--allow-overlap"},
+        {"--device", "--rank", "--lr"},
+    ),
     "score": (
         MODEL | DATA | {"--confidence", "--k", "--seed", "--init"},
         {"--lr", "--alpha", "--unlabeled", "--max-steps"},
