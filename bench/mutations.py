@@ -1,12 +1,15 @@
-"""Do the kernel tests notice faults? Each kernel is broken in several ways, one at a time, and its tests must fail.
+"""Do the tests notice faults? Code is broken in several ways, one at a time, and the tests of that part must fail.
 
-    python bench/mutations.py [--only gemm]
+    python bench/mutations.py [--only gemm | kernels | rows | template ...]
 
-Works on a copy of the checkout. A mutation replaces one text once. The test files of its kernel then run in the checked
-interpreter, up to the first failure. Prints every mutation with what caught it, and exits with 1 if one survives.
+Works on a copy of the checkout. A mutation replaces one text once. For a kernel, its test file then runs in the checked
+interpreter, up to the first failure. For the rows' code, the tests of the case that is broken must fail; whether the matrix
+of tokenizers, templates and rows (tests/data/test_labels.py) fails too is recorded beside it. Prints every mutation with
+what caught it, and exits with 1 if one survives.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -14,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from plopfast.support import threads
 
@@ -97,50 +102,146 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def run_tests(root: Path, kernel: str) -> tuple[bool, str]:
+MATRIX = ["tests/data/test_labels.py", "-k", "bos-eos"]  # two tokenizers of seven, for the time it takes
+CASES = {  # what rows must give, and the tests of it where they are not `test_case_NUMBER` in tests/data/test_label_cases.py
+    1: ("special tokens once", []), 2: ("what stands beside messages", []), 3: ("content in parts", []),
+    4: ("tool calls without content", []), 5: ("which turns are learned", []), 6: ("assistants alone", []),
+    7: ("prompts as at inference", []), 8: ("templates that refuse parts", []), 9: ("nothing to learn", []),
+    10: ("rows that cannot be read", ["tests/data/test_readers.py", "tests/data/test_strict_json.py"]), 11: ("string pairs", []),
+    12: ("tokens beyond the embedding", ["tests/models/test_models.py", "-k", "beyond_the_embedding"]),
+    13: ("long rows", []), 14: ("accuracy without closing markup", []),
+}  # fmt: skip
+# case, file, what is broken, text, its replacement
+ROW_MUTATIONS = [
+    (1, "data/labels", "BOS before a text that has it", "if draft.tokens[0][: len(front)] != front:", "if True:"),
+    (1, "data/labels", "EOS behind a text that has it", "if end and tokens[-len(end) :] == end:", "if False:"),
+    (1, "data/labels", "special tokens around a rendered chat", "([], []) if draft.templated else (", "("),
+    (1, "data/encoding", "the tokenizer's own EOS is lost", "self.end = self.back or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])", "self.end = []"),
+    (2, "data/conversation", "tools are dropped", 'VARIABLES = ("tools", "documents")', 'VARIABLES = ("documents",)'),
+    (2, "data/conversation", "documents are dropped", 'VARIABLES = ("tools", "documents")', 'VARIABLES = ("tools",)'),
+    (2, "data/conversation", "chat_template_kwargs are dropped", "found[KWARGS] = more", "pass"),
+    (2, "data/template", "tools that a template does not show", "if lost := sorted(name for name in names if name not in text):", "if lost := []:"),
+    (3, "data/conversation", "the repr of a list of parts", "if isinstance(content, str):\n        return content", "if content is not None:\n        return str(content)"),
+    (3, "data/conversation", "parts of other kinds are dropped", "            raise DataError(\n                f\"{place}: a content part", "            continue\n            raise DataError(\n                f\"{place}: a content part"),
+    (4, "data/conversation", "a null content stays", "if value is not None and key !=", "if key !="),
+    (4, "data/template", "an absent content is refused", '[{"content": "", **m} for m in talk.messages]', "[{**m} for m in talk.messages]"),
+    (4, "data/conversation", "arguments stay JSON text", "if isinstance(arguments, str):", "if False:"),
+    (4, "data/conversation", "no content and no call", 'raise DataError(f"{place}: has no content and no tool_calls")', 'kept["content"] = ""'),
+    (5, "data/template", "the last turn alone", 'numbers[-1:] if learn == "last" else numbers', "numbers[-1:]"),
+    (5, "data/template", "all turns for the last one", 'numbers[-1:] if learn == "last" else numbers', "numbers"),
+    (5, "data/conversation", "weight 0 is learned", "may_learn.append(learned and _weight(place, message) != 0)", "may_learn.append(learned)"),
+    (5, "data/template", "the template's marks are not read", "if self._marked and", "if False and"),
+    (6, "data/conversation", "users are learned", "learned = message[\"role\"] == ASSISTANT and number >= asked", "learned = number >= asked"),
+    (6, "data/template", "the system prompt of the template is learned", "begin = self._own_text(talk, text, number)[0]", "begin = 0"),
+    (7, "data/template", "the prompt's last line break is learned", "return len(prompt)\n", "return len(prompt.rstrip())\n"),
+    (7, "data/encoding", "a blank before what follows", "if self._alone:", "if True:"),
+    (7, "data/template", "a prompt that differs is taken", "if prompt is not None and strict:", "if False:"),
+    (8, "data/template", "parts must be accepted", "except Exception:  # many templates", "except ZeroDivisionError:  # many templates"),
+    (9, "data/template", "rows without an answer", "if not numbers:\n", "if False:\n"),
+    (9, "data/labels", "rows that are skipped are kept quiet", "self.skipped.append(str(error))\n", ""),
+    (10, "data/strict_json", "one of two equal keys is lost", "if len(value) != len(pairs):", "if False:"),
+    (10, "data/strict_json", "deep nesting", "if end - begin > 2 * DEEPEST and", "if False and"),
+    (10, "data/strict_json", "the parser's own limit of nesting", "except RecursionError:\n            raise ValueError(DEEP)", "except ZeroDivisionError:\n            raise ValueError(DEEP)"),
+    (10, "data/strict_json", "long integers", "if len(digits) > LONGEST_INTEGER:", "if False:"),
+    (10, "data/strict_json", "lone surrogates", 'text.find("\\\\u", begin, end) >= 0 and', "False and"),
+    (10, "data/strict_json", "NaN is null", 'self._problem = f"{name} is not JSON; write null or leave the key out"', "pass"),
+    (11, "data/labels", "pairs without a word", "self.notices.add(AS_WRITTEN, where)", "pass"),
+    (12, "models/loading", "no check", "    _check_embedding(model, tokenizer)\n", ""),
+    (12, "models/loading", "one token too many", "if rows and number >= rows", "if rows and number > rows"),
+    (13, "data/labels", "cut from the right", "return self._cut(example, limit)", "return example.truncated(limit)"),
+    (13, "data/labels", "no error for a long row", "if limit is None or count <= limit:", "if True:"),
+    (13, "data/labels", "skipped without a word", 'self.notices.add(f"longer than {limit} tokens, so left out (--long skip)", example.where)', "pass"),
+    (13, "data/labels", "an answer is cut", "if limit < keep + 1 + last and", "if False and"),
+    (14, "data/labels", "the end of turn counts", "(turn.closing, True, last), (turn.end, True, False)", "(turn.end, True, last)"),
+    (14, "data/labels", "no answer to choose", "return Draft(where, _pieces(found), answer,", "return Draft(where, _pieces(found), None,"),
+]  # fmt: skip
+
+
+def run_tests(root: Path, tests: list[str], **environment: str) -> tuple[bool, str]:
     """(whether they pass, the first failure's name and message)"""
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    files = [str(Path("tests/gpu") / name) for name in TESTS[kernel]]
-    options = ["-x", "-q", "-p", "no:cacheprovider", "--confcutdir=tests/gpu", "--tb=line", "-rf"]
-    command = [sys.executable, "-m", "pytest", *options, *files]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", *tests]
     done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
     said = re.findall(r"^(?:FAILED|ERROR) (tests.*?)(?: - (.*))?$", done.stdout, re.M)
     name, message = said[0] if said else ("", "")
-    return done.returncode == 0, f"{name.removeprefix('tests/gpu/')} {message}"[:150]
+    return done.returncode == 0, f"{re.sub('^tests/(gpu|data)/', '', name)} {message}"[:150]
+
+
+def run_kernel_tests(root: Path, kernel: str) -> tuple[bool, str]:
+    return run_tests(
+        root, ["--confcutdir=tests/gpu", *(f"tests/gpu/{name}" for name in TESTS[kernel])], TRITON_INTERPRET="1"
+    )
+
+
+def tests_of(case: int) -> list[str]:
+    return CASES[case][1] or ["tests/data/test_label_cases.py", "-k", f"case_{case}_"]
+
+
+@contextlib.contextmanager
+def broken(path: Path, old: str, new: str) -> Iterator[None]:
+    text = path.read_text()
+    assert old in text, f"{path.stem}: {old!r} is not there (any more)"
+    path.write_text(text.replace(old, new, 1))
+    yield
+    path.write_text(text)
+
+
+def break_kernels(root: Path, chosen: list[tuple[str, str, str, str]]) -> list[dict[str, Any]]:
+    for kernel in dict.fromkeys(m[0] for m in chosen):
+        passed, said = run_kernel_tests(root, kernel)
+        assert passed, f"{kernel}: its tests are red before any mutation: {said}"
+    rows = []
+    for kernel, what, old, new in chosen:
+        began = time.perf_counter()
+        with broken(root / "kernels" / f"{kernel}.py", old, new):
+            survived, said = run_kernel_tests(root, kernel)
+        row = f"{kernel:<11}{what:<40}{'SURVIVED' if survived else 'caught'}  {said}"
+        print(f"{row}  ({time.perf_counter() - began:.0f} s)", flush=True)
+        rows.append({"kernel": kernel, "broken": what, "caught": not survived, "by": said})
+    return rows
+
+
+def break_rows(root: Path, chosen: list[tuple[int, str, str, str, str]]) -> list[dict[str, Any]]:
+    for tests in [MATRIX, *(tests_of(case) for case in dict.fromkeys(m[0] for m in chosen))]:
+        passed, said = run_tests(root, tests)
+        assert passed, f"{tests}: red before any mutation: {said}"
+    rows = []
+    for case, file, what, old, new in chosen:
+        began = time.perf_counter()
+        with broken(root / "plopfast" / f"{file}.py", old, new):
+            survived, said = run_tests(root, tests_of(case))
+            unseen, matrix = run_tests(root, MATRIX)
+        row = f"{case:>2} {file.split('/')[1]:<13}{what:<46}{'SURVIVED' if survived else 'caught'}  {said}"
+        print(f"{row}  matrix: {'green' if unseen else 'red'} ({time.perf_counter() - began:.0f} s)", flush=True)
+        found = {"caught": not survived, "by": said, "matrix": not unseen, "matrix_by": matrix}
+        rows.append({"case": case, "file": file, "broken": what, **found})
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a kernel file's name")
-    arguments = parser.parse_args()
-    chosen = [m for m in MUTATIONS if arguments.only in (None, m[0])]
-    rows, survivors = [], 0
+    parser.add_argument("--only", help="a file's name, kernels or rows")
+    only = parser.parse_args().only
+    kernels = [m for m in MUTATIONS if only in (None, "kernels", m[0])]
+    rows = [m for m in ROW_MUTATIONS if only in (None, "rows", m[1].split("/")[1])]
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "plopfast"
         for part in ("plopfast", "kernels", "tests"):
             shutil.copytree(ROOT / part, root / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("setup.cfg", "pyproject.toml"):
             shutil.copy(ROOT / name, root / name)
-        for kernel in dict.fromkeys(m[0] for m in chosen):
-            passed, said = run_tests(root, kernel)
-            assert passed, f"{kernel}: its tests are red before any mutation: {said}"
-        for kernel, what, old, new in chosen:
-            path = root / "kernels" / f"{kernel}.py"
-            text = path.read_text()
-            assert old in text, f"{kernel}: {old!r} is not there (any more)"
-            path.write_text(text.replace(old, new, 1))
-            began = time.perf_counter()
-            survived, said = run_tests(root, kernel)
-            path.write_text(text)
-            survivors += survived
-            row = f"{kernel:<11}{what:<40}{'SURVIVED' if survived else 'caught'}  {said}"
-            print(f"{row}  ({time.perf_counter() - began:.0f} s)", flush=True)
-            rows.append({"kernel": kernel, "broken": what, "caught": not survived, "by": said})
-    if arguments.only is None:
-        lines = [f"{r['kernel']:<11}{r['broken']:<40}{r['by'].split(' ')[0] or 'SURVIVED'}" for r in rows]
-        lines.append(f"{len(rows) - survivors} of {len(rows)} mutations caught")
-        measure.save("mutations", "\n".join(lines), {"mutations": rows})
-    sys.exit(1 if survivors else 0)
+        of_kernels, of_rows = break_kernels(root, kernels), break_rows(root, rows) if rows else []
+    if len(kernels) == len(MUTATIONS):
+        lines = [f"{r['kernel']:<11}{r['broken']:<40}{r['by'].split(' ')[0] or 'SURVIVED'}" for r in of_kernels]
+        lines.append(f"{sum(r['caught'] for r in of_kernels)} of {len(of_kernels)} mutations caught")
+        measure.save("mutations", "\n".join(lines), {"mutations": of_kernels})
+    if len(rows) == len(ROW_MUTATIONS):
+        cases = [f"{r['case']:>2} {CASES[r['case']][0]}: {r['broken']}" for r in of_rows]
+        ends = [f"{r['by'].split(' ')[0] if r['caught'] else 'SURVIVED'}{', matrix' * r['matrix']}" for r in of_rows]
+        lines = [f"{case:<80}{end}" for case, end in zip(cases, ends, strict=True)]
+        lines.append(f"{sum(r['caught'] for r in of_rows)} of {len(of_rows)} mutations caught")
+        measure.save("mutations_rows", "\n".join(lines), {"mutations": of_rows})
+    sys.exit(not all(r["caught"] for r in [*of_kernels, *of_rows]))
 
 
 if __name__ == "__main__":
