@@ -15,7 +15,11 @@ SPEAKERS = {  # ShareGPT's `from`
 }  # fmt: skip
 VARIABLES = ("tools", "documents")  # columns that a chat template takes as they are
 KWARGS = "chat_template_kwargs"
-OURS = {"messages", "tools", "documents", "add_generation_prompt"}  # what those keyword arguments must not set
+OURS = {  # arguments of apply_chat_template, which a row must not set
+    "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message",
+    "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict",
+    "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 ALPACA = (
     "Below is an instruction that describes a task{with_input}. Write a response that appropriately completes the request."
     "\n\n### Instruction:\n{instruction}{input}\n\n### Response:\n"
@@ -89,7 +93,7 @@ def _from_sharegpt(where: str, row: dict[str, Any]) -> list[dict[str, Any]]:
             messages.append(turn)
             continue
         speaker, value = turn["from"], turn["value"]
-        if speaker not in SPEAKERS:
+        if not isinstance(speaker, str) or speaker not in SPEAKERS:
             raise DataError(
                 f"{where}: turn {number}: from {speaker!r} is unknown; expected one of {', '.join(SPEAKERS)}"
             )
@@ -144,7 +148,7 @@ def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
     found = []
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
-        if not (isinstance(function, dict) and isinstance(function.get("name"), str)):
+        if not (isinstance(function, dict) and _is_function(function)):
             raise DataError(
                 f'{place}: tool_calls: expected {{"function": {{"name": ..., "arguments": ...}}}}, got {call!r:.60}'
             )
@@ -154,6 +158,10 @@ def _tool_calls(place: str, calls: Any) -> list[dict[str, Any]]:
         function = {**function, "arguments": arguments}
         found.append({**call, "function": function} if "function" in call else function)
     return found
+
+
+def _is_function(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
 def names_of_calls(message: dict[str, Any]) -> list[str]:
@@ -185,12 +193,14 @@ def _variables(where: str, row: dict[str, Any]) -> dict[str, Any]:
             value = _json(f"{where}: {name}", value) if isinstance(value, str) else value
             if not (isinstance(value, list) and all(isinstance(item, dict) for item in value)):
                 raise DataError(f"{where}: {name}: expected a list of objects, got {value!r:.60}")
+            if name == "tools" and not all(_is_function(tool.get("function", tool)) for tool in value):
+                raise DataError(f"{where}: tools: expected functions with a name, got {value!r:.60}")
             found[name] = value
     if more := row.get(KWARGS):
         more = _json(f"{where}: {KWARGS}", more) if isinstance(more, str) else more
-        if not isinstance(more, dict) or OURS.intersection(more):
-            raise DataError(
-                f"{where}: {KWARGS}: expected an object without {', '.join(sorted(OURS))}, got {more!r:.60}"
-            )
+        if not isinstance(more, dict):
+            raise DataError(f"{where}: {KWARGS}: expected an object of the template's variables, got {more!r:.60}")
+        if taken := sorted(OURS.intersection(more)):
+            raise DataError(f"{where}: {KWARGS}: cannot set {', '.join(taken)}; leave it out")
         found[KWARGS] = more
     return found

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..support.errors import DataError
-
 BEFORE = ("\n", "a", ".", "0", "|", "é")  # texts that a text is put after, to tokenise it as it follows another one
 
 
@@ -37,10 +35,10 @@ class Encoder:
         tokens = dict(zip(different, found["input_ids"], strict=True))
         return [tokens[text] for text in texts]
 
-    def encode_inside(self, texts: list[str], places: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of texts as they follow other text. Raises DataError, with the text's place, where they cannot."""
+    def encode_inside(self, texts: list[str]) -> list[list[int] | None]:
+        """Return the tokens of texts as they follow other text; None for one that joins any text before it."""
         if self._alone:
-            return self.encode(texts)
+            return [*self.encode(texts)]
         found: dict[int, list[int]] = {}
         for before in BEFORE:
             left = [i for i in range(len(texts)) if i not in found]
@@ -48,12 +46,7 @@ class Encoder:
             for i, tokens in zip(left, self.encode([before + texts[i] for i in left]), strict=True):
                 if tokens[: len(head)] == head:
                     found[i] = tokens[len(head) :]
-        if len(found) < len(texts):
-            at = min(set(range(len(texts))) - found.keys())
-            raise DataError(
-                f"{places[at]}: the tokenizer joins {texts[at][:30]!r} to any text before it: it cannot be split"
-            )
-        return [found[i] for i in range(len(texts))]
+        return [found.get(i) for i in range(len(texts))]
 
     def shared(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return the tokens with one object for each number: 200,000 rows would hold millions of equal ones."""

@@ -5,7 +5,7 @@ between what is given and what is learned, even where an answer begins with a li
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from .encoding import Encoder
 from .example import Example, Span
 from .notices import Notices
 from .rows import FORMATS, format_of
-from .template import Rendered, Template, common_length
+from .template import Rendered, Template
+from .turns import common_length
 
 ROWS = 1024  # tokenised at once
 LEARN = ("assistant", "last", "all")
@@ -44,7 +45,7 @@ class Draft:
     completion: str | None = None
     templated: bool = False
     roles: list[tuple[int, str]] | None = None
-    tokens: list[list[int]] = field(default_factory=list)  # of each piece
+    tokens: list[list[int] | None] = field(default_factory=list)  # of each piece; None where it cannot be split off
 
 
 def tokenize(
@@ -99,23 +100,27 @@ class _Maker:
         self.template = Template(self.tokenizer) if getattr(self.tokenizer, "chat_template", None) else None
 
     def examples(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
-        drafts = [draft for where, row in rows if (draft := self._tried(self._draft, where, row))]
-        self._encode(drafts)
+        """The examples of some rows; rows that are refused are so in their order."""
+        drafts = [_tried(self._draft, where, row) for where, row in rows]
+        self._encode([draft for draft in drafts if isinstance(draft, Draft)])
         for draft in drafts:
-            if example := self._tried(lambda draft: self._fitting(self._example(draft)), draft):
-                yield example
-
-    def _tried(self, make: Any, *arguments: Any) -> Any:
-        """What `make` returns; None for a row that it refuses, where such rows are skipped."""
-        try:
-            return make(*arguments)
-        except DataError as error:
-            if self.skipped is None:
-                raise
-            self.skipped.append(str(error))
-            return None
+            made = _tried(self._example, draft) if isinstance(draft, Draft) else draft
+            if isinstance(made, Example):
+                yield made
+            elif made is not None:
+                if self.skipped is None:
+                    raise made
+                self.skipped.append(str(made))
 
     def _draft(self, where: str, row: dict[str, Any]) -> Draft:
+        draft = self._pieces_of(where, row)
+        try:
+            "".join(piece.text for piece in draft.pieces).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: half of a surrogate pair, {error.object[error.start]!r}, is no text") from None
+        return draft
+
+    def _pieces_of(self, where: str, row: dict[str, Any]) -> Draft:
         kind = format_of(row)
         if kind is None:
             raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
@@ -139,20 +144,29 @@ class _Maker:
         """Gives drafts the tokens of their pieces."""
         firsts = self.encoder.encode([draft.pieces[0].text for draft in drafts])
         rest = [(draft, piece.text) for draft in drafts for piece in draft.pieces[1:]]
-        inside = self.encoder.encode_inside([text for _, text in rest], [draft.where for draft, _ in rest])
+        inside = self.encoder.encode_inside([text for _, text in rest])
         for draft, tokens in zip(drafts, firsts, strict=True):
-            draft.tokens = [tokens]
-        for (draft, _), tokens in zip(rest, inside, strict=True):
             draft.tokens.append(tokens)
+        for (draft, _), found in zip(rest, inside, strict=True):
+            draft.tokens.append(found)
 
-    def _example(self, draft: Draft) -> Example:
+    def _example(self, draft: Draft) -> Example | None:
+        return self._fitting(self._whole(draft))
+
+    def _whole(self, draft: Draft) -> Example:
+        """The example of a draft, however long it is."""
         tokens: list[int] = []
         front, end = ([], []) if draft.templated else (self.encoder.front, self.encoder.end)
-        if draft.tokens[0][: len(front)] != front:
+        if (draft.tokens[0] or [])[: len(front)] != front:
             tokens += front
         spans: list[Span] = []
         answer: Span | None = None
         for piece, added in zip(draft.pieces, draft.tokens, strict=True):
+            if added is None:
+                raise DataError(
+                    f"{draft.where}: the tokenizer joins {piece.text[:30]!r} to any text before it, so it cannot be learned "
+                    "apart from it"
+                )
             begin = len(tokens)
             tokens += added
             if piece.answer:
@@ -177,11 +191,10 @@ class _Maker:
             end = begin + len(piece.text)
             while border < end:
                 inside = piece.text[: int(border) - begin]
-                encode = self.encoder.encode_inside if number else lambda texts, _: self.encoder.encode(texts)
-                (head,) = encode([inside], [draft.where])
-                roles += [role] * (tokens + common_length(head, added) - len(roles))
+                (head,) = (self.encoder.encode_inside if number else self.encoder.encode)([inside])
+                roles += [role] * (tokens + common_length(head or (), added or ()) - len(roles))
                 border, role = next(borders)
-            begin, tokens = end, tokens + len(added)
+            begin, tokens = end, tokens + len(added or ())
             roles += [role] * (tokens - len(roles))
             if border == end:
                 border, role = next(borders)
@@ -237,6 +250,14 @@ class _Maker:
             example.where,
             roles and (*roles[:keep], *roles[keep + less :]),
         )
+
+
+def _tried(make: Callable[..., Any], *arguments: Any) -> Any:
+    """What `make` returns, or the error with which it refuses a row."""
+    try:
+        return make(*arguments)
+    except DataError as error:
+        return error
 
 
 def _pieces(found: Rendered) -> list[Piece]:

@@ -134,14 +134,12 @@ def test_case_8_templates_that_refuse_part_of_a_conversation(template):
     assert [turn.strip()[:3] for turn in learned(tokenizer, example)] == ["one", "two"]
 
 
-@pytest.mark.xfail(strict=True, reason="the end of turn of the first answer is not learned")
 def test_case_8_a_greeting_before_the_first_question():
     tokenizer = made("bytes", "needs-user")
     example = one({"messages": [say("a", "Hello."), say("u", "Q?"), say("a", "A")]}, tokenizer)
     assert learned(tokenizer, example) == ["Hello.<|im_end|>", "A<|im_end|>"]
 
 
-@pytest.mark.xfail(strict=True, reason="learned to the end of the text, and earlier turns to within the next header")
 def test_case_6_a_template_that_closes_the_text():
     tokenizer = made("bytes", "closes-the-text")
     assert learned(tokenizer, one({"messages": talk("Q?", "A", "Q!", "B")}, tokenizer)) == [
@@ -150,7 +148,6 @@ def test_case_6_a_template_that_closes_the_text():
     ]
 
 
-@pytest.mark.xfail(strict=True, reason="the blank of earlier answers is not learned")
 def test_case_2_tools_that_move_as_the_conversation_goes_on():
     tokenizer = copy.deepcopy(made("bytes"))
     tokenizer.chat_template = MOVING_TOOLS
@@ -158,7 +155,6 @@ def test_case_2_tools_that_move_as_the_conversation_goes_on():
     assert learned(tokenizer, one(row, tokenizer)) == [" one</s>", " two</s>"]
 
 
-@pytest.mark.xfail(strict=True, reason="a thought whose words stand elsewhere in the row")
 def test_a_dropped_thought_whose_words_stand_elsewhere():
     notices, tokenizer = Notices(), made("bytes", "qwen3")
     row = {"messages": talk("Is 4 even?", "<think>\n4\n</think>\n\nYes.", "Q!", THOUGHT + "two")}
@@ -166,7 +162,6 @@ def test_a_dropped_thought_whose_words_stand_elsewhere():
     assert len(notices.lines()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="rows are refused in the order of the checks")
 def test_case_9_skipped_rows_come_in_the_order_of_the_file():
     skipped = []
     rows = [("d.jsonl:1", {"text": ""}), ("d.jsonl:2", {"messages": talk("Q?")})]
@@ -277,3 +272,48 @@ def test_dropped_thoughts_are_counted_in_one_notice():
     assert learned(tokenizer, example) == ["one<|im_end|>", "two<|im_end|>", THOUGHT + "three<|im_end|>"]
     (line,) = notices.lines()
     assert line.startswith("1 row ") and "thoughts" in line
+
+
+def test_a_template_that_drops_a_whole_turn_is_refused():
+    tokenizer = copy.deepcopy(made("bytes"))
+    shown = "{% if m['role'] != 'assistant' or loop.last %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}"
+        + shown
+        + "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    with pytest.raises(DataError, match="message 2: the model's chat template does not show it"):
+        one({"messages": talk("Q?", "A", "Q!", "B")}, tokenizer)
+    assert learned(tokenizer, one({"messages": talk("Q?", "A", "Q!", "B")}, tokenizer, learn="last")) == ["B<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"chat_template_kwargs": {"continue_final_message": True}},
+            "chat_template_kwargs: cannot set continue_final_message",
+        ),
+        ({"chat_template_kwargs": {"chat_template": "x"}}, "chat_template_kwargs: cannot set chat_template"),
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs: expected an object"),
+        ({"tools": [{"function": None}]}, "tools: expected functions with a name"),
+        ({"tools": [3]}, "tools: expected a list of objects"),
+        ({"messages": talk("Q?", "half \ud83d")}, "half of a surrogate pair"),
+    ],
+)
+def test_what_a_row_must_not_hold(row, message):
+    with pytest.raises(DataError, match=rf"^d\.jsonl:1: {message}"):
+        pf.tokenize([("d.jsonl:1", {"messages": talk("Q?", "A"), **row})], made("bytes", "tools"))
+
+
+def test_a_speaker_that_is_no_text():
+    turns = [{"from": ["human"], "value": "Q?"}, {"from": "gpt", "value": "A"}]
+    with pytest.raises(DataError, match=r"^d\.jsonl:1: (turn 1: from \['human'\] is unknown|expected a row like)"):
+        pf.tokenize([("d.jsonl:1", {"conversations": turns})], made("bytes", "chatml"))
+
+
+def test_a_thought_that_the_template_never_shows_is_said():
+    notices = Notices()
+    row = {"messages": [say("u", "Q?"), {"role": "assistant", "content": "A", "reasoning_content": "because"}]}
+    pf.tokenize([("d.jsonl:1", row)], made("bytes", "chatml"), notices=notices)
+    assert "drops thoughts" in notices.lines()[0]

@@ -60,10 +60,10 @@ def test_which_tokens_are_scored(tokenizer, tmp_path):
     tokenizer.chat_template = template
     try:
         examples = pf.tokenize(pf.read_jsonl(path), tokenizer, roles=True)
-        # an answer that is shown only while it is the last message, as some templates do with reasoning
-        shown = "m['content'] if m['role'] != 'assistant' or loop.last else ''"
+        # a part of an answer that is shown only while it is the last message, as some templates do with reasoning
+        shown = "m['content'] if m['role'] != 'assistant' or loop.last else m['content'].split('|')[-1]"
         tokenizer.chat_template = template.replace("m['content']", shown)
-        row = {"messages": [user, answer, user, answer]}
+        row = {"messages": [user, {**answer, "content": "because|animal"}, user, answer]}
         forgetful = pf.tokenize([("d.jsonl:1", row)], tokenizer, roles=True)
     finally:
         tokenizer.chat_template = None
