@@ -130,7 +130,9 @@ def test_the_gate_pins_what_the_package_names():
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     optional = project["optional-dependencies"]
-    asked = project["dependencies"] + [need for extra in ("hf", "report", "search", "dev") for need in optional[extra]]
+    asked = project["dependencies"] + [
+        need for extra in ("hf", "report", "search", "data", "dev") for need in optional[extra]
+    ]
     name = re.compile(r"^([\w-]+)", re.MULTILINE)
     pinned = {
         found[1].lower() for found in re.finditer(r"^([\w-]+)==", (ROOT / ".ci/constraints.txt").read_text(), re.M)

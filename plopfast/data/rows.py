@@ -3,8 +3,10 @@
 Rows follow TRL's conventions, Alpaca's or ShareGPT's; `formats.py` lists them. `labels.py` turns them into tokens.
 """
 
+import contextlib
+import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,8 @@ DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train"
 IGNORE = -100  # the label of a token that no loss counts; transformers uses the same
 SHOWN = 3  # examples in a message
 Row = tuple[str, dict[str, Any]]  # where it stands ("file:line"), and its columns
+
+Reader = tuple[str, Callable[[StrictJSON, Bad], Pairs]]  # a source's name, and what reads it
 
 
 @dataclass
@@ -99,8 +103,9 @@ def read_rows(
     if bad_rows not in ("error", "skip"):
         raise ConfigError(f"bad_rows: expected error or skip, got {bad_rows!r}")
     names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
-    readers = {name: partial(read_source, name, split) for name in names}
-    return _collect([(name, readers[name]) for name in names], Renaming(columns), bad_rows == "skip")
+    return _collect(
+        [(name, partial(read_source, name, split)) for name in names], Renaming(columns), bad_rows == "skip"
+    )
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
@@ -111,7 +116,7 @@ def read_jsonl(path: str | Path) -> list[Row]:
     return _collect([(str(path), partial(read_lines, Path(path)))], Renaming(None), skip=False).rows
 
 
-def _collect(readers: list[tuple[str, Callable[[StrictJSON, Bad], Pairs]]], renaming: Renaming, skip: bool) -> Rows:
+def _collect(readers: list[Reader], renaming: Renaming, skip: bool) -> Rows:
     found, json = Rows(), StrictJSON()
 
     def bad(where: str, why: object) -> None:
@@ -119,6 +124,25 @@ def _collect(readers: list[tuple[str, Callable[[StrictJSON, Bad], Pairs]]], rena
             raise DataError(f"{where}: {why}")
         found.bad.append(f"{where}: {why}")
 
+    with _no_collection():
+        _fill(found, readers, renaming, json, bad)
+    return found
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses Python's search for cycles, which rows do not make: it would walk all of them time and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def _fill(found: Rows, readers: list[Reader], renaming: Renaming, json: StrictJSON, bad: Bad) -> None:
+    """Read all sources into `found`. Raises DataError where one has no good row."""
     for name, reader in readers:
         good, refused = len(found.rows), len(found.bad)
         for where, row in reader(json, bad):
@@ -136,4 +160,3 @@ def _collect(readers: list[tuple[str, Callable[[StrictJSON, Bad], Pairs]]], rena
             if not found.bad[refused:]:
                 raise DataError(f"{name}: no rows; expected rows like {FORMATS}")
             raise DataError(f"{name}: all {len(found.bad) - refused:,} rows are bad; the first: {found.bad[refused]}")
-    return found

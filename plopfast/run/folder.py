@@ -134,8 +134,13 @@ class Run:
 
     def hashes(self, split: str) -> list[dict[str, str]]:
         """The sources of a split, "file", with their hashes, "sha256"; without files that are gone."""
-        sources = sources_of(self.config).get(split, [])
-        hashes = ((source, sha256_of(source, lambda: self.read(split))) for source in sources)
+        sources = sources_of(self.config)
+
+        def rows() -> list[Row]:
+            held_out = self.rows("valid") if split == "train" and "valid" not in sources else []
+            return [*self.rows(split), *held_out]
+
+        hashes = ((source, sha256_of(source, rows)) for source in sources.get(split, []))
         return [{"file": source, "sha256": digest} for source, digest in hashes if digest]
 
     def examples(self, split: str) -> list[Example]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..data.overlap import overlaps
 from ..data.readers import absolute
-from ..data.rows import DEMO, Rows, read_rows
+from ..data.rows import DEMO, Row, Rows, read_rows
 from ..support import files
 from ..support.config import RunConfig
 from ..support.errors import DataError
@@ -61,15 +61,17 @@ def _overlap(splits: dict[str, Rows], allowed: bool) -> list[str]:
     return [str(overlap) for overlap in found]
 
 
-def sha256_of(source: str, rows: Callable[[], Rows]) -> str | None:
-    """The SHA-256 of a file, or of the rows of a folder or hub id. None for a file that is gone."""
+def sha256_of(source: str, rows: Callable[[], list[Row]]) -> str | None:
+    """The SHA-256 of a file, or of those of the rows that come from a folder or hub id. None for a file that is gone."""
     path = Path(source)
     if path.is_file():
         return files.sha256(path)
-    if source != absolute(source) or (path.is_absolute() and not path.is_dir()):
+    on_disk = path.is_dir() or Path(source.partition(":")[0]).is_dir()  # a folder, or FOLDER:SPLIT
+    if source != absolute(source) or (path.is_absolute() and not on_disk):
         return None
+    placed = ((where.rpartition(", row "), row) for where, row in rows())
+    own = {int(number): row for (name, _, number), row in placed if name == source}
     digest = hashlib.sha256()
-    for where, row in rows().rows:
-        if where.rpartition(", row ")[0] == source:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+    for number in sorted(own):
+        digest.update(json.dumps(own[number], sort_keys=True, default=str).encode() + b"\n")
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Files to rows: every format of files, each hostile line with its place, what is skipped and what is said."""
 
 import builtins
+import gc
 import json
 import sys
 
@@ -290,3 +291,9 @@ def test_part_counts_anew(tmp_path):
 def test_the_demo_is_as_it_was():
     rows = pf.read_rows(DEMO["valid"])
     assert rows.rows == pf.read_jsonl(DEMO["valid"]) and rows.lines() == ["366 rows: prompt and completion as text"]
+
+
+def test_the_collector_of_cycles_is_on_again_after_an_error(tmp_path):
+    with pytest.raises(DataError):
+        pf.read_rows(write(tmp_path / "d.jsonl", "{"))
+    assert gc.isenabled()

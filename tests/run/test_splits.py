@@ -140,6 +140,9 @@ def test_a_folder_is_known_by_its_rows(tmp_path, made):
         assert [len(of) for of in hashes[-1]] == [2, 1] and hashes[-1][0][0]["sha256"] != hashes[-1][1][0]["sha256"]
     (one, _), (two, _) = hashes[0][0], hashes[1][0]
     assert one["sha256"] != two["sha256"] and hashes[0][0][1] == hashes[1][0][1]
+    assert opened(tmp_path, train=str(tmp_path / "b")).hashes("train") == [two], "whatever is read beside it"
+    (named,) = opened(tmp_path, train=f"{tmp_path / 'b'}:train").hashes("train")
+    assert named["sha256"] == two["sha256"]
     assert hashes[0][1][0]["sha256"] == hashes[1][1][0]["sha256"], "the same validation rows"
 
 
