@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import Syncs, adapted, build, made, parameters
+from helpers import Syncs, adapted, build, made, parameters, randomise
 
 import plopfast as pf
 from plopfast.lora.layer import adapters
@@ -130,3 +130,13 @@ def test_a_look_waits_for_the_device_once_at_most(examples):
     with Syncs() as syncs:
         census(trainer.model, trainer.parameters, trainer.optimizer)
     assert syncs.count <= 1
+
+
+def test_either_half_of_an_adapter_counts(examples):
+    """With a B that is not zero, A alone may have a gradient."""
+    trainer = made(examples)
+    randomise(trainer.model)
+    for module in adapters(trainer.model).values():
+        module.lora_B.register_hook(torch.zeros_like)
+    trainer._train_step([list(range(9))])
+    assert census(trainer.model, trainer.parameters, trainer.optimizer) == []
