@@ -1,6 +1,6 @@
 """What the default steps for little data bring: 60 rows of the demo task as messages, on the default model.
 
-    python bench/small_data.py [--seeds 3] [--rows 60]
+    python bench/small_data.py [--seeds 3] [--rows 60] [--schedules 5]
 
 Every 20th row is held out, as `plopfast run` does, and chooses the step that is kept. Other validation rows of the demo,
 which neither trained nor chose, give loss and accuracy. The schedules are compared on the same rows and first values.
@@ -45,18 +45,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=60)
     parser.add_argument("--judged", type=int, default=200, help="validation rows of the demo that judge")
+    parser.add_argument("--schedules", type=int, default=len(SCHEDULES), help="take only the first ones")
     arguments = parser.parse_args()
+    schedules = dict(list(SCHEDULES.items())[: arguments.schedules])
     model, tokenizer = pf.load_model()
     placement = pf.Placement(
         {m.name: (16, 32.0) for m in pf.linear_modules(model) if m.type in TYPES}, TYPES, "explicit", 0
     )
     judged = pf.tokenize(messages(pf.read_jsonl(DEMO["valid"])[: arguments.judged]), tokenizer)
     choices, pool = choices_of(judged), pf.read_jsonl(DEMO["train"])
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in SCHEDULES}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in schedules}
     for seed in range(arguments.seeds):
         rows = pf.tokenize(messages(random.Random(seed).sample(pool, arguments.rows)), tokenizer)
         train, valid = [row for i, row in enumerate(rows) if i % 20], rows[::20]
-        for name, settings in SCHEDULES.items():
+        for name, settings in schedules.items():
             pf.inject(model, placement, seed=seed)
             trainer = pf.Trainer(model, pf.TrainConfig(**settings, seed=seed), train, valid)
             result = trainer.fit()

@@ -148,7 +148,12 @@ def training(run: RunFolder) -> list[Section]:
         return []
     picture = Picture("training", f"Loss over {rows[-1][0]} training steps: {spoken}.", "Nats per label token.",
                       ("step", "loss", "valid_loss"), rows, pictures.curve(rows))  # fmt: skip
-    return [Section("training", "Training", pictures=[picture])]
+    told = run.training  # of an older run, it holds neither of these
+    texts = [f"Validation: {told['validation']}."] if told.get("validation") else []
+    texts += [
+        f"No gradient ever reached {count} of the trained {type_}." for type_, count in told.get("unmoved", {}).items()
+    ]
+    return [Section("training", "Training", texts, [picture])]
 
 
 def evaluation(run: RunFolder) -> list[Section]:

@@ -55,10 +55,13 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
         "stages.json": stages,
         "config.json": {"plopfast": "config", "settings": dataclasses.asdict(RunConfig()), "model": "some/model", "device": "cpu",
                         "data": data, "versions": versions, "machine": "a processor, 2 cores"},
-        "eval.json": {who: {"loss": loss, "accuracy": accuracy, "metric": "choice", "examples": 770, "tokens": 1540, "seconds": 9.5}
-                      for who, loss, accuracy in (("base", 12.17, 0.5195), ("tuned", 0.2095, 0.8805))},
+        "eval.json": {who: {"loss": loss, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "metric": "choice",
+                            "examples": 770, "tokens": 1540, "seconds": 9.5}
+                      for who, loss, accuracy, low, high in (("base", 12.17, 0.5195, 0.4842, 0.5546), ("tuned", 0.2095, 0.8805, 0.8557, 0.9016))}
+                     | {"rows": "test"},
         "training.json": {"steps": 60, "best_step": 60, "valid_loss": 0.21, "stopped": "max_steps", "tokens": 9000,
-                          "padding": 0.01, "seconds": 30.5, "tokens_per_s": 295.1, "paths": []},
+                          "padding": 0.01, "seconds": 30.5, "tokens_per_s": 295.1, "paths": [], "unmoved": {},
+                          "validation": "128 validation rows, looked at every 30 steps"},
         "audit.json": audit(report), "estimate.json": estimate(), "trial.json": trial(data, versions),
     }  # fmt: skip
     for name, value in write.items():

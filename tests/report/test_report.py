@@ -200,8 +200,9 @@ def test_the_pictures_numbers_are_the_files(whole):
     rows = table(folder, "nfn_by_layer")
     assert numbers(rows, "nfn", "z") == {n: (scored.modules[n], z) for n, z in scored.z_scores().items()}
     assert {row["module"] for row in rows if row["outlier"] == "True"} == set(scored.outliers()) != set()
-    rows = numbers(table(folder, "before_after"), "accuracy", "loss")
-    assert rows == {who: (m["accuracy"], m["loss"]) for who, m in read["eval.json"].items()}
+    columns = ("accuracy", "accuracy_low", "accuracy_high", "loss")
+    rows = numbers(table(folder, "before_after"), *columns)
+    assert rows == {who: tuple(read["eval.json"][who][key] for key in columns) for who in ("base", "tuned")}
     rows = numbers(table(folder, "memory"), "total_mib", "activations_mib")
     assert rows == {c["name"]: (c["total_mib"], c["activations_mib"]) for c in read["estimate.json"]["choices"]}
     arms = read["trial.json"]["arms"]
@@ -360,6 +361,36 @@ def test_no_general_text_and_all_weights(full):
     assert "Forgetting" not in [title for _, title in page.headings] and "Placements compared" in [
         title for _, title in page.headings
     ]
+
+
+def test_the_rows_that_judge_are_named(full):
+    page = report(full)
+    assert "Accuracy on 770 test rows" in page.text and "51.9% → 88.0% (85.6% to 90.2%)" in page.text
+    assert "770 test rows. Accuracy: choice, with 95% intervals." in page.text
+    assert "from 0.519 (0.484 to 0.555) to 0.880 (0.856 to 0.902)" in " ".join(page.alts)
+    assert any("0.8557 to 0.9016" in cells for _, cells in page.rows) and "flatter" not in page.text
+    assert "Validation: 128 validation rows, looked at every 30 steps." in page.text
+    change(full, "eval.json", rows="validation")
+    (full / "trial.json").unlink()
+    change(full, "training.json", validation="3 validation rows held out from the training file", unmoved={"v_proj": 2})
+    page = report(full)
+    assert "Accuracy on 770 validation rows" in page.text and "770 validation rows. Accuracy" in page.text
+    assert "There are no test rows: these are the validation rows, which also chose the training step" in page.text
+    assert "Validation: 3 validation rows held out from the training file." in page.text
+    assert "No gradient ever reached 2 of the trained v_proj." in page.text
+    assert not re.search(r"test (rows\b(?!:)|result)", page.text.replace("There are no test rows", "")), (
+        "nor a test anywhere"
+    )
+
+
+def test_an_older_evaluation_still_shows(full):
+    kept = json.loads((full / "eval.json").read_text())
+    old = {who: {k: v for k, v in kept[who].items() if "accuracy_" not in k} for who in ("base", "tuned")}
+    (full / "eval.json").write_text(json.dumps(old))
+    change(full, "training.json", validation=None)
+    page = report(full)
+    assert "Accuracy on 770 held-out rows" in page.text and "51.9% → 88.0%" in page.text and "88.0% (" not in page.text
+    assert "770 held-out rows. Accuracy: choice." in page.text and "no test rows" not in page.text
 
 
 @pytest.mark.parametrize("name", ["trial.json", "eval.json", "audit.json", "estimate.json"])

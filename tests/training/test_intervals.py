@@ -1,0 +1,61 @@
+"""Intervals against published ones, and against the rows they stand for."""
+
+import math
+
+import pytest
+import torch
+from helpers import build
+
+from plopfast.data.example import Example
+from plopfast.training.evaluate import evaluate, in_words
+from plopfast.training.intervals import of_shares, wilson
+
+
+@pytest.mark.parametrize(
+    ("right", "rows", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_as_newcombe_gives_it(right, rows, low, high):
+    """Method 3 of table I in R. G. Newcombe, Statistics in Medicine 17, 1998."""
+    assert wilson(right / rows, rows) == pytest.approx((low, high), abs=5e-5)
+    assert wilson(1 - right / rows, rows) == pytest.approx((1 - high, 1 - low), abs=5e-5)
+
+
+def test_none_or_all_right_still_has_a_width():
+    assert wilson(1.0, 3) == (pytest.approx(0.4385, abs=1e-4), 1.0) and wilson(0.0, 3)[0] == 0.0
+    for hits in ([0, 0, 0], [4, 9, 2], [2]):
+        low, high = of_shares(hits, [4, 9, 2][: len(hits)])
+        assert high - low > 0.5
+
+
+def test_shares_resample_rows_and_not_tokens():
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 40, (200,), generator=generator)
+    right = torch.rand(200, generator=generator) < 0.6
+    hits = torch.where(right, counts, 0)  # a row is right as a whole
+    share = float(hits.sum() / counts.sum())
+    low, high = of_shares(hits.tolist(), counts.tolist())
+    error = float((hits - share * counts).double().std()) / float(counts.double().mean()) / math.sqrt(200)
+    assert (low, high) == pytest.approx((share - 1.96 * error, share + 1.96 * error), abs=0.012)
+    by_token = wilson(share, int(counts.sum()))
+    assert high - low > 3 * (by_token[1] - by_token[0])
+    assert of_shares(hits.tolist(), counts.tolist()) == (low, high), "seeded"
+    assert of_shares([*hits.tolist(), 0], [*counts.tolist(), 0]) == (low, high), "no token, no say"
+
+
+def test_an_evaluation_says_its_interval():
+    model = build("llama")
+    answered = [Example.after_prompt((5 + i, 6, 7, 2), 2, "x", f"x:{i}", closing=1) for i in range(24)]
+    found = evaluate(model, answered)
+    assert found.metric == "exact-match"
+    assert (found.accuracy_low, found.accuracy_high) == wilson(found.accuracy, 24)
+    text = evaluate(model, [Example.after_prompt(range(5 + i, 40 + i), 1, None, f"x:{i}") for i in range(24)])
+    assert text.metric == "token" and text.accuracy_low <= text.accuracy <= text.accuracy_high < 0.5
+    summary = found.summary()
+    assert summary["accuracy_low"] == found.accuracy_low and "right" not in summary
+    bounds = f"95% interval {found.accuracy_low:.4f} to {found.accuracy_high:.4f}"
+    assert in_words(summary, "test") == (
+        f"loss {found.loss:.4f}, accuracy {found.accuracy:.4f} ({bounds}; exact-match, 24 test rows)"
+    )
+    old = {"loss": 0.5, "accuracy": 1.0, "metric": "choice", "examples": 1}
+    assert in_words(old, "held-out") == "loss 0.5000, accuracy 1.0000 (choice, 1 held-out row)"
