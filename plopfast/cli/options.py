@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ..placing.rules import help_words
-from ..support.config import ROWS, TYPES, RunConfig, load_settings
+from ..support.config import ROWS, TYPES, RunConfig
 from ..support.options import Settings
+from ..support.settings_file import load_settings
 from . import bench_command
 from .commands import COMMANDS, Command
 

@@ -132,13 +132,15 @@ def _read_parquet(path: Path, json: StrictJSON, bad: Bad) -> Pairs:
 
 READERS: dict[str, Callable[[Path, StrictJSON, Bad], Pairs]] = {
     ".jsonl": read_lines,
+    ".ndjson": read_lines,
+    "": read_lines,
     ".json": read_array,
     ".csv": read_table,
     ".tsv": _read_tabs,
     ".parquet": _read_parquet,
 }
 KNOWN = (
-    f"{', '.join(READERS)}, a folder, or a data set of the Hugging Face hub (owner/name, owner/name:split or "
+    f"{', '.join(filter(None, READERS))}, a folder, or a data set of the Hugging Face hub (owner/name, owner/name:split or "
     "owner/name:config:split)"
 )
 

@@ -24,11 +24,12 @@ from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer
 from ..support import files, machine, memory, ranks
-from ..support.config import FILES, FREE, ROWS, RunConfig, load_settings
+from ..support.config import FILES, FREE, ROWS, RunConfig
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, DataError, FileError
 from ..support.inputs import check_same
 from ..support.progress import say
+from ..support.settings_file import load_settings
 from ..training import parallel
 from ..training.state import CHECKPOINTS
 from .splits import read_splits, resolved, sha256_of, sources_of
@@ -120,10 +121,7 @@ class Run:
         All splits are read at the first call; see `read_splits`.
         """
         if not self._splits:
-            self._splits, self.overlap = read_splits(self.config)
-            for name, rows in self._splits.items():
-                if name in sources_of(self.config):
-                    self._say_of(name, rows.lines())
+            self._splits, self.overlap = read_splits(self.config, self.say)
             for line in self.overlap:
                 self.say(line)
         return self._splits[split]

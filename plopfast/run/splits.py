@@ -28,17 +28,19 @@ def resolved(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return names[0] if len(names) == 1 else names
 
 
-def read_splits(config: RunConfig) -> tuple[dict[str, Rows], list[str]]:
+def read_splits(config: RunConfig, say: Callable[[str], None]) -> tuple[dict[str, Rows], list[str]]:
     """The rows of "train", "valid" and "test", as the settings ask for them, and what they share, in a line each.
 
     Without rows of its own, the validation split is every 20th training row (held out from training), and the test split
-    is the validation split. Raises DataError for rows that cannot be read, and where test rows are training rows too
+    is the validation split. `say` is told what was read, before rows are held out. Raises DataError for rows that cannot be read, and where test rows are training rows too
     unless `allow_overlap`.
     """
     splits = {}
     for split, sources in sources_of(config).items():
         if split != "unlabeled":
             splits[split] = read_rows(sources, columns=config.columns, bad_rows=config.bad_rows, split=split)
+            for line in splits[split].lines():
+                say(f"{split}: {line}")
     if "valid" not in splits:
         whole = splits["train"]
         kept = [row for i, row in enumerate(whole.rows) if i % HOLD_OUT] or whole.rows

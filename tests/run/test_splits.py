@@ -11,8 +11,9 @@ from plopfast.data.rows import DEMO
 from plopfast.run.folder import Run, resolve
 from plopfast.run.splits import sources_of
 from plopfast.support import files
-from plopfast.support.config import RunConfig, load_settings
+from plopfast.support.config import RunConfig
 from plopfast.support.errors import ConfigError, DataError
+from plopfast.support.settings_file import load_settings
 
 
 @pytest.fixture

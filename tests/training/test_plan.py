@@ -11,8 +11,9 @@ from plopfast.data.batches import group_by_length, micro_batches, pack
 from plopfast.data.example import Example
 from plopfast.run.folder import resolve
 from plopfast.support import ranks
-from plopfast.support.config import RunConfig, TrainConfig, load_settings
+from plopfast.support.config import RunConfig, TrainConfig
 from plopfast.support.errors import ConfigError
+from plopfast.support.settings_file import load_settings
 from plopfast.training.plan import Plan
 
 
