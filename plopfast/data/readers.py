@@ -133,14 +133,13 @@ def _read_parquet(path: Path, json: StrictJSON, bad: Bad) -> Pairs:
 READERS: dict[str, Callable[[Path, StrictJSON, Bad], Pairs]] = {
     ".jsonl": read_lines,
     ".ndjson": read_lines,
-    "": read_lines,
     ".json": read_array,
     ".csv": read_table,
     ".tsv": _read_tabs,
     ".parquet": _read_parquet,
 }
 KNOWN = (
-    f"{', '.join(filter(None, READERS))}, a folder, or a data set of the Hugging Face hub (owner/name, owner/name:split or "
+    f"{', '.join(READERS)}, a folder, or a data set of the Hugging Face hub (owner/name, owner/name:split or "
     "owner/name:config:split)"
 )
 
@@ -157,6 +156,8 @@ def read_source(source: str, split: str, json: StrictJSON, bad: Bad) -> Pairs:
         return read_dataset(source, source, [], split)
     if reader := READERS.get(path.suffix.lower()):
         return reader(path, json, bad)
+    if path.is_file() and not path.suffix:
+        return read_lines(path, json, bad)
     if path.exists():
         text = "; plain text goes to --unlabeled" if path.suffix == ".txt" else ""
         raise DataError(f"{source}: unknown kind of data file {path.suffix!r}; known are {KNOWN}{text}")

@@ -67,7 +67,7 @@ def test_lines_that_are_odd_but_good(tmp_path):
 @pytest.mark.parametrize("suffix", READERS)
 def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
     path = tmp_path / f"d{suffix.upper()}"
-    if suffix == ".jsonl":
+    if suffix in (".jsonl", ".ndjson"):
         write(path, *map(json.dumps, PAIRS))
     elif suffix == ".json":
         path.write_text("\ufeff" + json.dumps(PAIRS, indent=1))
@@ -79,7 +79,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
         write(path, f"\ufeffprompt{tab}completion\r", f"a{tab}b\r", "\r", f'"é\n"{tab}"c ""d"", e"\r')
     rows = pf.read_rows(path)
     assert [row for _, row in rows.rows] == PAIRS
-    first, second = {".jsonl": (":1", ":2"), ".csv": (":2", ":4"), ".tsv": (":2", ":4")}.get(
+    first, second = {".jsonl": (":1", ":2"), ".ndjson": (":1", ":2"), ".csv": (":2", ":4"), ".tsv": (":2", ":4")}.get(
         suffix, (", row 1", ", row 2")
     )
     assert [where for where, _ in rows.rows] == [f"{path}{first}", f"{path}{second}"]
@@ -211,6 +211,11 @@ def test_a_folder_of_data_files(tmp_path, monkeypatch):
         read(images)
 
 
+def test_a_file_without_a_suffix_is_json_lines(tmp_path):
+    write(tmp_path / "rows", *map(json.dumps, PAIRS))
+    assert [row for _, row in pf.read_rows(tmp_path / "rows").rows] == PAIRS
+
+
 def test_what_is_no_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "d.yaml", "a")
@@ -218,7 +223,7 @@ def test_what_is_no_source(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for source, message in {
         "absent/d.jsonl": "no such data file",
-        "d.yaml": r"unknown kind of data file '\.yaml'; known are \.jsonl, \.json, \.csv, \.tsv, \.parquet, a folder",
+        "d.yaml": r"unknown kind of data file '\.yaml'; known are \.jsonl, \.ndjson, \.json, \.csv, \.tsv, \.parquet, a folder",
         "d.txt": "unknown kind .* plain text goes to --unlabeled",
         "absent": "no such file or folder; known are .*owner/name:split",
         "a/b/c": "no such file or folder; known",
