@@ -20,7 +20,13 @@ MAY_IMPORT = {  # wing -> the other wings that it may import, all of them above 
     "scoring": {"lora", *BELOW},
     "training": {"lora", *BELOW},
     "placing": {"scoring", "lora", "support"},
-    "report": {"placing", "scoring", "lora", "support"},  # reads files only: what they hold, and nothing that computes
+    "report": {
+        "placing",
+        "scoring",
+        "lora",
+        "data",
+        "support",
+    },  # reads files only: what they hold, and nothing that computes
     "run": {"report", "placing", "training", "scoring", "lora", *BELOW},
     "studies": {"run", "report", "placing", "training", "scoring", "lora", *BELOW},
     "cli": {"studies", "run", "report", "placing", "training", "scoring", "lora", "kernels", *BELOW},

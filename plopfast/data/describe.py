@@ -49,15 +49,7 @@ class DataFacts:
 
     def table(self) -> Table:
         """Return a table with a row for each split."""
-        columns = [
-            Column("split"), Column("rows", ",d"), Column("tokens", ",d"), Column("learned", ".1%"), Column("shortest", ",d"),
-            *(Column(f"{p}%", ",d") for p in PERCENTILES), Column("longest", ",d"),
-        ]  # fmt: skip
-        rows = [
-            (s.split, s.rows, s.tokens, s.learned / s.tokens, s.shortest, *s.percentiles.values(), s.longest)
-            for s in self.splits
-        ]
-        return Table("Rows and their lengths in tokens", columns, rows)
+        return lengths_table(self.as_dict()["splits"])
 
     def shown_row(self, color: bool = False) -> str:
         """Return the first row of the first split as text, what is learned in green, or in double brackets."""
@@ -110,6 +102,19 @@ def describe_data(
     return DataFacts(facts, [str(overlap) for overlap in overlaps(named) if overlap])
 
 
+def lengths_table(splits: Sequence[Mapping[str, Any]]) -> Table:
+    """Return a table of splits, as `DataFacts.as_dict` describes them."""
+    columns = [
+        Column("split"), Column("rows", ",d"), Column("tokens", ",d"), Column("learned", ".1%"), Column("shortest", ",d"),
+        *(Column(f"{p}%", ",d") for p in PERCENTILES), Column("longest", ",d"),
+    ]  # fmt: skip
+    rows = [
+        (s["split"], s["rows"], s["tokens"], s["learned"] / s["tokens"], s["shortest"], *s["percentiles"].values(), s["longest"])
+        for s in splits
+    ]  # fmt: skip
+    return Table("Rows and their lengths in tokens", columns, rows)
+
+
 def left_out(skipped: Sequence[str] | None, rows: int) -> list[str]:
     """Say in a line how many rows could not be used, and why the first three could not; nothing where all could."""
     return (
@@ -152,7 +157,7 @@ def parts_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     return parts
 
 
-def marked(parts: Sequence[tuple[str, bool]], color: bool) -> str:
+def marked(parts: Sequence[tuple[str, bool]], color: bool = False) -> str:
     """Return a row's parts as text, with marks around what is learned. The middle of a long text is left out."""
     on, off = (ON, OFF) if color else ("[[", "]]")
     room = max(200, SHOWN_CHARACTERS // max(1, len(parts)))

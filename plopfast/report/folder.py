@@ -20,8 +20,8 @@ class RunFolder:
         scores, placement, metrics = path / "scores.json", path / "placement.json", path / "metrics.jsonl"
         self.scores = NFNReport.load(scores) if scores.exists() else None
         self.placement = Placement.load(placement) if placement.exists() else None
-        self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial = map(
-            self._read, ("config", "stages", "training", "eval", "audit", "estimate", "trial")
+        self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
+            self._read, ("config", "stages", "training", "eval", "audit", "estimate", "trial", "data")
         )
         self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
 

@@ -106,6 +106,23 @@ def memory(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 @rc_context(STYLE)
+def lengths(rows: Sequence[Sequence[Any]]) -> bytes:
+    """Draw a panel of bars for each split of (split, tokens at least, rows)."""
+    splits = list(dict.fromkeys(row[0] for row in rows))
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.9 * len(splits)))
+    panels = figure.subplots(len(splits), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, split in zip(panels, splits, strict=True):
+        begins, counts = zip(*((row[1], row[2]) for row in rows if row[0] == split), strict=True)
+        width = begins[1] if len(begins) > 1 else 1
+        axes.bar(begins, counts, width, align="edge", color=GREY, edgecolor=INK)
+        axes.set_ylabel(f"{split}\nrows")
+        axes.locator_params(axis="y", nbins=4, integer=True)
+    panels[-1].set_xlabel("tokens in a row")
+    figure.tight_layout()
+    return _png(panels[0])
+
+
+@rc_context(STYLE)
 def curve(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw lines through (step, training loss, validation loss). A None leaves its point out."""
     axes = _axes(2.6)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.describe import lengths_table, marked
 from ..placing.rules import nfn_rule
 from ..scoring.report import NFNReport
 from ..support.tables import UNKNOWN, Column, Table
@@ -230,6 +231,25 @@ def _forgetting(run: RunFolder) -> list[Section]:
     return [Section("forgetting", "Forgetting", [text], [picture])]
 
 
+def data(run: RunFolder) -> list[Section]:
+    """data.json: the rows, how long they are, how much of them is learned, and what was left out."""
+    found = run.data["splits"]
+    rows = [(s["split"], first, count) for s in found for first, count in s["histogram"]]
+    spoken = "; ".join(
+        f"{s['split']} {s['shortest']} to {s['longest']}, half of them up to {s['percentiles']['50%']}" for s in found
+    )
+    picture = Picture(
+        "row_lengths", f"Rows by their length in tokens: {spoken}.", "Each bar counts the rows of some lengths.",
+        ("split", "tokens_from", "rows"), rows, pictures.lengths(rows),
+    )  # fmt: skip
+    texts = [f"{s['split']}: {note}." for s in found for note in s["notes"]]
+    texts += [f"{line}." for line in run.data["overlap"]]
+    texts.append(
+        f"The first row, {found[0]['where']}, with what is learned in double brackets: {marked(found[0]['row'])}"
+    )
+    return [Section("data", "What was learned from", texts, [picture], [lengths_table(found)])]
+
+
 def cost(run: RunFolder) -> Section:
     """stages.json: measured time and memory."""
     tokens = {
@@ -296,5 +316,6 @@ SOURCES = (
     Source("eval.json", evaluation, "the tuned model compared with the base model", "eval"),
     Source("audit.json", audit, "stability, controls and other criteria", "audit"),
     Source("estimate.json", estimate, "memory and FLOPs compared with full fine-tuning", "estimate"),
+    Source("data.json", data, "the rows, their lengths and what is learned of them", "data"),
     Source("metrics.jsonl", training, "the training curve", "train"),
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import plopfast as pf
+from plopfast.data.describe import DataFacts, SplitFacts
 from plopfast.scoring.report import ModuleScore
 from plopfast.support.config import RunConfig
 
@@ -63,6 +64,7 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
                           "padding": 0.01, "seconds": 30.5, "tokens_per_s": 295.1, "paths": [], "unmoved": {},
                           "validation": "128 validation rows, looked at every 30 steps"},
         "audit.json": audit(report), "estimate.json": estimate(), "trial.json": trial(data, versions),
+        "data.json": rows(),
     }  # fmt: skip
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
@@ -70,6 +72,16 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
     metrics += [{"step": step, "valid_loss": 11 / step} for step in (30, 60)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
     return report
+
+
+def rows() -> dict:
+    """Made-up facts of two splits, as `describe_data` gives them."""
+    splits = [
+        SplitFacts(split, count, 20 * count, 2 * count, 8, {"50%": 19, "95%": 29}, 39, [(2 * i, count // (1 + abs(i - 9))) for i in range(20)],
+                   [f"{count:,} rows: messages", "columns that are not used: 'id'"], f"/data/{split}.jsonl:1", [("user: a dog\n", False), ("animal", True)])
+        for split, count in (("train", 3430), ("test", 770))
+    ]  # fmt: skip
+    return {"plopfast": "data", **DataFacts(splits, ["of 770 test rows, 3 have the prompt of one"]).as_dict()}
 
 
 def audit(report: pf.NFNReport) -> dict:

@@ -21,6 +21,7 @@ SECTIONS = {  # file -> headings that need it, pictures that need it, the comman
     "eval.json": (["Before and after"], ["before_after"], "eval"),
     "audit.json": (["Can the scores be trusted?"], [], "audit"),
     "estimate.json": (["What training would take"], ["memory"], "estimate"),
+    "data.json": (["What was learned from"], ["row_lengths"], "data"),
     "metrics.jsonl": (["Training"], ["training"], "train"),
 }
 ALWAYS = {"nfn_by_type", "nfn_by_layer"}
@@ -372,6 +373,7 @@ def test_the_rows_that_judge_are_named(full):
     assert "Validation: 128 validation rows, looked at every 30 steps." in page.text
     change(full, "eval.json", rows="validation")
     (full / "trial.json").unlink()
+    (full / "data.json").unlink()
     change(full, "training.json", validation="3 validation rows held out from the training file", unmoved={"v_proj": 2})
     page = report(full)
     assert "Accuracy on 770 validation rows" in page.text and "770 validation rows. Accuracy" in page.text
@@ -381,6 +383,22 @@ def test_the_rows_that_judge_are_named(full):
     assert not re.search(r"test (rows\b(?!:)|result)", page.text.replace("There are no test rows", "")), (
         "nor a test anywhere"
     )
+
+
+def test_what_was_learned_from(whole):
+    folder, _, page = whole
+    lengths = table(folder, "row_lengths")
+    assert sum(int(row["rows"]) for row in lengths if row["split"] == "train") == sum(
+        count for _, count in json.loads((folder / "data.json").read_text())["splits"][0]["histogram"]
+    )
+    assert any(cells == ["train", "3,430", "68,600", "10.0%", "8", "19", "29", "39"] for _, cells in page.rows)
+    for text in (
+        "train: columns that are not used: 'id'.",
+        "of 770 test rows, 3 have the prompt of one.",
+        "what is learned in double brackets: user: a dog\n[[animal]]",
+    ):
+        assert text in page.text
+    assert any("train 8 to 39, half of them up to 19" in alt for alt in page.alts)
 
 
 def test_an_older_evaluation_still_shows(full):
