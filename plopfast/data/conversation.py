@@ -51,7 +51,9 @@ def conversation_of(where: str, row: dict[str, Any], kind: str, notices: Notices
     else:
         given, asked = _from_alpaca(where, row), 0
         asked = len(given) - 1
-        notices.add("Alpaca's instruction and input are a user's message in the model's chat template", where)
+        notices.add(
+            "Alpaca's instruction and input are a user's message in the model's chat template", where, once=True
+        )
     messages, may_learn = [], []
     for number, message in enumerate(given):
         place = f"{where}: message {number + 1} ({message['role']})"

@@ -128,7 +128,7 @@ class _Maker:
             return Draft(where, [Piece(row["text"], True)])
         if kind == "pair" or (kind == "alpaca" and self.template is None):
             if self.template:
-                self.notices.add(AS_WRITTEN, where)
+                self.notices.add(AS_WRITTEN, where, once=True)
             prompt = row["prompt"] if kind == "pair" else alpaca_prompt(where, row)
             completion = row["completion"] if kind == "pair" else row["output"]
             pieces = [Piece(prompt, self.learn == "all"), Piece(completion, True, answer=True)]

@@ -1,4 +1,4 @@
-"""Things to say once about many rows, with a count and the first place."""
+"""What is to be said about rows that can be used, with a count and the first place."""
 
 
 class Notices:
@@ -11,19 +11,20 @@ class Notices:
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[int, str]] = {}
+        self._found: dict[str, tuple[int, str, bool]] = {}
 
-    def add(self, text: str, where: str) -> None:
-        """Count a row at `where` that `text` is true of."""
-        count, first = self._found.get(text, (0, where))
-        self._found[text] = count + 1, first
+    def add(self, text: str, where: str, once: bool = False) -> None:
+        """Count a row at `where` that `text` is true of. `once`: it is advice, to be said of one split alone."""
+        count, first, _ = self._found.get(text, (0, where, once))
+        self._found[text] = count + 1, first, once
 
     def lines(self, told: set[str] | None = None) -> list[str]:
-        """Return a line for each text, in the order of their first rows.
-
-        Texts in `told` are left out, and the others are added to it: so a thing is said once for several splits.
-        """
+        """Return a line for each text, in the order of their first rows, without advice in `told`, which gets the rest."""
         told = set() if told is None else told
-        new = {text: found for text, found in self._found.items() if text not in told}
-        told |= new.keys()
-        return [f"{count:,} row{'s' * (count > 1)} (first: {where}): {text}" for text, (count, where) in new.items()]
+        lines = []
+        for text, (count, where, once) in self._found.items():
+            if text not in told:
+                lines.append(f"{count:,} row{'s' * (count > 1)} (first: {where}): {text}")
+            if once:
+                told.add(text)
+        return lines

@@ -1,0 +1,98 @@
+"""What is shown of the rows before anything is trained."""
+
+import copy
+import json
+import re
+
+import pytest
+from helpers import QUICK, plopfast
+from small_tokenizers import MADE
+
+import plopfast as pf
+from plopfast.data.describe import OFF, ON, marked, parts_of
+from plopfast.support.errors import DataError
+
+PAIRS = [(f"d.jsonl:{i}", {"prompt": "a dog " * i, "completion": "animal"}) for i in range(1, 41)]
+
+
+def test_the_figures_are_those_of_the_examples(tokenizer):
+    facts = pf.describe_data({"train": PAIRS}, tokenizer)
+    (split,) = facts.splits
+    examples = pf.tokenize(PAIRS, tokenizer)
+    lengths = sorted(len(e.tokens) for e in examples)
+    assert (split.rows, split.tokens, split.shortest, split.longest) == (40, sum(lengths), lengths[0], lengths[-1])
+    assert split.learned == sum(e.label_tokens for e in examples)
+    assert (
+        lengths[19] <= split.percentiles["50%"] <= lengths[20]
+        and lengths[37] <= split.percentiles["95%"] <= lengths[38]
+    )
+    assert sum(count for _, count in split.histogram) == 40
+    for (begin, count), (end, _) in zip(split.histogram, [*split.histogram[1:], (10**9, 0)], strict=True):
+        assert count == sum(begin <= n < end for n in lengths)
+    assert f"{split.learned / split.tokens:.1%}" in str(facts) and json.loads(json.dumps(facts.as_dict()))
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_the_row_that_is_shown_is_the_whole_row(name):
+    tokenizer = MADE[name]() if callable(MADE[name]) else MADE[name]
+    (example,) = pf.tokenize([("d:1", {"prompt": "Q: one two\n", "completion": " three\n\nfour é"})], tokenizer)
+    parts = parts_of(example, tokenizer)
+    whole = tokenizer.decode(example.tokens, clean_up_tokenization_spaces=False)
+    assert "".join(text for text, _ in parts) == whole
+    assert [learned for _, learned in parts] == [False, True] and parts[1][0].startswith(" three\n\nfour é")
+    assert marked(parts) == f"{parts[0][0]}[[{parts[1][0]}]]"
+    assert marked(parts, color=True) == f"{parts[0][0]}{ON}{parts[1][0]}{OFF}"
+
+
+def test_advice_is_given_once(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    facts = pf.describe_data({"train": PAIRS[:2], "test": PAIRS[2:4]}, tokenizer)
+    assert "2 rows (first: d.jsonl:1): a prompt and completion of plain text" in str(facts)
+    assert str(facts).count("although the model has a chat template") == 1
+
+
+def test_a_long_row_is_shown_without_its_middle():
+    shown = marked([("a" * 5000, False), ("b" * 10, True)])
+    assert "4,000 characters" in shown and shown.endswith("[[bbbbbbbbbb]]") and len(shown) < 1100
+
+
+def test_what_is_noticed_is_said_once(tokenizer):
+    rows = {"train": [*PAIRS[:3], ("t:9", {"text": ""})], "test": PAIRS[2:4]}
+    with pytest.raises(DataError, match=r"^t:9: only 1 token"):
+        pf.describe_data(rows, tokenizer)
+    facts = pf.describe_data(rows, tokenizer, max_length=10, long="cut", bad_rows="skip")
+    assert facts.splits[0].rows == 3
+    text = str(facts)
+    assert "train: 1 of 4 rows cannot be used and are left out: t:9: only 1 token" in text
+    assert text.count("cut to 10 tokens") == 2, "of each split"
+    assert "of 2 test rows, 1" in text
+    with pytest.raises(DataError, match=r"^train: no row can be used; 1 of 1 rows cannot be used .*t:9"):
+        pf.describe_data({"train": rows["train"][3:]}, tokenizer, bad_rows="skip")
+
+
+def test_the_command_and_the_run_show_it(model_folder, data, tmp_path, capsys, monkeypatch):
+    assert plopfast("data", "--model", model_folder, *data) == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"train +60 +[\d,]+ +\d+\.\d%", shown) and shown.count("[[") == 2 and "\033" not in shown
+    assert "train: 60 rows: prompt and completion as text" in shown and not list(tmp_path.glob("runs"))
+    assert plopfast("data", "--model", model_folder, *data, "--out", tmp_path / "run") == 0
+    kept = json.loads((tmp_path / "run" / "data.json").read_text())
+    assert [split["split"] for split in kept["splits"]] == ["train", "valid", "test"] and kept["splits"][2][
+        "rows"
+    ] == 40
+    assert plopfast("data", "--model", model_folder, *data, "--out", tmp_path / "run") == 2, "it exists"
+    capsys.readouterr()
+    assert plopfast("run", "--model", model_folder, *data, *QUICK, "--out", tmp_path / "whole") == 0
+    said = capsys.readouterr().err
+    assert said.index("[[") < said.index("loading"), "before the model is loaded"
+    assert json.loads((tmp_path / "whole" / "data.json").read_text()) == kept
+    assert "What was learned from" in (tmp_path / "whole" / "report.html").read_text()
+
+
+def test_rows_that_cannot_be_used_stop_a_run_before_the_model_is_loaded(model_folder, tmp_path, capsys):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' * 3 + '{"messages": [{"role": "user", "content": "a"}]}\n')
+    assert plopfast("run", "--model", model_folder, "--train", path, *QUICK, "--out", tmp_path / "run") == 2
+    said = capsys.readouterr().err
+    assert "d.jsonl:4: messages need a tokenizer with a chat template" in said and "loading" not in said
