@@ -22,7 +22,7 @@ class Encoder:
         self.end = self.back or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
         # SentencePiece's kind puts a blank before a text, but not in the middle of one
         self._alone = any(self.encode([before + "x"])[0] == self.encode([before])[0] + bare for before in BEFORE)
-        self._numbers = list(range(max(tokenizer.get_vocab().values(), default=0) + 1))
+        self._same: dict[Any, Any] = {}
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts, each as the beginning of a row, without special tokens added."""
@@ -50,4 +50,8 @@ class Encoder:
 
     def shared(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return the tokens with one object for each number: 200,000 rows would hold millions of equal ones."""
-        return tuple(map(self._numbers.__getitem__, tokens))
+        return tuple(map(self._same.setdefault, tokens, tokens))
+
+    def same(self, value: Any) -> Any:
+        """Return the first value that equals this one: many rows have the same spans."""
+        return self._same.setdefault(value, value)

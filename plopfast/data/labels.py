@@ -179,7 +179,10 @@ class _Maker:
             tokens += end
             spans.append((len(tokens) - len(end), len(tokens)))
         roles = self._roles(draft) if draft.roles else None
-        return Example(self.encoder.shared(tokens), _merged(spans), answer, draft.completion, draft.where, roles)
+        same = self.encoder.same
+        return Example(
+            self.encoder.shared(tokens), same(_merged(spans)), same(answer), same(draft.completion), draft.where, roles
+        )
 
     def _roles(self, draft: Draft) -> tuple[str, ...]:
         """The role of each token. A message's tokens are those that the chat template adds for it, with its marks."""
