@@ -85,6 +85,7 @@ def other_wordings(prompt: str, rng: random.Random) -> list[str]:
 ARMS = {
     "none": Arm("the rows as they are"),
     "unlabeled": Arm(f"the glosses of {UNLABELED} other rows first, once", unlabeled=True),
+    "mixed in": Arm("the same glosses in every second step", {"unlabeled_share": 0.5}, unlabeled=True),
     "dropout": Arm("LoRA dropout 0.1", {"dropout": 0.1}),
     # 10, as the usual 0.1 would shrink an adapter by 0.2 % in 40 steps
     "weight decay": Arm("weight decay 10", {"weight_decay": 10.0}),
@@ -123,10 +124,11 @@ class Study:
     def run(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Trains an arm on the rows of `begin`, and looks at the test rows."""
         unlabeled = self._text() if arm.unlabeled else []
-        first = groups_in_epoch([len(e.tokens) for e in unlabeled], BATCH_TOKENS, seed, False) if unlabeled else 0
+        # steps with text come on top of those with labels, as many as one pass over the text takes
+        more = groups_in_epoch([len(e.tokens) for e in unlabeled], BATCH_TOKENS, seed, False) if unlabeled else 0
         config = pf.TrainConfig(
-            batch_tokens=BATCH_TOKENS, max_steps=first + self.steps, eval_every=max(1, self.steps // LOOKS),
-            patience=self.steps + first, seed=seed, **arm.settings,
+            batch_tokens=BATCH_TOKENS, max_steps=self.steps + more, eval_every=max(1, self.steps // LOOKS),
+            patience=self.steps + more, seed=seed, **arm.settings,
         )  # fmt: skip
         train = pf.tokenize(self._rows_of(arm, seed), self.tokenizer)
         pf.inject(self.model, self.placement, dropout=config.dropout, seed=seed)
