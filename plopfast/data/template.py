@@ -1,5 +1,6 @@
 """Renders conversations with the tokenizer's chat template, and refuses what it would lose."""
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +56,8 @@ class Template:
             notices.add("the model's chat template drops thoughts of the assistant, so they are not learned", where)
         roles = self._roles(talk, text) if with_roles else None
         answer = turns[-1]
+        if answer.closing == answer.end:
+            notices.add("no special token ends the last answer, so the model does not learn where to stop", where)
         if learn == "all":
             turns = _all_but(finder.of([n for n in finder.assistants if not talk.may_learn[n]]), answer, len(text))
         return Rendered(text, turns, answer, roles)
@@ -103,14 +106,15 @@ class Template:
         )
 
     def _whole(self, where: str, talk: Conversation) -> tuple[str, Conversation]:
-        """The row's text. Templates differ on a message of tool calls alone: some want no content, some an empty one."""
-        if any("content" not in message for message in talk.messages):
-            if (text := self.text_or_none(talk.messages, talk.variables)) is not None:
-                return text, talk
-            talk = Conversation([{"content": "", **m} for m in talk.messages], talk.may_learn, talk.variables)
+        """The row's text. Templates differ on tool calls: some want an empty content beside them, some arguments as text."""
         try:
             return self._render(talk.messages, talk.variables), talk
         except Exception as error:  # a template is the model authors' program and can raise anything
+            messages = talk.messages
+            for change in _with_content, _with_text_arguments:
+                messages = [change(message) for message in messages]
+                if messages != talk.messages and (text := self.text_or_none(messages, talk.variables)) is not None:
+                    return text, Conversation(messages, talk.may_learn, talk.variables)
             raise DataError(f"{where}: {REFUSED} ({type(error).__name__}: {error})") from error
 
     def _without_doubled(self, where: str, talk: Conversation, notices: Notices) -> Conversation:
@@ -163,6 +167,24 @@ class Template:
         for name in {key for message in talk.messages for key in message} - SHOWN:
             if name not in self._source:
                 notices.add(f"the key {name!r} of messages is not used by the model's chat template", where)
+
+
+def _with_content(message: dict[str, Any]) -> dict[str, Any]:
+    return {"content": "", **message}
+
+
+def _with_text_arguments(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with its tool calls' arguments as JSON text."""
+    calls = []
+    for call in message.get("tool_calls") or []:
+        function = call.get("function", call)
+        arguments = json.dumps(function.get("arguments", {}), ensure_ascii=False)
+        calls.append(
+            {**call, "function": {**function, "arguments": arguments}}
+            if "function" in call
+            else {**call, "arguments": arguments}
+        )
+    return {**message, "tool_calls": calls} if calls else message
 
 
 def _lost_thought(message: dict[str, Any], shown: str) -> bool:

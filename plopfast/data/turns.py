@@ -5,18 +5,20 @@ A turn is learned from where the prompt ends, as at inference, to its end-of-tur
 must be the beginning of the row's text.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..support.errors import DataError
-from .conversation import ASSISTANT, Conversation
+from .conversation import ASSISTANT, KWARGS, Conversation, names_of_calls
 
 if TYPE_CHECKING:
     from .template import Template
 
 MARKER = "\ue000\ue001\ue002"  # private characters that stand for a message's text
+ORDER = "the model's chat template does not show the messages in their order"
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 
 
@@ -41,6 +43,8 @@ class Turns:
     def of(self, numbers: Sequence[int]) -> list[Turn]:
         """Return the turns of the messages of these numbers."""
         spans = self.template.marked(self.messages, self.variables)
+        if len(spans) != len(self.assistants):
+            spans = _joined(spans)  # some templates mark a turn and the token that ends it apart
         if spans:
             if len(spans) != len(self.assistants):
                 raise DataError(
@@ -51,8 +55,25 @@ class Turns:
         else:
             found = [(begin, self._end(number, begin)) for number in numbers for begin in [self._begin(number)]]
         if any(begin < end for (_, end), (begin, _) in pairwise(found)):
-            raise DataError(f"{self.where}: the model's chat template does not show the messages in their order")
+            raise DataError(f"{self.where}: {ORDER}")
+        for number, span in zip(numbers, found, strict=True):
+            self._check_whole(number, *span)
         return [Turn(begin, self._closing(begin, end), end) for begin, end in found]
+
+    def _check_whole(self, number: int, begin: int, end: int) -> None:
+        """Raises DataError for a turn without its content or its tool calls, or with the next message in it."""
+        message, said = self.messages[number], self.text[begin:end]
+        content = message.get("content", "").rpartition("</think>")[2].strip()
+        place = f"{self.where}: message {number + 1}: the model's chat template does not show"
+        if content not in said:  # a template can change it, but must show it
+            if content in self.text[end:] and message.get("tool_calls"):
+                raise DataError(f"{self.where}: {ORDER}: the content of message {number + 1} is behind its turn")
+            if MARKER not in (self._try(replaced(self.messages, number, MARKER)) or MARKER):
+                raise DataError(f"{place} its content{' beside tool_calls' if message.get('tool_calls') else ''}")
+        if any(name not in said for name in names_of_calls(message)):
+            raise DataError(f"{place} its tool_calls within its turn")
+        if message.get("tool_calls") and content and number + 1 < len(self.messages) and self._own(number + 1)[0] < end:
+            raise DataError(f"{self.where}: {ORDER}: message {number + 2} is within the turn of message {number + 1}")
 
     def _begin(self, number: int) -> int:
         """Where a turn's learned part begins: where the prompt at inference ends.
@@ -69,18 +90,34 @@ class Turns:
             raise DataError(
                 f"{self.where}: the prompt at inference is not the beginning of this row's text: after {at} characters, "
                 f"{text[max(0, at - 20) : at]!r}, the prompt has {prompt[at : at + 30]!r}, the row {text[at : at + 30]!r}"
+                + self._remedy(before)
             )
         own = self._own(number)[0]
-        upto = None if prompt is None else self._try(self.messages[: number + 1])
-        if prompt is None:
+        names = names_of_calls(self.messages[number])
+        calls = bool(names) and text.startswith(names[0], own)  # markup of the turn is before it
+        if prompt is None and not calls:
             return own
-        if upto is not None and upto.startswith(prompt):
-            between = upto[len(prompt) : self._own_in(self.messages[: number + 1], number, upto)[0]]
+        upto = None if prompt is None else self._try(self.messages[: number + 1])
+        if prompt is not None and upto is not None and (calls or upto.startswith(prompt)):
+            between = upto[
+                self._common_marks(prompt, upto) : self._own_in(self.messages[: number + 1], number, upto)[0]
+            ]
             if text.endswith(between, 0, own):
                 return own - len(between)
-        opening = prompt.removeprefix(self._try(before) or "")
+        opening = (prompt or "").removeprefix(self._try(before) or "")
         at = text.rfind(opening, self._own(number - 1)[1], own) if opening else -1
+        if at < 0 and calls:
+            raise DataError(f"{self.where}: message {number + 1}: the chat template does not say where its turn begins")
         return own if at < 0 else at + len(opening)
+
+    def _remedy(self, before: Sequence[dict[str, Any]]) -> str:
+        """What makes the prompt the beginning of the row's text, where turning thoughts off does."""
+        off = {**self.variables.get(KWARGS, {}), "enable_thinking": False}
+        prompt, text = (
+            self.template.text_or_none(messages, {**self.variables, KWARGS: off}, generate)
+            for messages, generate in ((before, True), (self.messages, False))
+        )
+        return f'; give the row "{KWARGS}": {json.dumps(off)}' if prompt and text and text.startswith(prompt) else ""
 
     def _end(self, number: int, begin: int) -> int:
         """Where a turn's learned part ends: after its end-of-turn token, else where the next message's part begins."""
@@ -93,6 +130,8 @@ class Turns:
             if upto is not None:
                 closing = upto[self._own_in(self.messages[: number + 1], number, upto)[1] :]
                 end = own + self._common_marks(closing, text[own:])
+                if self.template.first_special(closing) < len(closing) or self.template.ending(closing):
+                    end = self._other_mark(number, own, end)
             else:
                 mark, rest = self._mark_of_last(number), text[own:]
                 end = (
@@ -102,10 +141,40 @@ class Turns:
         if not (mark := self.template.ending(stripped)):
             return end
         end = begin + len(stripped)
-        if self.template.ending(stripped.removesuffix(mark)) and not self.messages[number].get("tool_calls"):
-            own = max(begin, self._own(number)[1])  # of several marks, the first one ends the turn
-            return own + self.template.first_special(text[own:end])
+        if self.template.ending(stripped.removesuffix(mark)):
+            if names := names_of_calls(self.messages[number]):
+                at = self.text.rfind(names[-1], begin, end)
+                return self._after_eos(at, end) if at >= 0 else end
+            return self._several_marks(number, max(begin, self._own(number)[1]), end)
         return end
+
+    def _other_mark(self, number: int, own: int, end: int) -> int:
+        """Where a turn ends that another token closes once messages follow it; `end`, where none does."""
+        text = self.text
+        if self.template.ending(text[own:end]):
+            return end
+        after = own + self.template.first_special(text[own:])
+        (mark,) = self.template.split(text[own:after])[-1:] or [""]
+        if self.messages[number].get("tool_calls"):  # what follows a call's name can differ, too
+            return after if after <= self._own(number + 1)[0] else end
+        return after if mark in self.template.specials and not text[end : after - len(mark)].strip() else end
+
+    def _several_marks(self, number: int, own: int, end: int) -> int:
+        """Where a turn ends that several special tokens follow: after those that stay when a question comes next."""
+        first = own + self.template.first_special(self.text[own:end])
+        talk = [*self.messages[: number + 1], {"role": "user", "content": MARKER}]
+        if (followed := self._try(talk)) is None:
+            return first
+        closing = followed[self._own_in(talk, number, followed)[1] :]
+        kept = self.text[own : own + self._common_marks(self.text[own:end], closing)]
+        end = max(first, own + len(kept.rstrip())) if self.template.ending(kept) else first
+        return self._after_eos(own, end)
+
+    def _after_eos(self, begin: int, end: int) -> int:
+        """Where the end-of-text token in a part of the text ends, else `end`: some templates go on with the next header."""
+        eos = self.template.eos
+        at = self.text.find(eos, begin, end) if eos else -1
+        return end if at < 0 else at + len(eos)
 
     def _mark_of_last(self, number: int) -> str:
         """The token that ends the last turn; for the last turn itself, the end-of-text token."""
@@ -126,11 +195,16 @@ class Turns:
 
     def _own_in(self, messages: Sequence[dict[str, Any]], number: int, text: str) -> tuple[int, int]:
         """Where a message's own text is in the text of `messages`, found by another text in its place."""
-        other = self._try(replaced(messages, number, MARKER)) or ""
-        before, marker, after = other.partition(MARKER)
+        before, marker, after = (self._try(replaced(messages, number, MARKER)) or "").partition(MARKER)
+        if names := names_of_calls(messages[number]):
+            first, called, _ = (self._try(_renamed(messages, number, 0)) or "").partition(MARKER)
+            if called and not (marker and self._common_marks(before, text) <= self._common_marks(first, text)):
+                before = first  # the template shows the calls alone, or before the content
+                _, marker, after = (self._try(_renamed(messages, number, len(names) - 1)) or "").partition(MARKER)
+                after = after.replace(MARKER, names[-1])  # results can name the call again
         if not marker:
             raise DataError(f"{self.where}: message {number + 1}: the model's chat template does not show it")
-        begin = common_length(before, text)
+        begin = self._common_marks(before, text)
         return begin, max(begin, len(text) - common_length(after[::-1], text[::-1]))
 
     def _common_marks(self, one: str, other: str) -> int:
@@ -151,6 +225,27 @@ def replaced(messages: Sequence[dict[str, Any]], number: int, content: str) -> l
     """Return the messages, with another content in one of them, and no thoughts beside it."""
     changed = {key: value for key, value in messages[number].items() if key not in THOUGHTS}
     return [*messages[:number], {**changed, "content": content}, *messages[number + 1 :]]
+
+
+def _renamed(messages: Sequence[dict[str, Any]], number: int, index: int) -> list[dict[str, Any]]:
+    """The messages, with another name in one of the tool calls of one of them, and no thoughts beside it."""
+    changed = {key: value for key, value in messages[number].items() if key not in THOUGHTS}
+    calls = list(changed["tool_calls"])
+    call = calls[index]
+    calls[index] = (
+        {**call, "function": {**call["function"], "name": MARKER}} if "function" in call else {**call, "name": MARKER}
+    )
+    return [*messages[:number], {**changed, "tool_calls": calls}, *messages[number + 1 :]]
+
+
+def _joined(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans, those that touch as one."""
+    joined: list[tuple[int, int]] = []
+    for begin, end in spans:
+        if joined and joined[-1][1] == begin:
+            begin, _ = joined.pop()
+        joined.append((begin, end))
+    return joined
 
 
 def common_length(one: Sequence[Any], other: Sequence[Any]) -> int:
