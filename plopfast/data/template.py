@@ -161,6 +161,8 @@ class Template:
             rest = {name: value for name, value in talk.variables.items() if name != "documents"}
             if self.text_or_none(talk.messages, rest) == text:
                 raise DataError(f"{where}: the model's chat template does not show the {len(documents)} documents")
+        if any(m["role"] != ASSISTANT and m.get("content", "").strip() not in text for m in talk.messages):
+            notices.add("the model's chat template changes or drops a text of the system, the user or a tool", where)
         for name in talk.variables.get(KWARGS, ()):
             if name not in self._source:
                 notices.add(f"chat_template_kwargs: the model's chat template does not use {name!r}", where)

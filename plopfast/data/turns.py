@@ -51,7 +51,7 @@ class Turns:
                     f"{self.where}: the chat template marks {len(spans)} generated parts in {len(self.assistants)} assistant "
                     "messages: it does not say which is which"
                 )
-            found = [spans[self.assistants.index(number)] for number in numbers]
+            found = [self._after_prompt(number, *spans[self.assistants.index(number)]) for number in numbers]
         else:
             found = [(begin, self._end(number, begin)) for number in numbers for begin in [self._begin(number)]]
         if any(begin < end for (_, end), (begin, _) in pairwise(found)):
@@ -59,6 +59,12 @@ class Turns:
         for number, span in zip(numbers, found, strict=True):
             self._check_whole(number, *span)
         return [Turn(begin, self._closing(begin, end), end) for begin, end in found]
+
+    def _after_prompt(self, number: int, begin: int, end: int) -> tuple[int, int]:
+        """A marked part without what the prompt at inference holds: some templates mark the turn's header, too."""
+        prompt = self._try(self.messages[:number], generate=True)
+        given = len(prompt) if prompt and self.text.startswith(prompt) else 0
+        return (max(begin, given), end) if given < end else (begin, end)
 
     def _check_whole(self, number: int, begin: int, end: int) -> None:
         """Raises DataError for a turn without its content or its tool calls, or with the next message in it."""
@@ -78,14 +84,14 @@ class Turns:
     def _begin(self, number: int) -> int:
         """Where a turn's learned part begins: where the prompt at inference ends.
 
-        Only the text before the last turn must be the prompt's: templates change earlier turns (they drop thoughts, move
+        Only the text before a turn that ends the row must be the prompt's: templates change earlier turns (they drop thoughts, move
         tools). Those begin as far before the message's own text as they would if they were the last.
         """
         text, before = self.text, self.messages[:number]
         prompt = self._try(before, generate=True)
         if prompt is not None and text.startswith(prompt):
             return len(prompt)
-        if prompt is not None and number == self.assistants[-1]:
+        if prompt is not None and number + 1 == len(self.messages):
             at = common_length(prompt, text)
             raise DataError(
                 f"{self.where}: the prompt at inference is not the beginning of this row's text: after {at} characters, "

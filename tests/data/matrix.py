@@ -212,7 +212,7 @@ def _expected(title: str, name: str, eos: str) -> Expected:
         if prompt is not None and not template.marked:
             if text.startswith(prompt):
                 begin = len(prompt)
-            elif i == answered[-1]:
+            elif i + 1 == len(row.messages):
                 return Expected(text, refused="differ")
         turns.append((begin, end))
         prompts.append(prompt)

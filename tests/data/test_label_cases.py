@@ -317,3 +317,25 @@ def test_a_thought_that_the_template_never_shows_is_said():
     row = {"messages": [say("u", "Q?"), {"role": "assistant", "content": "A", "reasoning_content": "because"}]}
     pf.tokenize([("d.jsonl:1", row)], made("bytes", "chatml"), notices=notices)
     assert "drops thoughts" in notices.lines()[0]
+
+
+def test_a_marked_header_is_the_prompts():
+    tokenizer = copy.deepcopy(made("bytes"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}<|im_start|>assistant\n{{ m['content'] }}<|im_end|>"
+        "{% endgeneration %}{% else %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>{% endif %}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    example = one({"messages": talk("Q?", "A", "Q!", "B")}, tokenizer)
+    assert learned(tokenizer, example) == ["A<|im_end|>", "B<|im_end|>"]
+
+
+def test_a_dropped_system_text_is_said():
+    notices, tokenizer = Notices(), copy.deepcopy(made("bytes", "chatml"))
+    tokenizer.chat_template = (
+        "{% for m in messages if m['role'] != 'system' %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = {"messages": [{"role": "system", "content": "Be brief."}, *talk("Q?", "A")]}
+    pf.tokenize([("d.jsonl:1", row)], tokenizer, notices=notices)
+    assert "drops a text of the system" in notices.lines()[0]
