@@ -9,11 +9,12 @@ from typing import Any
 DEEPEST = 100  # lists and objects within each other; deeper values break programs that walk them
 DEEP = f"lists and objects more than {DEEPEST} deep within each other"
 LONGEST_INTEGER = 1000  # digits; Python itself refuses 4,300
+SHORT = 16  # characters of a text that is kept once: roles and labels come in every row
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJSON:
-    """A parser of JSON texts. It keeps one copy of each key, so that many rows with the same keys take little memory.
+    """A parser of JSON texts. It keeps one copy of each key and of each short text, so that many rows take little memory.
 
     >>> StrictJSON().parse('{"a": 1, "a": 2}')
     ValueError: the key 'a' comes twice in one object
@@ -52,7 +53,7 @@ class StrictJSON:
         return value, end, self._problem
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = {intern(key): item for key, item in pairs}
+        value = {intern(key): intern(item) if type(item) is str and len(item) <= SHORT else item for key, item in pairs}
         if len(value) != len(pairs):
             keys = [key for key, _ in pairs]
             self._problem = f"the key {max(keys, key=keys.count)!r} comes twice in one object"
