@@ -93,18 +93,10 @@ def evaluate(
     With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
     the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
     every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
-    last one is the answer; closing markup is not part of it. `progress` is a bar's
-    label, empty for none. Raises TrainingError for a loss that is not finite.
+    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none. Raises TrainingError for a loss that is not finite.
     """
     began = time.perf_counter()
-    # what is run: every example, and again with each other way in which a choice of several tokens can begin
-    sequences = list(enumerate(examples))
-    for begin in {tuple(choice[:-1]) for choice in choices or []} - {()}:
-        sequences += [
-            (i, Example.after_prompt((*e.tokens[: e.start], *begin, 0), e.start))  # the last token is never read
-            for i, e in enumerate(examples)
-            if e.tokens[e.start : e.start + len(begin)] != begin
-        ]
+    sequences = _sequences(examples, choices or [])
     loss, count = 0.0, 0
     hits, exact = [0] * len(examples), [False] * len(examples)
     ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
@@ -117,11 +109,7 @@ def evaluate(
             parts = (t.split(where.sum(1).tolist()) for t in (losses, logprobs, logits.argmax(-1)))
             for i, row_losses, row_logprobs, row_best in zip(group, *parts, strict=True):
                 index, example = sequences[i]
-                start = example.start
-                first = sum(
-                    max(0, min(end, start) - begin) for begin, end in example.learned
-                )  # labels before the answer
-                labels = example.tokens[start : next(end for _, end in example.learned if end > start)]
+                first, labels = _from_the_answer(example)
                 if i < len(examples):
                     loss += float(row_losses.sum())
                     count += len(row_losses)
@@ -147,6 +135,25 @@ def evaluate(
     accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
     low, high = of_shares(hits, lengths) if metric == "token" else wilson(accuracy, len(examples))
     return Metrics(loss / count, accuracy, low, high, metric, len(examples), count, seconds, right)
+
+
+def _sequences(examples: Sequence[Example], choices: list[list[int]]) -> list[tuple[int, Example]]:
+    """Returns what is run: every example, and again with each other way in which a choice of several tokens can begin."""
+    sequences = list(enumerate(examples))
+    for begin in {tuple(choice[:-1]) for choice in choices} - {()}:
+        sequences += [
+            (i, Example.after_prompt((*e.tokens[: e.start], *begin, 0), e.start))  # the last token is never read
+            for i, e in enumerate(examples)
+            if e.tokens[e.start : e.start + len(begin)] != begin
+        ]
+    return sequences
+
+
+def _from_the_answer(example: Example) -> tuple[int, tuple[int, ...]]:
+    """Returns how many labels come before the answer, and the labels from its beginning to the end of its turn."""
+    start = example.start
+    before = sum(max(0, min(end, start) - begin) for begin, end in example.learned)
+    return before, example.tokens[start : next((end for _, end in example.learned if end > start), start)]
 
 
 def _answer(example: Example) -> tuple[int, ...]:

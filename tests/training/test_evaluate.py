@@ -115,3 +115,36 @@ def test_damaged_weights(llama):
         llama.model.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="NaN or infinite"):
         evaluate(llama, some_examples([(5,)]))
+
+
+def test_the_last_turn_is_the_answer(llama):
+    """Earlier turns count for the loss alone, and so does what closes the answer."""
+    earlier, prompt = (5, 6, 7, 8), (9, 10, 11)
+    best = []
+    for _ in range(2):
+        best.append(int(logprobs(llama, [*earlier, *prompt, *best])[-1].argmax()))
+    tokens = (*earlier, *prompt, *best, 3)
+    right = Example(tokens, ((2, 4), (7, 10)), (7, 9), "yes", "x:1")
+    wrong = Example((*tokens[:8], (best[1] + 1) % 300, 3), ((2, 4), (7, 10)), (7, 9), "no", "x:2")
+    got = evaluate(llama, [right, wrong])
+    assert got.metric == "exact-match" and got.right == [1.0, 0.0] and got.tokens == 10
+    empty = Example((*earlier, *prompt), ((2, 4),), (7, 7), "", "x:3")
+    assert evaluate(llama, [empty]).tokens == 2
+
+
+def test_choices_of_the_last_turn(llama):
+    """A row of two turns is judged by the likelihood of its last answer after all that comes before."""
+    answers = [(20,), (21, 22)]
+    rows = []
+    for i in range(12):
+        prompt = (5, 6, 30 + i, 8, 9, 10)
+        own = answers[i % 2]
+        rows.append(Example((*prompt, *own, 3), ((2, 4), (6, 7 + len(own))), (6, 6 + len(own)), str(own), f"x:{i}"))
+    choices = choices_of(rows)
+    assert sorted(map(tuple, choices)) == answers
+    got = evaluate(llama, rows, choices=choices, batch_tokens=64)
+    want = [
+        float(max(answers, key=lambda a, row=row: likelihood(llama, list(row.tokens[:6]), list(a))) == answers[i % 2])
+        for i, row in enumerate(rows)
+    ]
+    assert got.metric == "choice" and got.right == want
