@@ -194,7 +194,7 @@ def _expected(title: str, name: str, eos: str) -> Expected:
     except jinja2.TemplateError as error:
         return Expected(refused=str(error))
     turns, prompts = [], []
-    answered = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     for i in row.learned():
         marked = render([*messages[:i], {**messages[i], "content": MARK}, *messages[i + 1 :]])
         mark = marked.index(MARK)
