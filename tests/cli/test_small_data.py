@@ -66,6 +66,13 @@ def test_the_only_row_is_not_held_out(model_folder, tmp_path):
     assert said == "1 validation row from the training file, which has no other row, looked at every 30 steps"
 
 
+def test_how_many_validation_rows_are_looked_at(model_folder, split, tmp_path):
+    given = [*split["train"], *FEW, "--max-steps", 2, "--eval-rows", 2, "--eval-every", 1, "--out", tmp_path / "run"]
+    assert plopfast("run", "--model", model_folder, *given) == 0
+    said = read(tmp_path / "run", "training")["validation"]
+    assert said == "2 of 3 validation rows held out from the training file, looked at every step"
+
+
 def test_evaluations_of_earlier_versions_are_still_read():
     old = {"loss": 0.5, "accuracy": 0.75, "metric": "choice", "examples": 4}
     lines = eval_lines({"base": old, "tuned": old})
