@@ -166,7 +166,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
-    own = bool(run.hashes("test")) and run.hashes("test") != run.hashes("valid")
+    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
+    own = bool(test) and test != valid  # a copied file is no test either
     value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
     ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return value
