@@ -18,6 +18,8 @@ from .options import build_parser, settings_of
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command as `plopfast ARGV...` does, and returns its exit code."""
     threads.set_waiting_policy()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # rows may hold what a terminal's or a pipe's encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
     launch = machine.launch()
     if launch.size == 1:
         return _main(argv, launch)

@@ -29,8 +29,10 @@ def read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def read_dataset(source: str, name: str, parts: list[str], split: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a folder or hub id `name`. `parts` is [], [split] or [config, split]; `source` is how a user wrote it.
 
-    Raises DataError where `datasets` is missing, finds nothing, or has no such split.
+    Raises DataError where `datasets` is missing, finds nothing, or has no such config or split.
     """
+    if len(parts) > 2:
+        raise DataError(f"{source}: expected {name}, {name}:SPLIT or {name}:CONFIG:SPLIT")
     datasets = _package("datasets", source)
     wanted = parts[-1] if parts else _ROLES[split]
     found = _load(datasets, source, name, parts[0] if len(parts) == 2 else None)
@@ -50,6 +52,8 @@ def _load(datasets: Any, source: str, name: str, config: str | None) -> Any:
     saved = [Path(name, file) for file in ("dataset_dict.json", "state.json")]
     try:
         if any(file.is_file() for file in saved):
+            if config:
+                raise DataError(f"{source}: a folder of save_to_disk has no configs; leave out {config}:")
             return datasets.load_from_disk(name)
         builder = datasets.load_dataset_builder(name, config)
         if builder.name not in _PLAIN:

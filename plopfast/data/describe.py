@@ -1,11 +1,12 @@
 """What a training will learn, shown before it begins: rows, lengths, learned tokens, what is left out, and one whole row."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import quantiles
 from typing import Any
 
-from ..support.errors import DataError
+from ..support.errors import ConfigError, DataError
 from ..support.tables import Column, Table
 from .example import Example
 from .labels import tokenize
@@ -16,6 +17,9 @@ from .rows import Row, Rows
 PERCENTILES = (50, 95)
 BINS = 20  # of the picture of lengths
 SHOWN_CHARACTERS = 2000  # of the row that is shown
+SHOWN_PARTS = 8  # at its beginning, and at its end
+# control characters but tabs and line breaks, and those that turn the direction of writing
+_STEERS = re.compile(r"[^\t\n -~\u00a0-\u200d\u2010-\u2027\u202f-\u2065\u206a-\U0010ffff]")
 ON, OFF = "\033[1;32m", "\033[0m"  # green, for what is learned
 
 
@@ -82,10 +86,14 @@ def describe_data(
     """Describe what a model with this tokenizer would learn of the rows: nothing is trained, and no model is needed.
 
     `splits` maps the name of a split to what `read_rows` or `read_jsonl` returned; the other options are those of
-    `tokenize`. Raises DataError as `tokenize` does, unless `bad_rows` is "skip".
+    `tokenize`. Raises DataError as `tokenize` does, unless `bad_rows` is "skip"; ConfigError for impossible arguments.
 
         print(pf.describe_data({"train": pf.read_rows("train.jsonl")}, tokenizer))
     """
+    if not isinstance(splits, Mapping) or not splits or any(isinstance(rows, str) for rows in splits.values()):
+        raise ConfigError(f'splits: expected rows by their split, {{"train": pf.read_rows(...)}}, got {splits!r:.60}')
+    if bad_rows not in ("error", "skip"):
+        raise ConfigError(f"bad_rows: expected error or skip, got {bad_rows!r}")
     facts, told = [], set[str]()
     for name, given in splits.items():
         rows = given.rows if isinstance(given, Rows) else given
@@ -158,12 +166,18 @@ def parts_of(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
 
 
 def marked(parts: Sequence[tuple[str, bool]], color: bool = False) -> str:
-    """Return a row's parts as text, with marks around what is learned. The middle of a long text is left out."""
+    """Return a row's parts as text, with marks around what is learned. The middle of a long text is left out.
+
+    Characters that would steer the terminal are shown as Python writes them, such as \\x1b.
+    """
     on, off = (ON, OFF) if color else ("[[", "]]")
+    if (more := len(parts) - 2 * SHOWN_PARTS) > 0:
+        parts = [*parts[:SHOWN_PARTS], (f" ... {more:,} parts ... ", False), *parts[-SHOWN_PARTS:]]
     room = max(200, SHOWN_CHARACTERS // max(1, len(parts)))
     shown = []
     for text, learned in parts:
         if len(text) > room:
             text = f"{text[: room // 2]} ... {len(text) - room:,} characters ... {text[-room // 2 :]}"
+        text = _STEERS.sub(lambda found: repr(found[0])[1:-1], text)
         shown.append(f"{on}{text}{off}" if learned else text)
     return "".join(shown)

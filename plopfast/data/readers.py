@@ -106,6 +106,11 @@ def read_table(path: Path, json: StrictJSON, bad: Bad, delimiter: str = ",") -> 
                 continue
             if not header:
                 header = [sys.intern(cell.strip()) for cell in cells]
+                if len(header) == 1 and (other := set(header[0]) & {*",;\t|"} - {delimiter}):
+                    raise DataError(
+                        f"{where}: the header is one column, {header[0]!r}: cells are separated by "
+                        f"{'tabs' if delimiter == chr(9) else 'commas'} in a {path.suffix} file, not by {other.pop()!r}"
+                    )
                 if twice := [name for name in header if header.count(name) > 1]:
                     raise DataError(f"{where}: the header names {twice[0]!r} twice; it has {header}")
             elif len(cells) != len(header):
@@ -113,9 +118,10 @@ def read_table(path: Path, json: StrictJSON, bad: Bad, delimiter: str = ",") -> 
             else:
                 yield where, dict(zip(header, cells, strict=True))
     except csv.Error as error:
-        raise DataError(
-            f'{path}:{begin}: not valid CSV ({error}); a cell that holds quotes is "quoted ""so"""'
-        ) from None
+        why = f'not valid CSV ({error}); a cell that holds quotes is "quoted ""so"""'
+        if str(error).startswith("new-line character"):
+            why = "a carriage return without a line feed outside of quotes; save the file with usual line ends"
+        raise DataError(f"{path}:{begin}: {why}") from None
     finally:
         csv.field_size_limit(limit)
 

@@ -37,6 +37,7 @@ class Rows:
 
     rows: list[Row] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # why rows were left out, each with its place
+    read: int = 0  # rows that the sources hold, the bad ones too; a part has the number of the whole
     _shapes: Counter[tuple[str, ...]] = field(default_factory=Counter)  # rows by their kind and columns
 
     def add(self, row: Row, kind: str) -> None:
@@ -63,7 +64,7 @@ class Rows:
 
     def part(self, rows: Sequence[Row]) -> "Rows":
         """Return some of the rows, counted anew; the bad ones stay behind."""
-        part = Rows()
+        part = Rows(read=self.read)
         for row in rows:
             kind = format_of(row[1])
             assert kind  # they were read
@@ -75,11 +76,11 @@ class Rows:
         kinds = [NAMES[kind] + (f" ({n:,})" if len(self.formats) > 1 else "") for kind, n in self.formats.most_common()]
         lines = [f"{len(self.rows):,} row{'s' * (len(self.rows) != 1)}: {', '.join(kinds)}"]
         if self.unused:
-            names = ", ".join(f"{name!r} ({count:,} rows)" for name, count in sorted(self.unused.items()))
+            counts = sorted(self.unused.items())
+            names = ", ".join(f"{name!r} ({count:,} row{'s' * (count != 1)})" for name, count in counts)
             lines.append(f"columns that are not used: {names}")
         if self.bad:
-            whole = len(self.rows) + len(self.bad)
-            lines.append(f"{len(self.bad):,} of {whole:,} rows are bad and left out: {'; '.join(self.bad[:SHOWN])}")
+            lines.append(f"{len(self.bad):,} of {self.read:,} rows are bad and left out: {'; '.join(self.bad[:SHOWN])}")
         return lines
 
 
@@ -98,11 +99,14 @@ def read_rows(
         rows = pf.read_rows(["a.jsonl", "b.csv"], columns="prompt=question,completion=answer").rows
 
     Raises DataError with the file and line for a missing file, for one without a good row, for a bad row unless these are
-    skipped; ConfigError for impossible `columns` or `bad_rows`.
+    skipped, and for no source at all; ConfigError for impossible `columns`, `bad_rows` or `split`.
     """
-    if bad_rows not in ("error", "skip"):
-        raise ConfigError(f"bad_rows: expected error or skip, got {bad_rows!r}")
+    for option, value, known in ("bad_rows", bad_rows, ("error", "skip")), ("split", split, tuple(DEMO)):
+        if value not in known:
+            raise ConfigError(f"{option}: expected {', '.join(known[:-1])} or {known[-1]}, got {value!r}")
     names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
+    if not names:
+        raise DataError("sources: expected the name of a file or several, got none")
     return _collect(
         [(name, partial(read_source, name, split)) for name in names], Renaming(columns), bad_rows == "skip"
     )
@@ -126,6 +130,7 @@ def _collect(readers: list[Reader], renaming: Renaming, skip: bool) -> Rows:
 
     with _no_collection():
         _fill(found, readers, renaming, json, bad)
+    found.read = len(found.rows) + len(found.bad)
     return found
 
 

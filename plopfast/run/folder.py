@@ -144,7 +144,9 @@ class Run:
     def examples(self, split: str) -> list[Example]:
         """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
         if split not in self._examples:
-            if split != "unlabeled":
+            if split == "test" and self.rows("test") is self.rows("valid"):  # there are no others
+                self._examples[split] = self.examples("valid")
+            elif split != "unlabeled":
                 self._examples[split] = self._tokenized(split, self.rows(split))
             elif self.config.unlabeled:
                 limits = [n for n in (self.config.max_length, self._tokenizer[1]) if n]
@@ -165,7 +167,9 @@ class Run:
         )  # fmt: skip
         lines = [*left_out(skipped, len(rows)), *notices.lines(self._told)]
         if not examples:
-            raise DataError(f"{split}: no row can be used; {'; '.join(lines)}")
+            held_out = split == "valid" and split not in sources_of(config)
+            remedy = "; they were held out from the training rows: give --valid FILE" if held_out else ""
+            raise DataError(f"{split}: no row can be used; {'; '.join(lines)}{remedy}")
         if split not in self.notes:
             self._say_of(split, lines)
         if not roles:
@@ -183,6 +187,8 @@ class Run:
             if split != "test" or self.rows("test") is not self.rows("valid"):
                 examples = self.examples(split)
                 found.append(facts_of(split, examples, self.tokenizer, [*self.read(split).lines(), *self.notes[split]]))
+        if self.config.unlabeled:
+            found.append(facts_of("unlabeled", self.examples("unlabeled"), self.tokenizer))
         return DataFacts(found, self.overlap)
 
     def sample(self, seed: int | None = None) -> list[Example]:
@@ -272,6 +278,16 @@ class Run:
         kept = {name: value for name, value in load_settings(path).items() if name not in FREE}
         now = dataclasses.asdict(self.config)
         check_same(kept, {name: now[name] for name in kept}, path)  # an older folder may know fewer settings
+        self._check_same_files(path)
+
+    def _check_same_files(self, path: Path) -> None:
+        """Rows of a folder or of the hub are not compared: they would have to be read."""
+        sources, was, now = sources_of(self.config), {}, {}
+        for split, kept in files.read_json(path, "plopfast run").get("data", {}).items():
+            if split in sources and all(Path(name).is_file() for name in sources[split]):
+                was[f"the {split} file"] = [one["sha256"] for one in (kept if isinstance(kept, list) else [kept])]
+                now[f"the {split} file"] = [one["sha256"] for one in self.hashes(split)]
+        check_same(was, now, path)
 
 
 def resolve(config: RunConfig) -> RunConfig:

@@ -32,8 +32,8 @@ def read_splits(config: RunConfig, say: Callable[[str], None]) -> tuple[dict[str
     """The rows of "train", "valid" and "test", as the settings ask for them, and what they share, in a line each.
 
     Without rows of its own, the validation split is every 20th training row (held out from training), and the test split
-    is the validation split. `say` is told what was read, before rows are held out. Raises DataError for rows that cannot be read, and where test rows are training rows too
-    unless `allow_overlap`.
+    is the validation split. `say` is told what was read, before rows are held out. Raises DataError for rows that cannot
+    be read, and where test rows are training rows too unless `allow_overlap`.
     """
     splits = {}
     for split, sources in sources_of(config).items():

@@ -125,8 +125,9 @@ def _about_validation(run: Run, trainer: Trainer) -> str:
     where = "" if "valid" in sources_of(run.config) else " held out from the training file"
     if where and run.rows("valid")[0] is run.rows("train")[0]:
         where = " from the training file, which has no other row"
-    rows = f"{len(trainer.valid)} validation row{'s' * (len(trainer.valid) != 1)}"
-    return f"{rows}{where}, looked at every {trainer.plan.eval_every} steps"
+    seen, whole, every = len(trainer.valid), len(run.examples("valid")), trainer.plan.eval_every
+    rows = f"{seen} {f'of {whole:,} ' if seen < whole else ''}validation row{'s' * (whole != 1)}"
+    return f"{rows}{where}, looked at every {f'{every} steps' if every > 1 else 'step'}"
 
 
 def _save_model(run: Run, target: Path) -> None:
@@ -165,7 +166,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
-    own = bool(run.hashes("test")) and run.hashes("test") != run.hashes("valid")
+    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
+    own = bool(test) and test != valid  # a copied file is no test either
     value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
     ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return value

@@ -115,8 +115,8 @@ class Plan:
         facts = self.facts()
         text = ""
         if facts["unlabeled_rows"]:
-            when = "mixed in" if self.config.unlabeled_share else f"first, in {self.first_stage} steps"
-            text = f"; {facts['unlabeled_rows']:,} rows of text, {facts['unlabeled_tokens']:,} tokens, {when}"
+            when = "mixed in" if self.config.unlabeled_share else f"first, in {_some(self.first_stage, 'step')}"
+            text = f"; {_some(facts['unlabeled_rows'], 'row')} of text, {facts['unlabeled_tokens']:,} tokens, {when}"
         little = "; chosen for little data, --epochs and --batch-rows choose otherwise" if self.little else ""
         return (
             f"{_some(facts['rows'], 'row')}, {facts['row_tokens']:,} tokens ({facts['learned_share']:.0%} learned): "

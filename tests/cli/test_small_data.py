@@ -1,6 +1,7 @@
 """Little data on the command line: how long training takes, what validates, and what a figure is of."""
 
 import json
+from pathlib import Path
 
 import pytest
 from helpers import plopfast
@@ -48,9 +49,11 @@ def test_test_rows_are_named_too(base, split, tmp_path, capsys):
     assert read(out, "eval")["rows"] == "test"
     assert printed.out.count("40 test rows)") == 2 and "also chose" not in printed.out
     assert "8 validation rows, looked at every 2 steps" in printed.err
-    again = [*base, *split["test"][:1], split["valid"][1], "--out", tmp_path / "again"]
+    copied = tmp_path / "copied.jsonl"
+    copied.write_bytes(Path(split["valid"][1]).read_bytes())
+    again = [*base, "--test", copied, "--out", tmp_path / "again"]
     assert plopfast("run", *again) == 0
-    assert read(tmp_path / "again", "eval")["rows"] == "validation", "the same file is no test"
+    assert read(tmp_path / "again", "eval")["rows"] == "validation", "a copy of the validation file is no test"
     (out / "eval.json").unlink()
     assert plopfast("eval", "--out", out) == 0
     line = capsys.readouterr().out.splitlines()[-1]
@@ -64,6 +67,13 @@ def test_the_only_row_is_not_held_out(model_folder, tmp_path):
     assert plopfast("run", *given) == 0
     said = read(tmp_path / "run", "training")["validation"]
     assert said == "1 validation row from the training file, which has no other row, looked at every 30 steps"
+
+
+def test_how_many_validation_rows_are_looked_at(model_folder, split, tmp_path):
+    given = [*split["train"], *FEW, "--max-steps", 2, "--eval-rows", 2, "--eval-every", 1, "--out", tmp_path / "run"]
+    assert plopfast("run", "--model", model_folder, *given) == 0
+    said = read(tmp_path / "run", "training")["validation"]
+    assert said == "2 of 3 validation rows held out from the training file, looked at every step"
 
 
 def test_evaluations_of_earlier_versions_are_still_read():

@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from helpers import QUICK, plopfast
@@ -10,7 +13,7 @@ from small_tokenizers import MADE
 
 import plopfast as pf
 from plopfast.data.describe import OFF, ON, marked, parts_of
-from plopfast.support.errors import DataError
+from plopfast.support.errors import ConfigError, DataError
 
 PAIRS = [(f"d.jsonl:{i}", {"prompt": "a dog " * i, "completion": "animal"}) for i in range(1, 41)]
 
@@ -57,6 +60,37 @@ def test_a_long_row_is_shown_without_its_middle():
     assert "4,000 characters" in shown and shown.endswith("[[bbbbbbbbbb]]") and len(shown) < 1100
 
 
+def test_a_row_of_many_turns_is_shown_without_its_middle():
+    shown = marked([(f"<{i}>", False) for i in range(100)])
+    assert shown.startswith("<0><1>") and "<7> ... 84 parts ... <92>" in shown and shown.endswith("<98><99>")
+
+
+@pytest.mark.parametrize("color", [True, False])
+def test_a_row_cannot_steer_the_terminal(color):
+    odd = "\x1b[31m\x9b1m\x07\b\r\x00\x7f\u202e\u2066\u2028"
+    plain = "a\tb\n\u00e9 \u6570\u200d\U0001f600\\x1b"
+    shown = marked([(plain + odd, False), (odd, True)], color)
+    assert shown.startswith(plain) and shown.count("\\x1b[31m\\x9b1m\\x07\\x08\\r\\x00\\x7f\\u202e\\u2066\\u2028") == 2
+    assert not set(shown.replace(ON, "").replace(OFF, "")) & (set(odd) - set("[31m"))
+
+
+@pytest.mark.parametrize("splits", [{}, PAIRS, pf.read_rows, "d.jsonl", {"train": "d.jsonl"}], ids=repr)
+def test_what_are_no_splits(tokenizer, splits):
+    with pytest.raises(ConfigError, match=r"splits: expected rows by their split, \{.train.: pf\.read_rows"):
+        pf.describe_data(splits, tokenizer)
+
+
+def test_an_unknown_way_with_bad_rows(tokenizer):
+    with pytest.raises(ConfigError, match="bad_rows: expected error or skip, got 'skp'"):
+        pf.describe_data({"train": PAIRS}, tokenizer, bad_rows="skp")
+
+
+def test_rows_of_no_kind_are_left_out_of_the_overlap_too(tokenizer):
+    odd = [("t:1", {"question": "a"})]
+    facts = pf.describe_data({"train": [*PAIRS, *odd], "test": [*PAIRS[:1], *odd]}, tokenizer, bad_rows="skip")
+    assert [split.rows for split in facts.splits] == [40, 1] and "of 2 test rows, 1 are train rows too" in str(facts)
+
+
 def test_what_is_noticed_is_said_once(tokenizer):
     rows = {"train": [*PAIRS[:3], ("t:9", {"text": ""})], "test": PAIRS[2:4]}
     with pytest.raises(DataError, match=r"^t:9: only 1 token"):
@@ -88,6 +122,23 @@ def test_the_command_and_the_run_show_it(model_folder, data, tmp_path, capsys, m
     assert said.index("[[") < said.index("loading"), "before the model is loaded"
     assert json.loads((tmp_path / "whole" / "data.json").read_text()) == kept
     assert "What was learned from" in (tmp_path / "whole" / "report.html").read_text()
+
+
+def test_text_without_labels_is_shown_too(model_folder, data, tmp_path, capsys):
+    text = tmp_path / "u.txt"
+    text.write_text("A dog. " * 100)
+    assert plopfast("data", "--model", model_folder, *data, "--unlabeled", text, "--max-length", 100) == 0
+    assert re.search(r"unlabeled +\d+ +\d+ +\d\d\.\d%", capsys.readouterr().out)
+    assert plopfast("data", "--model", model_folder, *data, "--unlabeled", tmp_path / "no.txt") == 2
+    assert "no.txt: no such data file" in capsys.readouterr().err
+
+
+def test_a_character_that_the_output_lacks(model_folder, tmp_path):
+    path = tmp_path / "d\u00e9.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n')
+    command = [sys.executable, "-m", "plopfast", "data", "--model", str(model_folder), "--train", str(path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True)
+    assert done.returncode == 0 and "d\\xe9.jsonl:1 ([[...]] is learned):" in done.stdout
 
 
 def test_rows_that_cannot_be_used_stop_a_run_before_the_model_is_loaded(model_folder, tmp_path, capsys):

@@ -130,6 +130,12 @@ def test_bad_rows_of_an_array_can_be_skipped(tmp_path):
         (["a dog,animal", "a cat,animal"], r":2: expected a row like .* got the keys \['a dog', 'animal'\]"),
         ([b"prompt,completion", b"\xe9,b"], ":2: not UTF-8"),
         (["prompt,completion"], ": no rows"),
+        (
+            ["prompt;completion", "a;b"],
+            ":1: the header is one column, 'prompt;completion': cells are .* by commas in a .csv file, not by ';'",
+        ),
+        (["prompt\tcompletion", "a\tb"], r":1: the header is one column, .* not by '\\t'"),
+        ([b"prompt,completion\ra,b\r"], ":1: a carriage return without a line feed"),
         (["messages", "no json"], ":2: messages: expected a list"),
     ],
     ids=str,
@@ -194,6 +200,10 @@ def test_folders_of_datasets(tmp_path):
         read(folder, split="test")
     with pytest.raises(DataError, match="without splits; leave out :train"):
         read(f"{tmp_path / 'one'}:train")
+    with pytest.raises(DataError, match="dict:en:train: a folder of save_to_disk has no configs; leave out en:"):
+        read(f"{folder}:en:train")
+    with pytest.raises(DataError, match="dict:a:b:train: expected .*dict, .*dict:SPLIT or .*dict:CONFIG:SPLIT"):
+        read(f"{folder}:a:b:train")
 
 
 def test_a_folder_of_data_files(tmp_path, monkeypatch):
@@ -267,7 +277,7 @@ def test_several_files_with_renamed_columns(tmp_path):
     assert [row["prompt"] for _, row in rows.rows] == ["1", "3", "5"]
     assert rows.formats == {"pair": 3} and rows.unused == {"id": 1, "source": 1}
     assert rows.lines() == [
-        "3 rows: prompt and completion as text", "columns that are not used: 'id' (1 rows), 'source' (1 rows)"
+        "3 rows: prompt and completion as text", "columns that are not used: 'id' (1 row), 'source' (1 row)"
     ]  # fmt: skip
     with pytest.raises(DataError, match=r"a\.jsonl:1: no column 'question'"):
         pf.read_rows([one, two], columns="prompt=question,completion=a")
@@ -285,6 +295,10 @@ def test_bad_rows_are_counted_with_the_first_reasons(tmp_path):
         pf.read_rows([path, write(tmp_path / "bad.jsonl", "{", "{")], bad_rows="skip")
     with pytest.raises(ConfigError, match="bad_rows: expected error or skip, got 'drop'"):
         pf.read_rows(path, bad_rows="drop")
+    with pytest.raises(ConfigError, match="split: expected train, valid or test, got 'validation'"):
+        pf.read_rows(path, split="validation")
+    with pytest.raises(DataError, match="sources: expected the name of a file or several, got none"):
+        pf.read_rows([])
 
 
 def test_part_counts_anew(tmp_path):

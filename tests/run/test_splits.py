@@ -103,6 +103,42 @@ def test_columns_bad_rows_and_what_is_said(tmp_path):
     assert len(said) == 3, "once"
 
 
+def test_bad_rows_are_counted_of_all_rows_although_some_are_held_out(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a"}\n' * 39 + "{\n")
+    run = opened(tmp_path, train=str(path), bad_rows="skip")
+    assert run.read("train").lines()[1].startswith("1 of 40 rows are bad") and len(run.rows("train")) == 37
+
+
+def test_held_out_rows_that_cannot_be_used(tmp_path, model_folder):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n' + '{"text": "a dog"}\n' * 9)
+    run = opened(tmp_path, train=str(path), bad_rows="skip", model=str(model_folder))
+    assert len(run.examples("train")) == 9
+    with pytest.raises(DataError, match=r"^valid: no row can be used; 1 of 1 .* held out .*: give --valid FILE$"):
+        run.examples("valid")
+
+
+def test_nothing_is_said_of_a_test_split_that_is_not_there(tmp_path, model_folder):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": ""}\n' + '{"text": "a dog"}\n' * 29)
+    said = []
+    run = opened(tmp_path, said, train=str(path), bad_rows="skip", model=str(model_folder))
+    assert run.examples("test") is run.examples("valid")
+    assert [line[:8] for line in said if "cannot be used" in line] == ["valid: 1"]
+
+
+def test_a_run_does_not_go_on_with_rows_that_changed(tmp_path, made):
+    train, valid = (made("a.jsonl", "1"), made("b.jsonl", "2")), made("v.jsonl", "3")
+    opened(tmp_path, train=train, valid=valid).write_config()
+    Run(tmp_path / "run", RunConfig(train=train, valid=valid), resume=True)
+    made("b.jsonl", "4")
+    with pytest.raises(
+        ConfigError, match="config.json: cannot go on, because it began with other inputs: the train file"
+    ):
+        Run(tmp_path / "run", RunConfig(train=train, valid=valid), resume=True)
+
+
 def test_test_rows_that_are_training_rows_are_refused(tmp_path, made):
     given = {"train": made("a.jsonl", "1", "2", "3"), "valid": made("v.jsonl", "4"), "test": made("t.jsonl", "9", "2")}
     with pytest.raises(

@@ -143,4 +143,5 @@ def test_the_plan_in_a_line():
     assert facts["learned_share"] == pytest.approx(3 * 57 / tokens) and facts["eval_every"] == 8
     text = [Example.after_prompt(range(3, 103), 1) for _ in range(16)]
     assert "; 16 rows of text, 1,600 tokens, first, in 2 steps" in str(Plan(rows(57), text, TrainConfig()))
+    assert "; 1 row of text, 100 tokens, first, in 1 step" in str(Plan(rows(57), text[:1], TrainConfig()))
     assert "1,600 tokens, mixed in" in str(Plan(rows(57), text, TrainConfig(unlabeled_share=0.5)))
