@@ -28,10 +28,14 @@ ALPACA = (
 
 @dataclass(slots=True)
 class Conversation:
-    """The messages of a row and the template's variables. `may_learn` says of each message whether it can be learned."""
+    """The messages of a row and the template's variables.
+
+    `may_learn` says of each message whether it is learned as an answer, `muted` whether its weight is 0.
+    """
 
     messages: list[dict[str, Any]]
     may_learn: list[bool]
+    muted: list[bool]
     variables: dict[str, Any]
 
 
@@ -54,13 +58,14 @@ def conversation_of(where: str, row: dict[str, Any], kind: str, notices: Notices
         notices.add(
             "Alpaca's instruction and input are a user's message in the model's chat template", where, once=True
         )
-    messages, may_learn = [], []
+    messages, may_learn, muted = [], [], []
     for number, message in enumerate(given):
         place = f"{where}: message {number + 1} ({message['role']})"
         messages.append(_message(place, message))
         learned = message["role"] == ASSISTANT and number >= asked
-        may_learn.append(learned and _weight(place, message) != 0)
-    return Conversation(messages, may_learn, _variables(where, row))
+        muted.append(_weight(place, message) == 0)
+        may_learn.append(learned and not muted[-1])
+    return Conversation(messages, may_learn, muted, _variables(where, row))
 
 
 def alpaca_prompt(where: str, row: dict[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 BEFORE = ("\n", "a", ".", "0", "|", "é")  # texts that a text is put after, to tokenise it as it follows another one
+PROBE = "".join(map(chr, range(33, 127))) + "é中😀"  # what a tokenizer for any text keeps
 
 
 class Encoder:
@@ -23,6 +24,7 @@ class Encoder:
         # SentencePiece's kind puts a blank before a text, but not in the middle of one
         self._alone = any(self.encode([before + "x"])[0] == self.encode([before])[0] + bare for before in BEFORE)
         self._same: dict[Any, Any] = {}
+        self.lossy = not self.keeps(PROBE, self.encode([PROBE])[0])
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of texts, each as the beginning of a row, without special tokens added."""
@@ -47,6 +49,11 @@ class Encoder:
                 if tokens[: len(head)] == head:
                     found[i] = tokens[len(head) :]
         return [found.get(i) for i in range(len(texts))]
+
+    def keeps(self, text: str, tokens: Sequence[int]) -> bool:
+        """Return whether tokens hold all characters of a text, apart from white space."""
+        kept = self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        return "".join(kept.split()) == "".join(text.split())
 
     def shared(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """Return the tokens with one object for each number: 200,000 rows would hold millions of equal ones."""

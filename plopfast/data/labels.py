@@ -13,14 +13,14 @@ from ..support.errors import ConfigError, DataError
 from .conversation import alpaca_prompt, conversation_of
 from .encoding import Encoder
 from .example import Example, Span
+from .lengths import LONG, Limit, merged
 from .notices import Notices
-from .rows import FORMATS, format_of
+from .rows import FORMATS, Row, Rows, format_of
 from .template import Rendered, Template
 from .turns import common_length
 
 ROWS = 1024  # tokenised at once
 LEARN = ("assistant", "last", "all")
-LONG = ("error", "skip", "cut")
 AS_WRITTEN = (
     "a prompt and completion of plain text are learned as they are written, although the model has a chat template; to use "
     'it, give them as messages: {"prompt": [{"role": "user", "content": ...}], "completion": [{"role": "assistant", ...}]}'
@@ -49,7 +49,7 @@ class Draft:
 
 
 def tokenize(
-    rows: Sequence[tuple[str, dict[str, Any]]],
+    rows: Rows | Sequence[Row],
     tokenizer: Any,
     max_length: int | None = None,
     roles: bool = False,
@@ -59,7 +59,7 @@ def tokenize(
     skipped: list[str] | None = None,
     notices: Notices | None = None,
 ) -> list[Example]:
-    """Turn rows, as `read_jsonl` returns them, into one Example each.
+    """Turn rows, as `read_rows` or `read_jsonl` returns them, into one Example each.
 
     The model learns the assistant's messages with their end-of-turn tokens (`learn` "assistant"), only the last of them
     ("last"), or everything ("all"); of a prompt with a completion the completion, and all of a plain text. A row that is
@@ -77,7 +77,9 @@ def tokenize(
     for name, value, known in ("learn", learn, LEARN), ("long", long, LONG):
         if value not in known:
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    maker = _Maker(tokenizer, max_length, roles, learn, long, skipped, Notices() if notices is None else notices)
+    rows = rows.rows if isinstance(rows, Rows) else rows
+    limit = Limit(max_length, long, tokenizer.bos_token_id, learn == "all")
+    maker = _Maker(tokenizer, limit, roles, learn, skipped, Notices() if notices is None else notices)
     return [example for begin in range(0, len(rows), ROWS) for example in maker.examples(rows[begin : begin + ROWS])]
 
 
@@ -86,10 +88,9 @@ class _Maker:
     """Makes examples of rows, a batch at a time; the options are `tokenize`'s."""
 
     tokenizer: Any
-    max_length: int | None
+    limit: Limit
     with_roles: bool
     learn: str
-    long: str
     skipped: list[str] | None
     notices: Notices
     encoder: Encoder = field(init=False)
@@ -151,7 +152,25 @@ class _Maker:
             draft.tokens.append(found)
 
     def _example(self, draft: Draft) -> Example | None:
-        return self._fitting(self._whole(draft))
+        example = self._whole(draft)
+        if len(example.tokens) < 2:
+            raise DataError(f"{draft.where}: only {len(example.tokens)} token; there is nothing to learn from it")
+        if not example.label_tokens:
+            raise DataError(f"{draft.where}: no token of this row is learned")
+        self._note(draft, example)
+        return self.limit.apply(example, self.notices)
+
+    def _note(self, draft: Draft, example: Example) -> None:
+        """Notes what a user may not expect of a row that can be learned."""
+        if example.answer and example.answer[0] == example.answer[1]:
+            self.notices.add("the answer is empty: only its end is learned", draft.where)
+        if not (draft.templated or self.encoder.end):
+            self.notices.add(
+                "the tokenizer has no end-of-text token, so the model does not learn to stop", draft.where, once=True
+            )
+        text, tokens = "".join(piece.text for piece in draft.pieces), [t for added in draft.tokens for t in added or ()]
+        if self.encoder.lossy and not self.encoder.keeps(text, tokens):
+            self.notices.add("the tokenizer does not hold all of the row's characters", draft.where)
 
     def _whole(self, draft: Draft) -> Example:
         """The example of a draft, however long it is."""
@@ -181,7 +200,7 @@ class _Maker:
         roles = self._roles(draft) if draft.roles else None
         same = self.encoder.same
         return Example(
-            self.encoder.shared(tokens), same(_merged(spans)), same(answer), same(draft.completion), draft.where, roles
+            self.encoder.shared(tokens), same(merged(spans)), same(answer), same(draft.completion), draft.where, roles
         )
 
     def _roles(self, draft: Draft) -> tuple[str, ...]:
@@ -202,57 +221,6 @@ class _Maker:
             if border == end:
                 border, role = next(borders)
         return tuple(roles)
-
-    def _fitting(self, example: Example) -> Example | None:
-        """The row, cut where it is too long and may be. Raises DataError where it has nothing to learn, or is too long."""
-        count, limit = len(example.tokens), self.max_length
-        if count < 2:
-            raise DataError(f"{example.where}: only {count} token; there is nothing to learn from it")
-        if not example.label_tokens:
-            raise DataError(f"{example.where}: no token of this row is learned")
-        if limit is None or count <= limit:
-            return example
-        if self.long == "skip":
-            self.notices.add(f"longer than {limit} tokens, so left out (--long skip)", example.where)
-            return None
-        if self.long == "cut":
-            return self._cut(example, limit)
-        part = "prompt" if example.start >= limit else "row"
-        raise DataError(
-            f"{example.where}: the {part} has {count} tokens, the limit is {limit}: shorten or split it, or choose "
-            "--long skip or cut"
-        )
-
-    def _cut(self, example: Example, limit: int) -> Example:
-        """The row without the first tokens of its prompt; plain text without its last ones."""
-        if not example.has_prompt:
-            self.notices.add(f"cut to the first {limit} tokens (--long cut)", example.where)
-            return example.truncated(limit)
-        keep = int(example.tokens[0] == self.tokenizer.bos_token_id)
-        less = len(example.tokens) - limit
-        last = (
-            len(example.tokens) - example.start
-        )  # the last turn must stay whole, after a token of its prompt at least
-        if limit < keep + 1 + last and self.learn != "all":
-            raise DataError(
-                f"{example.where}: the part to learn has {last} tokens, the limit is {limit}: it cannot be cut"
-            )
-        spans = [(begin - less, end - less) for begin, end in example.learned]
-        if self.learn == "all":
-            spans = [(max(begin, keep), end) for begin, end in spans]
-        kept = [(begin, end) for begin, end in spans if keep <= begin < end]
-        self.notices.add(f"cut to {limit} tokens, from the left of the prompt (--long cut)", example.where)
-        if len(kept) < len(spans):
-            self.notices.add("earlier turns were cut off, so they are not learned", example.where)
-        tokens, roles, answer = example.tokens, example.roles, example.answer
-        return Example(
-            (*tokens[:keep], *tokens[keep + less :]),
-            _merged(kept),
-            answer and (max(answer[0] - less, keep), max(answer[1] - less, keep)),
-            example.completion,
-            example.where,
-            roles and (*roles[:keep], *roles[keep + less :]),
-        )
 
 
 def _tried(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -277,15 +245,3 @@ def _pieces(found: Rendered) -> list[Piece]:
     if at < len(found.text):
         pieces.append(Piece(found.text[at:], False))
     return pieces
-
-
-def _merged(spans: Sequence[Span]) -> tuple[Span, ...]:
-    """Spans without empty ones, those that touch joined. Nothing comes before the first token, so it is never learned."""
-    merged: list[Span] = []
-    for begin, end in spans:
-        begin = max(begin, 1)
-        if merged and begin <= merged[-1][1]:
-            begin = merged.pop()[0]
-        if begin < end:
-            merged.append((begin, end))
-    return tuple(merged)

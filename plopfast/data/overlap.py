@@ -7,13 +7,11 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..support.errors import DataError
+from .conversation import ASSISTANT, VARIABLES, conversation_of
 from .formats import USES, format_of
+from .notices import Notices
 from .rows import Row
-
-_ANSWERS = {
-    "messages": ("messages", "role", ("assistant",)),
-    "sharegpt": ("conversations", "from", ("gpt", "assistant")),
-}
 
 
 @dataclass(frozen=True)
@@ -76,29 +74,29 @@ def _shared(
 
 def _row(row: dict[str, Any]) -> Hashable:
     kind = format_of(row)
-    if kind is None:  # a row that was not read from a file, and is refused as it is tokenised
-        return None
     if kind in ("pair", "text"):
         return tuple(row[name] for name in sorted(USES[kind]))
-    return _text({name: row[name] for name in USES[kind] & row.keys()})
+    messages = _messages(row, kind)
+    return None if not messages else _text([messages, {name: row[name] for name in VARIABLES if row.get(name)}])
 
 
 def prompt_of(row: dict[str, Any]) -> Hashable:
     """What the model is given before the last answer, as something to compare. None where there is nothing, as in text."""
     kind = format_of(row)
-    if kind == "pair":
-        return row["prompt"] or None
-    if kind == "chat":
-        return _text(row["prompt"])
-    if kind == "alpaca":
-        parts = [row.get(name) for name in ("system", "history", "instruction", "input")]
-        return _text(parts) if any(parts) else None
-    if kind not in _ANSWERS:
-        return None
-    column, key, roles = _ANSWERS[kind]
-    answers = [index for index, message in enumerate(row[column]) if message.get(key, message.get("role")) in roles]
-    before = row[column][: answers[-1]] if answers else []
-    return _text([row.get("system"), before] if kind == "sharegpt" else before) if before else None
+    if kind in ("pair", "text"):
+        return row.get("prompt") or None if kind == "pair" else None
+    messages = _messages(row, kind)
+    answers = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+    before = messages[: answers[-1]] if answers else []
+    return _text(before) if any(message.get("content") for message in before) else None
+
+
+def _messages(row: dict[str, Any], kind: str | None) -> list[dict[str, Any]]:
+    """A row's messages, whatever form they have; none of a row that is refused as it is tokenised."""
+    try:
+        return conversation_of("", row, kind, Notices()).messages if kind else []
+    except DataError:
+        return []
 
 
 def _text(value: Any) -> str:

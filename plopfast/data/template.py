@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..support.errors import DataError
@@ -59,7 +59,7 @@ class Template:
         if answer.closing == answer.end:
             notices.add("no special token ends the last answer, so the model does not learn where to stop", where)
         if learn == "all":
-            turns = _all_but(finder.of([n for n in finder.assistants if not talk.may_learn[n]]), answer, len(text))
+            turns = _all_but(finder.of([n for n in finder.assistants if talk.muted[n]]), answer, len(text))
         return Rendered(text, turns, answer, roles)
 
     def ending(self, text: str) -> str:
@@ -114,7 +114,7 @@ class Template:
             for change in _with_content, _with_text_arguments:
                 messages = [change(message) for message in messages]
                 if messages != talk.messages and (text := self.text_or_none(messages, talk.variables)) is not None:
-                    return text, Conversation(messages, talk.may_learn, talk.variables)
+                    return text, replace(talk, messages=messages)
             raise DataError(f"{where}: {REFUSED} ({type(error).__name__}: {error})") from error
 
     def _without_doubled(self, where: str, talk: Conversation, notices: Notices) -> Conversation:
@@ -135,7 +135,7 @@ class Template:
             if content != message["content"]:
                 messages[number] = {**message, "content": content}
                 notices.add("a message held a special token that the chat template adds: the row has it once", where)
-        return Conversation(messages, talk.may_learn, talk.variables)
+        return replace(talk, messages=messages)
 
     def _roles(self, talk: Conversation, text: str) -> list[tuple[int, str]] | None:
         """Where each message's part of the text ends: what the template adds for it, with its marks."""

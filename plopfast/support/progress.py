@@ -67,7 +67,7 @@ class Work:
 
 def shows_color(stream: TextIO) -> bool:
     """Returns whether a stream is a terminal whose user has not asked for no colour (no-color.org)."""
-    return stream.isatty() and "NO_COLOR" not in os.environ
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def say(text: str) -> None:

@@ -339,3 +339,40 @@ def test_a_dropped_system_text_is_said():
     row = {"messages": [{"role": "system", "content": "Be brief."}, *talk("Q?", "A")]}
     pf.tokenize([("d.jsonl:1", row)], tokenizer, notices=notices)
     assert "drops a text of the system" in notices.lines()[0]
+
+
+def test_all_is_learned_of_a_prompt_with_answers():
+    row = {"prompt": talk("Q?", "one", "Q!")[:3], "completion": [say("a", "two")]}
+    tokenizer = made("bytes", "chatml")
+    example = one(row, tokenizer, learn="all")
+    assert example.label_tokens == len(example.tokens) - 1
+    row["prompt"][1] = {**row["prompt"][1], "weight": 0}
+    assert not any("one" in part for part in learned(tokenizer, one(row, tokenizer, learn="all")))
+
+
+def test_what_may_surprise_is_said():
+    def said(row, tokenizer):
+        notices = Notices()
+        pf.tokenize([("d.jsonl:1", row)], tokenizer, notices=notices)
+        return " ".join(notices.lines())
+
+    plain = made("bytes")
+    assert said({"prompt": "Q?", "completion": " A"}, plain) == ""
+    assert "the answer is empty" in said({"prompt": "Q?", "completion": ""}, plain)
+    assert "the answer is empty" in said({"messages": talk("Q?", "")}, made("bytes", "chatml"))
+    endless = copy.deepcopy(plain)
+    endless.eos_token = None
+    assert "does not learn to stop" in said({"prompt": "Q?", "completion": " A"}, endless)
+
+
+def test_characters_that_a_tokenizer_drops_are_said(tokenizer):
+    notices = Notices()
+    rows = [("d.jsonl:1", {"prompt": "a dog", "completion": " animal"}), ("d.jsonl:2", {"text": "a dog \U0001f600"})]
+    pf.tokenize(rows, tokenizer, notices=notices)
+    assert notices.lines() == ["1 row (first: d.jsonl:2): the tokenizer does not hold all of the row's characters"]
+
+
+def test_rows_as_they_were_read(tmp_path, tokenizer):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"text": "a dog"}\n')
+    assert pf.tokenize(pf.read_rows(path), tokenizer) == pf.tokenize(pf.read_jsonl(path), tokenizer)

@@ -57,3 +57,18 @@ def test_what_a_prompt_is():
 
 def test_the_demo_has_no_overlap():
     assert not any(overlaps({split: read_jsonl(path) for split, path in DEMO.items()}))
+
+
+def test_the_same_conversation_in_other_forms():
+    said = [{"role": "user", "content": "Q?"}, {"role": "assistant", "content": "A"}]
+    parts = [{"role": "user", "content": [{"type": "text", "text": "Q?"}], "name": None}, said[1]]
+    forms = [
+        {"messages": parts},
+        {"conversations": [{"from": "human", "value": "Q?"}, {"from": "gpt", "value": "A"}]},
+        {"instruction": "Q?", "output": "A"},
+        {"prompt": said[:1], "completion": said[1:]},
+    ]
+    for form in forms:
+        (found,) = overlaps({"train": [("a:1", {"messages": said})], "test": [("b:1", form)]})
+        assert (found.rows, found.prompts) == (1, 1), form
+        assert not overlaps({"train": [("a:1", {"messages": said[:1]})], "test": [("b:1", form)]})[0].rows
