@@ -74,7 +74,11 @@ def test_a_row_cannot_steer_the_terminal(color):
     assert not set(shown.replace(ON, "").replace(OFF, "")) & (set(odd) - set("[31m"))
 
 
-@pytest.mark.parametrize("splits", [{}, PAIRS, pf.read_rows, "d.jsonl", {"train": "d.jsonl"}], ids=repr)
+@pytest.mark.parametrize(
+    "splits",
+    [{}, PAIRS, pf.read_rows, "d.jsonl", {"train": "d.jsonl"}],
+    ids=["none", "a list", "a function", "a name", "a name in a split"],
+)
 def test_what_are_no_splits(tokenizer, splits):
     with pytest.raises(ConfigError, match=r"splits: expected rows by their split, \{.train.: pf\.read_rows"):
         pf.describe_data(splits, tokenizer)
