@@ -56,10 +56,10 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
     assert len(placement["modules"]) == 9 and len(placement["types"]) == 3
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), out / "adapter")
     page = (out / "report.html").read_text()
-    assert page.count("<img alt=") == 5 and page.count('src="data:image/png;base64,') == 5
+    assert page.count("<img alt=") == 6 and page.count('src="data:image/png;base64,') == 6
     assert not re.search(r'(src|href)="(?!data:|#)', page), "self-contained"
     beside = {path.name for path in (out / "report").iterdir()}
-    pictures = ("nfn_by_type", "nfn_by_layer", "memory", "before_after", "training")
+    pictures = ("nfn_by_type", "nfn_by_layer", "memory", "before_after", "training", "row_lengths")
     assert beside == {f"{name}.{ending}" for name in pictures for ending in ("png", "csv")}
     for word in placement["types"]:
         assert word in page
