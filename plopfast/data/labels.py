@@ -5,6 +5,7 @@ between what is given and what is learned, even where an answer begins with a li
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -67,7 +68,7 @@ def tokenize(
 
     `long` says what becomes of a row of more than `max_length` tokens: "error", "skip", or "cut", from the left of its
     prompt. `skipped` takes the messages of rows that cannot be used, which are left out then. `notices` takes what is to
-    be said of rows that can.
+    be said of rows that can; without it, each line is a warning.
 
     Raises DataError, with file and line: for a row that is too long, has no token to learn or no message to learn, or
     that the tokenizer's chat template refuses.
@@ -79,8 +80,12 @@ def tokenize(
             raise ConfigError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
     rows = rows.rows if isinstance(rows, Rows) else rows
     limit = Limit(max_length, long, tokenizer.bos_token_id, learn == "all")
-    maker = _Maker(tokenizer, limit, roles, learn, skipped, Notices() if notices is None else notices)
-    return [example for begin in range(0, len(rows), ROWS) for example in maker.examples(rows[begin : begin + ROWS])]
+    found = Notices() if notices is None else notices
+    maker = _Maker(tokenizer, limit, roles, learn, skipped, found)
+    examples = [e for begin in range(0, len(rows), ROWS) for e in maker.examples(rows[begin : begin + ROWS])]
+    for line in found.lines() if notices is None else ():
+        warnings.warn(line, stacklevel=2)
+    return examples
 
 
 @dataclass(slots=True)

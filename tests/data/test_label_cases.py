@@ -365,6 +365,11 @@ def test_what_may_surprise_is_said():
     assert "does not learn to stop" in said({"prompt": "Q?", "completion": " A"}, endless)
 
 
+def test_without_notices_it_is_a_warning():
+    with pytest.warns(UserWarning, match=r"1 row \(first: d\.jsonl:1\): the answer is empty"):
+        pf.tokenize([("d.jsonl:1", {"prompt": "Q?", "completion": ""})], made("bytes"))
+
+
 def test_characters_that_a_tokenizer_drops_are_said(tokenizer):
     notices = Notices()
     rows = [("d.jsonl:1", {"prompt": "a dog", "completion": " animal"}), ("d.jsonl:2", {"text": "a dog \U0001f600"})]
