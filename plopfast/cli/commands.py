@@ -164,7 +164,7 @@ COMMANDS = {
         _train, (MODEL, DATA, ADAPTER, TRAIN, RANKS), flags=RESUMABLE, needs_out=True,
     ),
     "eval": Command(
-        "measure loss and accuracy of the base and the tuned model on the test rows: eval.json",
+        "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",
         _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
     ),
     "trial": Command(

@@ -1,6 +1,6 @@
 """The kinds of rows: how each is recognised, the columns that it uses, and `--columns`, which renames others to these.
 
-To add a kind, recognise it in `format_of`, name its columns in `USES` and show it in `FORMATS`.
+To add a kind, recognise it in `format_of` and add it to `USES`, `NAMES` and `FORMATS`.
 """
 
 from typing import Any

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..support.errors import ConfigError, DataError
 from .formats import FORMATS, NAMES, USES, Renaming, format_of, recognise
-from .readers import MISSING as MISSING, Bad, Pairs, read_lines, read_source
+from .readers import Bad, Pairs, read_lines, read_source
 from .strict_json import StrictJSON
 
 _DEMO = Path(__file__).parents[1] / "demo"

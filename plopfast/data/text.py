@@ -9,7 +9,7 @@ from typing import Any
 from ..support import files
 from ..support.errors import DataError
 from .example import Example
-from .rows import MISSING
+from .readers import MISSING
 
 
 def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:

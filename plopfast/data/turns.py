@@ -84,8 +84,8 @@ class Turns:
     def _begin(self, number: int) -> int:
         """Where a turn's learned part begins: where the prompt at inference ends.
 
-        Only the text before a turn that ends the row must be the prompt's: templates change earlier turns (they drop thoughts, move
-        tools). Those begin as far before the message's own text as they would if they were the last.
+        Before the row's last turn, the text must be the prompt's. Templates change earlier turns (they drop thoughts, move
+        tools), so these begin as far before the message's own text as they would if they were the last.
         """
         text, before = self.text, self.messages[:number]
         prompt = self._try(before, generate=True)

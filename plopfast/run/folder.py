@@ -171,14 +171,11 @@ class Run:
             remedy = "; they were held out from the training rows: give --valid FILE" if held_out else ""
             raise DataError(f"{split}: no row can be used; {'; '.join(lines)}{remedy}")
         if split not in self.notes:
-            self._say_of(split, lines)
+            for line in lines:
+                self.say(f"{split}: {line}")
         if not roles:
             self.notes[split] = lines
         return examples
-
-    def _say_of(self, split: str, lines: Sequence[str]) -> None:
-        for line in lines:
-            self.say(f"{split}: {line}")
 
     def described(self) -> DataFacts:
         """What the settings make of the rows: lengths, learned tokens, what is left out or overlaps, the first row."""

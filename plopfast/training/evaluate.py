@@ -93,7 +93,8 @@ def evaluate(
     With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
     the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
     every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
-    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none. Raises TrainingError for a loss that is not finite.
+    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none. Raises
+    TrainingError for a loss that is not finite.
     """
     began = time.perf_counter()
     sequences = _sequences(examples, choices or [])
