@@ -1,11 +1,11 @@
 """Rows of messages, ShareGPT and Alpaca, as the messages that a chat template takes."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from ..support.errors import DataError
 from .notices import Notices
+from .strict_json import StrictJSON
 
 ASSISTANT = "assistant"
 SPEAKERS = {  # ShareGPT's `from`
@@ -178,9 +178,9 @@ def names_of_calls(message: dict[str, Any]) -> list[str]:
 
 def _json(place: str, text: Any) -> Any:
     try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError):
-        raise DataError(f"{place}: expected JSON, got {text!r:.60}") from None
+        return StrictJSON().parse(text.strip())
+    except (AttributeError, ValueError) as error:
+        raise DataError(f"{place}: expected JSON, got {text!r:.60} ({error})") from None
 
 
 def _weight(place: str, message: dict[str, Any]) -> float:

@@ -17,6 +17,7 @@ USES = {  # kind -> the columns that it uses, the optional ones too
     "alpaca": frozenset({"instruction", "input", "output", "system", "history"}),
     "text": frozenset({"text"}),
 }
+OPTIONAL = frozenset({*_CHAT, "input", "system", "history"})  # a row can do without them
 COLUMNS = tuple(sorted(frozenset().union(*USES.values())))
 NAMES = {
     "pair": "prompt and completion as text",
@@ -133,6 +134,7 @@ class Renaming:
 
     def __init__(self, columns: str | None) -> None:
         self.sources: dict[str, str] = {}  # target -> source
+        self._unseen: set[str] = set()  # sources that no row had so far
         for part in () if columns is None else columns.split(","):
             target, equals, source = (piece.strip() for piece in part.partition("="))
             if not (target and equals and source):
@@ -148,16 +150,23 @@ class Renaming:
                     f"columns: {target if target in self.sources else source!r} comes twice in {columns!r}"
                 )
             self.sources[target] = source
+            self._unseen.add(source)
 
     def apply(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return the row with its columns renamed. Raises ValueError for a row that lacks a source column."""
+        """Return the row with its columns renamed. Raises ValueError for a row that lacks one that it needs."""
         if not self.sources:
             return row
-        if missing := [source for source in self.sources.values() if source not in row]:
+        self._unseen -= row.keys()
+        if missing := [s for target, s in self.sources.items() if s not in row and target not in OPTIONAL]:
             raise ValueError(f"no column {missing[0]!r}, which --columns names; the row has {sorted(row)}")
         taken = {*self.sources, *self.sources.values()}
-        renamed = {target: row[source] for target, source in self.sources.items()}
+        renamed = {target: row[source] for target, source in self.sources.items() if source in row}
         return renamed | {name: value for name, value in row.items() if name not in taken}
+
+    def check_seen(self) -> None:
+        """Raise ConfigError for a source column that no row had."""
+        if self._unseen:
+            raise ConfigError(f"columns: no row has a column {min(self._unseen)!r}; leave it out, or correct its name")
 
     def check(self, kind: str) -> None:
         """Raise ValueError where rows of this kind do not use a column that was asked for."""

@@ -131,12 +131,12 @@ class _Maker:
         if kind is None:
             raise DataError(f"{where}: expected a row like {FORMATS}, got the keys {sorted(row)}")
         if kind == "text":
-            return Draft(where, [Piece(row["text"], True)])
+            return Draft(where, [Piece(self._ended(row["text"]), True)])
         if kind == "pair" or (kind == "alpaca" and self.template is None):
             if self.template:
                 self.notices.add(AS_WRITTEN, where, once=True)
             prompt = row["prompt"] if kind == "pair" else alpaca_prompt(where, row)
-            completion = row["completion"] if kind == "pair" else row["output"]
+            completion = self._ended(row["completion"] if kind == "pair" else row["output"])
             pieces = [Piece(prompt, self.learn == "all"), Piece(completion, True, answer=True)]
             return Draft(where, pieces, completion.removesuffix(self.tokenizer.eos_token or ""))
         if self.template is None:
@@ -145,6 +145,11 @@ class _Maker:
         found = self.template.rendered(where, talk, self.learn, self.with_roles, self.notices)
         answer = found.text[found.answer.begin : found.answer.closing]
         return Draft(where, _pieces(found), answer, templated=True, roles=found.roles)
+
+    def _ended(self, text: str) -> str:
+        """A text without white space after the end-of-text token, where it ends with one."""
+        end = self.tokenizer.eos_token
+        return text.rstrip() if end and text.rstrip().endswith(end) else text
 
     def _encode(self, drafts: list[Draft]) -> None:
         """Gives drafts the tokens of their pieces."""
@@ -172,6 +177,10 @@ class _Maker:
         if not (draft.templated or self.encoder.end):
             self.notices.add(
                 "the tokenizer has no end-of-text token, so the model does not learn to stop", draft.where, once=True
+            )
+        if not (draft.templated or draft.pieces[0].text or self.encoder.front):
+            self.notices.add(
+                "the prompt is empty, and nothing comes before the answer: its first token is not learned", draft.where
             )
         text, tokens = "".join(piece.text for piece in draft.pieces), [t for added in draft.tokens for t in added or ()]
         if self.encoder.lossy and not self.encoder.keeps(text, tokens):

@@ -35,16 +35,15 @@ class Limit:
         if self.long == "cut":
             notices.add(f"cut to the first {limit} tokens (--long cut)", example.where)
             return example.truncated(limit)
-        part = "prompt" if example.start >= limit else "row"
         raise DataError(
-            f"{example.where}: the {part} has {count} tokens, the limit is {limit}: shorten or split it, or choose "
+            f"{example.where}: the row has {count} tokens, the limit is {limit}: shorten or split it, or choose "
             "--long skip or cut"
         )
 
     def _without_its_left(self, example: Example, limit: int, notices: Notices) -> Example:
         """The row without the first tokens of its prompt. Its last turn must stay whole, after one token at least."""
-        keep = int(example.tokens[0] == self.bos)
         less = len(example.tokens) - limit
+        keep = int(example.tokens[0] == self.bos and example.tokens[1 + less : 2 + less] != (self.bos,))  # not twice
         last = len(example.tokens) - example.start
         if limit < keep + 1 + last and not self.all:
             raise DataError(

@@ -51,24 +51,25 @@ def overlaps(splits: Mapping[str, Sequence[Row]]) -> list[Overlap]:
     """
     found = []
     for (first, ours), (second, theirs) in itertools.combinations(splits.items(), 2):
-        rows, same_row = _shared(ours, theirs, _row)
-        prompts, same_prompt = _shared(ours, theirs, prompt_of)
+        rows, same_row = _shared(ours, theirs, lambda row: [_row(row)], _row)
+        prompts, same_prompt = _shared(ours, theirs, prompts_of, prompt_of)
         found.append(Overlap(first, second, rows, prompts, len(theirs), same_row, same_prompt))
     return found
 
 
 def _shared(
-    ours: Sequence[Row], theirs: Sequence[Row], key: Callable[[dict[str, Any]], Hashable]
+    ours: Sequence[Row],
+    theirs: Sequence[Row],
+    keys: Callable[[dict[str, Any]], Sequence[Hashable]],
+    key: Callable[[dict[str, Any]], Hashable],
 ) -> tuple[int, tuple[str, str] | None]:
-    """How many of their rows have a key that one of ours has too, and the first places of both."""
+    """How many of their rows have a key that is one of the keys of a row of ours, and the first places of both."""
     counts = Counter(hash(value) for _, row in theirs if (value := key(row)) is not None)
     count, first = 0, None
     for where, row in ours:
-        code = hash(key(row))
-        if code not in counts:
-            continue
-        count += counts.pop(code)  # each of their rows counts once
-        first = first or (where, next(place for place, other in theirs if hash(key(other)) == code))
+        for code in counts.keys() & {hash(value) for value in keys(row)}:
+            count += counts.pop(code)  # each of their rows counts once
+            first = first or (where, next(place for place, other in theirs if hash(key(other)) == code))
     return count, first
 
 
@@ -82,13 +83,17 @@ def _row(row: dict[str, Any]) -> Hashable:
 
 def prompt_of(row: dict[str, Any]) -> Hashable:
     """What the model is given before the last answer, as something to compare. None where there is nothing, as in text."""
+    return next(iter(prompts_of(row)[-1:]), None)
+
+
+def prompts_of(row: dict[str, Any]) -> list[Hashable]:
+    """What the model is given before each answer, as something to compare."""
     kind = format_of(row)
     if kind in ("pair", "text"):
-        return row.get("prompt") or None if kind == "pair" else None
+        return [row["prompt"]] if kind == "pair" and row["prompt"] else []
     messages = _messages(row, kind)
     answers = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
-    before = messages[: answers[-1]] if answers else []
-    return _text(before) if any(message.get("content") for message in before) else None
+    return [_text(messages[:n]) for n in answers if any(message.get("content") for message in messages[:n])]
 
 
 def _messages(row: dict[str, Any], kind: str | None) -> list[dict[str, Any]]:

@@ -130,6 +130,7 @@ def _collect(readers: list[Reader], renaming: Renaming, skip: bool) -> Rows:
 
     with _no_collection():
         _fill(found, readers, renaming, json, bad)
+    renaming.check_seen()
     found.read = len(found.rows) + len(found.bad)
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..support.errors import DataError
-from .conversation import ASSISTANT, KWARGS, Conversation, names_of_calls
+from .conversation import ASSISTANT, KWARGS, VARIABLES, Conversation, names_of_calls
 from .notices import Notices
 from .turns import MARKER, THOUGHTS, Turn, Turns, replaced
 
@@ -47,7 +47,8 @@ class Template:
         self._check_nothing_lost(where, talk, text, notices)
         numbers = [number for number, may_learn in enumerate(talk.may_learn) if may_learn]
         if not numbers:
-            raise DataError(f"{where}: no assistant message to learn")
+            found = ", ".join(dict.fromkeys(message["role"] for message in talk.messages))
+            raise DataError(f"{where}: no assistant message to learn; the row's roles are {found}")
         numbers = numbers[-1:] if learn == "last" else numbers
         finder = Turns(self, where, talk, text)
         turns = finder.of(numbers)
@@ -59,6 +60,10 @@ class Template:
         if answer.closing == answer.end:
             notices.add("no special token ends the last answer, so the model does not learn where to stop", where)
         if learn == "all":
+            if any(muted and m["role"] != ASSISTANT for muted, m in zip(talk.muted, talk.messages, strict=True)):
+                raise DataError(
+                    f"{where}: --learn all leaves out only the assistant's messages of weight 0, not others'"
+                )
             turns = _all_but(finder.of([n for n in finder.assistants if talk.muted[n]]), answer, len(text))
         return Rendered(text, turns, answer, roles)
 
@@ -137,6 +142,10 @@ class Template:
                 notices.add("a message held a special token that the chat template adds: the row has it once", where)
         return replace(talk, messages=messages)
 
+    def _names(self, variable: str) -> bool:
+        """Whether the template's source holds this name, as a word."""
+        return bool(re.search(rf"(?<!\w){re.escape(variable)}(?!\w)", self._source))
+
     def _roles(self, talk: Conversation, text: str) -> list[tuple[int, str]] | None:
         """Where each message's part of the text ends: what the template adds for it, with its marks."""
         ends = []
@@ -152,23 +161,36 @@ class Template:
         """Raises DataError for tools, documents and tool calls that the template does not show."""
         called = {name for message in talk.messages for name in names_of_calls(message)}
         offered = {tool.get("function", tool)["name"] for tool in talk.variables.get("tools", ())}
+        given = talk.variables
+        unseen = [
+            what
+            for what in VARIABLES
+            if what in given and self.text_or_none(talk.messages, {k: v for k, v in given.items() if k != what}) == text
+        ]
         for what, names in ("tool_calls", called), ("tools", offered):
-            if lost := sorted(name for name in names if name not in text):
+            if lost := sorted(name for name in names if what in unseen or name not in text):
                 raise DataError(
                     f"{where}: the model's chat template does not show {what} ({', '.join(lost)}); leave them out"
                 )
-        if documents := talk.variables.get("documents"):
-            rest = {name: value for name, value in talk.variables.items() if name != "documents"}
-            if self.text_or_none(talk.messages, rest) == text:
-                raise DataError(f"{where}: the model's chat template does not show the {len(documents)} documents")
-        if any(m["role"] != ASSISTANT and m.get("content", "").strip() not in text for m in talk.messages):
-            notices.add("the model's chat template changes or drops a text of the system, the user or a tool", where)
+        if "documents" in unseen:
+            raise DataError(f"{where}: the model's chat template does not show the {len(given['documents'])} documents")
+        if any(_said(message) not in text for message in talk.messages):
+            notices.add(
+                "the model's chat template changes or drops a text of the system, the user, the assistant or a tool",
+                where,
+            )
         for name in talk.variables.get(KWARGS, ()):
-            if name not in self._source:
+            if not self._names(name):
                 notices.add(f"chat_template_kwargs: the model's chat template does not use {name!r}", where)
         for name in {key for message in talk.messages for key in message} - SHOWN:
-            if name not in self._source:
+            if not self._names(name):
                 notices.add(f"the key {name!r} of messages is not used by the model's chat template", where)
+
+
+def _said(message: dict[str, Any]) -> str:
+    """What a message says, without the assistant's thoughts, which have a notice of their own."""
+    content = message.get("content", "")
+    return (content.rpartition("</think>")[2] if message["role"] == ASSISTANT else content).strip()
 
 
 def _with_content(message: dict[str, Any]) -> dict[str, Any]:

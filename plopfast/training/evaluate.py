@@ -158,9 +158,10 @@ def _from_the_answer(example: Example) -> tuple[int, tuple[int, ...]]:
 
 
 def _answer(example: Example) -> tuple[int, ...]:
-    """Returns the tokens that accuracy is measured on: the answer's, or all of a plain text's labels."""
+    """Returns the tokens that accuracy is measured on: the answer's (what closes it, where it is empty), or all of a plain
+    text's labels."""
     begin, end = example.answer or example.learned[-1]
-    return example.tokens[begin:end]
+    return example.tokens[begin:end] or _from_the_answer(example)[1]
 
 
 def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:

@@ -5,7 +5,7 @@ import pytest
 import plopfast as pf
 from plopfast.data.formats import COLUMNS, FORMATS, NAMES, USES, Renaming, format_of, recognise
 from plopfast.data.strict_json import StrictJSON
-from plopfast.support.errors import ConfigError
+from plopfast.support.errors import ConfigError, DataError
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 KINDS = {
@@ -105,3 +105,15 @@ def test_renaming():
 def test_renamings_that_cannot_be(columns, message, tmp_path):
     with pytest.raises(ConfigError, match=f"columns: .*{message}|columns: {message}"):
         pf.read_rows(tmp_path, columns=columns)
+
+
+def test_optional_columns_may_be_missing_in_some_rows(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"q": "1", "a": "2", "c": "3"}\n{"q": "1", "a": "2"}\n')
+    columns = "instruction=q,input=c,output=a"
+    rows = pf.read_rows(path, columns=columns).rows
+    assert [row.get("input") for _, row in rows] == ["3", None]
+    with pytest.raises(ConfigError, match="no row has a column 'd'"):
+        pf.read_rows(path, columns=columns.replace("input=c", "input=d"))
+    with pytest.raises(DataError, match=r"d\.jsonl:1: no column 'x'"):
+        pf.read_rows(path, columns="instruction=x,output=a")

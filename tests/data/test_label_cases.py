@@ -381,3 +381,76 @@ def test_rows_as_they_were_read(tmp_path, tokenizer):
     path = tmp_path / "d.jsonl"
     path.write_text('{"text": "a dog"}\n')
     assert pf.tokenize(pf.read_rows(path), tokenizer) == pf.tokenize(pf.read_jsonl(path), tokenizer)
+
+
+@pytest.mark.parametrize("row", [{"text": "yo{}\n"}, {"prompt": "Q?", "completion": " yo{} \n"}])
+def test_case_1_white_space_after_the_end_token(row):
+    tokenizer = made("bytes")
+    row = {key: text.format(tokenizer.eos_token) for key, text in row.items()}
+    example = one(row, tokenizer)
+    assert example.tokens.count(tokenizer.eos_token_id) == 1 and example.tokens[-1] == tokenizer.eos_token_id
+    assert example.completion in (None, " yo")
+
+
+def test_case_13_a_cut_that_meets_another_bos():
+    tokenizer = made("bytes", "chatml")
+    turns = talk("Q? " * 5, "A", "Q! " * 5, "B")
+    whole = one({"messages": turns}, tokenizer)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.bos_token = "<|im_start|>"
+    start = tokenizer.bos_token_id
+    second = [i for i, token in enumerate(whole.tokens) if token == start][1]
+    for length in (len(whole.tokens) - second, len(whole.tokens) - second + 1):
+        cut = one({"messages": turns}, tokenizer, max_length=length, long="cut")
+        assert len(cut.tokens) == length and (start, start) not in zip(cut.tokens, cut.tokens[1:], strict=False)
+
+
+def test_a_template_that_changes_an_answer_is_said():
+    notices, tokenizer = Notices(), copy.deepcopy(made("bytes", "chatml"))
+    tokenizer.chat_template = tokenizer.chat_template.replace("content']", "content'] | upper").replace(
+        "content }}", "content | upper }}"
+    )
+    pf.tokenize([("d.jsonl:1", {"messages": talk("Q?", "abcdef")})], tokenizer, notices=notices)
+    assert "changes or drops a text" in " ".join(notices.lines())
+
+
+def test_case_2_tools_whose_names_stand_in_the_text():
+    row = {
+        "messages": talk("What is the weather?", "A"),
+        "tools": [{"type": "function", "function": {"name": "weather"}}],
+    }
+    with pytest.raises(DataError, match=r"does not show tools \(weather\)"):
+        one(row, made("bytes", "chatml"))
+
+
+def test_case_2_names_that_are_parts_of_names():
+    notices, tokenizer = Notices(), made("bytes", "qwen3")
+    row = {"messages": talk("Q?", "A"), "chat_template_kwargs": {"thinking": False}}
+    pf.tokenize([("d.jsonl:1", row)], tokenizer, notices=notices)
+    assert "does not use 'thinking'" in notices.lines()[0]
+
+
+def test_case_10_json_within_strings_is_strict():
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"a": 1, "a": 2}'}}
+    row = {"messages": [say("u", "Q?"), {"role": "assistant", "tool_calls": [call]}]}
+    with pytest.raises(DataError, match=r"^d\.jsonl:1: .*the key 'a' comes twice"):
+        pf.tokenize([("d.jsonl:1", row)], made("bytes", "tools"))
+
+
+def test_weight_0_of_a_user_is_not_ignored():
+    row = {"messages": [{**say("u", "Q?"), "weight": 0}, say("a", "A")]}
+    assert one(row, made("bytes", "chatml"))
+    with pytest.raises(DataError, match="leaves out only the assistant's messages of weight 0"):
+        one(row, made("bytes", "chatml"), learn="all")
+
+
+def test_an_answer_after_nothing_is_said():
+    notices = Notices()
+    pf.tokenize([("d.jsonl:1", {"prompt": "", "completion": "Hello there"})], made("bytes"), notices=notices)
+    assert "its first token is not learned" in notices.lines()[0]
+
+
+def test_the_roles_of_a_row_without_an_answer_are_named():
+    row = {"messages": [say("u", "Q?"), {"role": "model", "content": "A"}]}
+    with pytest.raises(DataError, match="no assistant message to learn; the row's roles are user, model"):
+        one(row, made("bytes", "chatml"))

@@ -72,3 +72,14 @@ def test_the_same_conversation_in_other_forms():
         (found,) = overlaps({"train": [("a:1", {"messages": said})], "test": [("b:1", form)]})
         assert (found.rows, found.prompts) == (1, 1), form
         assert not overlaps({"train": [("a:1", {"messages": said[:1]})], "test": [("b:1", form)]})[0].rows
+
+
+def test_every_answered_prompt_of_a_training_row_counts():
+    said = [
+        {"role": role, "content": text}
+        for role, text in (("user", "Q"), ("assistant", "A"), ("user", "Q2"), ("assistant", "A2"))
+    ]
+    (found,) = overlaps({"train": [("a:1", {"messages": said})], "test": [("b:1", {"messages": said[:2]})]})
+    assert (found.rows, found.prompts, found.same_prompt) == (0, 1, ("a:1", "b:1"))
+    (other,) = overlaps({"train": [("b:1", {"messages": said[:2]})], "test": [("a:1", {"messages": said})]})
+    assert not other, "A2 is new there"

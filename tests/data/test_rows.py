@@ -1,5 +1,6 @@
 """Rows, tokens, label ranges, batches; and one clear error for each kind of broken file."""
 
+import hashlib
 import json
 
 import pytest
@@ -130,7 +131,7 @@ def test_odd_but_valid_lines(tokenizer, tmp_path):
 
 def test_longer_than_the_context(tokenizer, tmp_path):
     path = write(tmp_path / "d.jsonl", {"text": "short"}, {"prompt": "a dog " * 50, "completion": " b"})
-    with pytest.raises(DataError, match=r"d\.jsonl:2: the prompt has \d+ tokens, the limit is 64"):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: the row has \d+ tokens, the limit is 64"):
         pf.tokenize(pf.read_jsonl(path), tokenizer, 64)
 
 
@@ -157,3 +158,15 @@ def test_collate():
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[-100, 6, 7], [-100, -100, -100]]
+
+
+def test_the_learned_tokens_of_the_default_run(default_model):
+    """They are pairs of strings, learned as they are written; a change of this hash is a change of what is learned."""
+    _, tokenizer = default_model
+    learned = {}
+    for split, path in DEMO.items():
+        examples = pf.tokenize(pf.read_jsonl(path), tokenizer)
+        assert all(e.learned == ((e.start, len(e.tokens)),) for e in examples)
+        learned[split] = [(e.tokens, e.start, e.completion) for e in examples]
+    digest = hashlib.sha256(repr(learned).encode()).hexdigest()
+    assert digest == "17cb069cf43eef69f61129fdad7b04c0425bb15224b7204292e8d877040fbfba"

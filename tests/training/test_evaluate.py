@@ -148,3 +148,10 @@ def test_choices_of_the_last_turn(llama):
         for i, row in enumerate(rows)
     ]
     assert got.metric == "choice" and got.right == want
+
+
+def test_an_empty_answer_is_judged_by_what_closes_it(llama):
+    prompt = (9, 10, 11)
+    best = int(logprobs(llama, prompt)[-1].argmax())
+    rows = [Example((*prompt, end), ((3, 4),), (3, 3), "", "x:1") for end in (best, (best + 1) % 300)]
+    assert evaluate(llama, rows).right == [1.0, 0.0]
