@@ -12,7 +12,7 @@ from .example import Example
 from .labels import tokenize
 from .notices import Notices
 from .overlap import overlaps
-from .rows import Row, Rows
+from .rows import SHOWN, Row, Rows
 
 PERCENTILES = (50, 95)
 BINS = 20  # of the picture of lengths
@@ -126,7 +126,7 @@ def lengths_table(splits: Sequence[Mapping[str, Any]]) -> Table:
 def left_out(skipped: Sequence[str] | None, rows: int) -> list[str]:
     """Say in a line how many rows could not be used, and why the first three could not; nothing where all could."""
     return (
-        [f"{len(skipped):,} of {rows:,} rows cannot be used and are left out: {'; '.join(skipped[:3])}"]
+        [f"{len(skipped):,} of {rows:,} rows cannot be used and are left out: {'; '.join(skipped[:SHOWN])}"]
         if skipped
         else []
     )
