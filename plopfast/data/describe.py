@@ -16,6 +16,7 @@ from .rows import SHOWN, Row, Rows
 
 PERCENTILES = (50, 95)
 BINS = 20  # of the picture of lengths
+BARS = " ▁▂▃▄▅▆▇█"
 SHOWN_CHARACTERS = 2000  # of the row that is shown
 SHOWN_PARTS = 8  # at its beginning, and at its end
 # control characters but tabs and line breaks, and those that turn the direction of writing
@@ -55,6 +56,16 @@ class DataFacts:
         """Return a table with a row for each split."""
         return lengths_table(self.as_dict()["splits"])
 
+    def picture(self) -> str:
+        """Return a line of bars for each split: how many rows there are of each length, from 0 tokens to the longest row."""
+        width = max(len(split.split) for split in self.splits)
+        lines = []
+        for split in self.splits:
+            most = max(count for _, count in split.histogram)
+            bars = "".join(BARS[-(-count * (len(BARS) - 1) // most)] for _, count in split.histogram)
+            lines.append(f"{split.split:<{width}}  0 {bars} {split.longest:,} tokens")
+        return "\n".join(lines)
+
     def shown_row(self, color: bool = False) -> str:
         """Return the first row of the first split as text, what is learned in green, or in double brackets."""
         first = self.splits[0]
@@ -68,7 +79,9 @@ class DataFacts:
 
     def text(self, color: bool = False) -> str:
         """Return everything as text, in colour for a terminal that shows it."""
-        return "\n\n".join(filter(None, (str(self.table()), "\n".join(self.lines()), self.shown_row(color))))
+        return "\n\n".join(
+            filter(None, (str(self.table()), self.picture(), "\n".join(self.lines()), self.shown_row(color)))
+        )
 
     def __str__(self) -> str:
         return self.text()

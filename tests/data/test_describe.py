@@ -47,6 +47,13 @@ def test_the_row_that_is_shown_is_the_whole_row(name):
     assert marked(parts, color=True) == f"{parts[0][0]}{ON}{parts[1][0]}{OFF}"
 
 
+def test_the_picture_shows_how_long_rows_are(tokenizer):
+    rows = [*PAIRS[:1] * 8, *PAIRS[19:20]]
+    (line,) = pf.describe_data({"train": rows}, tokenizer).picture().splitlines()
+    longest = max(len(e.tokens) for e in pf.tokenize(rows, tokenizer))
+    assert re.fullmatch(rf"train  0  *█ *▁ {longest} tokens", line)
+
+
 def test_advice_is_given_once(tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
