@@ -182,9 +182,10 @@ class _Maker:
             self.notices.add(
                 "the prompt is empty, and nothing comes before the answer: its first token is not learned", draft.where
             )
-        text, tokens = "".join(piece.text for piece in draft.pieces), [t for added in draft.tokens for t in added or ()]
-        if self.encoder.lossy and not self.encoder.keeps(text, tokens):
-            self.notices.add("the tokenizer does not hold all of the row's characters", draft.where)
+        if self.encoder.lossy:
+            text = "".join(piece.text for piece in draft.pieces)
+            if not self.encoder.keeps(text, [token for added in draft.tokens for token in added or ()]):
+                self.notices.add("the tokenizer does not hold all of the row's characters", draft.where)
 
     def _whole(self, draft: Draft) -> Example:
         """The example of a draft, however long it is."""
