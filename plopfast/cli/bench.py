@@ -32,6 +32,7 @@ from ..lora.layer import LoRALinear
 from ..models.frozen import frozen_of
 from ..support import files, machine
 from ..support.errors import BackendError, ConfigError
+from ..support.ledger import Ledger
 from ..support.progress import bar
 from . import bench_timing as timing
 from .bench_cases import C, Case, Plain, Shapes, adapted, adapters, cases, op_work, operands, ops, step
@@ -53,12 +54,15 @@ def run(
     anything is written, if there is no GPU (unless `dry`) or a variant is wrong; ConfigError and FileError for bad
     settings.
     """
+    ledger, written = Ledger(out), {"bench.jsonl": (), "bench.png": ()}
     files.refuse_existing(out / "bench.jsonl", overwrite)
+    ledger.check(written)
     bench = Bench(dtype, repeats, dry)
     bench.note("" if dry else tuning.load())
     bench.each(bench.measure, cases(shapes, dry), budget_s, progress)
     few = sum(row["repeats"] < bench.repeats for row in bench.rows)
     bench.note(f"{few} rows have fewer than {bench.repeats} repeats: time was up" if few else "")
+    ledger.claim_once(written)
     files.write_text(out / "bench.jsonl", "".join(json.dumps(row, allow_nan=False) + "\n" for row in bench.rows))
     bench.note(f"written: {out / 'bench.jsonl'}")
     if not importlib.util.find_spec("matplotlib"):

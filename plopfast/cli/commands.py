@@ -4,6 +4,7 @@ A command imports what it calls when it is called, so that --help answers before
 """
 
 import argparse
+import contextlib
 import importlib
 import sys
 import time
@@ -23,11 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Call:
-    """A command as it was called: the parsed arguments and the settings."""
+    """A command as it was called: the parsed arguments, the settings, and what is done when it has ended."""
 
     name: str
     arguments: argparse.Namespace
     config: RunConfig
+    ends: contextlib.ExitStack
 
     def run(self) -> "Run":
         """Opens the run folder. Raises ConfigError where --out is missing, or --resume meets --overwrite."""
@@ -43,7 +45,10 @@ class Call:
         if resume and given.overwrite:
             raise ConfigError("--resume goes on with what --overwrite would replace: leave one of them out")
         shown = not machine.launch().rank
-        return Run(given.out, self.config, overwrite=given.overwrite, resume=resume, progress=shown)
+        run = Run(given.out, self.config, overwrite=given.overwrite, resume=resume, progress=shown)
+        self.ends.callback(run.at.close)
+        ranks.on_main(run.at.check)  # a wrong --out should stop the command before its work
+        return run
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,11 @@ class Command:
     without: tuple[str, ...] = ()
     flags: tuple[str, ...] = ("overwrite",)
     needs_out: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether it reads no settings at all: verify, which looks at a folder as it is."""
+        return not self.takes and not self.flags
 
     @property
     def on_ranks(self) -> bool:
@@ -104,6 +114,14 @@ def _merge(call: Call) -> None:
     from ..run.stages import run_merge
 
     print(run_merge(call.run(), call.arguments.adapter, call.arguments.any_base))
+
+
+def _verify(call: Call) -> int:
+    from ..run.verify import verify
+
+    same, text = verify(call.arguments.out)
+    print(text)
+    return 0 if same else 1
 
 
 def _info(call: Call) -> None:
@@ -182,6 +200,10 @@ COMMANDS = {
     "merge": Command(
         "write the model with its adapter merged in: merged/",
         _merge, (MODEL,), without=("backend",), flags=OF_AN_ADAPTER, needs_out=True,
+    ),
+    "verify": Command(
+        "find out whether a run folder's files, and what they were made from, are still what they were; exit code 1 if not",
+        _verify, flags=(), needs_out=True,
     ),
     "info": Command(
         "show versions, devices, the model's linear modules and the path that each one takes",

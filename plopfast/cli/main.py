@@ -92,7 +92,8 @@ def _call(arguments: argparse.Namespace, launch: machine.Launch) -> int:
         from ..support import devices, ranks
 
         ranks.init(devices.device_for(config.device), config.timeout)
-    return command.do(Call(arguments.command, arguments, config)) or 0
+    with contextlib.ExitStack() as ends:
+        return command.do(Call(arguments.command, arguments, config, ends)) or 0
 
 
 if __name__ == "__main__":

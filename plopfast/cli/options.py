@@ -41,6 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         text = command.help[0].upper() + command.help[1:]
         added = commands.add_parser(name, help=command.help, description=text, epilog=EPILOG, formatter_class=raw)
+        if command.bare:
+            added.add_argument("out", type=Path, metavar="OUT", help="run folder")
+            continue
         added.add_argument("--out", type=Path, metavar="DIR", help=_help_of_out(command))
         config = "take settings from this JSON file, named as the options are"
         added.add_argument("--config", type=Path, metavar="FILE", help=config)
@@ -98,6 +101,8 @@ def _option(name: str) -> dict[str, Any]:
 def settings_of(arguments: argparse.Namespace) -> RunConfig:
     """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
     settings: dict[str, Any] = {}
+    if COMMANDS[arguments.command].bare:
+        return RunConfig()
     kept = arguments.out / "config.json" if arguments.out else None
     if kept and kept.is_file() and (arguments.command != "run" or arguments.resume):
         settings |= load_settings(kept)

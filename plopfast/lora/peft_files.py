@@ -16,6 +16,7 @@ from .layer import LoRALinear, adapters, inject, unload
 from .placement import Placement, ranks_and_patterns
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+FILES = (WEIGHTS, CONFIG)
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])\.weight")
 _UNSUPPORTED = {
     "use_dora": False,

@@ -65,6 +65,12 @@ def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrai
     return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def path_of(name: str | os.PathLike[str] | None) -> Path | None:
+    """Returns the folder or GGUF file that `load_model(name)` reads; None for a model of the hub."""
+    path = find_default_gguf() if name is None else Path(name)
+    return path if path is not None and path.exists() else None
+
+
 def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
     """What transformers loads (a hub id or a folder), and the GGUF file that it was made from, if any."""
     if importlib.util.find_spec("transformers") is None:

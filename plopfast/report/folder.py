@@ -10,6 +10,7 @@ from ..placing.rules import nfn_rule
 from ..scoring.report import NFNReport
 from ..scoring.stopping import Decision, Intervals
 from ..support import files
+from ..support.ledger import Ledger
 
 
 class RunFolder:
@@ -20,9 +21,10 @@ class RunFolder:
         scores, placement, metrics = path / "scores.json", path / "placement.json", path / "metrics.jsonl"
         self.scores = NFNReport.load(scores) if scores.exists() else None
         self.placement = Placement.load(placement) if placement.exists() else None
-        self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
-            self._read, ("config", "stages", "training", "eval", "audit", "estimate", "trial", "data")
+        self.config, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
+            self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data")
         )
+        self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}
         self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from typing import Any
 from ..placing.rules import RULES, nfn_rule
 from ..support import files
 from ..support.errors import ConfigError, FileError
+from ..support.ledger import Ledger
 from ..support.tables import DIFFERS
 
 try:
@@ -46,7 +47,9 @@ def write_report(folder: str | Path) -> Path:
         model=(run.scores.model if run.scores else "") or run.config.get("model") or "the model",
         lead=_lead(run), figures=_figures(run), sections=sections,
     )  # fmt: skip
-    with files.replacing(run.path / PICTURES) as scratch:
+    ledger = Ledger(run.path)
+    ledger.claim_once({"report.html": ()})
+    with ledger.replacing(PICTURES) as scratch:
         scratch.mkdir()
         for picture in (picture for section in sections for picture in section.pictures):
             picture.save(scratch)

@@ -251,7 +251,7 @@ def data(run: RunFolder) -> list[Section]:
 
 
 def cost(run: RunFolder) -> Section:
-    """stages.json: measured time and memory."""
+    """history.jsonl: measured time and memory."""
     tokens = {
         "score": run.scores and run.scores.tokens,
         "train": run.training.get("tokens"),
@@ -264,7 +264,7 @@ def cost(run: RunFolder) -> Section:
         rows.append(("trial", run.trial["seconds"], None, peak, run.noted("trial")))
     columns = [Column("stage"), Column("seconds", ".1f"), Column("tokens", ",d"), Column("peak MiB", ".0f")]
     table = Table("Measured time and memory", [*columns, Column("command")], rows)
-    missing = [] if rows else ["stages.json is missing: no time was noted."]
+    missing = [] if rows else ["history.jsonl is missing: no time was noted."]
     return Section("cost", "Time and memory used", missing, tables=[table] * bool(rows))
 
 

@@ -32,20 +32,19 @@ def run_estimate(run: Run) -> str:
     own, report = Placement.load(run.file("place")), NFNReport.load(run.file("score"))
     if config.parallel == "fsdp" and ranks.size() > 1:
         raise ConfigError("estimate: weights spread over several processes are not modelled; estimate without fsdp")
-    run.begin("estimate")
-    unload(run.model)
-    choices, shape = _choices(run, own, report), _shape(run)
     with run.stage("estimate"):
+        unload(run.model)
+        choices, shape = _choices(run, own, report), _shape(run)
         found = estimate(
             run.model, choices, config.training, rows=shape.rows, row_tokens=shape.row_tokens,
             label_tokens=shape.label_tokens, progress=run.progress,
         )  # fmt: skip
-    value = {
-        "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),
-        "accumulate": config.accumulate, "device": str(run.model.device),
-        "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
-    }  # fmt: skip
-    ranks.on_main(lambda: files.write_json(run.file("estimate"), value))
+        value = {
+            "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),
+            "accumulate": config.accumulate, "device": str(run.model.device),
+            "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
+        }  # fmt: skip
+        ranks.on_main(lambda: files.write_json(run.file("estimate"), value))
     return str(estimate_table(value))
 
 

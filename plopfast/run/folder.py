@@ -1,14 +1,9 @@
 """A run folder: what is in it, its settings, and the model and data, loaded when a stage first needs them."""
 
-import contextlib
 import dataclasses
 import random
-import shutil
-import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,41 +17,20 @@ from ..data.rows import DEMO, Row, Rows
 from ..data.text import read_text
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
-from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer
-from ..support import files, machine, memory, ranks
+from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
+from ..support import files, machine, ranks
 from ..support.config import FILES, FREE, ROWS, RunConfig
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError, DataError, FileError
+from ..support.errors import ConfigError, DataError
 from ..support.inputs import check_same
 from ..support.progress import say
 from ..support.settings_file import load_settings
 from ..training import parallel
-from ..training.state import CHECKPOINTS
+from .artefacts import CONFIG, Folder
 from .splits import read_splits, resolved, sha256_of, sources_of
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
 SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
-CONFIG, EVA = "config.json", "eva.safetensors"
-
-
-# What each stage makes, its result first: a stage is done once that exists. The stage itself may delete these files and
-# folders, and `plopfast run --overwrite` all of them. Nothing else in a run folder is ever deleted.
-ARTEFACTS = {
-    "data": ("data.json",),
-    "score": ("scores.json", "scores.safetensors", EVA),
-    "place": ("placement.json",),
-    "estimate": ("estimate.json",),
-    "train": (
-        "adapter", "model", "metrics.jsonl", "training.json", CHECKPOINTS, "tensorboard", "adapter-before-failure",
-    ),  # with --full the result is "model"
-    "eval": ("eval.json",),
-    "report": ("report.html", "report"),
-    "merge": ("merged",),
-    "audit": ("audit.json",),
-    "trial": ("trial.json", "trial"),
-    "search": ("search.json", "search.db", "search.db-journal"),
-}  # fmt: skip
-BY_ALL = (CONFIG, "stages.json")  # every stage writes these; a run that failed before its first result leaves them
 
 
 class Run:
@@ -70,7 +44,17 @@ class Run:
         self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
     ) -> None:
         self.folder, self.config = folder, resolve(config)
-        self.overwrite, self.resume, self.progress = overwrite, resume, progress
+        self.resume, self.progress = resume, progress
+        self.at = Folder(
+            folder,
+            overwrite=overwrite,
+            resume=resume,
+            full=config.full,
+            facts=self._facts,
+            given=self._given,
+            say=self.say,
+        )
+        self.file, self.stage = self.at.file, self.at.stage
         self._splits: dict[str, Rows] = {}
         self._examples: dict[str, list[Example]] = {}
         self.notes: dict[str, list[str]] = {}  # what is to be said of the rows of each split that was tokenised
@@ -87,12 +71,15 @@ class Run:
         device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
         if sharded and ranks.size() == 1:
             raise ConfigError("--parallel fsdp spreads the weights over several processes: start it with torchrun")
-        with self.stage("load"), ranks.first_on_each_machine():
+        with self.stage("load") as noted, ranks.first_on_each_machine():
             model, tokenizer = load_model(
                 self.config.model,
                 dtype=dtype_for(self.config.dtype, device, self.config.full),
                 device="cpu" if sharded else device,
             )
+            noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+        if path := path_of(self.config.model):
+            self.at.reads.append(path)
         if sharded:
             parallel.shard(model, device)
         size = sum(p.numel() for p in model.parameters()) / 1e6
@@ -204,63 +191,20 @@ class Run:
         names = [info.name for info in linear_modules(self.model)][:8]
         return hashes | {"the model's weights": fingerprint(self.model, names)}
 
-    def file(self, stage: str) -> Path:
-        """The result of a stage."""
-        return self.folder / ("model" if stage == "train" and self.config.full else ARTEFACTS[stage][0])
-
-    def delete(self, *stages: str) -> None:
-        """Deletes what these stages made, so that the results of two runs do not mix."""
-        for name in (name for stage in stages for name in ARTEFACTS[stage]):
-            path = self.folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-    def refuse_results(self) -> None:
-        """Raises FileError for a new run where results may not be replaced, or in a folder that is not plopfast's own."""
-        left = {path.name for path in self.folder.iterdir()} - {*BY_ALL} if self.folder.is_dir() else set()
-        if left and not self.overwrite:
-            files.refuse_existing(self.folder, False)
-        path = self.folder / CONFIG
-        ours = path.is_file() and '"plopfast": "config"' in path.read_text(encoding="utf-8", errors="replace")
-        if (named := left.intersection(chain(*ARTEFACTS.values()))) and not ours:
-            raise FileError(
-                f"{self.folder}: --overwrite would delete {min(named)}, but the folder has no config.json of plopfast: choose "
-                "another --out"
-            )
-
     def say(self, text: str) -> None:
         if self.progress:
             say(text)
 
-    @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[dict[str, Any]]:
-        """Notes the seconds and peak memory of a stage in stages.json, once it has ended well.
+    def _given(self) -> dict[str, Path]:
+        """The paths that the user gave as inputs, by option; those that do not exist are names of the hub."""
+        paths = {f"--{split}": Path(name) for split, names in sources_of(self.config).items() for name in names}
+        named = {"--model": self.config.model, "--general": self.config.general}
+        return paths | {option: Path(name) for option, name in named.items() if name}
 
-        What the stage puts into the yielded dict is noted too.
-        """
-        memory.reset_peak()
-        began = time.perf_counter()
-        noted: dict[str, Any] = {}
-        yield noted
-        if not ranks.is_main():
-            return
-        path = self.folder / "stages.json"
-        stages = files.read_json(path, "plopfast") if path.exists() else {}
-        stages[name] = {
-            "seconds": round(time.perf_counter() - began, 3),
-            "peak_mib": round(memory.peak_mib(), 1),
-            "command": " ".join(["plopfast", *sys.argv[1:]]),
-        } | noted
-        files.write_json(path, stages)
-
-    def begin(self, stage: str) -> None:
-        """Raises FileError where the stage's result exists and may not be replaced, then keeps the settings."""
-        ranks.on_main(lambda: files.refuse_existing(self.file(stage), self.overwrite))
-        self.write_config()
-
-    def write_config(self) -> None:
+    def _facts(self) -> dict[str, Any]:
+        """What config.json and the history keep of a stage that begins."""
         given = {split: self.hashes(split) for split in sources_of(self.config)}
-        value = {
-            "plopfast": "config",
+        return {
             "settings": dataclasses.asdict(self.config),
             "model": self.config.model or DEFAULT_HUB_ID,
             "device": str(device_for(self.config.device)),
@@ -268,7 +212,6 @@ class Run:
             "versions": machine.versions(),
             "machine": machine.describe(),
         }
-        ranks.on_main(lambda: files.write_json(self.folder / CONFIG, value))
 
     def _check_same_settings(self) -> None:
         path = self.folder / CONFIG

@@ -4,7 +4,6 @@ data -> score -> scores.json -> place -> placement.json -> train -> adapter/ -> 
 """
 
 import dataclasses
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,14 @@ from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError, FileError, PlacementError, TrainingError
+from ..support.errors import ConfigError, PlacementError, TrainingError
 from ..support.progress import shows_color
 from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer, TrainResult
 from .apply import placed, scored, trainer_for, why_every_row
-from .folder import EVA, Run
+from .artefacts import EVA
+from .folder import Run
 from .splits import sources_of
 
 CHOSE_THE_STEP = (
@@ -35,31 +35,30 @@ CHOSE_THE_STEP = (
 
 def run_data(run: Run) -> DataFacts:
     """Describes the rows, before anything is scored or trained: data.json."""
-    run.begin("data")
-    facts = run.described()
-    run.say(f"{facts.table()}\n{facts.shown_row(shows_color(sys.stderr))}")
-    ranks.on_main(lambda: files.write_json(run.file("data"), {"plopfast": "data", **facts.as_dict()}))
+    with run.stage("data"):
+        facts = run.described()
+        run.say(f"{facts.table()}\n{facts.shown_row(shows_color(sys.stderr))}")
+        ranks.on_main(lambda: files.write_json(run.file("data"), {"plopfast": "data", **facts.as_dict()}))
     return facts
 
 
 def run_score(run: Run) -> NFNReport:
     """Scores the training rows: scores.json, and eva.safetensors where adapters begin with EVA's vectors."""
     run.rows("train")  # broken data should stop the run before the model is loaded
-    run.begin("score")
     settings = run.config.scoring
     if why := why_every_row(settings):
         run.say(f"every row is scored, as {why}")
     with run.stage("score"):
         report = scored(run.model, run.sample(), settings, run.progress)
 
-    def save() -> None:
-        if report.eva:
-            eva.save(run.folder / EVA, report.eva, report.eva_ratios)
-        else:  # the vectors of an earlier scoring must not meet these scores
-            (run.folder / EVA).unlink(missing_ok=True)
-        report.save(run.file("score"))
+        def save() -> None:
+            if report.eva:
+                eva.save(run.folder / EVA, report.eva, report.eva_ratios)
+            else:  # the vectors of an earlier scoring must not meet these scores
+                run.at.ledger.remove([EVA])
+            report.save(run.file("score"))
 
-    ranks.on_main(save)
+        ranks.on_main(save)
     run.say(report.table())
     return report
 
@@ -74,8 +73,7 @@ def run_place(run: Run) -> Placement:
             f"the budget gives ranks up to {highest}, but scoring keeps EVA's vectors for --rank {settings.rank}: score "
             f"anew with --rank {highest}, or leave out --init eva"
         )
-    run.begin("place")  # not before: invalid settings are not kept
-    with run.stage("place"):
+    with run.stage("place"):  # not before: invalid settings are not kept
         ranks.on_main(lambda: placement.save(run.file("place")))
     run.say(str(placement))
     return placement
@@ -86,17 +84,12 @@ def run_train(run: Run) -> TrainResult:
     config = run.config
     placement = None if config.full else Placement.load(run.file("place"))
     vectors = eva.load(run.folder / EVA)[0] if config.init == "eva" else None
-    unfinished = checkpoints(run.folder / CHECKPOINTS)
-    if unfinished and not (run.resume or run.overwrite):
-        raise FileError(
-            f"{unfinished[0]}: an unfinished training; pass --resume to go on, or --overwrite to start anew"
-        )
-    run.begin("train")
-    trainer = trainer_for(run, placement, vectors, out=run.folder)
-    advice = threads.thread_advice() if run.model.device.type == "cpu" else []
-    for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
-        run.say(line)
     with run.stage("train"):
+        unfinished = checkpoints(run.folder / CHECKPOINTS)
+        trainer = trainer_for(run, placement, vectors, out=run.folder)
+        advice = threads.thread_advice() if run.model.device.type == "cpu" else []
+        for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
+            run.say(line)
         try:
             result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:
@@ -104,16 +97,16 @@ def run_train(run: Run) -> TrainResult:
                 save_adapter(run.model, run.folder / "adapter-before-failure", overwrite=True)
                 ranks.barrier()
             raise
-    if config.full:
-        ranks.on_main(lambda: _save_model(run, run.file("train")))
-    else:
-        save_adapter(run.model, run.file("train"), overwrite=run.overwrite)
-    value = {
-        **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": trainer.plan.facts(),
-        "validation": _about_validation(run, trainer), "paths": trainer.paths(),
-    }  # fmt: skip
-    ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
-    ranks.on_main(lambda: shutil.rmtree(run.folder / CHECKPOINTS, ignore_errors=True))
+        if config.full:
+            ranks.on_main(lambda: _save_model(run, run.file("train")))
+        else:
+            save_adapter(run.model, run.file("train"), overwrite=True)
+        value = {
+            **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": trainer.plan.facts(),
+            "validation": _about_validation(run, trainer), "paths": trainer.paths(),
+        }  # fmt: skip
+        ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
+    ranks.on_main(lambda: run.at.ledger.clear(CHECKPOINTS))
     for line in trainer.notes:
         run.say(line)
     run.say(f"{result.tokens_per_s:.0f} tokens/s, {result.padding:.1%} of the positions were padding")
@@ -132,7 +125,7 @@ def _about_validation(run: Run, trainer: Trainer) -> str:
 
 def _save_model(run: Run, target: Path) -> None:
     """Writes the model as Hugging Face does."""
-    with files.replacing(target) as scratch:
+    with run.at.ledger.replacing(target.name) as scratch:
         run.model.save_pretrained(scratch)
         run.tokenizer.save_pretrained(scratch)
 
@@ -145,18 +138,18 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     eval.json holds.
     """
     run.rows("test")
-    run.begin("eval")
-    examples, config = run.examples("test"), run.config
-    choices = choices_of(examples)
-
-    def measure(model: Any, who: str) -> Metrics:
-        return evaluate(model, examples, choices=choices, progress=who if run.progress else "")
+    config, device = run.config, device_for(run.config.device)
 
     def load(name: str | Path | None) -> Any:
-        device = device_for(config.device)
         return load_model(name, dtype=dtype_for(config.dtype, device, full=True), device=device)[0]
 
-    with run.stage("eval"):
+    with run.stage("eval", inputs=[adapter] if adapter else []):
+        examples = run.examples("test")
+        choices = choices_of(examples)
+
+        def measure(model: Any, who: str) -> Metrics:
+            return evaluate(model, examples, choices=choices, progress=who if run.progress else "")
+
         if config.full:
             base = measure(load(config.model), "base")
             tuned = measure(load(run.file("train")), "tuned")
@@ -166,10 +159,10 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
-    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
-    own = bool(test) and test != valid  # a copied file is no test either
-    value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
-    ranks.on_main(lambda: files.write_json(run.file("eval"), value))
+        test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
+        own = bool(test) and test != valid  # a copied file is no test either
+        value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
+        ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return value
 
 
@@ -186,12 +179,10 @@ def run_report(run: Run) -> Path:
     """Writes what the folder holds as one page: report.html, and its pictures in report/."""
     if run.config.full:
         raise ConfigError("no report for --full: it has no scores and no placement. Its figures are in eval.json")
-    from ..report.page import PICTURES, write_report
+    from ..report.page import write_report
 
-    resumed = run.overwrite or run.resume  # a run that was stopped here may have left its pictures
-    ranks.on_main(lambda: files.refuse_existing(run.file("report"), run.overwrite))
-    ranks.on_main(lambda: files.refuse_existing(run.folder / PICTURES, resumed))
-    ranks.on_main(lambda: write_report(run.folder))
+    with run.stage("report"):
+        ranks.on_main(lambda: write_report(run.folder))
     return run.file("report")
 
 
@@ -200,8 +191,8 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> 
     if run.config.full:
         raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
     target = run.file("merge")
-    files.refuse_existing(target, run.overwrite)
-    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
-    merge(run.model)
-    _save_model(run, target)
+    with run.stage("merge", inputs=[adapter] if adapter else []):
+        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
+        merge(run.model)
+        _save_model(run, target)
     return target

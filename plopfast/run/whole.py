@@ -1,5 +1,7 @@
 """A whole run: every stage in order, and the short table that ends it."""
 
+from functools import partial
+
 from ..data.rows import DEMO
 from ..lora.placement import Placement
 from ..scoring.report import NFNReport
@@ -7,7 +9,7 @@ from ..support import files, ranks
 from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
-from .folder import ARTEFACTS, Run
+from .folder import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
 ORDER = {
@@ -24,22 +26,20 @@ def run_all(run: Run) -> str:
     from ..report import page  # noqa: F401  # a missing extra should stop the run before its work, not after
 
     if not run.resume:
-        ranks.on_main(run.refuse_results)
+        ranks.on_main(run.at.refuse_results)
     run.rows("train")
     if not run.config.full:
         check_rule(run)  # before invalid settings are kept
-    run.write_config()  # from here on an interrupted run can be resumed
-    for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
-        run.examples(split)
-    if run.overwrite and not run.resume:
-        ranks.on_main(lambda: run.delete(*ARTEFACTS))
-    for stage, do in ORDER.items():
-        if run.config.full and stage not in ("data", "train", "eval"):
-            continue
-        if run.resume and ranks.on_main(run.file(stage).exists):
-            run.say(f"{stage}: already done")
-        else:
-            do(run)
+    with run.stage("run"):  # from here on an interrupted run can be resumed
+        for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
+            run.examples(split)
+        for stage, do in ORDER.items():
+            if run.config.full and stage not in ("data", "train", "eval"):
+                continue
+            if run.resume and ranks.on_main(partial(run.at.is_done, stage)):
+                run.say(f"{stage}: already done")
+            else:
+                do(run)
     return summary(run) if ranks.is_main() else ""
 
 
@@ -51,7 +51,7 @@ def summary(run: Run) -> str:
         chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
         what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
     metrics = files.read_json(run.file("eval"), "plopfast eval")
-    stages = files.read_json(run.folder / "stages.json", "plopfast")
+    stages = {name: stage for name, stage in run.at.ledger.done().items() if name not in ("run", "report")}
     rows = [("adapters", what), *eval_lines(metrics)]
     rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
     rows.append(("written", str(run.folder)))

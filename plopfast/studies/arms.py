@@ -6,7 +6,6 @@ What is finished is kept in the folder of the training (result.json, test.json) 
 import copy
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,11 +22,13 @@ from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.running import context_length
 from ..run.apply import trainer_for
-from ..run.folder import EVA, Run
+from ..run.artefacts import EVA
+from ..run.folder import Run
 from ..support import files, memory
 from ..support.config import RunConfig
 from ..support.errors import ConfigError, TrainingError
 from ..support.inputs import check_same
+from ..support.ledger import Ledger
 from ..support.progress import Work
 from ..training.evaluate import choices_of, evaluate
 from ..training.state import CHECKPOINTS, checkpoints
@@ -97,13 +98,14 @@ class Training:
         """Trains once, and keeps the result in out/result.json; its "valid_loss" is None where the loss was not finite."""
         done = out / "result.json"
         if done.exists():
+            Ledger(out).clear(CHECKPOINTS)  # a kill can have left them
             self.work.skip()
             return files.read_json(done, MADE_BY)
         config = dataclasses.replace(self.run.config, lr=lr, seed=seed)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
             value = {"seed": seed, "lr": lr} | self._fit(arm, config, out)
             files.write_json(done, value)
-            shutil.rmtree(out / CHECKPOINTS, ignore_errors=True)
+            Ledger(out).clear(CHECKPOINTS)
         return value
 
     def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:

@@ -267,13 +267,12 @@ def run_audit(run: Run) -> str:
             "audit needs statistics of single prompts, which --compat official does not keep: leave it out"
         )
     rows = len(run.rows("train"))  # broken data should stop the run before the model is loaded
-    run.begin("audit")
-    examples = run.sample()
-    others = [run.sample(config.seed + i) for i in range(1, OTHER_SAMPLES + 1)] if len(examples) < rows else []
     with run.stage("audit") as noted:
+        examples = run.sample()
+        others = [run.sample(config.seed + i) for i in range(1, OTHER_SAMPLES + 1)] if len(examples) < rows else []
         found = audit(
             run.model, run.tokenizer, examples, config.scoring, others=others, progress=run.progress, say=run.say
         )
         noted["peak_mib"] = found["peak_mib"]
-    files.write_json(run.file("audit"), {"plopfast": "audit", **found})
+        files.write_json(run.file("audit"), {"plopfast": "audit", **found})
     return audit_text(found)

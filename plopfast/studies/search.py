@@ -192,30 +192,24 @@ def run_search(run: Run) -> str:
     and for the store of a search with other inputs, FileError for a store that exists or is damaged, TrainingError where
     no training came to its end.
     """
-    config, path, total = run.config, run.folder / STORE, run.config.search_trials
+    config, total = run.config, run.config.search_trials
     if config.full or config.budget:
         what = "--full has no adapters" if config.full else "--budget fixes the size"
         raise ConfigError(f"a search tries ranks and placements of adapters, but {what}: leave it out")
     run.rows("train")  # broken data should stop the search before the model is loaded
-    if run.resume:
-        run.write_config()
-    else:
-        if path.exists() and not run.overwrite:
-            raise FileError(f"{path}: a search; pass --resume to go on with it, or --overwrite to start anew")
-        run.begin("search")
-        run.delete("search")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = Search(run)
-    with run.stage("search"), Work("trials", total, run.progress) as work:
-        for _ in search.done():
-            work.skip()
-        while (count := len(search.done())) < total:
-            with work.piece(f"trial {count + 1}"):
-                search.next()
-            search.save()
-            so_far = [_row(trial) for trial in search.ranking()[:1]] or ["none"]
-            run.say(f"{_row(search.done()[-1])}\n{so_far[0]}, the best so far")
-    search.save()
+    with run.stage("search"):
+        search = Search(run)
+        with Work("trials", total, run.progress) as work:
+            for _ in search.done():
+                work.skip()
+            while (count := len(search.done())) < total:
+                with work.piece(f"trial {count + 1}"):
+                    search.next()
+                search.save()
+                so_far = [_row(trial) for trial in search.ranking()[:1]] or ["none"]
+                run.say(f"{_row(search.done()[-1])}\n{so_far[0]}, the best so far")
+        search.save()
     done, ranking = search.done(), search.ranking()
     if not ranking:
         raise TrainingError(f"none of {len(done)} trials was trained to its end; the first: {_row(done[0])}")

@@ -11,8 +11,8 @@ nothing to do with the task.
 
 import dataclasses
 import math
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,13 +23,14 @@ from ..lora.placement import Placement
 from ..placing.rules import FULL, arm_names
 from ..report.tables import trial_table
 from ..run.apply import placed
-from ..run.folder import CONFIG, EVA, Run
+from ..run.artefacts import CONFIG, EVA
+from ..run.folder import Run
 from ..run.stages import run_score
 from ..scoring import eva
 from ..scoring.report import NFNReport
-from ..support import files
+from ..support import files, machine
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, FileError, PlacementError, nearest
+from ..support.errors import ConfigError, PlacementError, nearest
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
@@ -53,18 +54,22 @@ def run_trial(run: Run) -> str:
         raise ConfigError(
             "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
         )
-    if run.resume and run.file("trial").exists():
+    if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
         return str(trial_table(files.read_json(run.file("trial"), MADE_BY)))
     _check_test_rows(run)
-    if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
-        raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
     if report:
         _check_scored_alike(run, report)
-    run.begin("trial")
-    if run.overwrite:
-        run.delete("trial")
+    with run.stage("trial"):
+        value = _trial(run, report, names, lrs, seeds, folder)
+        files.write_json(run.file("trial"), value)
+    return str(trial_table(value))
+
+
+def _trial(
+    run: Run, report: NFNReport | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
+) -> dict[str, Any]:
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
     budget, arms = _matched(run, report or run_score(run), names, lrs)
@@ -80,13 +85,11 @@ def run_trial(run: Run) -> str:
         tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
     unload(run.model)
     kept = files.read_json(run.folder / CONFIG, MADE_BY)
-    value = {
-        "plopfast": "trial", "model": run.model.name_or_path, "command": " ".join(["plopfast", *sys.argv[1:]]),
+    return {
+        "plopfast": "trial", "model": run.model.name_or_path, "command": machine.command(),
         **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
         "seeds": seeds, "lrs": lrs, "general": general.facts, **_compared(run, trained, base, tests),
     }  # fmt: skip
-    files.write_json(run.file("trial"), value)
-    return str(trial_table(value))
 
 
 def _compared(

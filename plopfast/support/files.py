@@ -1,12 +1,13 @@
 """Reading and writing files: JSON and safetensors only. They are written under a temporary name and then renamed."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +15,33 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import FileError, PlopfastError
 
+SCRATCH = ".plopfast"  # ends the names of temporary folders
 OTHER_OUT = "choose another --out"
 OTHER_CACHE = "plopfast keeps its cache there: set PLOPFAST_CACHE to a writable folder with room"
 
 
 @contextlib.contextmanager
-def replacing(path: Path, remedy: str = OTHER_OUT) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = OTHER_OUT, mine: Callable[[str], bool] = lambda name: False) -> Iterator[Path]:
     """Yields a temporary path in the same folder. On success it replaces `path`; on failure it is removed.
 
-    Works for files and folders. Raises FileError, with `remedy`, where the system refuses (permission, full disk, not a
-    folder).
+    Works for files and folders. An earlier folder is replaced only if nothing in it is lost: each of its files has a
+    successor of the same name, or `mine` is true of its name (relative, with slashes). Raises FileError, with `remedy`, where
+    that is not so, and where the system refuses (permission, full disk, not a folder).
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=SCRATCH, dir=path.parent))
     except OSError as error:
         raise FileError(f"{path}: cannot write there ({error.strerror}); {remedy}") from error
+    new, old = scratch / path.name, scratch / "old"
     try:
-        yield scratch / path.name
-        _share(scratch / path.name)
-        old = scratch / "old"
-        if path.is_dir():  # a folder cannot be replaced in one step: move it aside first
+        yield new
+        _share(new)
+        if path.is_dir() and new.is_dir():  # a folder cannot be replaced in one step: move it aside first
+            _refuse_loss(path, new, mine)
             path.replace(old)
         try:
-            (scratch / path.name).replace(path)
+            new.replace(path)
         except OSError:
             if old.exists():
                 old.replace(path)
@@ -46,6 +50,32 @@ def replacing(path: Path, remedy: str = OTHER_OUT) -> Iterator[Path]:
         raise FileError(f"{path}: writing failed ({error}); the earlier file, if any, is intact; {remedy}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_loss(path: Path, new: Path, mine: Callable[[str], bool]) -> None:
+    if path.is_symlink():
+        raise FileError(f"{path}: a symbolic link, which plopfast does not replace: remove it, or {OTHER_OUT}")
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_symlink() or not (file.is_dir() or (new / name).exists() or mine(name)):
+            raise FileError(
+                f"{file}: in a folder that is to be replaced, but plopfast did not write it: move it away, or {OTHER_OUT}"
+            )
+
+
+def recover(scratch: Path) -> None:
+    """Ends what a kill interrupted in `replacing`, whose temporary folder this is: an earlier folder comes back, or the new
+    one takes its place if it is complete, which it is once the earlier one was moved aside.
+
+    Leaves a folder alone that holds something else.
+    """
+    name = scratch.name[1:].removesuffix(SCRATCH).rpartition(".")[0]
+    new, old, path = scratch / name, scratch / "old", scratch.parent / name
+    if not name or {file.name for file in scratch.iterdir()} - {name, "old", "usual"}:
+        return
+    if old.exists() and not path.exists():
+        (new if new.exists() else old).replace(path)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _share(written: Path) -> None:
@@ -108,7 +138,13 @@ def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, st
 
 
 def sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hexadecimal."""
+    """Returns the SHA-256 of a file's bytes, in hexadecimal; a file that has not changed since is not read again."""
+    state = path.stat()
+    return _sha256(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sha256(path: Path, _state: tuple[int, ...]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

@@ -6,9 +6,11 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from .secrets import masked
 from .threads import usable_cores
 
 PACKAGES = ("plopfast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft")
@@ -27,6 +29,11 @@ def launch() -> Launch:
     if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:  # schedulers set some of them for their own use
         return Launch(0, 0, 1)
     return Launch(*(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+
+
+def command() -> str:
+    """Returns the command line of this process, with secrets masked."""
+    return masked(["plopfast", *sys.argv[1:]])
 
 
 def versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from ..support.errors import FileError, TrainingError
 from ..support.inputs import check_same
 
 CHECKPOINTS = "checkpoints"  # their folder within a run's folder
+CHECKPOINT_FILES = ("step-*.safetensors", "step-*.damaged", f".step-*{files.SCRATCH}/*")
 COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
 KINDS = ("now", "best", "average", "step", "exp_avg", "exp_avg_sq")  # a parameter's tensors; the last three are AdamW's
 

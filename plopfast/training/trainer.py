@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,8 @@ from ..models.running import check_packing, device_of
 from ..support import machine, ranks
 from ..support.config import FREE, TrainConfig
 from ..support.errors import Interrupted, TrainingError
+from ..support.ledger import Ledger
+from ..support.lock import locked
 from ..support.progress import bar
 from . import census, parallel
 from .blocks import prepared_blocks
@@ -36,7 +37,7 @@ from .neftune import neftune
 from .optimizer import lr_factor, make_optimizer, set_lr
 from .plan import Plan
 from .records import Records
-from .state import CHECKPOINTS, TrainState, check_same_run, checkpoint_path, load_state, save_state
+from .state import CHECKPOINT_FILES, CHECKPOINTS, TrainState, check_same_run, checkpoint_path, load_state, save_state
 
 SKIPS_IN_A_ROW = 10  # so many steps without a finite loss, one after the other, end a training even if it skips them
 
@@ -128,9 +129,13 @@ class Trainer:
         Raises TrainingError for a loss that is not finite (the model then holds the best parameters so far), Interrupted
         after Ctrl-C.
         """
-        state, config = self.state, self.config
-        if state.step:
+        if self.state.step:
             raise TrainingError("this trainer has been fitted already: make another one")
+        with locked(self.out) if self.out is not None and ranks.is_main() else contextlib.nullcontext():
+            return self._fit(resume)
+
+    def _fit(self, resume: bool) -> TrainResult:
+        state, config = self.state, self.config
         torch.manual_seed((config.seed + 1_000_003 * ranks.rank()) % 2**63)  # dropout differs between ranks
         self._begin(resume)
         began, before, computed = time.perf_counter(), state.tokens, state.positions
@@ -296,15 +301,23 @@ class Trainer:
             yield
 
     def _begin(self, resume: bool) -> None:
-        """Takes over the newest checkpoint's state, or removes what an earlier training left."""
+        """Takes over the newest checkpoint's state, or removes what an earlier training left.
+
+        Raises FileError where a file that plopfast did not write is in the way.
+        """
+        out = self.out
+        if out is not None:
+            logs = {"tensorboard": ("events.*",)} if "tensorboard" in targets(self.config.log_to) else {}
+            names = {"metrics.jsonl": (), CHECKPOINTS: CHECKPOINT_FILES, **logs}
+            ranks.on_main(lambda: Ledger(out).claim_once(names))
         if resume:
-            if self.out is None:
+            if out is None:
                 raise TrainingError("resume needs the folder `out` that holds the checkpoints")
-            path, identity, state = load_state(self.out / CHECKPOINTS)
+            path, identity, state = load_state(out / CHECKPOINTS)
             check_same_run(path, identity, self.identity)
             self.state.load_state_dict(state)
-        elif self.out is not None and ranks.is_main():
-            shutil.rmtree(self.out / CHECKPOINTS, ignore_errors=True)
+        elif out is not None:
+            ranks.on_main(lambda: Ledger(out).clear(CHECKPOINTS))
         self.records.begin(self.state.step)
 
     def _save(self) -> Path | None:

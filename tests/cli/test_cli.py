@@ -65,7 +65,7 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
         assert word in page
     before = {name: (out / name).stat().st_mtime_ns for name in STAGES}
     assert plopfast("run", *base, "--out", out) == 2
-    assert "exists already; choose another --out" in capsys.readouterr().err
+    assert "exists already (it holds data.json); choose another --out" in capsys.readouterr().err
     assert {name: (out / name).stat().st_mtime_ns for name in STAGES} == before, "nothing is overwritten silently"
     assert plopfast("run", *base, "--out", out, "--overwrite") == 0
 
@@ -291,7 +291,7 @@ def test_only_a_run_folder_is_cleared(base, tmp_path, capsys):
     own.mkdir(parents=True)
     (own / "notes.txt").write_text("years of work")
     assert plopfast("run", *base, "--out", tmp_path / "home", "--overwrite") == 2
-    assert "would delete model, but the folder has no config.json of plopfast" in capsys.readouterr().err
+    assert "holds model and no history.jsonl of plopfast" in capsys.readouterr().err
     assert (own / "notes.txt").exists() and not (tmp_path / "home" / "config.json").exists()
 
 

@@ -53,7 +53,6 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
     }
     versions = {"plopfast": "0.1.0", "torch": "2.13.0"}
     write = {
-        "stages.json": stages,
         "config.json": {"plopfast": "config", "settings": dataclasses.asdict(RunConfig()), "model": "some/model", "device": "cpu",
                         "data": data, "versions": versions, "machine": "a processor, 2 cores"},
         "eval.json": {who: {"loss": loss, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "metric": "choice",
@@ -68,6 +67,10 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
     }  # fmt: skip
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
+    history = [{"event": "begin", "stage": "score", "claims": {name: [] for name in write}}]
+    history += [{"event": "done", "stage": name} | stage for name, stage in stages.items()]
+    lines = [json.dumps({"plopfast": "history", "time": "2026-01-01T00:00:00+00:00"} | event) for event in history]
+    (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
     metrics = [{"step": step, "loss": 12 / step, "tokens": 150} for step in range(1, 61)]
     metrics += [{"step": step, "valid_loss": 11 / step} for step in (30, 60)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))

@@ -135,7 +135,6 @@ def test_self_contained_and_semantic(whole):
 def test_a_missing_file_takes_its_section_along_and_its_command_is_named(full, name):
     titles, pictures, stage = SECTIONS[name]
     (full / name).unlink()
-    (full / "stages.json").unlink()
     page = report(full)
     assert not {title for _, title in page.headings} & set(titles)
     assert not any((full / "report" / f"{picture}.png").exists() for picture in pictures)
@@ -426,18 +425,18 @@ def test_a_damaged_file_is_named(full, name):
 
 
 def test_a_folder_of_the_users_stays(full, capsys):
-    (full / "report.html").unlink()
-    (full / "report" / "own.txt").write_text("mine")
-    assert main.main(["report", "--out", str(full)]) == 2 and (full / "report" / "own.txt").read_text() == "mine"
-    assert f"{full / 'report'}: exists already" in capsys.readouterr().err
-    assert main.main(["report", "--overwrite", "--out", str(full)]) == 0 and (full / "report.html").exists()
+    own = full / "report" / "own.txt"
+    own.write_text("mine")
+    before = (full / "report.html").read_bytes()
+    for options in ([], ["--overwrite"]):
+        assert main.main(["report", "--out", str(full), *options]) == 2 and own.read_text() == "mine"
+    assert f"{own}: in the way" in capsys.readouterr().err and (full / "report.html").read_bytes() == before
+    own.unlink()
+    assert main.main(["report", "--overwrite", "--out", str(full)]) == 0
 
 
 def test_pictures_of_an_earlier_report_go(full):
     (full / "eval.json").unlink()
-    (full / "report" / "left.png").write_text("")
     write_report(full)
-    assert not {"left.png", "before_after.png", "before_after.csv"} & {
-        path.name for path in (full / "report").iterdir()
-    }
+    assert not {"before_after.png", "before_after.csv"} & {path.name for path in (full / "report").iterdir()}
     assert not [path for path in full.iterdir() if path.name.startswith(".")], "nothing half-written stays"

@@ -34,6 +34,13 @@ def opened(tmp_path, said=None, **settings):
     return run
 
 
+def begin(run):
+    """Keeps the settings, as every stage does."""
+    with run.stage("run"):
+        pass
+    run.at.close()
+
+
 def prompts(run, split):
     return [row["prompt"] for _, row in run.rows(split)]
 
@@ -42,7 +49,7 @@ def test_several_files_of_a_split(tmp_path, made):
     one, two, valid = made("a.jsonl", "1", "2"), made("b.jsonl", "3"), made("v.jsonl", "4")
     run = opened(tmp_path, train=(one, two), valid=valid)
     assert prompts(run, "train") == ["1", "2", "3"] and run.rows("test") is run.rows("valid")
-    run.write_config()
+    begin(run)
     kept = json.loads((run.folder / "config.json").read_text())
     assert kept["data"]["train"] == [{"file": name, "sha256": files.sha256(Path(name))} for name in (one, two)]
     assert kept["data"]["valid"] == {"file": valid, "sha256": files.sha256(Path(valid))}
@@ -56,7 +63,7 @@ def test_several_files_of_a_split(tmp_path, made):
 def test_an_older_folder_with_one_file_goes_on(tmp_path, made):
     train = made("a.jsonl", "1", "2")
     run = opened(tmp_path, train=train)
-    run.write_config()
+    begin(run)
     kept = json.loads((run.folder / "config.json").read_text())
     for newer in ("columns", "bad_rows", "allow_overlap"):
         del kept["settings"][newer]
@@ -130,7 +137,7 @@ def test_nothing_is_said_of_a_test_split_that_is_not_there(tmp_path, model_folde
 
 def test_a_run_does_not_go_on_with_rows_that_changed(tmp_path, made):
     train, valid = (made("a.jsonl", "1"), made("b.jsonl", "2")), made("v.jsonl", "3")
-    opened(tmp_path, train=train, valid=valid).write_config()
+    begin(opened(tmp_path, train=train, valid=valid))
     Run(tmp_path / "run", RunConfig(train=train, valid=valid), resume=True)
     made("b.jsonl", "4")
     with pytest.raises(

@@ -26,6 +26,7 @@ from plopfast.studies.criteria import condition_numbers, explained_variance, gra
 from plopfast.support import memory
 from plopfast.support.config import ScoreSettings
 from plopfast.support.errors import AdapterError, ConfigError, DataError, ModelError, PlacementError
+from plopfast.support.ledger import Ledger
 
 
 def report_of(sums, counts, types):
@@ -476,7 +477,7 @@ def test_command(model_folder, tmp_path, capsys):
     found = json.loads((tmp_path / "run" / "audit.json").read_text())
     assert (found["plopfast"], found["prompts"], found["k"], found["seed"]) == ("audit", 18, 2, 3)
     assert found["stability"][-1] == {**found["stability"][-1], "what": "3 other samples", "repeats": 3}
-    assert json.loads((tmp_path / "run" / "stages.json").read_text())["audit"]["peak_mib"] == found["peak_mib"]
+    assert Ledger(tmp_path / "run").done()["audit"]["peak_mib"] == found["peak_mib"]
     assert plopfast("report")[0] == 0, "of a folder that holds nothing else"
     page = html.unescape((tmp_path / "run" / "report.html").read_text())
     assert f'<p class="lead">{found["verdict"]}</p>' in page and "gradient energy" in page and "3 other samples" in page

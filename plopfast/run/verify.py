@@ -1,0 +1,59 @@
+"""`plopfast verify`: are the files of a run folder, and what they were made from, still what they were?"""
+
+from pathlib import Path
+from typing import Any
+
+from ..support import files
+from ..support.errors import FileError
+from ..support.ledger import HISTORY, Ledger
+from ..support.tables import Column, Table
+
+SAME, CHANGED, MISSING = "same", "changed", "missing"
+HIDDEN = (HISTORY, ".lock")
+
+
+def verify(folder: Path) -> tuple[bool, str]:
+    """Compares the files with the hashes in history.jsonl: of outputs, and of the inputs that they were made from.
+
+    Returns whether all are the same, and a text that names those that are not, stages that did not end, and files that
+    plopfast did not write. Raises FileError where there is no history.
+    """
+    ledger = Ledger(folder)
+    if not ledger.exists():
+        raise FileError(f"{ledger.path}: no such file; every command that writes into a run folder begins one there")
+    done = ledger.done()
+    found = [row for stage, event in done.items() for row in _compared(folder, stage, event)]
+    table = Table(
+        "", [Column("state"), Column("file"), Column("of"), Column("noted")], [row for row in found if row[0] != SAME]
+    )
+    begun = {event["stage"]: event for event in ledger.events() if event["event"] == "begin"}
+    unfinished = [f"unfinished: {stage}, begun {begun[stage]['time']}" for stage in begun if stage not in done]
+    claims = ledger.claims()
+    others = [
+        path
+        for path in sorted(folder.iterdir())
+        if path.name not in HIDDEN
+        for path in ledger.foreign(path.name, claims)
+    ]
+    same = sum(row[0] == SAME for row in found)
+    lines = [f"{folder}: {same} of {len(found)} files are as they were"]
+    lines += [str(table)] * (same < len(found)) + unfinished
+    lines += [f"not written by plopfast: {path}" for path in others]
+    return same == len(found), "\n".join(lines)
+
+
+def _compared(folder: Path, stage: str, event: dict[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The state of each file of a stage, its name, what it is to the stage, and when its hash was noted."""
+    data = event.get("data", {}).values()
+    rows = {one["file"]: one["sha256"] for of in data for one in (of if isinstance(of, list) else [of])}
+    kinds = {"input": rows | event.get("inputs", {}), "output": event.get("outputs", {})}
+    return [
+        (_state(folder / name, digest), name, f"{kind} of {stage}", event["time"])
+        for kind, hashes in kinds.items() for name, digest in hashes.items() if name != "config.json"
+    ]  # fmt: skip
+
+
+def _state(path: Path, digest: str) -> str:
+    if not path.is_file():
+        return MISSING
+    return SAME if files.sha256(path) == digest else CHANGED

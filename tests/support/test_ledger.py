@@ -1,0 +1,200 @@
+"""What plopfast wrote in a folder is its own; nothing else is replaced or deleted."""
+
+import json
+
+import pytest
+
+from plopfast.support import files
+from plopfast.support.errors import FileError
+from plopfast.support.ledger import HISTORY, PREVIOUS, Ledger
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path / "run")
+
+
+def fill(folder, *names):
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name)
+
+
+def test_only_claimed_files_are_removed(ledger):
+    ledger.claim({"a.json": (), "steps": ("step-*.bin",)})
+    fill(ledger.folder, "a.json", "steps/step-1.bin", "b.json")
+    ledger.remove(["a.json", "steps", "absent"])
+    assert sorted(path.name for path in ledger.folder.iterdir()) == ["b.json", HISTORY]
+    with pytest.raises(FileError, match="b.json: in the way, and history.jsonl does not say that plopfast wrote it"):
+        ledger.remove(["b.json"])
+
+
+@pytest.mark.parametrize(
+    "foreign", ["file inside", "file in a folder inside", "link inside", "link", "folder for a file"]
+)
+def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign):
+    ledger.claim({"a.json": (), "steps": ("step-*.bin",)})
+    fill(ledger.folder, "a.json", "steps/step-1.bin")
+    fill(tmp_path / "own", "years of work")
+    if foreign == "file inside":
+        fill(ledger.folder, "steps/notes.txt")
+    elif foreign == "file in a folder inside":
+        fill(ledger.folder, "steps/deep/er/notes.txt")
+    elif foreign == "link inside":
+        (ledger.folder / "steps" / "step-2.bin").symlink_to(tmp_path / "own")
+    elif foreign == "link":
+        (ledger.folder / "steps" / "step-1.bin").unlink()
+        (ledger.folder / "steps").rmdir()
+        (ledger.folder / "steps").symlink_to(tmp_path / "own")
+    else:
+        (ledger.folder / "a.json").unlink()
+        fill(ledger.folder, "a.json/notes.txt")
+    before = sorted(ledger.folder.rglob("*"))
+    for act in (ledger.remove, ledger.check, lambda names: ledger.claim(dict.fromkeys(names, ()))):
+        with pytest.raises(FileError, match="in the way"):
+            act(["a.json", "steps"])
+    with pytest.raises(FileError, match="in the way"):
+        ledger.set_aside("train", {"train": ["a.json", "steps"]})
+    assert sorted(ledger.folder.rglob("*")) == before and (tmp_path / "own" / "years of work").exists()
+
+
+def test_clearing_leaves_what_is_foreign(ledger):
+    ledger.claim({"steps": ("step-*.bin", ".step-*/*")})
+    fill(ledger.folder, "steps/step-1.bin", "steps/.step-2.x/step-2.bin", "steps/notes.txt")
+    ledger.clear("steps")
+    assert sorted(path.name for path in ledger.folder.rglob("*")) == sorted([HISTORY, "steps", "notes.txt"])
+    (ledger.folder / "steps" / "notes.txt").unlink()
+    ledger.clear("steps")
+    assert not (ledger.folder / "steps").exists()
+
+
+def test_a_line_that_a_kill_cut_short_is_left_out(ledger):
+    ledger.add("begin", stage="score")
+    with ledger.path.open("a") as file:
+        file.write('{"plopfast": "history", "ev')
+    ledger.add("done", stage="score")
+    assert [event["event"] for event in ledger.events()] == ["begin", "done"]
+
+
+@pytest.mark.parametrize("text", ["[1]\n", "loss 1\n", '{"epoch": 1}\n'])
+def test_a_history_of_the_users_is_not_touched(ledger, text):
+    ledger.folder.mkdir()
+    ledger.path.write_text(text)
+    with pytest.raises(FileError, match="not a history of plopfast"):
+        ledger.claim({"a.json": ()})
+    assert ledger.path.read_text() == text
+
+
+def states(ledger):
+    return sorted(ledger.done())
+
+
+def test_what_is_done(ledger):
+    for stage in ("score", "place", "train"):
+        ledger.claim({f"{stage}.json": ()}, stage=stage, command="c")
+        ledger.add("done", stage=stage, seconds=1)
+    assert states(ledger) == ["place", "score", "train"] and ledger.done()["score"]["command"] == "c"
+    ledger.add("begin", stage="place")
+    assert states(ledger) == ["score", "train"]
+    ledger.add("failed", stage="place")
+    assert states(ledger) == ["place", "score", "train"], "its earlier result is as it was"
+    fill(ledger.folder, "train.json")
+    assert ledger.set_aside("train", {"train": ["train.json"]})
+    assert states(ledger) == ["place", "score"] and (ledger.folder / PREVIOUS / "train.json").exists()
+    ledger.add("begin", stage="train")
+    ledger.add("failed", stage="train")
+    assert states(ledger) == ["place", "score"]
+    ledger.bring_back("train")
+    assert states(ledger) == ["place", "score", "train"] and (ledger.folder / "train.json").exists()
+    assert not (ledger.folder / PREVIOUS).exists()
+
+
+def test_earlier_results_wait_until_the_new_ones_are_complete(ledger):
+    ledger.claim({"a.json": (), "steps": ("*.bin",)})
+    fill(ledger.folder, "a.json", "steps/1.bin", "config.json")
+    names = {"train": ["a.json", "steps"]}
+    assert ledger.set_aside("train", names, copied=["config.json"]) and ledger.waiting() == "train"
+    old = sorted(
+        path.relative_to(ledger.folder / PREVIOUS).as_posix() for path in (ledger.folder / PREVIOUS).rglob("*")
+    )
+    assert old == ["a.json", "config.json", "steps", "steps/1.bin"] and (ledger.folder / "config.json").exists()
+    fill(ledger.folder, "steps/2.bin")  # a work that was stopped, and is begun anew
+    ledger.claim({"b.json": ()})
+    fill(ledger.folder, "b.json")
+    ledger.set_aside("train", {"train": ["a.json", "steps", "b.json"]})
+    assert (ledger.folder / PREVIOUS / "b.json").exists() and not (ledger.folder / "b.json").exists(), "it was complete"
+    assert not (ledger.folder / "steps").exists() and (ledger.folder / PREVIOUS / "steps" / "1.bin").exists()
+    ledger.complete("score")
+    assert ledger.waiting() == "train", "another stage is no reason"
+    fill(ledger.folder, PREVIOUS + "/notes.txt")
+    ledger.complete("train")
+    assert [path.name for path in (ledger.folder / PREVIOUS).iterdir()] == ["notes.txt"], "the user's"
+
+
+def test_a_folder_called_previous_stays(ledger):
+    ledger.claim({"a.json": ()})
+    fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
+    with pytest.raises(FileError, match="previous: in the way"):
+        ledger.set_aside("train", {"train": ["a.json"]})
+    assert (ledger.folder / "a.json").exists()
+
+
+def test_a_move_that_was_interrupted_is_ended(ledger):
+    ledger.claim({"a.json": (), "b.json": ()})
+    ledger.claim({PREVIOUS: ["a.json", "b.json"]}, "claim")
+    fill(ledger.folder, PREVIOUS + "/a.json", "b.json")  # killed after the first of two
+    assert ledger.set_aside("train", {"train": ["a.json", "b.json"]})
+    assert sorted(path.name for path in (ledger.folder / PREVIOUS).iterdir()) == ["a.json", "b.json"]
+    ledger.bring_back("train")
+    assert (ledger.folder / "a.json").exists() and (ledger.folder / "b.json").exists()
+
+
+def test_replacing_loses_nothing_of_others(tmp_path):
+    fill(tmp_path, "adapter/weights", "adapter/notes.txt")
+    with (
+        pytest.raises(FileError, match="notes.txt: in a folder that is to be replaced"),
+        files.replacing(tmp_path / "adapter") as new,
+    ):
+        fill(new, "weights")
+    assert (tmp_path / "adapter" / "weights").read_text() == "adapter/weights" and not list(tmp_path.glob(".*"))
+    (tmp_path / "link").symlink_to(tmp_path / "adapter")
+    with pytest.raises(FileError, match="a symbolic link"), files.replacing(tmp_path / "link") as new:
+        fill(new, "weights", "notes.txt")
+    assert (tmp_path / "adapter" / "notes.txt").exists() and (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.parametrize("state", ["before", "between", "between, new one torn", "after"])
+def test_a_swap_that_a_kill_interrupted_is_ended(tmp_path, state):
+    scratch = tmp_path / f".adapter.abcd1234{files.SCRATCH}"
+    if state == "before":
+        fill(tmp_path, "adapter/old", f"{scratch.name}/adapter/half")
+    elif state.startswith("between"):
+        fill(tmp_path, f"{scratch.name}/old/old", f"{scratch.name}/usual")
+        if state == "between":
+            fill(tmp_path, f"{scratch.name}/adapter/new")
+    else:
+        fill(tmp_path, "adapter/new", f"{scratch.name}/old/old")
+    Ledger(tmp_path).tidy()
+    wanted = {"before": "old", "between": "new", "between, new one torn": "old", "after": "new"}[state]
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == [wanted]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+
+
+def test_a_hidden_folder_of_the_users_stays(tmp_path):
+    fill(tmp_path, f".adapter.abcd1234{files.SCRATCH}/notes.txt")
+    Ledger(tmp_path).tidy()
+    assert list(tmp_path.rglob("notes.txt"))
+
+
+def test_a_folder_that_is_replaced_as_a_whole_is_claimed_first(ledger):
+    with ledger.replacing("merged") as new:
+        fill(new, "model.safetensors", "deep/file.json")
+    assert ledger.claims() == {"merged": {"model.safetensors", "deep/file.json"}}
+    with ledger.replacing("merged") as new:
+        fill(new, "model-1.safetensors")
+    assert [path.name for path in (ledger.folder / "merged").iterdir()] == ["model-1.safetensors"]
+    fill(ledger.folder, "merged/notes.txt")
+    with pytest.raises(FileError, match="notes.txt"), ledger.replacing("merged") as new:
+        fill(new, "model.safetensors")
+    assert json.loads(ledger.path.read_text().splitlines()[0])["event"] == "claim"
