@@ -54,7 +54,7 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.to(torch.device(device))
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 
