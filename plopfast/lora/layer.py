@@ -136,7 +136,7 @@ def inject(
     check_init(init, eva)
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
-    modules, on_gpu = dict(model.named_modules()), False
+    modules, on_gpu = dict(model.named_modules(remove_duplicate=False)), False
     for name, (rank, _) in placement.modules.items():
         if name not in modules or not is_linear(modules[name]):
             raise PlacementError(

@@ -149,7 +149,7 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
 
 def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
     """Raises AdapterError where a module of the adapter is incomplete, absent from the model, or of another shape."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, part in parts.items():
         if set(part) != {"A", "B"}:
             raise AdapterError(f"{path / WEIGHTS}: {name} has lora_{'/'.join(part)} only; the file is incomplete")
