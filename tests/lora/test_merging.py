@@ -159,3 +159,18 @@ def test_every_module_that_shares_is_found():
     with torch.device("meta"):
         empty = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     assert not sharers(empty, ["a", "b"]), "without storage they share none"
+
+
+def test_a_merged_model_that_is_not_finite_is_not_written(model_folder, llama, tmp_path, capsys, monkeypatch):
+    pf.inject(llama, placement(UP.format(0)))
+    adapter = pf.save_adapter(llama, tmp_path / "adapter")
+
+    def spoiled(model):
+        model.lm_head.weight.data[3, 3] = math.nan
+        return 0.0
+
+    monkeypatch.setattr("plopfast.run.stages.merge_checked", spoiled)
+    command = ["merge", "--model", model_folder, "--adapter", adapter, "--out", tmp_path / "run"]
+    assert plopfast(*command) == 2
+    assert "merged: not written: NaN or infinity in 1 of its weights (lm_head.weight)" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "merged").exists()

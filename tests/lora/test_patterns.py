@@ -66,10 +66,10 @@ def test_a_huge_name_is_only_looked_up():
 
 
 def test_many_harmless_patterns_are_bounded_together():
-    many = {f"{i}.*": i for i in range(40_000)}
+    many = {f"{i}.*": i for i in range(100_000)}
     with pytest.raises(AdapterError, match="too long to match"):
         matches(many, NAMES, "")
-    assert MOST_STEPS == 10**8
+    assert MOST_STEPS == 10**9
 
 
 def test_a_name_for_each_of_many_modules():
