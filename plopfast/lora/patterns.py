@@ -25,20 +25,22 @@ def matches(patterns: Mapping[str, Any], names: Sequence[str], where: str) -> di
     As in PEFT, a pattern has to match the whole name or the part after one of its dots. Raises AdapterError, with `where`
     and the pattern, for one that is no regular expression, and for one that could take too long.
     """
-    order: dict[str, int] = {}  # of the patterns that are names
-    compiled: list[tuple[int, re.Pattern[str]]] = []
+    by_name = {pattern: number for number, pattern in enumerate(patterns) if _NAME.fullmatch(pattern)}
+    others = {pattern: number for number, pattern in enumerate(patterns) if pattern not in by_name}
     longest, steps = max(map(len, names), default=0), 0
-    for number, pattern in enumerate(patterns):
-        if _NAME.fullmatch(pattern):
-            order.setdefault(re.sub(r"\\(.)", r"\1", pattern), number)
-            continue
+    for pattern in others:
         steps += _ways(pattern, longest, where) * (len(pattern) + longest) * len(names)
         if steps > MOST_STEPS:
             raise AdapterError(f"{where}: {pattern!r:.80} could take too long to match; {_REMEDY}")
+    compiled: list[tuple[int, re.Pattern[str]]] = []
+    for pattern, number in others.items():
         try:
             compiled.append((number, re.compile(rf"(.*\.)?({pattern})$")))
         except (re.error, OverflowError) as error:
             raise AdapterError(f"{where}: {pattern!r:.80} is not a regular expression ({error}); {_REMEDY}") from None
+    order: dict[str, int] = {}
+    for pattern, number in by_name.items():
+        order.setdefault(re.sub(r"\\(.)", r"\1", pattern), number)
     values, found = list(patterns.values()), {}
     for name in names:
         parts = name.split(".")
@@ -53,7 +55,7 @@ def matches(patterns: Mapping[str, Any], names: Sequence[str], where: str) -> di
 def _ways(pattern: str, longest: int, where: str) -> int:
     """At most how many ways there are to match a name of `longest` characters, PEFT's own prefix left out."""
     ways, alternatives, before = 1, [1], ""
-    tokens = _TOKEN.findall(pattern)
+    tokens = _TOKEN.findall(pattern[: LONGEST + 1])  # no more, as unclosed brackets take quadratic time
     for i, token in enumerate(tokens):
         if token == "(":
             alternatives.append(1)
