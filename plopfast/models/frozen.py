@@ -147,7 +147,8 @@ def sharers(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
 
 def _place(tensor: torch.Tensor) -> Any:
     """Where the values are stored, the same for two Parameters that share them."""
-    pointer = 0 if tensor.is_meta or is_sharded(tensor) else tensor.data_ptr()
+    real = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta  # sharded and fake ones have no address
+    pointer = tensor.data_ptr() if real else 0
     return (tensor.device, pointer) if pointer else id(tensor)
 
 
