@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.frozen import frozen_of, is_linear
+from ..models.frozen import frozen_of, is_linear, sharers
 from ..support.errors import AdapterError, PlacementError
 from . import tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
@@ -128,14 +128,15 @@ def inject(
     first rows of `eva`, which is `report.eva` of `score(..., eva_rank=...)`. Otherwise A is drawn from the seed and the
     module's name, so that it depends on nothing else. If an error is raised, the model is unchanged.
 
-    Raises PlacementError for names that the model does not have and for ranks and vectors that do not fit it, ConfigError
-    for an `init` that is unknown or disagrees with `eva`, AdapterError where the model has adapters already, ModelError
-    for quantised modules, and BackendError where `backend` cannot run on the modules' device.
+    Raises PlacementError for names that the model does not have, for ranks and vectors that do not fit it and for modules
+    that share their weight with others, ConfigError for an `init` that is unknown or disagrees with `eva`, AdapterError
+    where the model has adapters already, ModelError for quantised modules, and BackendError where `backend` cannot run on
+    the modules' device.
     """
     check_init(init, eva)
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
-    modules, on_gpu = dict(model.named_modules()), False
+    modules, on_gpu = dict(model.named_modules(remove_duplicate=False)), False
     for name, (rank, _) in placement.modules.items():
         if name not in modules or not is_linear(modules[name]):
             raise PlacementError(
@@ -148,6 +149,12 @@ def inject(
         if eva is not None:
             check_vectors(eva.get(name), name, rank, n_in)
         on_gpu |= path(frozen.device, backend) != "torch"
+    if shared := sharers(model, placement.modules):
+        name, others = next(iter(shared.items()))
+        raise PlacementError(
+            f"{name} shares its weight with {' and '.join(others)}, so merging would change these too: leave it out of the "
+            "placement, or give it a weight of its own (for a tied head: tie_word_embeddings = False)"
+        )
     if on_gpu and (note := tuning.load()):
         warnings.warn(note, stacklevel=2)
     model.requires_grad_(False)
@@ -179,7 +186,12 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module) -> list[str]:
-    """Adds each update to its frozen weight and puts the plain modules back; returns their names."""
+    """Adds each update to its frozen weight and puts the plain modules back; returns their names.
+
+    `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared.
+    """
+    for name, others in sharers(model, adapters(model)).items():
+        raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
     for module in adapters(model).values():
         module.frozen.add_(module.delta_NK())
     return unload(model)

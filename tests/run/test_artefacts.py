@@ -99,14 +99,14 @@ def test_earlier_results_stay_until_the_new_ones_are_complete(options, tmp_path,
 def test_a_failure_before_anything_new_brings_the_earlier_results_back(options, tmp_path, command, monkeypatch, capsys):
     out = tmp_path / "run"
     assert plopfast("run", *options, "--out", out) == 0
-    before = contents(out / "adapter")
+    before, config = contents(out / "adapter"), (out / "config.json").read_bytes()
     monkeypatch.setattr(
         "plopfast.training.trainer.Trainer.fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     )
     monkeypatch.setattr("plopfast.run.folder.Run.described", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     assert plopfast(command, *options[:6], "--out", out, "--overwrite") == 130
-    assert contents(out / "adapter").items() <= before.items() and not (out / "previous").exists()
-    assert (out / "config.json").read_bytes() == before["config"] and len(before) == 3
+    assert contents(out / "adapter") == before and not (out / "previous").exists()
+    assert command == "train" or (out / "config.json").read_bytes() == config
     assert "train" in Ledger(out).done()
 
 

@@ -1,0 +1,200 @@
+"""adapter_config.json, as PEFT and plopfast write it.
+
+Every field is in one of three tables: it is honoured, it must have a neutral value, or it has no effect on what a saved
+adapter computes. A field in none of them must be empty, so no setting of a newer PEFT is passed over.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..support import files
+from ..support.errors import AdapterError, FileError
+from .patterns import matches
+
+CONFIG = "adapter_config.json"
+LARGEST_ALPHA = 1e9
+_EMPTY: tuple[Any, ...] = (None, False, [], {})
+_MERGE = "merge it with PEFT first"
+_CONVERT = (
+    "PiSSA and its like change the base weights; PEFT converts such an adapter: "
+    "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_alpha(value: Any) -> bool:
+    return _is_number(value) and 0 < value <= LARGEST_ALPHA
+
+
+def _is_names(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_list(value, str)
+
+
+def _is_layers(value: Any) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool)) or _is_list(value, int)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
+
+
+def _maps_to(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or (isinstance(value, dict) and all(check(one) for one in value.values()))
+
+
+_ALPHA = f"a number from above 0 to {LARGEST_ALPHA:g}"
+HONOURED: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> its check, and what it has to be
+    "peft_type": (lambda value: value == "LORA", "LORA"),
+    "r": (_is_rank, "a whole number from 1"),
+    "lora_alpha": (_is_alpha, _ALPHA),
+    "lora_dropout": (
+        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
+        "a number from 0 to below 1",
+    ),
+    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
+    "rank_pattern": (_maps_to(_is_rank), "an object of whole numbers from 1"),
+    "alpha_pattern": (_maps_to(_is_alpha), f"an object whose values are each {_ALPHA}"),
+    "target_modules": (_is_names, "names, or a regular expression"),
+    "exclude_modules": (_is_names, "names, or a regular expression"),
+    "layers_to_transform": (_is_layers, "layer numbers"),
+}
+NEUTRAL: dict[str, tuple[Any, ...]] = {  # field -> the values that change nothing; empty ones never do
+    "task_type": ("CAUSAL_LM",),
+    "bias": ("none",),
+    # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights that the adapter is trained on.
+    "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
+    "modules_to_save": (),
+    "trainable_token_indices": (),
+    "target_parameters": (),
+    "layer_replication": (),
+    "use_dora": (),
+    "lora_bias": (),
+    "use_qalora": (),
+    "use_bdlora": (),
+    "alora_invocation_tokens": (),
+    "velora_config": (),
+    "monteclora_config": (),
+    "arrow_config": (),
+    "kasa_config": (),
+    "megatron_config": (),
+    "ensure_weight_tying": (),
+}
+NO_EFFECT: dict[str, str] = {  # field -> why
+    "auto_mapping": "plopfast is given the base model",
+    "base_model_name_or_path": "plopfast is given the base model",
+    "revision": "plopfast is given the base model",
+    "peft_version": "says who wrote the file",
+    "inference_mode": "says whether PEFT freezes it",
+    "fan_in_fan_out": "read from the base's modules; PEFT mends a wrong value",
+    "layers_pattern": "says how PEFT finds the layers; the tensors' names hold them",
+    "loftq_config": "of an initialisation that is refused",
+    "corda_config": "of an initialisation that is refused",
+    "lora_ga_config": "of an initialisation that is refused",
+    "eva_config": "of an initialisation that is over",
+    "megatron_core": "of megatron_config, which is refused",
+    "qalora_group_size": "of use_qalora, which is refused",
+    "runtime_config": "PEFT ignores it in files",
+}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter_config.json says, all of it valid."""
+
+    file: Path
+    values: dict[str, Any]
+
+    @property
+    def dropout(self) -> float:
+        return float(self.values.get("lora_dropout") or 0.0)
+
+    @property
+    def rslora(self) -> bool:
+        return bool(self.values.get("use_rslora"))
+
+    @property
+    def base(self) -> Any:
+        """The base model's name, as it was in the training."""
+        return self.values.get("base_model_name_or_path")
+
+    def placed(self, ranks: dict[str, int]) -> dict[str, tuple[int, float]]:
+        """Returns module name -> (rank, alpha). `ranks`: module name -> the rank that its tensors have.
+
+        Raises AdapterError where the configuration says another rank, or leaves a module out.
+        """
+        names = list(ranks)
+        self._check_modules(names)
+        ranks_said, alphas_said = (
+            matches(self.values.get(field) or {}, names, f"{self.file}: {field}")
+            for field in ("rank_pattern", "alpha_pattern")
+        )
+        placed = {}
+        for name, rank in ranks.items():
+            said = ranks_said[name] or [self.values.get("r", 8)]  # 8 is PEFT's own default, for both
+            if rank not in said:  # not the first alone: PEFT sorts the patterns when it saves them
+                raise AdapterError(
+                    f"{self.file}: r and rank_pattern say rank {said[0]} for {name}, its tensors have rank {rank}; was it edited?"
+                )
+            alphas = alphas_said[name] or [self.values.get("lora_alpha", 8)]
+            placed[name] = rank, float(alphas[0])
+        return placed
+
+    def _check_modules(self, names: Sequence[str]) -> None:
+        """Raises AdapterError for tensors of a module that PEFT would leave out. Of modules given by a regular expression
+        the tensors alone say which they are."""
+        targets, excluded, layers = (
+            self.values.get(field) for field in ("target_modules", "exclude_modules", "layers_to_transform")
+        )
+        layers = [layers] if isinstance(layers, int) else layers or []
+        for name in names:
+            ends = {name.split(".", i)[-1] for i in range(name.count(".") + 1)}
+            layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
+            for field, value, out in (
+                ("target_modules", targets, isinstance(targets, list) and not ends & set(targets)),
+                ("exclude_modules", excluded, isinstance(excluded, list) and bool(ends & set(excluded))),
+                ("layers_to_transform", layers, bool(layers) and layer not in layers),
+            ):
+                if out:
+                    raise AdapterError(
+                        f"{self.file}: {field} = {value!r:.80} leaves out {name}, for which there are tensors; was it edited?"
+                    )
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """Reads the adapter_config.json in `folder`.
+
+    Raises AdapterError where there is none, and, with the field and its value, for a value of another kind and for a
+    setting of PEFT that plopfast does not have.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        raise AdapterError(f"{folder}: not an adapter folder, it has no {CONFIG}")
+    try:
+        values = files.read_json(file, "plopfast train")
+    except FileError as error:
+        raise AdapterError(str(error)) from error
+    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+        raise AdapterError(f"{file}: expected the configuration of a LoRA adapter (peft_type LORA)")
+    for field, value in values.items():
+        said = f"{file}: {field} = {value!r:.80}"
+        if field in HONOURED:
+            check, expected = HONOURED[field]
+            if not check(value):
+                raise AdapterError(f"{said}: expected {expected}")
+        elif field in NO_EFFECT or any(type(value) is type(plain) and value == plain for plain in _EMPTY):
+            continue
+        elif field not in NEUTRAL:
+            raise AdapterError(f"{said}: this field is unknown; is it of a newer PEFT? {_MERGE}")
+        elif not any(type(value) is type(plain) and value == plain for plain in NEUTRAL[field]):
+            convert = field == "init_lora_weights"
+            raise AdapterError(f"{said} is not supported; {_CONVERT if convert else _MERGE}")
+    return AdapterConfig(file, values)

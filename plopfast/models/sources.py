@@ -1,0 +1,154 @@
+"""What a model's files must not do: run code, be unpickled, bring an adapter along, or fetch kernels from the hub.
+
+transformers would do each of these for a file that asks for it. So the small files of a folder or hub id are read first.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from ..support import files
+from ..support.errors import FileError, ModelError
+
+LOCAL = {  # what transformers has itself; other values name kernels on the hub, or packages that fall back to them
+    "_attn_implementation": (None, "eager", "sdpa", "flex_attention"),
+    "_experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
+}
+
+
+def checked_config(source: str) -> Any:
+    """Returns transformers' configuration of a model folder or hub id, after a look at its small files.
+
+    Raises ModelError for code of the folder's own, pickled weights, an adapter, quantised weights, and sizes that the
+    weights in the folder cannot have; and whatever transformers raises for a configuration that it cannot read.
+    """
+    import transformers
+
+    refuse_adapter(source)
+    raw = _small_file(source, "config.json")
+    if code_wanted(source) and raw.get("model_type") not in transformers.CONFIG_MAPPING:
+        raise remote_code(source)
+    _refuse_pickle(source, raw)
+    _refuse_quantised(source, raw)
+    config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    for attribute, known in LOCAL.items():
+        if (asked := getattr(config, attribute, None)) not in known:
+            setattr(config, attribute, None)  # then transformers chooses
+            warnings.warn(
+                f"{source}: config.json asks for {asked!r}, which is not part of transformers: not used", stacklevel=3
+            )
+    _check_sizes(source, config)
+    return config
+
+
+def code_wanted(source: str) -> dict[str, str]:
+    """The code that a model's files ask for: class of transformers -> file and class of the folder's own."""
+    entries: dict[str, str] = {}
+    for name in ("config.json", "tokenizer_config.json"):
+        asked = _small_file(source, name).get("auto_map")
+        if asked:
+            asked = asked if isinstance(asked, dict) else {"AutoTokenizer": asked}
+            entries |= {str(key): value if isinstance(value, str) else str(value) for key, value in asked.items()}
+    return entries
+
+
+def remote_code(source: str) -> ModelError:
+    """The error for a model that works only with code of its own."""
+    wanted = ", ".join(f"{key}: {value}" for key, value in code_wanted(source).items())
+    return ModelError(
+        f"{source}: it wants to run code of its own ({wanted}); plopfast never runs code from a model's files: give a "
+        "checkpoint of an architecture that transformers has itself"
+    )
+
+
+def refuse_adapter(source: str) -> None:
+    """Raises ModelError for a model with an adapter_config.json, because transformers would load that adapter, too."""
+    if _path(source, "adapter_config.json"):
+        raise ModelError(
+            f"{source}: it holds an adapter (adapter_config.json), which is not the model's own: give the base model "
+            "without it, and the adapter as --adapter"
+        )
+
+
+def _refuse_pickle(source: str, raw: dict[str, Any]) -> None:
+    named = raw.get("transformers_weights")
+    index = _small_file(source, "model.safetensors.index.json").get("weight_map") or {}
+    if not isinstance(index, dict):
+        raise ModelError(
+            f"{source}: weight_map in model.safetensors.index.json: expected names and files, got {index!r:.80}"
+        )
+    pickled = [
+        name
+        for name in dict.fromkeys([*([] if named is None else [named]), *index.values()])
+        if not (isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json")))
+    ]
+    if pickled:
+        raise ModelError(f"{source}: weights are read from .safetensors files only, but it names {pickled[0]!r:.80}")
+
+
+def _refuse_quantised(source: str, raw: dict[str, Any]) -> None:
+    parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    how = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
+    if how:
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        raise ModelError(
+            f"{source}: quantised weights ({method!r:.80}) are not supported yet: give the checkpoint in bfloat16 or float32"
+        )
+
+
+def _check_sizes(source: str, config: Any) -> None:
+    """Raises ModelError for sizes that would take more memory or time than any model with these weights.
+
+    A model has a tensor or more in each layer, and an embedding of vocabulary x width. Only a local folder is looked at.
+    """
+    shapes = [shape for file in sorted(Path(source).glob("*.safetensors")) for shape in _shapes(file)]
+    if not shapes:
+        return
+    text, numbers = config.get_text_config(), sum(math.prod(shape) for shape in shapes)
+    sizes = {name: getattr(text, name, None) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    for name, size in sizes.items():
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ModelError(f"{source}: {name} in config.json: expected a whole number from 1, got {size!r:.80}")
+    vocabulary, width, layers = (size or 1 for size in sizes.values())
+    if vocabulary * width > 2 * numbers or layers > len(shapes):
+        raise ModelError(
+            f"{source}: config.json describes a much larger model (vocab_size {vocabulary}, hidden_size {width}, "
+            f"num_hidden_layers {layers}) than its weights are: {len(shapes)} tensors of {numbers:,} numbers"
+        )
+
+
+def _shapes(file: Path) -> Iterator[list[int]]:
+    with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # loading says more
+        for key in tensors.keys():  # noqa: SIM118
+            yield tensors.get_slice(key).get_shape()
+
+
+def _small_file(source: str, name: str) -> dict[str, Any]:
+    """The JSON object in a file of the folder or hub id; empty where there is no such file."""
+    path = _path(source, name)
+    if path is None:
+        return {}
+    try:
+        value = files.read_json(path, "save_pretrained")
+    except FileError as error:
+        raise ModelError(str(error)) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: expected a JSON object, got {value!r:.80}")
+    return value
+
+
+def _path(source: str, name: str) -> Path | None:
+    if Path(source).is_dir():
+        return path if (path := Path(source) / name).is_file() else None
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return Path(found) if found else None
