@@ -6,7 +6,7 @@ To add a kind, recognise it in `format_of` and add it to `USES`, `NAMES` and `FO
 from typing import Any
 
 from ..support.errors import ConfigError, nearest
-from .strict_json import StrictJSON
+from ..support.strict_json import StrictJSON
 
 _CHAT = ("tools", "documents", "chat_template_kwargs")
 USES = {  # kind -> the columns that it uses, the optional ones too

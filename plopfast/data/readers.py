@@ -14,8 +14,8 @@ from typing import Any
 
 from ..support import files
 from ..support.errors import DataError
+from ..support.strict_json import StrictJSON
 from .arrow import read_dataset, read_parquet
-from .strict_json import StrictJSON
 
 MISSING = "no such data file"
 Bad = Callable[[str, object], None]

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import ConfigError, DataError
+from ..support.strict_json import StrictJSON
 from .formats import FORMATS, NAMES, USES, Renaming, format_of, recognise
 from .readers import Bad, Pairs, read_lines, read_source
-from .strict_json import StrictJSON
 
 _DEMO = Path(__file__).parents[1] / "demo"
 DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")}

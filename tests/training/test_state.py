@@ -51,7 +51,7 @@ def test_another_models_state_changes_nothing(examples):
     state = {k: v + 1 if k.startswith("now/") else v for k, v in state.items()}
     for wrong in ({}, {f"now/{name}": torch.zeros(3)}):
         other = {k: v for k, v in state.items() if k != f"now/{name}"} | wrong
-        with pytest.raises(TrainingError, match=rf"expected {name} of shape .*another placement"):
+        with pytest.raises(TrainingError, match=rf"expected now/{name} of shape .*another placement"):
             trainer.state.load_state_dict(other)
         assert same(before, parameters(trainer))
 

@@ -74,6 +74,23 @@ class StrictJSON:
         self._problem = f"{name} is not JSON; write null or leave the key out"
 
 
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Returns a JSON text that `StrictJSON` reads: numbers that are not finite are null, halves of characters are "?"."""
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=indent, ensure_ascii=False)
+    return text.encode(errors="replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _surrogate(value: Any) -> str:
     """Names a lone surrogate in the value, if it holds one."""
     try:
