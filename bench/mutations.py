@@ -142,7 +142,7 @@ ROW_MUTATIONS = [
     (10, "support/strict_json", "one of two equal keys is lost", "if len(value) != len(pairs):", "if False:"),
     (10, "support/strict_json", "deep nesting", "if end - begin > 2 * DEEPEST and", "if False and"),
     (10, "support/strict_json", "the parser's own limit of nesting", "except RecursionError:\n            raise ValueError(DEEP)", "except ZeroDivisionError:\n            raise ValueError(DEEP)"),
-    (10, "support/strict_json", "long integers", "if len(digits) > LONGEST_INTEGER:", "if False:"),
+    (10, "support/strict_json", "long integers", "if len(digits) > self._digits:", "if False:"),
     (10, "support/strict_json", "lone surrogates", 'text.find("\\\\u", begin, end) >= 0 and', "False and"),
     (10, "support/strict_json", "NaN is null", 'self._problem = f"{name} is not JSON; write null or leave the key out"', "pass"),
     (11, "data/labels", "pairs without a word", "self.notices.add(AS_WRITTEN, where, once=True)", "pass"),

@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
 
 from ..support import files
 from ..support.errors import PlacementError
@@ -22,7 +24,7 @@ class Placement:
     known; a model with other weights is refused.
     """
 
-    modules: dict[str, tuple[Size, Positive]]
+    modules: Annotated[dict[str, tuple[Size, Positive]], MinLen(1)]
     types: list[str]
     rule: str
     parameters: Count

@@ -10,6 +10,9 @@ from ..placing.rules import nfn_rule
 from ..scoring.report import NFNReport
 from ..scoring.stopping import Decision, Intervals
 from ..support import files
+from . import kinds
+
+WRITERS = {"config": "run", "stages": "run", "training": "train"}  # of files that are not named as their command
 
 
 class RunFolder:
@@ -23,11 +26,11 @@ class RunFolder:
         self.config, self.stages, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
             self._read, ("config", "stages", "training", "eval", "audit", "estimate", "trial", "data")
         )
-        self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
+        self.metrics = kinds.read(metrics, "plopfast train") if metrics.exists() else []
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / f"{name}.json"
-        return files.read_json(path, f"plopfast {name}") if path.exists() else {}
+        return kinds.read(path, f"plopfast {WRITERS.get(name, name)}") if path.exists() else {}
 
     def noted(self, stage: str) -> str:
         """Return the command line that was noted for a stage, if any."""
@@ -39,7 +42,9 @@ class RunFolder:
 
     @cached_property
     def _kept_intervals(self) -> dict[str, Any]:
-        return self._read("scores").get("intervals") or {"why": "these scores were made before intervals were kept"}
+        return files.read_json(self.path / "scores.json", "plopfast score").get("intervals") or {
+            "why": "these scores were made before intervals were kept"
+        }
 
     @property
     def intervals(self) -> Intervals | None:

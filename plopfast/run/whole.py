@@ -2,8 +2,9 @@
 
 from ..data.rows import DEMO
 from ..lora.placement import Placement
+from ..report import kinds
 from ..scoring.report import NFNReport
-from ..support import files, ranks
+from ..support import ranks
 from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
@@ -48,10 +49,10 @@ def summary(run: Run) -> str:
     what = "all weights trained"
     if not run.config.full:
         scores, placement = NFNReport.load(run.file("score")), Placement.load(run.file("place"))
-        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
+        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types if t in scores.types)
         what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
-    metrics = files.read_json(run.file("eval"), "plopfast eval")
-    stages = files.read_json(run.folder / "stages.json", "plopfast")
+    metrics = kinds.read(run.file("eval"), "plopfast eval")
+    stages = kinds.read(run.folder / "stages.json", "plopfast run")
     rows = [("adapters", what), *eval_lines(metrics)]
     rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
     rows.append(("written", str(run.folder)))

@@ -21,6 +21,7 @@ from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..lora.placement import Placement
 from ..placing.rules import FULL, arm_names
+from ..report import kinds
 from ..report.tables import trial_table
 from ..run.apply import placed
 from ..run.folder import CONFIG, EVA, Run
@@ -55,7 +56,7 @@ def run_trial(run: Run) -> str:
         )
     if run.resume and run.file("trial").exists():
         run.say("trial: already done")
-        return str(trial_table(files.read_json(run.file("trial"), MADE_BY)))
+        return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
     _check_test_rows(run)
     if folder.exists() and not (run.resume or run.overwrite or run.file("trial").exists()):
         raise FileError(f"{folder}: an unfinished trial; pass --resume to go on, or --overwrite to start anew")

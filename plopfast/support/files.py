@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from .errors import FileError, PlopfastError
 from .strict_json import StrictJSON, dumps
 
+DIGITS = 20  # of an integer and its sign; nothing that is counted has more
 OTHER_OUT = "choose another --out"
 OTHER_CACHE = "plopfast keeps its cache there: set PLOPFAST_CACHE to a writable folder with room"
 
@@ -104,7 +105,7 @@ def read_text(path: Path, missing: str, error: type[PlopfastError] = FileError) 
 def parse_json(where: object, text: str) -> Any:
     """Returns the value of a JSON text. Raises FileError, which begins with `where`."""
     try:
-        return StrictJSON().parse(text.strip())
+        return StrictJSON(DIGITS).parse(text.strip())
     except ValueError as error:
         raise FileError(f"{where}: {error}; was it edited by hand?") from None
 
