@@ -40,7 +40,7 @@ class Stage(TypedDict):
 
 class Training(TypedDict, total=False):
     tokens: Count
-    validation: str
+    validation: str | None
     unmoved: dict[str, Count]
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le
 
-from .errors import FileError
+from .errors import FileError, shown
 
 T = TypeVar("T")
 Count = Annotated[int, Ge(0), Le(2**63 - 1)]
@@ -19,7 +19,6 @@ Size = Annotated[int, Ge(1), Le(2**31 - 1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
-SHOWN = 60  # characters of a value in a message
 
 
 def checked(kind: type[T], value: Any, path: Path, remedy: str, *, more: bool = False) -> T:
@@ -57,12 +56,3 @@ def _place(steps: tuple[int | str, ...]) -> str:
     )
     place = shown("".join(parts).removeprefix("."), str, 200)
     return f"{place}: " if place else ""
-
-
-def shown(value: Any, form: Any = repr, limit: int = SHOWN) -> str:
-    """The value for a message, cut where it is long."""
-    try:
-        text = form(value)
-    except ValueError:  # Python does not write integers of more than 4,300 digits
-        return "a number of thousands of digits"
-    return text if len(text) <= limit else f"{text[:limit]}..."
