@@ -30,7 +30,7 @@ from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, FileError, PlacementError, nearest
+from ..support.errors import ConfigError, FileError, PlacementError, nearest, shown
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
@@ -183,7 +183,7 @@ def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool]
             value = None
         if value is None or not fits(value) or value in values:
             twice = " twice" if value in values else ""
-            raise ConfigError(f"{option}: expected {expected}, got {part!r}{twice}")
+            raise ConfigError(f"{option}: expected {expected}, got {shown(part)}{twice}")
         values.append(value)
     return values
 

@@ -209,7 +209,7 @@ class TrainConfig(StepSettings, Seed):
     >>> config = pf.TrainConfig(lr=2e-4, max_steps=100)
     """
 
-    lr: float = option(1e-3, "peak learning rate of AdamW", positive=True)
+    lr: float = option(1e-3, "peak learning rate of AdamW", positive=True, below=1e38)
     schedule: str = option("cosine", "course of the learning rate after the warmup", ("cosine", "linear", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", below=1)
     lora_plus: float = option(1.0, "learning rate of B over that of A (LoRA+ proposes 16)", positive=True)

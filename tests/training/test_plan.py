@@ -119,7 +119,7 @@ def test_a_step_of_little_data_is_the_same_however_it_is_shared_out(accumulate, 
     plan = plan_of(57, accumulate=accumulate)
     assert (plan.batch_rows, plan.groups_in_step) == (2, 4)
     assert plan.max_steps == pytest.approx(60, abs=5) and plan.eval_every == pytest.approx(8, abs=1)
-    assert plan_of(57, accumulate=32).batch_rows == 1
+    assert plan_of(57, accumulate=16).batch_rows == 1
 
 
 def test_unlabelled_text_is_no_part_of_the_epochs():
