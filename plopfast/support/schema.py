@@ -38,7 +38,8 @@ def checked(kind: type[T], value: Any, path: Path, remedy: str, *, more: bool = 
     said = (
         first["msg"].replace("Input should be ", "expected ").replace("expected greater", "expected a number greater")
     )
-    said = {"missing": "is missing", "extra_forbidden": "unknown field"}.get(first["type"], said[:1].lower() + said[1:])
+    unknown = dict.fromkeys(("extra_forbidden", "unexpected_keyword_argument"), "unknown field")
+    said = {"missing": "is missing", **unknown}.get(first["type"], said[:1].lower() + said[1:])
     raise FileError(f"{path}: {_place(first['loc'])}{said}{got}; {remedy}")
 
 
