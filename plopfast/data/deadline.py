@@ -8,35 +8,53 @@ behave for the first row), and a trace of each line (three times the time).
 """
 
 import contextlib
+import math
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any, TypeVar
 
 from ..support.errors import ModelError
 
-LIMIT_S = 10.0
+T = TypeVar("T")
+LIMIT_S, TICK_S = 10.0, 0.2
 LARGEST = 1_000_000
 
 
-@contextlib.contextmanager
-def deadline(what: str, seconds: float = LIMIT_S) -> Iterator[None]:
-    """Raises ModelError, which names `what`, where the block takes longer than `seconds`."""
-    main = threading.current_thread() is threading.main_thread()
-    if not (main and hasattr(signal, "setitimer")) or signal.getitimer(signal.ITIMER_REAL)[0]:
-        yield
-        return
+class Watch:
+    """Ends what takes too long. Within the context, a block of `timed` raises ModelError, which names `what`, where it takes
+    longer than `seconds` (or `TICK_S` more)."""
 
-    def end(number: int, frame: FrameType | None) -> None:
-        raise ModelError(f"{what} took longer than {seconds:g} s for one row: take another, or mend it")
+    def __init__(self, what: str, seconds: float = LIMIT_S) -> None:
+        self.what, self.seconds = what, seconds
+        self._ends = math.inf
+        self._before: Any = None
 
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def __enter__(self) -> None:
+        main = threading.current_thread() is threading.main_thread()
+        if main and hasattr(signal, "setitimer") and not signal.getitimer(signal.ITIMER_REAL)[0]:
+            self._before = signal.signal(signal.SIGALRM, self._look)
+            signal.setitimer(signal.ITIMER_REAL, TICK_S, TICK_S)
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+            self._before = None
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        if time.monotonic() > self._ends:
+            raise ModelError(f"{self.what} took longer than {self.seconds:g} s for one row: take another, or mend it")
+
+    def timed(self, call: Callable[..., T], *arguments: Any, **more: Any) -> T:
+        """Returns what `call` returns."""
+        self._ends = time.monotonic() + self.seconds  # a timer for each call would take a tenth of a row's time
+        try:
+            return call(*arguments, **more)
+        finally:
+            self._ends = math.inf
 
 
 def check_template(source: str, what: str) -> None:

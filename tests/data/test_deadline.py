@@ -8,7 +8,7 @@ import pytest
 from matrix import made
 
 import plopfast as pf
-from plopfast.data.deadline import check_template, deadline
+from plopfast.data.deadline import Watch, check_template
 from plopfast.support.errors import ModelError
 
 ROWS = [("d.jsonl:1", {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]})]
@@ -25,8 +25,8 @@ def with_template(source):
 
 @pytest.mark.parametrize("before", ["", "{{ messages[1].content }}"], ids=["in any call", "where its error is caught"])
 def test_a_template_without_end(before, monkeypatch):
-    monkeypatch.setattr(deadline.__wrapped__, "__defaults__", (0.2,))
-    with pytest.raises(ModelError, match=r"the chat template took longer than 0.2 s for one row"):
+    monkeypatch.setattr(Watch.__init__, "__defaults__", (0.3,))
+    with pytest.raises(ModelError, match=r"the chat template took longer than 0.3 s for one row"):
         pf.tokenize(ROWS, with_template(before + SLOW))
 
 
@@ -48,11 +48,11 @@ def test_the_alarm_of_another_program_stays():
     before = signal.signal(signal.SIGALRM, lambda *_: seen.append(1))
     try:
         signal.setitimer(signal.ITIMER_REAL, 100)
-        with deadline("it", 0.01):
+        with Watch("it", 0.01):
             assert signal.getitimer(signal.ITIMER_REAL)[0] > 50
         signal.setitimer(signal.ITIMER_REAL, 0)
-        with deadline("it", 50):
-            assert 40 < signal.getitimer(signal.ITIMER_REAL)[0] <= 50
+        with Watch("it"):
+            assert signal.getitimer(signal.ITIMER_REAL)[1]
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0 and signal.getsignal(signal.SIGALRM) not in (before, None)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -61,7 +61,7 @@ def test_the_alarm_of_another_program_stays():
 
 def test_threads_have_no_alarm():
     ended = []
-    thread = threading.Thread(target=lambda: ended.append(deadline("it").__enter__()))
+    thread = threading.Thread(target=lambda: ended.append(Watch("it").__enter__()))
     thread.start()
     thread.join()
     assert ended == [None] and signal.getitimer(signal.ITIMER_REAL)[0] == 0

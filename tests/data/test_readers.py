@@ -332,13 +332,13 @@ def test_lines_of_a_table_that_are_not_utf8_can_be_skipped(tmp_path):
     path.write_bytes(b'prompt,completion\na,b\n\xe9,c\n"d\ne \xff\nf",g\nh,i\n')
     with pytest.raises(DataError, match=r"a\.csv:3: not UTF-8 .byte 0xe9"):
         read(path)
-    found = read(path, bad_rows="skip")
+    found = pf.read_rows(path, bad_rows="skip")
     assert (
         [row["prompt"] for _, row in found.rows] == ["a", "h"] and len(found.bad) == 2 and "a.csv:5: " in found.bad[1]
     )
     path.write_bytes(b"pr\xe9mpt\na\n")
     with pytest.raises(DataError, match=r"a\.csv:1: not UTF-8"):
-        read(path, bad_rows="skip")
+        pf.read_rows(path, bad_rows="skip")
 
 
 def test_a_file_given_twice(tmp_path, monkeypatch):
