@@ -214,6 +214,26 @@ class Config(TypedDict, total=False):
     machine: str
 
 
+class Result(TypedDict):
+    """result.json of one training of a trial; of a training that failed, `valid_loss` is None."""
+
+    seed: Count
+    lr: float
+    valid_loss: float | None
+    seconds: NotNegative
+    peak_mib: NotNegative
+    tokens_per_s: NotNegative
+    error: NotRequired[str]
+
+
+class Test(Base):
+    """test.json of one training of a trial."""
+
+    metric: str
+    right: Annotated[list[NotNegative], Some]
+    seconds: NotNegative
+
+
 KINDS: dict[str, Any] = {
     "eval": Eval,
     "stages": dict[str, Stage],
@@ -223,6 +243,9 @@ KINDS: dict[str, Any] = {
     "trial": Trial,
     "data": Data,
     "config": Config,
+    "result": Result,
+    "test": Test,
+    "inputs": dict[str, Any],
 }
 
 
