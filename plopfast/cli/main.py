@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -75,7 +76,10 @@ def _fail(message: str, launch: machine.Launch) -> int:
         if not ranks.first_to_fail():
             return 2
         message = f"rank {launch.rank} of {launch.size}: {message}"
-    print(f"plopfast: error: {message}", file=sys.stderr, flush=True)
+    shown = re.sub(
+        r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda odd: ascii(odd[0])[1:-1], message
+    )  # steers no terminal
+    print(f"plopfast: error: {shown}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -3,14 +3,13 @@
 import argparse
 import dataclasses
 import inspect
-from pathlib import Path
 from typing import Any, get_args
 
 from ..placing.rules import help_words
 from ..support.config import ROWS, TYPES, RunConfig
 from ..support.options import Settings
 from ..support.settings_file import load_settings
-from . import bench_command
+from . import arguments, bench_command
 from .commands import COMMANDS, Command
 
 DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
@@ -23,9 +22,13 @@ torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace results that exist"},
     "resume": {"action": "store_true", "help": "go on with what was interrupted"},
-    "adapter": {"type": Path, "metavar": "DIR", "help": "take this adapter (default: OUT/adapter)"},
+    "adapter": {"type": arguments.path, "metavar": "DIR", "help": "take this adapter (default: OUT/adapter)"},
     "any_base": {"action": "store_true", "help": "accept an adapter that was trained on other base weights"},
-    "seconds": {"type": float, "default": 60.0, "help": "time for the kernel checks (default: 60)"},
+    "seconds": {
+        "type": arguments.number(float, 1e6),
+        "default": 60.0,
+        "help": "time for the kernel checks (default: 60)",
+    },
 }
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 GROUPS = [kind for kind in RunConfig.__mro__ if issubclass(kind, Settings)]
@@ -42,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         text = command.help[0].upper() + command.help[1:]
         added = commands.add_parser(name, help=command.help, description=text, epilog=EPILOG, formatter_class=raw)
         if command.bare:
-            added.add_argument("out", type=Path, metavar="OUT", help="run folder")
+            added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
-        added.add_argument("--out", type=Path, metavar="DIR", help=_help_of_out(command))
+        added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))
         config = "take settings from this JSON file, named as the options are"
-        added.add_argument("--config", type=Path, metavar="FILE", help=config)
+        added.add_argument("--config", type=arguments.path, metavar="FILE", help=config)
         for flag in command.flags:
             added.add_argument(f"--{flag.replace('_', '-')}", **FLAGS[flag])
         _add_settings(added, command)
@@ -98,17 +101,17 @@ def _option(name: str) -> dict[str, Any]:
     return options | several | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
 
 
-def settings_of(arguments: argparse.Namespace) -> RunConfig:
+def settings_of(parsed: argparse.Namespace) -> RunConfig:
     """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
     settings: dict[str, Any] = {}
-    if COMMANDS[arguments.command].bare:
+    if COMMANDS[parsed.command].bare:
         return RunConfig()
-    kept = arguments.out / "config.json" if arguments.out else None
-    if kept and kept.is_file() and (arguments.command != "run" or arguments.resume):
+    kept = parsed.out / "config.json" if parsed.out else None
+    if kept and kept.is_file() and (parsed.command != "run" or parsed.resume):
         settings |= load_settings(kept)
-    if arguments.config:
-        settings |= load_settings(arguments.config)
-    given = {key: value for key, value in vars(arguments).items() if key in FIELDS}
+    if parsed.config:
+        settings |= load_settings(parsed.config)
+    given = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if one in given:
             settings.pop(other, None)  # both say how long to train: the one that is given now counts

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..support.errors import DataError
+from ..support.strict_json import StrictJSON
 from .notices import Notices
-from .strict_json import StrictJSON
 
 ASSISTANT = "assistant"
 SPEAKERS = {  # ShareGPT's `from`

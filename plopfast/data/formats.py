@@ -5,8 +5,8 @@ To add a kind, recognise it in `format_of` and add it to `USES`, `NAMES` and `FO
 
 from typing import Any
 
-from ..support.errors import ConfigError, nearest
-from .strict_json import StrictJSON
+from ..support.errors import ConfigError, nearest, shown
+from ..support.strict_json import StrictJSON
 
 _CHAT = ("tools", "documents", "chat_template_kwargs")
 USES = {  # kind -> the columns that it uses, the optional ones too
@@ -135,6 +135,8 @@ class Renaming:
     def __init__(self, columns: str | None) -> None:
         self.sources: dict[str, str] = {}  # target -> source
         self._unseen: set[str] = set()  # sources that no row had so far
+        if not isinstance(columns, str | None):
+            raise ConfigError(f"columns: expected text such as prompt=question,completion=answer, got {shown(columns)}")
         for part in () if columns is None else columns.split(","):
             target, equals, source = (piece.strip() for piece in part.partition("="))
             if not (target and equals and source):

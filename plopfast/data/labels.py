@@ -4,6 +4,7 @@ The prompt's text is tokenised as it is at inference, and each learned part apar
 between what is given and what is learned, even where an answer begins with a line break that would join the prompt's.
 """
 
+import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -107,7 +108,8 @@ class _Maker:
 
     def examples(self, rows: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Example]:
         """The examples of some rows; rows that are refused are so in their order."""
-        drafts = [_tried(self._draft, where, row) for where, row in rows]
+        with self.template.watch if self.template else contextlib.nullcontext():
+            drafts = [_tried(self._draft, where, row) for where, row in rows]
         self._encode([draft for draft in drafts if isinstance(draft, Draft)])
         for draft in drafts:
             made = _tried(self._example, draft) if isinstance(draft, Draft) else draft

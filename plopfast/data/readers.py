@@ -14,8 +14,8 @@ from typing import Any
 
 from ..support import files
 from ..support.errors import DataError
+from ..support.strict_json import StrictJSON
 from .arrow import read_dataset, read_parquet
-from .strict_json import StrictJSON
 
 MISSING = "no such data file"
 Bad = Callable[[str, object], None]
@@ -95,13 +95,19 @@ def _place(text: str, at: int) -> str:
 def read_table(path: Path, json: StrictJSON, bad: Bad, delimiter: str = ",") -> Pairs:
     """CSV, or TSV: a header that names the columns, then one row of text a line. Quoted cells may hold line breaks."""
     limit = csv.field_size_limit((1 << 31) - 1)  # the default, 131,072 characters, is less than a long document
-    lines = _text_lines(path)
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    broken: dict[int, str] = {}
+    rows = csv.reader(_text_lines(path, broken), delimiter=delimiter, strict=True)
     header: list[str] = []
     begin = 1
     try:
         for cells in rows:
             where, begin = f"{path}:{begin}", rows.line_num + 1
+            if broken:  # one of the row's lines
+                number, why = broken.popitem()
+                if not header:
+                    raise DataError(f"{path}:{number}: {why}")
+                bad(f"{path}:{number}", why)
+                continue
             if not cells:
                 continue
             if not header:
@@ -131,6 +137,7 @@ def _read_tabs(path: Path, json: StrictJSON, bad: Bad) -> Pairs:
 
 
 def _read_parquet(path: Path, json: StrictJSON, bad: Bad) -> Pairs:
+    files.check_regular(path, DataError)
     if not path.is_file():
         raise DataError(f"{path}: {MISSING}")
     return read_parquet(path)
@@ -188,6 +195,7 @@ def absolute(source: str) -> str:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file, split at line feeds alone (not at U+2028, which may stand in a string), without a BOM."""
+    files.check_regular(path, DataError)
     try:
         with path.open("rb") as file:
             yield file.readline().removeprefix(b"\xef\xbb\xbf")
@@ -198,12 +206,14 @@ def _lines(path: Path) -> Iterator[bytes]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _text_lines(path: Path) -> Iterator[str]:
+def _text_lines(path: Path, broken: dict[int, str]) -> Iterator[str]:
+    """The lines as text; `broken` gets the number of each that is not UTF-8, and why."""
     for number, line in enumerate(_lines(path), 1):
         try:
             yield line.decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{path}:{number}: {_not_utf8(error)}") from None
+            broken[number] = _not_utf8(error)
+            yield line.decode(errors="replace")
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

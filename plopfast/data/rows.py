@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import ConfigError, DataError
+from ..support.options import problem_of_text
+from ..support.strict_json import StrictJSON
 from .formats import FORMATS, NAMES, USES, Renaming, format_of, recognise
-from .readers import Bad, Pairs, read_lines, read_source
-from .strict_json import StrictJSON
+from .readers import Bad, Pairs, absolute, read_lines, read_source
 
 _DEMO = Path(__file__).parents[1] / "demo"
 DEMO = {split: _DEMO / f"wordnet_categories.{split}.jsonl" for split in ("train", "valid", "test")}
@@ -107,6 +108,11 @@ def read_rows(
     names = [str(source) for source in ([sources] if isinstance(sources, str | Path) else sources)]
     if not names:
         raise DataError("sources: expected the name of a file or several, got none")
+    if problem := next(filter(None, map(problem_of_text, names)), ""):
+        raise DataError(f"sources: {problem}")
+    own = [absolute(name) for name in names]
+    if twice := [name for number, name in enumerate(own) if name in own[:number]]:
+        raise DataError(f"{twice[0]}: given twice for {split}; leave one of them out")
     return _collect(
         [(name, partial(read_source, name, split)) for name in names], Renaming(columns), bad_rows == "skip"
     )

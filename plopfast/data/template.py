@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..support.errors import DataError
+from ..support.errors import DataError, ModelError
 from .conversation import ASSISTANT, KWARGS, VARIABLES, Conversation, names_of_calls
+from .deadline import Watch, check_template
 from .notices import Notices
 from .turns import MARKER, THOUGHTS, Turn, Turns, replaced
 
@@ -39,6 +40,8 @@ class Template:
         self._tokenizer = tokenizer
         source = tokenizer.chat_template
         self._source = source if isinstance(source, str) else "".join((source or {}).values())
+        self.watch = Watch(f"{tokenizer.name_or_path}: the chat template")
+        check_template(self._source, self.watch.what)
         self._has_marks = bool(re.search(r"{%[-+]?\s*generation\s*[-+]?%}", self._source))
 
     def rendered(self, where: str, talk: Conversation, learn: str, with_roles: bool, notices: Notices) -> Rendered:
@@ -90,8 +93,13 @@ class Template:
         given = {name: value for name, value in variables.items() if name != KWARGS}
         template = self._tokenizer.get_chat_template(None, given.get("tools"))
         more = {**self._tokenizer.special_tokens_map, **variables.get(KWARGS, {})}
-        rendered: Any = render_jinja_template(
-            [list(messages)], chat_template=template, return_assistant_tokens_mask=True, **given, **more
+        rendered: Any = self.watch.timed(
+            render_jinja_template,
+            [list(messages)],
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **given,
+            **more,
         )
         return [(begin, end) for begin, end in rendered[1][0] if end > begin]
 
@@ -101,19 +109,24 @@ class Template:
         """Return the text of a part of a conversation; None where the template refuses it, or there is no message."""
         try:
             return self._render(messages, variables, generate) if messages else None
+        except ModelError:  # it took too long
+            raise
         except Exception:  # many templates refuse parts: a system message alone, a conversation without a user
             return None
 
     def _render(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any], generate: bool = False) -> str:
         given = {name: value for name, value in variables.items() if name != KWARGS}
-        return self._tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generate, **given, **variables.get(KWARGS, {})
-        )
+        return self.watch.timed(
+            self._tokenizer.apply_chat_template, list(messages), tokenize=False, add_generation_prompt=generate, **given,
+            **variables.get(KWARGS, {}),
+        )  # fmt: skip
 
     def _whole(self, where: str, talk: Conversation) -> tuple[str, Conversation]:
         """The row's text. Templates differ on tool calls: some want an empty content beside them, some arguments as text."""
         try:
             return self._render(talk.messages, talk.variables), talk
+        except ModelError:
+            raise
         except Exception as error:  # a template is the model authors' program and can raise anything
             messages = talk.messages
             for change in _with_content, _with_text_arguments:

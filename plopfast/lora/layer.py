@@ -145,6 +145,11 @@ def inject(
             )
         frozen = frozen_of(modules[name], name)
         n_out, n_in = frozen.shape
+        if (made_for := placement.shapes.get(name, (n_out, n_in))) != (n_out, n_in):
+            raise PlacementError(
+                f"{name}: the placement was made for a {made_for[0]} x {made_for[1]} weight, and this model's is {n_out} x "
+                f"{n_in}: place anew for this model"
+            )
         check_rank(rank, n_in, n_out, f"{name}: ")
         if eva is not None:
             check_vectors(eva.get(name), name, rank, n_in)

@@ -5,10 +5,13 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import MinLen
 
 from ..support import files
-from ..support.errors import FileError, PlacementError
+from ..support.errors import PlacementError
+from ..support.schema import Count, Positive, Size, checked
 
 
 @dataclass
@@ -17,16 +20,18 @@ class Placement:
 
     `modules`: name -> (rank, alpha). `types`: the module types chosen. `parameters`: trainable parameters in all.
     `margin`: the NFN between the last type chosen and the first left out, for rules that choose types by NFN.
-    `notes`: how sure the choice is, and what a budget did.
+    `notes`: how sure the choice is, and what a budget did. `shapes`: name -> (n_out, n_in) of the weights, where they are
+    known; a model with other weights is refused.
     """
 
-    modules: dict[str, tuple[int, float]]
+    modules: Annotated[dict[str, tuple[Size, Positive]], MinLen(1)]
     types: list[str]
     rule: str
-    parameters: int
+    parameters: Count
     margin: float | None = None
     model: str = ""
     notes: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[Size, Size]] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes the placement as JSON, atomically."""
@@ -34,15 +39,12 @@ class Placement:
 
     @classmethod
     def load(cls, path: str | Path) -> "Placement":
-        """Reads what `save` wrote. Raises FileError for a missing file and for one that holds no placement."""
-        value = files.read_json(Path(path), "plopfast place")
-        try:
-            value.pop("plopfast")
-            placement = cls(**value)
-            placement.modules = {name: (int(rank), float(alpha)) for name, (rank, alpha) in placement.modules.items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise FileError(f"{path}: not a placement file ({error}); make it anew with plopfast place") from None
-        return placement
+        """Reads what `save` wrote.
+
+        Raises FileError for a missing file, and for one with a rank, an alpha or another field that cannot be.
+        """
+        value = files.read_kind(Path(path), "placement", "plopfast place")
+        return checked(cls, value, Path(path), "make it anew with plopfast place")
 
     def peft_config(self) -> dict[str, Any]:
         """Returns the arguments of `peft.LoraConfig` that adapt the same modules with the same ranks and alphas.

@@ -62,7 +62,8 @@ def place(
     notes = choice.notes + ([] if allowed is None else _budget_notes(given, rank, alpha, allowed, parameters))
     with_alpha = {name: (r, alpha) for name, r in given.items()}
     named = rule if isinstance(rule, str) else "explicit"
-    return Placement(with_alpha, choice.types, named, parameters, choice.margin, report.model, notes)
+    shapes = {name: (score.n_out, score.n_in) for name, score in modules.items()}
+    return Placement(with_alpha, choice.types, named, parameters, choice.margin, report.model, notes, shapes)
 
 
 def _check_options(ranks: str, granularity: str, cap: int | None) -> None:

@@ -11,6 +11,9 @@ from ..scoring.report import NFNReport
 from ..scoring.stopping import Decision, Intervals
 from ..support import files
 from ..support.ledger import Ledger
+from . import kinds
+
+WRITERS = {"config": "run", "training": "train"}  # of files that are not named as their command
 
 
 class RunFolder:
@@ -25,11 +28,11 @@ class RunFolder:
             self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data")
         )
         self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}
-        self.metrics = files.read_json_lines(metrics, "plopfast train") if metrics.exists() else []
+        self.metrics = kinds.read(metrics, "plopfast train") if metrics.exists() else []
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / f"{name}.json"
-        return files.read_json(path, f"plopfast {name}") if path.exists() else {}
+        return kinds.read(path, f"plopfast {WRITERS.get(name, name)}") if path.exists() else {}
 
     def noted(self, stage: str) -> str:
         """Return the command line that was noted for a stage, if any."""
@@ -41,7 +44,9 @@ class RunFolder:
 
     @cached_property
     def _kept_intervals(self) -> dict[str, Any]:
-        return self._read("scores").get("intervals") or {"why": "these scores were made before intervals were kept"}
+        return files.read_json(self.path / "scores.json", "plopfast score").get("intervals") or {
+            "why": "these scores were made before intervals were kept"
+        }
 
     @property
     def intervals(self) -> Intervals | None:

@@ -4,8 +4,9 @@ from functools import partial
 
 from ..data.rows import DEMO
 from ..lora.placement import Placement
+from ..report import kinds
 from ..scoring.report import NFNReport
-from ..support import files, ranks
+from ..support import ranks
 from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
@@ -48,9 +49,9 @@ def summary(run: Run) -> str:
     what = "all weights trained"
     if not run.config.full:
         scores, placement = NFNReport.load(run.file("score")), Placement.load(run.file("place"))
-        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types)
+        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types if t in scores.types)
         what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
-    metrics = files.read_json(run.file("eval"), "plopfast eval")
+    metrics = kinds.read(run.file("eval"), "plopfast eval")
     stages = {name: stage for name, stage in run.at.ledger.done().items() if name not in ("run", "report")}
     rows = [("adapters", what), *eval_lines(metrics)]
     rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))

@@ -124,11 +124,24 @@ def save(path: Path, vectors: Mapping[str, torch.Tensor], ratios: Mapping[str, t
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Reads what `save` wrote. Raises FileError where the file is missing, damaged or of another kind."""
+    anew = "make it anew with plopfast score --init eva"
     tensors, _ = files.read_tensors(path, "plopfast score --init eva")
     parts: dict[str, dict[str, torch.Tensor]] = {"vectors": {}, "ratios": {}}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         if kind not in parts:
-            raise FileError(f"{path}: unexpected tensor {key!r}: not EVA vectors; score anew with --init eva")
+            raise FileError(f"{path}: unexpected tensor {key!r:.80}: not EVA vectors; {anew}")
         parts[kind][name] = tensor
-    return parts["vectors"], parts["ratios"]
+    vectors, ratios = parts.values()
+    for name in {**vectors, **ratios}:
+        rows, shares = vectors.get(name, torch.empty(0)), ratios.get(name, torch.empty(0))
+        if rows.ndim != 2 or shares.shape != rows.shape[:1] or not (_real(rows) and _real(shares)):
+            raise FileError(
+                f"{path}: {name!r:.80}: expected finite vectors [rank, inputs] and ratios [rank], got {list(rows.shape)} and "
+                f"{list(shares.shape)}; {anew}"
+            )
+    return vectors, ratios
+
+
+def _real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and bool(tensor.isfinite().all())

@@ -4,13 +4,16 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from annotated_types import MinLen
+from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
 from ..support import files
 from ..support.errors import ConfigError, FileError
+from ..support.schema import Count, NotNegative, Share, Size, checked
 from ..support.tables import Column, Table
 from .stopping import Decision, Intervals, decide, intervals
 
@@ -21,13 +24,13 @@ OUTLIER = 3.5  # a module with a larger robust z is an outlier (Iglewicz and Hoa
 class ModuleScore:
     """One module's NFN, its mean and standard deviation over `tokens` tokens, and the module's type, layer and shape."""
 
-    nfn: float
-    std: float
-    tokens: int
+    nfn: NotNegative
+    std: NotNegative
+    tokens: Count
     type: str
-    layer: int | None
-    n_in: int
-    n_out: int
+    layer: Count | None
+    n_in: Size
+    n_out: Size
 
 
 def types_of(modules: Iterable[Any]) -> list[str]:
@@ -162,18 +165,63 @@ class NFNReport:
 
         Raises FileError for a file that is damaged, of another kind, or does not belong to the one beside it.
         """
-        path = Path(path)
-        value = files.read_json(path, "plopfast score")
-        try:
-            scores = {name: ModuleScore(**score) for name, score in value["scores"].items()}
-            rest = {key: value[key] for key in ("tokens", "prompts", "seconds", "model", "settings")}
-            decision = value.get("decision")
-            rest["decision"] = decision and Decision(**decision)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise FileError(f"{path}: not a file of scores ({error}); make it anew with plopfast score") from None
-        beside = path.with_suffix(".safetensors")
-        if beside.is_file() and "prompt_stats_sha256" in value:
-            if files.sha256(beside) != value["prompt_stats_sha256"]:
+        path, anew = Path(path), "make it anew with plopfast score"
+        kept = checked(_Kept, files.read_kind(path, "scores", "plopfast score"), path, anew)
+        beside, stats = path.with_suffix(".safetensors"), None
+        if kept.prompt_stats_sha256 is not None and beside.is_file():
+            if files.sha256(beside) != kept.prompt_stats_sha256:
                 raise FileError(f"{beside}: damaged, or of other scores; make both anew with plopfast score")
-            rest["prompt_stats"] = load_file(beside)["prompt_stats"].double()
-        return cls(scores, **rest)
+            stats = _prompt_stats(beside, len(kept.scores))
+        report = cls(
+            kept.scores, kept.tokens, kept.prompts, kept.seconds, kept.model, {**kept.settings}, kept.decision, stats
+        )
+        if kept.types and kept.types != report.types:
+            raise FileError(f"{path}: types: other means than those of its scores; {anew}")
+        return report
+
+
+class _Settings(TypedDict, total=False):
+    """How scores were made: what `score` keeps of its options."""
+
+    baseline: str
+    tokens: str
+    skip_bos: bool
+    skip_first: bool
+    confidence: Share
+    k: Size
+    eva_rank: Size
+    seed: Count
+    mc_samples: Size
+    compat: str
+
+
+class _Why(TypedDict):
+    why: str
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What scores.json holds. Files of earlier versions lack what has a default."""
+
+    scores: Annotated[dict[str, ModuleScore], MinLen(1)]
+    tokens: Count
+    prompts: Count
+    seconds: NotNegative
+    model: str
+    settings: _Settings
+    types: dict[str, NotNegative] = field(default_factory=dict)
+    decision: Decision | None = None
+    intervals: Intervals | _Why | None = None
+    prompt_stats_sha256: str | None = None
+
+
+def _prompt_stats(path: Path, modules: int) -> torch.Tensor:
+    """Returns the statistics of single prompts of so many modules. Raises FileError for others."""
+    stats = files.read_tensors(path, "plopfast score")[0].get("prompt_stats", torch.empty(0))
+    fits = stats.ndim == 3 and stats.shape[:2] == (2, modules) and stats.shape[2] > 0 and stats.is_floating_point()
+    if not (fits and bool((stats.isfinite() & (stats >= 0)).all()) and bool(stats[1].any(1).all())):
+        raise FileError(
+            f"{path}: expected prompt_stats of shape [2, {modules}, prompts], finite and at least 0, got "
+            f"{list(stats.shape)} {stats.dtype}; make it anew with plopfast score"
+        )
+    return stats.double()

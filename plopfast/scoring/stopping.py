@@ -20,10 +20,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from statistics import NormalDist
+from typing import Annotated
 
 import torch
+from annotated_types import Len
 
 from ..support.errors import ConfigError
+from ..support.schema import Count, Share, Size
 
 FIRST_LOOK = 16
 FEWEST = 8  # prompts; with fewer, one odd prompt makes t-tests and intervals of skewed ratios err more than they say
@@ -36,7 +39,7 @@ DIRECTIONS = ("plop", "plop-inverse")  # in files, what is decided (lowest, high
 class Intervals:
     """Intervals (low, high) of the NFN of each type and module."""
 
-    confidence: float
+    confidence: Share
     types: dict[str, tuple[float, float]]
     modules: dict[str, tuple[float, float]]
 
@@ -52,16 +55,16 @@ class Decision:
     """
 
     types: list[str]
-    k: int
+    k: Size
     rule: str
-    confidence: float
+    confidence: Share
     decided: bool
-    prompts: int
-    looks: list[int]
+    prompts: Count
+    looks: list[Size]
     margin: float | None = None
     margin_low: float | None = None
     margin_high: float | None = None
-    near_ties: list[list[str]] = field(default_factory=list)
+    near_ties: list[Annotated[list[str], Len(2, 2)]] = field(default_factory=list)
     note: str = ""
 
 

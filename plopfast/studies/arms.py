@@ -21,6 +21,7 @@ from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.running import context_length
+from ..report import kinds
 from ..run.apply import trainer_for
 from ..run.artefacts import EVA
 from ..run.folder import Run
@@ -100,7 +101,7 @@ class Training:
         if done.exists():
             Ledger(out).clear(CHECKPOINTS)  # a kill can have left them
             self.work.skip()
-            return files.read_json(done, MADE_BY)
+            return kinds.read(done, MADE_BY)
         config = dataclasses.replace(self.run.config, lr=lr, seed=seed)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
             value = {"seed": seed, "lr": lr} | self._fit(arm, config, out)
@@ -138,7 +139,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
     if done.exists():
         (out / WEIGHTS).unlink(missing_ok=True)  # a kill can have left them
         work.skip()
-        return files.read_json(done, MADE_BY)
+        return kinds.read(done, MADE_BY)
     with work.piece(f"{arm.name}, {out.name}" if arm else "base"):
         began = time.perf_counter()
         unload(run.model)
@@ -221,5 +222,5 @@ def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) 
         now["EVA's vectors"] = files.sha256(run.folder / EVA)
     path = folder / "inputs.json"
     if run.resume and path.exists():
-        check_same(files.read_json(path, MADE_BY), now, path)
+        check_same(kinds.read(path, MADE_BY), now, path)
     files.write_json(path, now)

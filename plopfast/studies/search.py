@@ -35,6 +35,7 @@ try:
     from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, distribution_to_json
     from optuna.exceptions import ExperimentalWarning, StorageInternalError
     from optuna.trial import FrozenTrial, TrialState
+    from sqlalchemy import URL
     from sqlalchemy.exc import SQLAlchemyError
 except ImportError as error:
     raise ConfigError(f"the search needs Optuna ({error}): pip install 'plopfast[search]'") from error
@@ -107,7 +108,7 @@ class Search:
         """Opens the study in `path`, or begins one; trials that were killed are marked failed."""
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
         try:
-            storage = optuna.storages.RDBStorage(f"sqlite:///{path}")
+            storage = optuna.storages.RDBStorage(URL.create("sqlite", database=str(path)).render_as_string())
             if others := set(optuna.get_all_study_names(storage)) - {STUDY}:
                 raise ConfigError(f"{path}: holds another study ({', '.join(sorted(others))}); {REMEDY}")
             optuna.create_study(storage=storage, study_name=STUDY, load_if_exists=True)

@@ -21,6 +21,7 @@ from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..lora.placement import Placement
 from ..placing.rules import FULL, arm_names
+from ..report import kinds
 from ..report.tables import trial_table
 from ..run.apply import placed
 from ..run.artefacts import CONFIG, EVA
@@ -30,7 +31,7 @@ from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, machine
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, PlacementError, nearest
+from ..support.errors import ConfigError, PlacementError, nearest, shown
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
@@ -56,7 +57,7 @@ def run_trial(run: Run) -> str:
         )
     if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
-        return str(trial_table(files.read_json(run.file("trial"), MADE_BY)))
+        return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
     _check_test_rows(run)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
     if report:
@@ -185,7 +186,7 @@ def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool]
             value = None
         if value is None or not fits(value) or value in values:
             twice = " twice" if value in values else ""
-            raise ConfigError(f"{option}: expected {expected}, got {part!r}{twice}")
+            raise ConfigError(f"{option}: expected {expected}, got {shown(part)}{twice}")
         values.append(value)
     return values
 

@@ -43,7 +43,7 @@ class ModelSettings(Backend):
         ("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 or mps", free=True)
-    threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, free=True)
+    threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, below=1025, free=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,7 @@ class PlaceSettings(Choice):
         None,
         "size of all adapters, instead of --rank: parameters (2.5M), bytes of float32 (10MB, 8MiB) or match:RULE:rRANK; "
         "empty: none",
+        empty=True,
     )
     ranks: str = option(
         "equal", "share a budget out as equal ranks, or as ranks proportional to 1 / NFN", ("equal", "proportional")
@@ -208,7 +209,7 @@ class TrainConfig(StepSettings, Seed):
     >>> config = pf.TrainConfig(lr=2e-4, max_steps=100)
     """
 
-    lr: float = option(1e-3, "peak learning rate of AdamW", positive=True)
+    lr: float = option(1e-3, "peak learning rate of AdamW", positive=True, below=1e38)
     schedule: str = option("cosine", "course of the learning rate after the warmup", ("cosine", "linear", "constant"))
     warmup: float = option(0.1, "share of the steps over which the learning rate rises", below=1)
     lora_plus: float = option(1.0, "learning rate of B over that of A (LoRA+ proposes 16)", positive=True)
@@ -330,6 +331,10 @@ class RunConfig(
                 raise ConfigError(
                     f"--full trains no adapters, so {', '.join(given)} cannot apply: leave one of them out"
                 )
+        if (self.valid or self.test) and not self.train:
+            raise ConfigError(
+                "--valid and --test go with training rows of your own: give --train too, or leave them out"
+            )
         if self.unlabeled_share and not self.unlabeled:
             raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 

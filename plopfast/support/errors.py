@@ -1,7 +1,8 @@
 """Errors that users see. A message says what was expected, what was found, where, and how to mend it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class PlopfastError(Exception):
@@ -56,3 +57,12 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """Returns the end of an error about an unknown name: the most similar known one, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def shown(value: Any, form: Callable[[Any], str] = repr, limit: int = 60) -> str:
+    """The value for a message, cut where it is long."""
+    try:
+        text = form(value)
+    except ValueError:  # Python does not write integers of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -14,8 +13,10 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from .errors import FileError, PlopfastError
+from .strict_json import StrictJSON, dumps
 
 SCRATCH = ".plopfast"  # ends the names of temporary folders
+DIGITS = 20  # of an integer and its sign; nothing that is counted has more
 OTHER_OUT = "choose another --out"
 OTHER_CACHE = "plopfast keeps its cache there: set PLOPFAST_CACHE to a writable folder with room"
 
@@ -94,22 +95,35 @@ def write_text(path: Path, text: str, remedy: str = OTHER_OUT) -> None:
 
 def write_json(path: Path, value: Any, remedy: str = OTHER_OUT) -> None:
     """Writes a JSON file, indented, as a whole or not at all. Raises FileError."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n", remedy)
+    write_text(path, dumps(value, indent=2) + "\n", remedy)
 
 
 def read_json(path: Path, made_by: str) -> Any:
     """Returns the JSON value in `path`. Raises FileError; where the file is missing, it says that `made_by` writes it."""
-    return _parse(path, read_text(path, f"no such file; it is written by {made_by}"), 1)
+    return parse_json(path, read_text(path, f"no such file; it is written by {made_by}"))
+
+
+def read_kind(path: Path, kind: str, made_by: str) -> dict[str, Any]:
+    """Returns the object in a JSON file of one of plopfast's kinds, which its first key names, without that key.
+
+    Raises FileError as `read_json` does, and for a file of another kind.
+    """
+    value = read_json(path, made_by)
+    found = value.pop("plopfast", "another program's") if isinstance(value, dict) else f"a {type(value).__name__}"
+    if found != kind:
+        raise FileError(f"{path}: expected a file of the kind {kind!r}, got {found!r:.40}; make it anew with {made_by}")
+    return value
 
 
 def read_json_lines(path: Path, made_by: str) -> list[Any]:
     """Returns the JSON values in `path`, one a line. Raises FileError as `read_json` does."""
     lines = read_text(path, f"no such file; it is written by {made_by}").split("\n")
-    return [_parse(path, line, number) for number, line in enumerate(lines, 1) if line]
+    return [parse_json(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line]
 
 
 def read_text(path: Path, missing: str, error: type[PlopfastError] = FileError) -> str:
     """Returns the text of a UTF-8 file, without a byte order mark. Raises `error`; `missing` says that there is no file."""
+    check_regular(path, error)
     try:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -118,16 +132,23 @@ def read_text(path: Path, missing: str, error: type[PlopfastError] = FileError) 
         raise error(f"{path}: cannot be read as UTF-8 text ({failure})") from failure
 
 
-def _parse(path: Path, text: str, line: int) -> Any:
+def parse_json(where: object, text: str) -> Any:
+    """Returns the value of a JSON text. Raises FileError, which begins with `where`."""
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        at = line + error.lineno - 1
-        raise FileError(f"{path}, line {at}: not valid JSON ({error.msg}); was it edited by hand?") from None
+        return StrictJSON(DIGITS).parse(text.strip())
+    except ValueError as error:
+        raise FileError(f"{where}: {error}; was it edited by hand?") from None
+
+
+def check_regular(path: Path, error: type[PlopfastError] = FileError) -> None:
+    """Raises `error` for what is there and no file: reading a pipe or a device could last for ever."""
+    if path.exists() and not path.is_file():
+        raise error(f"{path}: expected a file, got a {'folder' if path.is_dir() else 'pipe, socket or device'}")
 
 
 def read_tensors(path: Path, made_by: str) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns the tensors of a safetensors file, on the CPU, and its metadata. Raises FileError as `read_json` does."""
+    check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118

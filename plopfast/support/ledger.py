@@ -7,19 +7,47 @@ with the hashes of its inputs and outputs; "failed"). So a kill at any moment le
 
 import contextlib
 import fnmatch
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Predicate
+from typing_extensions import NotRequired, TypedDict
 
 from . import files
 from .errors import FileError
+from .schema import NotNegative, checked
+from .strict_json import StrictJSON, dumps
 
 HISTORY, PREVIOUS = "history.jsonl", "previous"
-MINE = "plopfast keeps its history there"
+Name = Annotated[str, Predicate(lambda name: name not in ("", ".", "..") and "/" not in name)]  # nothing is outside
+
+
+class Event(TypedDict):
+    event: Literal["adopted", "begin", "claim", "failed", "aside", "back", "complete"]
+    time: str
+    stage: NotRequired[str]
+    command: NotRequired[str]
+    claims: NotRequired[dict[Name, list[str]]]
+    stages: NotRequired[list[str]]
+    names: NotRequired[list[Name]]
+    copied: NotRequired[list[Name]]
+    until: NotRequired[str]
+    data: NotRequired[dict[str, Any]]
+
+
+class Done(TypedDict):
+    event: str
+    time: str
+    stage: str
+    command: str
+    seconds: NotNegative
+    peak_mib: NotNegative
+    inputs: NotRequired[dict[str, str]]
+    outputs: NotRequired[dict[str, str]]
 
 
 class Ledger:
@@ -41,24 +69,27 @@ class Ledger:
     def events(self) -> list[dict[str, Any]]:
         """The lines of the history, oldest first; one that a kill cut short is left out.
 
-        Raises FileError for a file of that name that plopfast did not write.
+        Raises FileError for a file of that name that plopfast did not write, and for a line that was changed.
         """
         if not self.path.exists():
             return []
         found = []
-        for line in files.read_text(self.path, "no such file").splitlines():
+        text = files.read_text(self.path, "no such file")
+        for number, line in enumerate(text.splitlines(), 1):
             try:
-                event = json.loads(line)
+                value = StrictJSON().parse(line.strip())
             except ValueError:
                 continue
-            if not isinstance(event, dict) or event.get("plopfast") != "history":
-                raise FileError(
-                    f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}"
-                )
-            found.append(event)
-        if not found and self.path.stat().st_size:
-            raise FileError(f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}")
-        return found
+            if not isinstance(value, dict) or value.get("plopfast") != "history":
+                break
+            kind: Any = Done if value.get("event") == "done" else Event
+            found.append(
+                checked(kind, value, Path(f"{self.path}, line {number}"), files.OTHER_OUT, more=True) and value
+            )
+        else:
+            if found or not text.strip():
+                return found
+        raise FileError(f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}")
 
     def add(self, event: str, **facts: Any) -> None:
         """Appends a line, and waits until it is on the disk. Raises FileError."""
@@ -68,7 +99,7 @@ class Ledger:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self.path.open("ab+") as file:
                 torn = file.tell() and not _ends_a_line(file)
-                file.write(b"\n" * bool(torn) + json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n")
+                file.write(b"\n" * bool(torn) + dumps(value).encode() + b"\n")
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

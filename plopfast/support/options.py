@@ -1,10 +1,13 @@
 """Options: what one setting may be, and the base class that checks a group of them."""
 
 import dataclasses
-import math
-from typing import Any, ClassVar
+import inspect
+import re
+from typing import Any, ClassVar, get_args
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
+
+_ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def option(
@@ -13,17 +16,26 @@ def option(
     choices: tuple[str, ...] = (),
     *,
     positive: bool = False,
-    below: float = math.inf,
+    below: float = 1e9,
+    empty: bool = False,
     free: bool = False,
     file: bool = False,
 ) -> Any:
     """A field of a group of settings.
 
-    A number must be at least 0 (above 0 with `positive`) and less than `below`. A `free` option may change when a run is
-    resumed: what is learned does not depend on it (single bits may). A `file` option is the path of a file, or a list of
-    them, and not empty.
+    A number must be at least 0 (above 0 with `positive`) and less than `below`, by default a billion. A text is not empty,
+    unless `empty`. A `free` option may change when a run is resumed: what is learned does not depend on it (single bits
+    may). A `file` option is the path of a file, or a list of them.
     """
-    rules = {"help": help, "choices": choices, "positive": positive, "below": below, "free": free, "file": file}
+    rules = {
+        "help": help,
+        "choices": choices,
+        "positive": positive,
+        "below": below,
+        "empty": empty,
+        "free": free,
+        "file": file,
+    }
     return dataclasses.field(default=default, metadata=rules)
 
 
@@ -36,12 +48,45 @@ class Settings:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             name, value, rules = item.name, getattr(self, item.name), item.metadata
+            if not fits(item.type, value):
+                raise ConfigError(f"{name}: expected {words_of(item.type)}, got {shown(value)}")
             if rules["choices"] and value is not None and value not in rules["choices"]:
-                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {value!r}")
+                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {shown(value)}")
             if rules["file"] and value is not None and not (value and all(value)):
                 raise ConfigError(f"{name}: expected the name of a file, got {value!r}")
+            for text in value if isinstance(value, tuple) else [value] if isinstance(value, str) else []:
+                if problem := problem_of_text(text) if text or not rules["empty"] else "":
+                    raise ConfigError(f"{name}: {problem}")
             if isinstance(value, int | float):
                 low = "above" if rules["positive"] else "of at least"
                 enough = value > 0 if rules["positive"] else value >= 0
                 if not (enough and value < rules["below"]):  # so NaN is refused too
-                    raise ConfigError(f"{name}: expected a number {low} 0 and below {rules['below']}, got {value}")
+                    raise ConfigError(
+                        f"{name}: expected a number {low} 0 and below {rules['below']:g}, got {shown(value, str)}"
+                    )
+
+
+def fits(kind: Any, value: Any) -> bool:
+    """Whether a value has the type of an option: a class, or several in a union."""
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, list | tuple):
+        return tuple[str, ...] in kinds and all(isinstance(item, str) for item in value)
+    plain = {one for one in kinds if one != tuple[str, ...]} | ({int} if float in kinds else set())
+    return isinstance(value, tuple(plain)) and (bool in plain or not isinstance(value, bool))
+
+
+def words_of(kind: Any) -> str:
+    """Names the type of an option for a message, such as "int | None"."""
+    return "a string or a list of strings" if tuple[str, ...] in get_args(kind) else inspect.formatannotation(kind)
+
+
+def problem_of_text(text: str) -> str:
+    """Says what no name or setting may hold: nothing, control characters, bytes of a name that are not UTF-8; or "".
+
+    Such names would steer the terminal, and UTF-8 files cannot hold the latter.
+    """
+    if not text:
+        return "expected a name or value, got ''; leave the option out for its default"
+    if _ODD.search(text):
+        return f"expected UTF-8 text without control characters, got {shown(text, ascii)}; rename it"
+    return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 UNKNOWN = "-"
+FORMULA = ("=", "+", "-", "@", "\t", "\r")  # what a spreadsheet takes for the beginning of one
 DIFFERS = "* "  # begins a cell that disagrees with the rest; the page highlights its row. ASCII, for any terminal
 
 
@@ -54,6 +55,14 @@ class Table:
         return "\n".join(filter(None, (self.caption, *aligned, self.note)))
 
     def write_csv(self, path: Path) -> None:
-        """Write the headings and the values in full precision; None is an empty cell."""
+        """Write the headings and the values in full precision; None is an empty cell.
+
+        A text that a spreadsheet would take for a formula gets an apostrophe in front, as OWASP recommends.
+        """
+        lines = [[column.heading for column in self.columns], *self.rows]
         with path.open("w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([[column.heading for column in self.columns], *self.rows])
+            csv.writer(file).writerows([_harmless(cell) for cell in line] for line in lines)
+
+
+def _harmless(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(FORMULA) else cell

@@ -54,6 +54,12 @@ class Plan:
             rows_in_step = max(FEW_ROWS, len(train) // FEW_STEPS)
             self.batch_rows = max(1, rows_in_step // self.groups_in_step)
             in_epoch = self._in_epoch(train)
+        most = max(1, in_epoch // ranks.size())
+        if config.accumulate > most:
+            raise ConfigError(
+                f"accumulate: a step of {config.accumulate} micro-batches is more than an epoch has: give {most} at most, or a "
+                "lower --batch-tokens or --batch-rows"
+            )
         epochs = config.epochs or 1.0
         if self.little:
             epochs = min(MOST_EPOCHS, max(1.0, round(FEW_STEPS * self.groups_in_step / in_epoch)))

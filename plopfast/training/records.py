@@ -1,12 +1,12 @@
 """The records of a training, one for each step and each validation: in memory, in metrics.jsonl, and in the log."""
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
 from ..support import files, ranks
 from ..support.errors import FileError
+from ..support.strict_json import StrictJSON, dumps
 from .logs import Log
 
 
@@ -25,12 +25,13 @@ class Records:
         if self.path is None:
             return
         if step and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):  # a kill may have cut the last line short
-                    if (record := json.loads(line))["step"] <= step:
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError):  # a kill may have cut the last line short
+                    record = StrictJSON().parse(line.strip())
+                    if isinstance(record, dict) and isinstance(at := record.get("step"), int) and at <= step:
                         self.history.append(record)
         if ranks.is_main():
-            files.write_text(self.path, "".join(json.dumps(record) + "\n" for record in self.history))
+            files.write_text(self.path, "".join(dumps(record) + "\n" for record in self.history))
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a record, which holds its "step". Raises FileError where it cannot be written."""
@@ -39,6 +40,6 @@ class Records:
         if self.path is not None and ranks.is_main():
             try:
                 with self.path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(dumps(record) + "\n")
             except OSError as error:
                 raise FileError(f"{self.path}: writing failed ({error}); make room and --resume") from None

@@ -5,7 +5,6 @@ identity of the run.
 """
 
 import contextlib
-import json
 import math
 import os
 import shutil
@@ -17,10 +16,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from typing_extensions import TypedDict
 
 from ..support import files, ranks
 from ..support.errors import FileError, TrainingError
 from ..support.inputs import check_same
+from ..support.schema import Count, checked
+from ..support.strict_json import dumps
 
 CHECKPOINTS = "checkpoints"  # their folder within a run's folder
 CHECKPOINT_FILES = ("step-*.safetensors", "step-*.damaged", f".step-*{files.SCRATCH}/*")
@@ -101,11 +103,7 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state that `state_dict` gave. Raises TrainingError where its parameters are others, before
         anything is changed."""
-        for name, parameter in self.parameters.items():
-            now = state.get(f"now/{name}")
-            if now is None or now.shape != parameter.shape:
-                found = f"got {tuple(now.shape)}" if now is not None else "there is none"
-                raise TrainingError(f"expected {name} of shape {tuple(parameter.shape)}, {found}: another placement")
+        self._check(state)
         for name, parameter in self.parameters.items():
             of = {kind: state[f"{kind}/{name}"].to(parameter.device) for kind in KINDS if f"{kind}/{name}" in state}
             self.take({name: of["now"]})
@@ -123,6 +121,37 @@ class TrainState:
         for name in COUNTERS:
             setattr(self, name, state[name])
 
+    def _check(self, state: dict[str, Any]) -> None:
+        """Raises TrainingError for a state that lacks a tensor, or has one of another shape."""
+        for name, parameter in self.parameters.items():
+            has = {kind: tuple(state[key].shape) for kind in KINDS if (key := f"{kind}/{name}") in state}
+            moments = {"step", "exp_avg", "exp_avg_sq"}
+            needed = {"now"} | ({"average"} if self.average else set()) | (moments if moments & has.keys() else set())
+            for kind in sorted(needed | has.keys()):
+                shape = () if kind == "step" else tuple(parameter.shape)
+                if has.get(kind) != shape:
+                    raise TrainingError(
+                        f"expected {kind}/{name} of shape {shape}, got {has.get(kind, 'none')}: another placement, or damaged"
+                    )
+        own, now = state.get(f"rng/{ranks.rank()}"), torch.get_rng_state()
+        if own is None or (own.shape, own.dtype) != (now.shape, now.dtype):
+            raise TrainingError(
+                f"rng/{ranks.rank()}: expected {len(now)} bytes of torch's random generator, got others"
+            )
+
+
+class _Facts(TypedDict):
+    """The counters of a checkpoint, and the identity of its run. `best_loss` is null before the first validation."""
+
+    identity: dict[str, Any]
+    step: Count
+    tokens: Count
+    positions: Count
+    worse: Count
+    skipped: Count
+    best_step: Count
+    best_loss: float | None
+
 
 def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], keep: int) -> None:
     """Writes a checkpoint, step-N.safetensors, as a whole or not at all, and then removes all but the newest `keep`.
@@ -133,7 +162,7 @@ def save_state(folder: Path, identity: dict[str, Any], state: dict[str, Any], ke
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items() if isinstance(v, torch.Tensor)}
     facts = {"identity": identity, **{k: v for k, v in state.items() if k not in tensors}}
     with files.replacing(path) as scratch:
-        save_file(tensors, scratch, {"facts": json.dumps(facts)})
+        save_file(tensors, scratch, {"facts": dumps(facts)})
         with scratch.open("rb") as file:
             os.fsync(file.fileno())  # the data must reach the disk before the new name does
     for old in checkpoints(folder)[keep:]:
@@ -163,23 +192,25 @@ def load_state(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
     for path in checkpoints(folder):
         try:
             tensors, metadata = files.read_tensors(path, "plopfast train")
-            facts = json.loads(metadata["facts"])
-            identity = facts.pop("identity")
-        except (FileError, KeyError, TypeError, json.JSONDecodeError) as error:
+            facts = checked(_Facts, files.parse_json(path, metadata.get("facts", "")), path, "it is left out")
+            if odd := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+                raise FileError(f"{path}: {odd[0]!r:.80} is NaN or infinite")
+        except FileError as error:
             problems[path] = f"{path}: not a readable training checkpoint ({error})"
             continue
         for damaged, problem in problems.items():
             warnings.warn(f"{problem}; going on from {path.name}", stacklevel=2)
             with contextlib.suppress(FileNotFoundError):  # another rank was quicker
                 damaged.rename(damaged.with_suffix(".damaged"))
-        return path, identity, tensors | facts
+        best = math.inf if facts["best_loss"] is None else facts["best_loss"]
+        return path, facts["identity"], {**tensors, **{name: facts[name] for name in COUNTERS}, "best_loss": best}  # type: ignore[literal-required]
     found = "; ".join(problems.values()) or f"{folder}: no training checkpoint"
     raise FileError(f"{found}; start anew without --resume")
 
 
 def check_same_run(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises TrainingError where the run that a checkpoint belongs to (its identity is `kept`) is not this one (`now`)."""
-    count = kept["ranks"]
+    count = kept.get("ranks")
     if count != now["ranks"]:
         raise TrainingError(
             f"{path}: belongs to a training on {count} ranks, this one has {now['ranks']}: resume it under torchrun with "

@@ -484,3 +484,11 @@ def test_a_rule_whose_scores_no_command_computes_stops_before_the_work(base, tmp
     assert plopfast("run", *base, "--rule", "gradient-energy", "--out", tmp_path / "run") == 2
     assert "rule 'gradient-energy' ranks by gradient energy" in capsys.readouterr().err
     assert not (tmp_path / "run" / "scores.json").exists()
+
+
+def test_errors_do_not_steer_the_terminal(tmp_path, capsys):
+    (tmp_path / "a.json").write_text('{"\\u001b[31m": 1}')
+    assert plopfast("run", "--config", tmp_path / "a.json") == 2
+    main._fail("a\x1b[31m \x9b \udcff é 語\nb", main.machine.launch())
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown and r"a\x1b[31m \x9b \udcff é 語" in shown and "\nb" in shown

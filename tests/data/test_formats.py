@@ -4,8 +4,8 @@ import pytest
 
 import plopfast as pf
 from plopfast.data.formats import COLUMNS, FORMATS, NAMES, USES, Renaming, format_of, recognise
-from plopfast.data.strict_json import StrictJSON
 from plopfast.support.errors import ConfigError, DataError
+from plopfast.support.strict_json import StrictJSON
 
 ASK, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
 KINDS = {

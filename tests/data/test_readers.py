@@ -3,6 +3,7 @@
 import builtins
 import gc
 import json
+import os
 import sys
 
 import pytest
@@ -316,3 +317,40 @@ def test_the_collector_of_cycles_is_on_again_after_an_error(tmp_path):
     with pytest.raises(DataError):
         pf.read_rows(write(tmp_path / "d.jsonl", "{"))
     assert gc.isenabled()
+
+
+@pytest.mark.parametrize("suffix", READERS)
+def test_pipes_and_devices_are_no_data_files(tmp_path, suffix):
+    """Reading one could last for ever."""
+    os.mkfifo(pipe := tmp_path / f"a{suffix}")
+    with pytest.raises(DataError, match=f"{pipe}: expected a file, got a pipe, socket or device"):
+        read(pipe)
+
+
+def test_lines_of_a_table_that_are_not_utf8_can_be_skipped(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,completion\na,b\n\xe9,c\n"d\ne \xff\nf",g\nh,i\n')
+    with pytest.raises(DataError, match=r"a\.csv:3: not UTF-8 .byte 0xe9"):
+        read(path)
+    found = pf.read_rows(path, bad_rows="skip")
+    assert (
+        [row["prompt"] for _, row in found.rows] == ["a", "h"] and len(found.bad) == 2 and "a.csv:5: " in found.bad[1]
+    )
+    path.write_bytes(b"pr\xe9mpt\na\n")
+    with pytest.raises(DataError, match=r"a\.csv:1: not UTF-8"):
+        pf.read_rows(path, bad_rows="skip")
+
+
+def test_a_file_given_twice(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", GOOD)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=r"a\.jsonl: given twice for train"):
+        pf.read_rows([path, "./a.jsonl"])
+
+
+def test_names_and_columns_that_cannot_be():
+    with pytest.raises(ConfigError, match="columns: expected text such as .* got {'prompt'"):
+        pf.read_rows("a.jsonl", columns={"prompt": "question"})
+    for name, shown in ("a\x00.jsonl", r"a\\x00"), ("a\x1b[0m.jsonl", r"a\\x1b"), ("\udcff.jsonl", r"\\udcff"):
+        with pytest.raises(DataError, match=f"without control characters, got '{shown}"):
+            pf.read_rows(name)

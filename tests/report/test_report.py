@@ -349,7 +349,7 @@ def test_hostile_names_stay_text(full):
     page = report(full)
     assert "script" not in {tag for tag, _ in page.tags} and name in page.lead and name in page.headings[0][1]
     assert any(name in alt for alt in page.alts)
-    assert table(full, "trial")[0]["placement"] == arms[1]["name"]
+    assert table(full, "trial")[0]["placement"] == "'" + arms[1]["name"], "begins with =, which is no formula here"
 
 
 def test_no_general_text_and_all_weights(full):
@@ -414,7 +414,7 @@ def test_an_older_evaluation_still_shows(full):
 def test_a_damaged_file_is_named(full, name):
     before = (full / "report.html").stat().st_mtime_ns, sorted(path.name for path in (full / "report").iterdir())
     for text, message in (
-        ('{"plopfast": "x"}', "not what plopfast .* writes .KeyError: .*; make it anew with plopfast .* --overwrite"),
+        ('{"plopfast": "x"}', r"\w+: is missing; make it anew with plopfast .* --overwrite"),
         ('{"arms": ', "not valid JSON"),
     ):
         (full / name).write_text(text)

@@ -8,6 +8,8 @@ from plopfast.support import files
 from plopfast.support.errors import FileError
 from plopfast.support.ledger import HISTORY, PREVIOUS, Ledger
 
+DONE = {"command": "plopfast run", "seconds": 1.5, "peak_mib": 2.5}
+
 
 @pytest.fixture
 def ledger(tmp_path):
@@ -73,7 +75,7 @@ def test_a_line_that_a_kill_cut_short_is_left_out(ledger):
     ledger.add("begin", stage="score")
     with ledger.path.open("a") as file:
         file.write('{"plopfast": "history", "ev')
-    ledger.add("done", stage="score")
+    ledger.add("done", stage="score", **DONE)
     assert [event["event"] for event in ledger.events()] == ["begin", "done"]
 
 
@@ -86,6 +88,21 @@ def test_a_history_of_the_users_is_not_touched(ledger, text):
     assert ledger.path.read_text() == text
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"claims": {"../own": []}}, {"claims": {"a": "*"}}, {"claims": []}, {"event": 3}, {"event": "other"}, {"names": [".."]},
+        {"event": "done", "stage": "score", "command": "x", "seconds": -1, "peak_mib": 1}, {"event": "done"}, {"time": None},
+    ],
+)  # fmt: skip
+def test_a_line_that_was_changed_is_refused(ledger, change):
+    ledger.add("begin", stage="score")
+    line = json.loads(ledger.path.read_text()) | change
+    ledger.path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(FileError, match=r"history.jsonl, line 1: "):
+        ledger.claims()
+
+
 def states(ledger):
     return sorted(ledger.done())
 
@@ -93,8 +110,8 @@ def states(ledger):
 def test_what_is_done(ledger):
     for stage in ("score", "place", "train"):
         ledger.claim({f"{stage}.json": ()}, stage=stage, command="c")
-        ledger.add("done", stage=stage, seconds=1)
-    assert states(ledger) == ["place", "score", "train"] and ledger.done()["score"]["command"] == "c"
+        ledger.add("done", stage=stage, **DONE)
+    assert states(ledger) == ["place", "score", "train"] and ledger.done()["score"]["claims"] == {"score.json": []}
     ledger.add("begin", stage="place")
     assert states(ledger) == ["score", "train"]
     ledger.add("failed", stage="place")

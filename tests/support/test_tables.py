@@ -47,3 +47,12 @@ def test_csv_keeps_full_precision(tmp_path):
 def test_a_row_of_another_length_is_refused():
     with pytest.raises(ValueError, match="argument"):
         list(Table("", [Column("arm"), Column("loss")], [("plop",)]).cells())
+
+
+@pytest.mark.parametrize("begin", ["=", "+", "-", "@", "\t", "\r"])
+def test_no_csv_cell_is_a_formula(tmp_path, begin):
+    """A spreadsheet shows texts as they are; numbers stay numbers."""
+    table = Table("", [Column(f"{begin}1"), Column("loss", ".2f")], [(f"{begin}cmd|x", -1.5), ("a=b", -2)])
+    table.write_csv(tmp_path / "a.csv")
+    with (tmp_path / "a.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [[f"'{begin}1", "loss"], [f"'{begin}cmd|x", "-1.5"], ["a=b", "-2"]]

@@ -119,7 +119,7 @@ def test_a_step_of_little_data_is_the_same_however_it_is_shared_out(accumulate, 
     plan = plan_of(57, accumulate=accumulate)
     assert (plan.batch_rows, plan.groups_in_step) == (2, 4)
     assert plan.max_steps == pytest.approx(60, abs=5) and plan.eval_every == pytest.approx(8, abs=1)
-    assert plan_of(57, accumulate=32).batch_rows == 1
+    assert plan_of(57, accumulate=8).batch_rows == 1
 
 
 def test_unlabelled_text_is_no_part_of_the_epochs():
@@ -145,3 +145,14 @@ def test_the_plan_in_a_line():
     assert "; 16 rows of text, 1,600 tokens, first, in 2 steps" in str(Plan(rows(57), text, TrainConfig()))
     assert "; 1 row of text, 100 tokens, first, in 1 step" in str(Plan(rows(57), text[:1], TrainConfig()))
     assert "1,600 tokens, mixed in" in str(Plan(rows(57), text, TrainConfig(unlabeled_share=0.5)))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_step_is_not_more_than_an_epoch(size, monkeypatch):
+    monkeypatch.setattr(ranks, "size", lambda: size)
+    most = 12 // size
+    assert plan_of(24, batch_rows=2, accumulate=most).max_steps >= 1
+    with pytest.raises(ConfigError, match=f"accumulate: a step of {most + 1} .* give {most} at most"):
+        plan_of(24, batch_rows=2, accumulate=most + 1)
+    monkeypatch.setattr(ranks, "size", lambda: 64)
+    assert plan_of(24, batch_rows=2).groups_in_step == 64, "more ranks than micro-batches are no matter of --accumulate"

@@ -1,5 +1,7 @@
 """A training's state as a dict and back, the same-run check, and signals."""
 
+import json
+import math
 import os
 import signal
 import threading
@@ -8,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import made, parameters, same
+from safetensors.torch import save_file
 
 from plopfast.lora.layer import adapters
-from plopfast.support.errors import TrainingError
+from plopfast.support.errors import FileError, TrainingError
 from plopfast.training.evaluate import evaluate
 from plopfast.training.interrupt import interruptible
-from plopfast.training.state import COUNTERS, check_same_run
+from plopfast.training.state import COUNTERS, check_same_run, load_state, save_state
 
 
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.9}], ids=str)
@@ -51,9 +54,44 @@ def test_another_models_state_changes_nothing(examples):
     state = {k: v + 1 if k.startswith("now/") else v for k, v in state.items()}
     for wrong in ({}, {f"now/{name}": torch.zeros(3)}):
         other = {k: v for k, v in state.items() if k != f"now/{name}"} | wrong
-        with pytest.raises(TrainingError, match=rf"expected {name} of shape .*another placement"):
+        with pytest.raises(TrainingError, match=rf"expected now/{name} of shape .*another placement"):
             trainer.state.load_state_dict(other)
         assert same(before, parameters(trainer))
+
+
+@pytest.mark.parametrize("kind", ["exp_avg", "step", "best", "rng/0"])
+def test_a_tensor_that_is_missing_or_of_another_shape_changes_nothing(examples, kind):
+    trainer = made(examples)
+    trainer._train_step([list(range(9))])
+    before, state = parameters(trainer), trainer.state.state_dict()
+    state = {k: v + 1 if k.startswith("now/") else v for k, v in state.items()}
+    key = kind if kind == "rng/0" else f"{kind}/{list(trainer.parameters)[-1]}"
+    for wrong in ({key: torch.zeros(7)},) + (({},) if kind != "best" else ()):
+        with pytest.raises(TrainingError, match=rf"{key}.*(of shape|expected)"):
+            trainer.state.load_state_dict({k: v for k, v in state.items() if k != key} | wrong)
+        assert same(before, parameters(trainer))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": -1}, "step: expected a number greater than or equal to 0, got -1"), ({"step": "3"}, "step: expected a valid integer"),
+        ({"worse": 1.5}, "worse"), ({"best_loss": "x"}, "best_loss"), ({"identity": []}, "identity"), ({"odd": 1}, "odd"),
+        (None, "not valid JSON"), ({"nan": 1}, "now/a is NaN|'now/a' is NaN"),
+    ],
+)  # fmt: skip
+def test_facts_of_a_checkpoint_that_cannot_be(tmp_path, change, message):
+    facts = {"identity": {}, **dict.fromkeys(COUNTERS, 0), "best_loss": math.inf}
+    state = {"now/a": torch.ones(2), **{name: facts[name] for name in COUNTERS}}
+    save_state(tmp_path, {}, state, keep=2)
+    (path,) = tmp_path.iterdir()
+    assert load_state(tmp_path)[2]["best_loss"] == math.inf, "it is null in the file"
+    if change == {"nan": 1}:
+        state["now/a"], change = torch.full((2,), math.nan), {}
+    text = "{" if change is None else json.dumps(facts | {"best_loss": None} | change)
+    save_file({"now/a": state["now/a"]}, path, {"facts": text})
+    with pytest.raises(FileError, match=rf"not a readable training checkpoint .*{message}.*start anew"):
+        load_state(tmp_path)
 
 
 def test_validation_may_begin_at_a_resumption(examples, tmp_path):

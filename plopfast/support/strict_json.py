@@ -8,20 +8,20 @@ from typing import Any
 
 DEEPEST = 100  # lists and objects within each other; deeper values break programs that walk them
 DEEP = f"lists and objects more than {DEEPEST} deep within each other"
-LONGEST_INTEGER = 1000  # digits; Python itself refuses 4,300
+LONGEST_INTEGER = 1000  # digits, in rows; Python itself refuses 4,300
 SHORT = 16  # characters of a text that is kept once: roles and labels come in every row
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJSON:
-    """A parser of JSON texts. It keeps one copy of each key and of each short text, so that many rows take little memory.
+    """A parser of JSON texts, whose integers have at most so many digits. It keeps one copy of each key and of each short text, so that many rows take little memory.
 
     >>> StrictJSON().parse('{"a": 1, "a": 2}')
     ValueError: the key 'a' comes twice in one object
     """
 
-    def __init__(self) -> None:
-        self._problem = ""
+    def __init__(self, digits: int = LONGEST_INTEGER) -> None:
+        self._problem, self._digits = "", digits
         self._decode = json.JSONDecoder(
             object_pairs_hook=self._object, parse_int=self._int, parse_float=self._float, parse_constant=self._constant
         ).raw_decode
@@ -60,7 +60,7 @@ class StrictJSON:
         return value
 
     def _int(self, digits: str) -> int:
-        if len(digits) > LONGEST_INTEGER:
+        if len(digits) > self._digits:
             self._problem = f"an integer of {len(digits):,} digits; write it as a string"
             return 0
         return int(digits)
@@ -72,6 +72,23 @@ class StrictJSON:
 
     def _constant(self, name: str) -> None:
         self._problem = f"{name} is not JSON; write null or leave the key out"
+
+
+def dumps(value: Any, indent: int | None = None) -> str:
+    """Returns a JSON text that `StrictJSON` reads: numbers that are not finite are null, halves of characters are "?"."""
+    try:
+        text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        text = json.dumps(_finite(value), indent=indent, ensure_ascii=False)
+    return text.encode(errors="replace").decode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _surrogate(value: Any) -> str:

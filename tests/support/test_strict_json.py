@@ -2,7 +2,7 @@
 
 import pytest
 
-from plopfast.data.strict_json import DEEPEST, StrictJSON
+from plopfast.support.strict_json import DEEPEST, StrictJSON
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""Types of arguments that are no settings: paths and numbers within bounds."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from ..support.errors import shown
+from ..support.options import problem_of_text
+
+
+def path(text: str) -> Path:
+    """A path. Raises ArgumentTypeError for an empty one, as an unset shell variable gives, and for odd characters."""
+    if problem := problem_of_text(text):
+        raise argparse.ArgumentTypeError(problem)
+    return Path(text)
+
+
+def number(kind: type[int] | type[float], most: float) -> Callable[[str], float]:
+    """The type of a number above 0 and at most `most`."""
+
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = kind(0)
+        if not 0 < value <= most:  # so NaN is refused too
+            raise argparse.ArgumentTypeError(f"expected a number above 0 and at most {most:g}, got {shown(text)}")
+        return value
+
+    return parse
