@@ -22,14 +22,17 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+sys.path[:0] = [str(HERE), str(HERE.parents[1]), *(str(HERE.parent / name) for name in ("", "data", "report"))]
 AREAS = ("files", "options", "kills")
 STUCK_S = 60  # a case that not even the alarm ends
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("tests/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", type=int, default=1000, help="cases of each area but kills, which tries every point")
+    parser = argparse.ArgumentParser(
+        "tests/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cases", type=int, default=1000, help="cases of each area but kills")
+    parser.add_argument("--kills", type=int, default=1 << 30, help="places to kill at (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="number of the first case")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--area", choices=AREAS)
@@ -45,24 +48,45 @@ def main() -> int:
 
         corpus.make(folder / "corpus")
         if given.case is not None:
+            if given.area == "kills":
+                prepare_kills(folder)
             print(json.dumps(one(given.area, given.case, folder), indent=1).replace("\\n", "\n"))
             return 0
         areas = [given.area] if given.area else [*AREAS]
-        results = {area: kills(folder, given) if area == "kills" else spread(area, folder, given) for area in areas}
+        results = {}
+        for area in areas:
+            if area == "kills":
+                given.cases = min(given.kills, len(prepare_kills(folder)) - given.seed)
+            results[area] = spread(area, folder, given)
     return report(results, given.json)
 
 
 def one(area: str, seed: int, folder: Path) -> dict:
     """Runs a case; returns what is known of it."""
-    import file_cases
-    import option_cases
+    place = folder / f"case-{area}-{seed}"
+    if area == "kills":
+        import kill_points
 
-    outcome = {"files": file_cases, "options": option_cases}[area].run(seed, folder / "corpus", folder / f"case-{area}-{seed}")
+        point = json.loads((folder / "points.json").read_text())[seed]
+        outcome = kill_points.run(point, folder, place)
+    else:
+        import file_cases
+        import option_cases
+
+        outcome = {"files": file_cases, "options": option_cases}[area].run(seed, folder / "corpus", place)
     argv = [text if len(text) < 100 else text[:60] + "..." for text in outcome.argv]
     return {
         "seed": seed, "argv": argv, "code": outcome.code, "fault": outcome.fault, "detail": outcome.detail,
         "err": outcome.err[-1500:], "seconds": round(outcome.seconds, 2),
     }  # fmt: skip
+
+
+def prepare_kills(folder: Path) -> list:
+    """Finds the points; each is a case."""
+    import kill_points
+
+    kill_points.warm(folder)
+    return kill_points.points(folder)
 
 
 def work(area: str, first: str, step: str, end: str, made: str) -> int:
@@ -72,6 +96,12 @@ def work(area: str, first: str, step: str, end: str, made: str) -> int:
 
     torch.set_num_threads(1)
     real = os.fdopen(os.dup(1), "w")
+    if area == "kills":
+        import kill_points
+
+        own = Path(tempfile.mkdtemp(dir=made))
+        (own / "corpus").symlink_to(Path(made) / "corpus")
+        kill_points.warm(own)
     for seed in range(int(first), int(end), int(step)):
         faulthandler.dump_traceback_later(STUCK_S, exit=True)
         print(json.dumps({"begun": seed}), file=real, flush=True)
@@ -90,7 +120,10 @@ def spread(area: str, folder: Path, given: argparse.Namespace) -> list[dict]:
         while at < end:
             log = folder / f"log-{area}-{at}"
             command = [sys.executable, str(HERE), "--worker", area, str(at), str(given.jobs), str(end), str(folder)]
-            with log.open("w") as err, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True) as worker:
+            with (
+                log.open("w") as err,
+                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True) as worker,
+            ):
                 for line in worker.stdout:
                     value = json.loads(line)
                     at = value.get("begun", at)
@@ -108,17 +141,13 @@ def spread(area: str, folder: Path, given: argparse.Namespace) -> list[dict]:
         return [value for found in pool.map(share, range(given.jobs)) for value in found]
 
 
-def kills(folder: Path, given: argparse.Namespace) -> list[dict]:
-    import kill_points
-
-    return kill_points.every(folder / "kills")
-
-
 def report(results: dict[str, list[dict]], path: Path | None) -> int:
     """Prints the table and the faults."""
     counts, faults = {}, defaultdict(list)
     for area, found in results.items():
-        kinds = Counter(value["fault"].split(":")[0] or ("accepted" if value["code"] == 0 else "refused") for value in found)
+        kinds = Counter(
+            value["fault"].split(":")[0] or ("accepted" if value["code"] == 0 else "refused") for value in found
+        )
         counts[area] = {"cases": len(found), **kinds, "slowest_s": max((v["seconds"] for v in found), default=0)}
         for value in found:
             if value["fault"]:

@@ -6,11 +6,7 @@ import json
 import os
 import shutil
 import signal
-import sys
 from pathlib import Path
-
-TESTS = Path(__file__).parents[1]
-sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("data", "report"))]
 
 import torch
 import transformers
@@ -82,13 +78,16 @@ def plopfast(*argv: str) -> int:
 
 
 def _runs() -> None:
-    """run: every stage and study; eva: scored with EVA; stopped: a training that a signal stopped; search, trial."""
+    """run: every stage and study; merged: it, and merged; placed, eva: scored (with EVA) and placed; stopped: a training that a signal stopped; search, trial."""
     assert plopfast("run", *BASE, *QUICK, "--out", "run") == 0
     assert plopfast("audit", *BASE, "--score-prompts", "6", "--out", "run") == 0
     Path("run/trial.json").write_text(json.dumps(trial({}, {})))
-    assert plopfast("score", *BASE, *QUICK[:4], "--init", "eva", "--out", "eva") == 0
-    assert plopfast("place", "--out", "eva") == 0
-    shutil.copytree("eva", "stopped")
+    for name, init in ("eva", "eva"), ("placed", "kaiming"):
+        assert plopfast("score", *BASE, *QUICK[:4], "--init", init, "--out", name) == 0
+        assert plopfast("place", "--out", name) == 0
+    shutil.copytree("placed", "stopped")
+    shutil.copytree("run", "merged")
+    assert plopfast("merge", "--out", "merged") == 0
     plain = Trainer._train_step
 
     def stop(self, groups):
@@ -98,13 +97,15 @@ def _runs() -> None:
 
     Trainer._train_step = stop
     try:
-        code = plopfast("train", *QUICK[6:8], "--max-steps", "4", "--save-every", "1", "--init", "kaiming", "--out", "stopped")
+        code = plopfast("train", *QUICK[6:8], "--max-steps", "4", "--save-every", "1", "--out", "stopped")
         assert code == 143
     finally:
         Trainer._train_step = plain
     assert plopfast("search", *BASE, "--rank", "2", "--search-trials", "2", "--max-steps", "1", "--out", "search") == 0
     assert plopfast("trial", *BASE, *STUDY, "--out", "trial") == 0
-    Path("settings.json").write_text(json.dumps({"rank": 2, "k": 2, "alpha": 4.0, "lr": 1e-3, "train": "rows/train.jsonl"}))
+    Path("settings.json").write_text(
+        json.dumps({"rank": 2, "k": 2, "alpha": 4.0, "lr": 1e-3, "train": "rows/train.jsonl"})
+    )
     tiles = {"bm": 64, "bn": 64, "bk": 32, "warps": 4, "stages": 2, "group": 8, "descriptor": False}
     names = {field.name for field in tuning.fields(tuning.Tiles)}
     tiles = {name: tiles.get(name, 1) for name in names} | {"descriptor": False}

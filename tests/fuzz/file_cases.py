@@ -29,11 +29,15 @@ class Kind:
 
 
 SETTINGS = {
-    "rank": COUNT + ("0",), "k": COUNT + ("0",), "alpha": POSITIVE, "lr": POSITIVE, "warmup": FINITE, "dropout": FINITE,
+    "rank": (*COUNT, "0"), "k": (*COUNT, "0"), "alpha": POSITIVE, "lr": POSITIVE, "warmup": FINITE, "dropout": FINITE,
     "max_steps": tuple(raw for raw in WHOLE_NUMBER if raw != "null"), "full": ("0", "null", '"x"', "[]"),
     "rslora": ("0", "null", '"x"', "{}"), "init": ('"x"', "0", "null", "[]"), "seed": COUNT, "keep": WHOLE_NUMBER,
 }  # fmt: skip
-ADAPTER = ["merge --out run --overwrite", "eval --out run --overwrite", "eval --out new --adapter run/adapter " + " ".join(BASE)]
+ADAPTER = [
+    "merge --out run --overwrite",
+    "eval --out run --overwrite",
+    "eval --out new --adapter run/adapter " + " ".join(BASE),
+]
 REPORT = ["report --out run --overwrite"]
 MODEL = ["info --model model", "score --out new " + " ".join(BASE), "data " + " ".join(BASE)]
 SCORES = ["place --out run --overwrite", *REPORT]

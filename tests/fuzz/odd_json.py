@@ -8,7 +8,21 @@ import json
 import random
 from typing import Any
 
-NUMBERS = ("0", "-1", "4.7", "1e400", "-1e400", "1e-320", "-0.0", "NaN", "Infinity", "-Infinity", "9" * 5000, "1e18", str(2**63))
+NUMBERS = (
+    "0",
+    "-1",
+    "4.7",
+    "1e400",
+    "-1e400",
+    "1e-320",
+    "-0.0",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "9" * 5000,
+    "1e18",
+    str(2**63),
+)
 OTHERS = ("true", "false", "null", "[]", "{}", "[[]]", '{"": null}', "[" * 3000 + "]" * 3000, '{"a":' * 3000 + "1" + "}" * 3000)  # fmt: skip
 TEXTS = ('""', '"4"', '"x"', '"' + "x" * 100_000 + '"', r'"a\u0000b\u001b[31m\n"', r'"\ud83d"', '"../../x"', '"{{ 1 }}"', '"(a+)+$"')  # fmt: skip
 RAW = (*NUMBERS, *OTHERS, *TEXTS)
@@ -62,7 +76,12 @@ def change(rng: random.Random, value: Any, wanted: Path | None = None) -> tuple[
     raw = rng.choice(RAW)
     text = dump(_edit(rng, value, where, kind, raw))
     name = "/".join(map(str, where))
-    return text, f"{name}: {kind} {raw[:40] if kind == 'replace' else ''}".strip(), where, raw if kind == "replace" else ""
+    return (
+        text,
+        f"{name}: {kind} {raw[:40] if kind == 'replace' else ''}".strip(),
+        where,
+        raw if kind == "replace" else "",
+    )
 
 
 def _edit(rng: random.Random, value: Any, where: Path, kind: str, raw: str) -> Any:

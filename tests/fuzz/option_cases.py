@@ -41,7 +41,15 @@ GRAMMAR = {
     "lrs": ("0", "-1", "nan", "1e400", "1e-3,1e-3", "1e-3,", ","), "seeds": ("0,0,0", "-1,0,1", "0,1", "9" * 30, "0,1,x"),
     "arms": ("plop", "plop,plop", "x,y", "plop,attn:", "all,random"),
 }  # fmt: skip
-LONG = {"max_steps", "epochs", "search_trials", "threads", "seconds", "timeout", "accumulate"}  # large ones are work, or wait
+LONG = {
+    "max_steps",
+    "epochs",
+    "search_trials",
+    "threads",
+    "seconds",
+    "timeout",
+    "accumulate",
+}  # large ones are work, or wait
 FREE_TEXT = ("out", "config", "adapter", "seconds")
 
 
@@ -75,26 +83,45 @@ def _argv(rng: random.Random, command: str) -> tuple[list[str], str]:
         if name in TYPES and TYPES[name] is bool:
             argv.append(f"--{rng.choice(('', 'no-'))}{name.replace('_', '-')}")
             continue
-        value = rng.choice(GRAMMAR[name] if name in GRAMMAR and rng.random() < 0.6 else ODD)
+        value = rng.choice(_usual(name) if rng.random() < 0.5 else ODD)
         reason = refusal(name, value)
         if name in LONG and not reason and value not in ("1", "2"):
             value = "0"
             reason = refusal(name, value)
         argv.append(f"--{name.replace('_', '-')}={value}")
         why = why or reason
-    if COMMANDS[command].flags and "overwrite" in COMMANDS[command].flags and rng.random() < 0.3 and "--overwrite" not in argv:
+    if (
+        COMMANDS[command].flags
+        and "overwrite" in COMMANDS[command].flags
+        and rng.random() < 0.3
+        and "--overwrite" not in argv
+    ):
         argv.append("--overwrite")
     return argv, why
 
 
+def _usual(name: str) -> tuple[str, ...]:
+    """Values that are nearly right, so that what lies behind the first checks is reached too."""
+    if name in GRAMMAR:
+        return GRAMMAR[name]
+    if name in FIELDS and FIELDS[name].metadata["choices"]:
+        return tuple(FIELDS[name].metadata["choices"])
+    kinds = get_args(TYPES.get(name)) or (TYPES.get(name),)
+    return ("1", "2", "3", "7", "0.5", "1e-3", "64") if int in kinds or float in kinds else ODD
+
+
 def refusal(name: str, text: str) -> str:
     """Says why an option's own rules do not allow a value; nothing where they do."""
-    if "\0" in text:
+    if "\0" in text or text == "--":  # argparse takes -- for the end of the options
         return ""  # no shell can give it; only a traceback would be wrong
     if name == "seconds":
         return "" if _number(text, float) > 0 and math.isfinite(_number(text, float)) else f"--seconds {text[:20]!r}"
     if name not in FIELDS:
-        return f"--{name} ''" if name == "out" and text in ("", "pipe", "loop", "rows/train.jsonl", "/dev/null", "rows", "mine") else ""
+        return (
+            f"--{name} ''"
+            if name == "out" and text in ("", "pipe", "loop", "rows/train.jsonl", "/dev/null", "rows", "mine")
+            else ""
+        )
     rules, hint = FIELDS[name].metadata, TYPES[name]
     kinds = get_args(hint) or (hint,)
     told = f"--{name.replace('_', '-')} {text[:20]!r}"
@@ -128,5 +155,9 @@ def _beside(place: Path) -> None:
 def _hashes(place: Path) -> dict[str, str]:
     """The inputs and the user's own files, with their hashes."""
     theirs = [path for name in ("model", "rows", "mine") for path in (place / name).rglob("*")]
-    theirs += [path for path in place.iterdir() if path.name in ("scores.txt", "search.db", "settings.json", "tune.json")]
-    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in theirs if path.is_file()}
+    theirs += [
+        path for path in place.iterdir() if path.name in ("scores.txt", "search.db", "settings.json", "tune.json")
+    ]
+    return {
+        str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in theirs if path.is_file()
+    }
