@@ -14,11 +14,11 @@ import argparse
 import faulthandler
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
+import traceback
 from collections import Counter, defaultdict
-from multiprocessing.pool import ThreadPool
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -38,26 +38,21 @@ def main() -> int:
     parser.add_argument("--area", choices=AREAS)
     parser.add_argument("--case", type=int, help="one case alone, with all that is known of it")
     parser.add_argument("--json", type=Path, help="write the counts and faults there")
-    parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.worker:
-        return work(*given.worker)
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         import corpus
+        import kill_points
 
         corpus.make(folder / "corpus")
+        kill_points.warm(folder)
+        areas = [given.area] if given.area else [*AREAS]
+        points = kill_points.points(folder, quick=given.kills < 100) if "kills" in areas else []
         if given.case is not None:
-            if given.area == "kills":
-                prepare_kills(folder)
             print(json.dumps(one(given.area, given.case, folder), indent=1).replace("\\n", "\n"))
             return 0
-        areas = [given.area] if given.area else [*AREAS]
-        results = {}
-        for area in areas:
-            if area == "kills":
-                given.cases = min(given.kills, len(prepare_kills(folder, given.kills < 100)) - given.seed)
-            results[area] = spread(area, folder, given)
+        cases = dict.fromkeys(AREAS, given.cases) | {"kills": min(given.kills, len(points) - given.seed)}
+        results = {area: spread(area, folder, given, cases[area]) for area in areas}
     return report(results, given.json)
 
 
@@ -81,64 +76,64 @@ def one(area: str, seed: int, folder: Path) -> dict:
     }  # fmt: skip
 
 
-def prepare_kills(folder: Path, quick: bool = False) -> list:
-    """Finds the points; each is a case."""
-    import kill_points
-
-    kill_points.warm(folder)
-    return kill_points.points(folder, quick)
-
-
-def work(area: str, first: str, step: str, end: str, made: str) -> int:
-    """Runs cases first, first + step, ... before end; prints two lines of JSON for each, one when it begins."""
-    faulthandler.enable()
-    import torch
-
-    torch.set_num_threads(1)
-    real = os.fdopen(os.dup(1), "w")
-    if area == "kills":
-        import kill_points
-
-        own = Path(tempfile.mkdtemp(dir=made))
-        (own / "corpus").symlink_to(Path(made) / "corpus")
-        kill_points.warm(own)
-    for seed in range(int(first), int(end), int(step)):
-        faulthandler.dump_traceback_later(STUCK_S, exit=True)
-        print(json.dumps({"begun": seed}), file=real, flush=True)
-        print(json.dumps(one(area, seed, Path(made))), file=real, flush=True)
-        faulthandler.cancel_dump_traceback_later()
-    return 0
-
-
-def spread(area: str, folder: Path, given: argparse.Namespace) -> list[dict]:
+def spread(area: str, folder: Path, given: argparse.Namespace, cases: int) -> list[dict]:
     """Runs the cases in `given.jobs` processes."""
-    end = given.seed + given.cases
+    end = given.seed + cases
+    jobs = [
+        fork(
+            lambda job=job: supervise(area, range(given.seed + job, end, given.jobs), folder, folder / f"{area}-{job}")
+        )
+        for job in range(given.jobs)
+    ]
+    for pid in jobs:
+        os.waitpid(pid, 0)
+    lines = [line for job in range(given.jobs) for line in (folder / f"{area}-{job}").read_text().splitlines()]
+    return [value for value in map(json.loads, lines) if "fault" in value]
 
-    def share(job: int) -> list[dict]:
-        """One that dies is a fault of its case, and another process goes on after it."""
-        at, found = given.seed + job, []
-        while at < end:
-            log = folder / f"log-{area}-{at}"
-            command = [sys.executable, str(HERE), "--worker", area, str(at), str(given.jobs), str(end), str(folder)]
-            with (
-                log.open("w") as err,
-                subprocess.Popen(command, stdout=subprocess.PIPE, stderr=err, text=True) as worker,
-            ):
-                for line in worker.stdout:
-                    value = json.loads(line)
-                    at = value.get("begun", at)
-                    if "fault" in value:
-                        found.append(value)
-            if worker.returncode:
-                told = log.read_text(errors="replace")
-                place = next((line.strip() for line in told.splitlines() if "/plopfast/" in line), "?")
-                found.append({"seed": at, "argv": [], "code": worker.returncode, "fault": f"died or stuck: {place}", "detail": told[-2000:], "err": "", "seconds": STUCK_S})  # fmt: skip
-                shutil.rmtree(folder / f"case-{area}-{at}", ignore_errors=True)
-            at += given.jobs
-        return found
 
-    with ThreadPool(given.jobs) as pool:
-        return [value for found in pool.map(share, range(given.jobs)) for value in found]
+def supervise(area: str, seeds: range, folder: Path, results: Path) -> None:
+    """Has a process run the cases, and another go on after a case that ends the process, which is its fault."""
+    results.touch()
+    while seeds:
+        log = results.with_suffix(f".{seeds[0]}.err")
+        status = os.waitpid(fork(lambda here=seeds, err=log: work(area, here, folder, results, err)), 0)[1]
+        if status == 0:
+            return
+        lines = results.read_text().splitlines()
+        at = json.loads(lines[-1])["begun"] if lines else seeds[0]
+        told = log.read_text(errors="replace")
+        place = next((line.strip() for line in told.splitlines() if "/plopfast/" in line), "?")
+        value = {"seed": at, "argv": [], "code": status, "fault": f"died or stuck: {place}", "detail": told[-2000:], "err": "", "seconds": STUCK_S}  # fmt: skip
+        with results.open("a") as file:
+            print(json.dumps(value), file=file)
+        shutil.rmtree(folder / f"case-{area}-{at}", ignore_errors=True)
+        seeds = seeds[seeds.index(at) + 1 :]
+
+
+def work(area: str, seeds: range, folder: Path, results: Path, log: Path) -> None:
+    """Runs cases; writes two lines of JSON for each, one when it begins."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    faulthandler.enable()
+    for seed in seeds:
+        faulthandler.dump_traceback_later(STUCK_S, exit=True)
+        with results.open("a") as file:
+            print(json.dumps({"begun": seed}), file=file, flush=True)
+            print(json.dumps(one(area, seed, folder)), file=file)
+        faulthandler.cancel_dump_traceback_later()
+
+
+def fork(do: Callable[[], None]) -> int:
+    """Runs `do` in a copy of this process, which has imported all that is needed; returns its process id."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    try:
+        do()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)
 
 
 def report(results: dict[str, list[dict]], path: Path | None) -> int:
