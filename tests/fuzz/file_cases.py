@@ -1,5 +1,6 @@
 """Cases of damaged files: which files there are, which commands read them, and what no command may accept."""
 
+import os
 import random
 import shutil
 from dataclasses import dataclass, field
@@ -47,13 +48,13 @@ KINDS = [
     Kind("settings.json", ["place --out run --overwrite --config settings.json", "data --model model --config settings.json"],
          refused=SETTINGS, weight=4),
     Kind("run/scores.json", SCORES, weight=6, refused={
-        "nfn": POSITIVE, "n_in": WHOLE_NUMBER, "n_out": WHOLE_NUMBER, "tokens": COUNT, "std": FINITE}),
+        "scores/*/nfn": FINITE, "scores/*/n_in": WHOLE_NUMBER, "scores/*/n_out": WHOLE_NUMBER, "scores/*/tokens": COUNT, "scores/*/std": FINITE}),
     Kind("run/scores.safetensors", SCORES, weight=3),
     Kind("eva/eva.safetensors", ["train --out eva --max-steps 1 --eval-rows 2 --batch-rows 2"], weight=4),
     Kind("run/placement.json", ["train --out run --overwrite", "estimate --out run --overwrite", *REPORT], weight=6,
          refused={"modules/*/0": WHOLE_NUMBER, "modules/*/1": POSITIVE}),
     Kind("run/adapter/adapter_config.json", ADAPTER, weight=8, refused={
-        "r": WHOLE_NUMBER, "lora_alpha": POSITIVE, "use_rslora": ("4.7", '"x"', "[]", '"4"'), "bias": ('"x"', "4.7"),
+        "r": WHOLE_NUMBER, "lora_alpha": FINITE, "use_rslora": ("4.7", '"x"', "[]", '"4"'), "bias": ('"x"', "4.7"),
         "peft_type": ('"x"', "4.7", "null"), "target_modules": ("4.7", "true", "-1")}),
     Kind("run/adapter/adapter_model.safetensors", ADAPTER, weight=6, tensors=("nan", "inf", "rename")),
     Kind("stopped/checkpoints/step-00000002.safetensors", ["train --resume --out stopped"], needed=False, weight=6),
@@ -70,6 +71,7 @@ KINDS = [
     Kind("trial/trial/*.json", ["trial --resume --out trial"], needed=False),
     Kind("trial/trial/*/result.json", ["trial --resume --out trial"], needed=False),
     Kind("trial/trial/*/test.json", ["trial --resume --out trial"], needed=False),
+    Kind("tune.json", ["info --model model"], needed=False),
     Kind("model/config.json", MODEL, weight=5),
     Kind("model/generation_config.json", MODEL, needed=False, weight=2),
     Kind("model/tokenizer.json", MODEL[1:], weight=4),
@@ -92,6 +94,7 @@ def run(seed: int, corpus: Path, folder: Path) -> Outcome:
         trials = sorted(corpus.glob(kind.file.replace("/*/", "/*/*/"))) if "*" in kind.file else []
         path = rng.choice(found + trials) if found or trials else None
     shutil.copytree(corpus, folder, symlinks=True)
+    os.environ["PLOPFAST_CACHE"] = str(folder)  # tune.json is there
     try:
         here = folder / path.relative_to(corpus)
         swaps = [corpus / one for one in ("run/placement.json", "run/scores.json", "run/eval.json", "rows/train.jsonl", "run/adapter/adapter_model.safetensors", "rows/rows.parquet")]  # fmt: skip

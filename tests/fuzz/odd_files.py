@@ -125,6 +125,9 @@ def recoded(rng: random.Random, path: Path) -> Change:
 
 def no_file(rng: random.Random, path: Path) -> Change:
     """Something else than a file is there, or nothing."""
+    if os.geteuid() and rng.random() < 0.2:  # root may read all
+        path.chmod(0)
+        return Change("no permission", broken=True)
     path.unlink()
     what = rng.choice(("directory", "link to itself", "pipe", "broken link", "missing", "link to a directory"))
     if what == "directory":
