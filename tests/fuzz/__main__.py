@@ -24,7 +24,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), *(str(HERE.parent / name) for name in ("", "data", "report"))]
 AREAS = ("files", "options", "kills")
-STUCK_S = 30  # a case that not even the alarm ends
+STUCK_S = 90  # a case that not even the alarm ends
 
 
 def main() -> int:
@@ -115,7 +115,9 @@ def work(area: str, seeds: range, folder: Path, results: Path, log: Path) -> Non
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     faulthandler.enable()
     for seed in seeds:
-        faulthandler.dump_traceback_later(STUCK_S, exit=True)
+        faulthandler.dump_traceback_later(
+            STUCK_S * (4 if area == "kills" else 1), exit=True
+        )  # kills: commands in a row
         with results.open("a") as file:
             print(json.dumps({"begun": seed}), file=file, flush=True)
             print(json.dumps(one(area, seed, folder)), file=file)
