@@ -89,9 +89,10 @@ def warm(folder: Path) -> None:
 def points(folder: Path, quick: bool = False) -> list[tuple[str, str, int]]:
     """Lists (scenario, mode, number of the event), and keeps what each scenario gives where nothing stops it.
 
-    `quick`: without the trial, which is a third of all.
+    The order is random, so that the first ones are a sample; those of the trial, a third of all, come last. `quick`
+    leaves them out.
     """
-    found = []
+    found: dict[bool, list[tuple[str, str, int]]] = {False: [], True: []}
     for name, scenario in SCENARIOS.items():
         if quick and name == "trial":
             continue
@@ -100,11 +101,14 @@ def points(folder: Path, quick: bool = False) -> list[tuple[str, str, int]]:
         code, told = child(scenario.argv, place, "count", 0)
         assert code == 0, told
         kinds = (place / "events").read_text().split("\n")[:-1]
-        found += [(name, "kill", n) for n in range(1, len(kinds) + 1)]
-        found += [(name, "full", n) for n, kind in enumerate(kinds, 1) if kind.split()[0] not in DELETES]
-    random.Random(0).shuffle(found)  # so that the first ones are a sample of all
-    (folder / "points.json").write_text(json.dumps(found))
-    return found
+        full = [n for n, kind in enumerate(kinds, 1) if kind.split()[0] not in DELETES]
+        found[name == "trial"] += [(name, "kill", n) for n in range(1, len(kinds) + 1)] + [
+            (name, "full", n) for n in full
+        ]
+    for some in found.values():
+        random.Random(0).shuffle(some)
+    (folder / "points.json").write_text(json.dumps(found[False] + found[True]))
+    return found[False] + found[True]
 
 
 def run(point: tuple[str, str, int], folder: Path, place: Path) -> Outcome:
