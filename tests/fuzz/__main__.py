@@ -69,7 +69,8 @@ def one(area: str, seed: int, folder: Path) -> dict:
         import option_cases
 
         outcome = {"files": file_cases, "options": option_cases}[area].run(seed, folder / "corpus", place)
-    argv = [text if len(text) < 100 else text[:60] + "..." for text in outcome.argv]
+    argv = [text.replace("\0", "NUL") for text in outcome.argv]
+    argv = [text if len(text) < 100 else text[:60] + "..." for text in argv]
     return {
         "seed": seed, "argv": argv, "code": outcome.code, "fault": outcome.fault, "detail": outcome.detail,
         "err": outcome.err[-1500:], "seconds": round(outcome.seconds, 2),

@@ -39,6 +39,17 @@ def make(folder: Path) -> Path:
     return folder
 
 
+def copy(corpus: Path, folder: Path, argv: list[str], *more: str) -> None:
+    """Copies what a command's arguments name: the run folders among them, and `more`; always model, rows and settings."""
+    named = {word.split("/")[0] for word in (*argv, *more, "model", "rows", "settings.json", "tune.json")}
+    folder.mkdir(parents=True)
+    for path in corpus.iterdir():
+        if path.is_dir() and path.name in named:
+            shutil.copytree(path, folder / path.name, symlinks=True)
+        elif path.name in named:
+            shutil.copyfile(path, folder / path.name)
+
+
 def model(folder: Path) -> None:
     """A Llama of two small layers, and its tokenizer."""
     torch.manual_seed(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import odd_files
 from calling import Outcome, call
-from corpus import BASE, STUDY
+from corpus import BASE, STUDY, copy
 
 WHOLE_NUMBER = ("0", "-1", "4.7", '"4"', "true", "false", "null", "[]", "{}", "1e400", "-1e400", "NaN", "Infinity", "-Infinity", "9" * 5000, '"x"', '""')  # fmt: skip
 FINITE = tuple(raw for raw in WHOLE_NUMBER if raw not in ("0", "4.7"))  # neither negative nor infinite
@@ -93,13 +93,13 @@ def run(seed: int, corpus: Path, folder: Path) -> Outcome:
         found = sorted(corpus.glob(kind.file))
         trials = sorted(corpus.glob(kind.file.replace("/*/", "/*/*/"))) if "*" in kind.file else []
         path = rng.choice(found + trials) if found or trials else None
-    shutil.copytree(corpus, folder, symlinks=True)
+    argv = rng.choice(kind.commands).split()
+    copy(corpus, folder, argv, str(path.relative_to(corpus)))
     os.environ["PLOPFAST_CACHE"] = str(folder)  # tune.json is there
     try:
         here = folder / path.relative_to(corpus)
         swaps = [corpus / one for one in ("run/placement.json", "run/scores.json", "run/eval.json", "rows/train.jsonl", "run/adapter/adapter_model.safetensors", "rows/rows.parquet")]  # fmt: skip
         done = odd_files.change(rng, here, [one for one in swaps if one != path])
-        argv = rng.choice(kind.commands).split()
         outcome = call(argv, folder, _must_refuse(kind, done, argv[0]))
         outcome.detail = f"{path.relative_to(corpus)}: {done.what}\n{outcome.detail}"
         return outcome

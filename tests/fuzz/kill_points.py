@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from calling import HANG_S, Outcome
-from corpus import BASE, QUICK, STUDY
+from corpus import BASE, QUICK, STUDY, copy
 from safetensors.torch import load_file
 
 # These differ between two runs; a training's tokens and padding are those since it was resumed.
@@ -97,7 +97,7 @@ def points(folder: Path, quick: bool = False) -> list[tuple[str, str, int]]:
         if quick and name == "trial":
             continue
         place = folder / "whole" / name
-        shutil.copytree(folder / "corpus", place, symlinks=True)
+        copy(folder / "corpus", place, scenario.argv)
         code, told = child(scenario.argv, place, "count", 0)
         assert code == 0, told
         kinds = (place / "events").read_text().split("\n")[:-1]
@@ -115,7 +115,7 @@ def run(point: tuple[str, str, int], folder: Path, place: Path) -> Outcome:
     """Stops the scenario at its point, in `place`, which is made and deleted, and goes on."""
     name, mode, number = point
     scenario, began = SCENARIOS[name], time.perf_counter()
-    shutil.copytree(folder / "corpus", place, symlinks=True)
+    copy(folder / "corpus", place, scenario.argv)
     try:
         fault, told = _stopped_and_gone_on(scenario, mode, number, place, folder / "whole" / name)
         events = (folder / "whole" / name / "events").read_text().split("\n")

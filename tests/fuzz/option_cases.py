@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from calling import Outcome, call
-from corpus import BASE, QUICK, STUDY
+from corpus import BASE, QUICK, STUDY, copy
 
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.options import names_of
@@ -60,7 +60,7 @@ def run(seed: int, corpus: Path, folder: Path, slow: bool = True) -> Outcome:
     command = rng.choices([*weights], [*weights.values()])[0]
     argv, why = _argv(rng, command)
     place = folder / "a" / "b"  # ../.. stays within
-    shutil.copytree(corpus, place, symlinks=True)
+    copy(corpus, place, ["run"])
     try:
         _beside(place)
         before = _hashes(place)
