@@ -37,6 +37,10 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
         arguments = build_parser().parse_args(argv)
     try:
         code = _call(arguments, launch)
+        if launch.size > 1:
+            from ..support import ranks
+
+            ranks.close()
     except RankError:
         return 2
     except PlopfastError as error:
@@ -56,17 +60,25 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
             raise
         from ..support import ranks
 
-        lost = (
-            "another rank has ended, or did not answer within --timeout: see its message, or torchrun's below "
-            f"({str(error).splitlines()[0]})"
-        )
-        told = f"{type(error).__name__}: {error}\n{traceback.format_exc()}"
-        return _fail(lost if ranks.is_loss(error) else told, launch)
-    if launch.size > 1:
-        from ..support import ranks
-
-        ranks.close()
+        if ranks.is_loss(error):
+            return _lost(error, launch)
+        return _fail(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", launch)
     return code
+
+
+def _lost(error: Exception, launch: machine.Launch) -> int:
+    """Every rank that is left says which one has ended, unless that one said why itself."""
+    from ..support import ranks
+
+    if said := ranks.explain_loss():
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        remedy = "its own message, if any, or torchrun's says why"
+        print(
+            f"plopfast: error: rank {launch.rank} of {launch.size}: {said}; {remedy} ({cause})",
+            file=sys.stderr,
+            flush=True,
+        )
+    return 2
 
 
 def _fail(message: str, launch: machine.Launch) -> int:

@@ -17,8 +17,10 @@ from torch import distributed as dist
 
 from . import machine
 from .errors import RankError
+from .peers import Peers
 
-_store: Any = None  # the launcher's, which outlives every rank
+_peers: Peers | None = None
+_FAILED = "failed"  # counts, in the launcher's store, the ranks that failed with a message of their own
 
 
 def init(device: torch.device, timeout_s: int) -> None:
@@ -26,7 +28,7 @@ def init(device: torch.device, timeout_s: int) -> None:
 
     Small values travel between CPUs (gloo), tensors on GPUs by nccl.
     """
-    global _store
+    global _peers
     if machine.launch().size == 1:
         return
     if device.type == "cuda":
@@ -34,9 +36,10 @@ def init(device: torch.device, timeout_s: int) -> None:
     from torch.distributed.rendezvous import rendezvous
 
     timeout = timedelta(seconds=timeout_s)
-    _store, rank, size = next(rendezvous("env://", timeout=timeout))
+    store, rank, size = next(rendezvous("env://", timeout=timeout))
+    _peers = Peers(store, rank, size)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 
 def close() -> None:
@@ -121,9 +124,29 @@ def share(count: int) -> list[tuple[int, bool]]:
 
 def first_to_fail() -> bool:
     """Returns whether this rank is the first that fails; a later failure follows from the first one."""
-    return machine.launch().local_rank == 0 if _store is None else _store.add("failed", 1) == 1
+    if _peers is None:
+        return machine.launch().local_rank == 0
+    try:
+        return bool(_peers.store.add(_FAILED, 1) == 1)
+    except RuntimeError:  # the launcher's store has ended with rank 0
+        return True
 
 
 def is_loss(error: Exception) -> bool:
     """Returns whether an operation of all ranks failed because one of them has ended or did not answer in time."""
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL"))
+    words = ("gloo", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def explain_loss() -> str | None:
+    """Says which rank has ended, after `is_loss`. None where a rank has failed and says why itself."""
+    if _peers is None:
+        return "not every rank has come within --timeout"
+    try:
+        if _peers.store.add(_FAILED, 0):
+            return None
+    except RuntimeError:  # the launcher's store has ended with rank 0
+        pass
+    return _peers.message()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.data.rows import DEMO
+from plopfast.support import peers
 from plopfast.support.errors import ConfigError, TrainingError
 
 HERE = Path(__file__).parent
@@ -181,3 +183,45 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
         done = run(*command)
         assert done.returncode != 0 and done.stderr.count("plopfast: error") == 1, done.stderr
         assert re.search(f"plopfast: error: {message}", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_those_that_are_left_name_the_rank_that_was_killed(options, tmp_path, killed):
+    out = ["--out", tmp_path / "run"]
+    assert main.main([str(a) for a in ["score", *options[:-8], *out]]) == 0
+    assert main.main(["place", *map(str, out)]) == 0
+    program = [sys.executable, HERE / "kill_a_rank.py", tmp_path, killed, "train", "--max-steps", 4, *out]
+    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, program)], capture_output=True, text=True, timeout=120, env=environment)
+    codes = [int(line) for line in done.stdout.split()]
+    assert codes == [-signal.SIGKILL if rank == killed else 2 for rank in range(3)], done.stderr
+    for rank in {0, 1, 2} - {killed}:
+        told = (tmp_path / f"{rank}.stderr").read_text()
+        assert "Traceback" not in told
+        (line,) = [line for line in told.splitlines() if line.startswith("plopfast: error:")]
+        assert re.match(
+            rf"plopfast: error: rank {rank} of 3: ranks? .*\b{killed}\b.* of 3 (has|have) ended; its own", line
+        )
+
+
+def test_a_rank_on_another_machine_is_named_as_far_as_it_can_be(monkeypatch):
+    monkeypatch.setattr(peers, "NOTICED_S", 0.0)
+    store = torch.distributed.HashStore()
+    store.set("process/1", "1 elsewhere")
+    store.set("process/2", f"{os.getpid()} {peers._machine()}")
+    found = peers.Peers(store, 0, 3)
+    assert found.message().startswith("one of the ranks on other machines (1 of 3) has ended or not answered")
+    found.far = []
+    assert found.message() == "another rank did not answer within --timeout, though all of them run"
+
+
+def test_the_first_rank_to_look_says_which_rank_ended_first():
+    store = torch.distributed.HashStore()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    store.set("process/1", f"{gone.pid} {peers._machine()}")
+    store.set("process/2", f"{gone.pid} {peers._machine()}")
+    found = peers.Peers(store, 0, 3)
+    store.set("ended", "1")  # by rank 2, which has ended since
+    assert found.message() == "rank 1 of 3 has ended"
+    gone.wait()
+    assert found.message() == "rank 1 of 3 has ended"
