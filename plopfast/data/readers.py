@@ -188,9 +188,9 @@ def absolute(source: str) -> str:
     """Return a source that means the same in every working folder: the path made absolute, a name of the hub as it is."""
     folder, colon, inner = source.partition(":")
     if not Path(source).exists() and Path(folder).is_dir():
-        return f"{Path(folder).resolve()}{colon}{inner}"
+        return f"{files.real(folder)}{colon}{inner}"
     on_hub = not Path(source).exists() and Path(source).suffix.lower() not in READERS and _is_hub_id(source)
-    return source if on_hub else str(Path(source).resolve())
+    return source if on_hub else str(files.real(source))
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -110,7 +110,7 @@ class Folder:
         if self.path.exists() and not self.path.is_dir():
             raise FileError(f"{self.path}: a file, where --out names a folder; {files.OTHER_OUT}")
         for name, given in self._given().items():
-            if given.exists() and given.resolve().is_relative_to(self.path.resolve()):
+            if given.exists() and files.real(given).is_relative_to(files.real(self.path)):
                 raise FileError(
                     f"{name} {given}: lies in --out {self.path}, whose files a run replaces: {files.OTHER_OUT}"
                 )
@@ -226,7 +226,7 @@ def hashes_in(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 def _hashes_of(paths: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
-    for path in (path.resolve() for path in paths):
+    for path in map(files.real, paths):
         inside = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
         found |= {str(file): files.sha256(file) for file in inside if file.is_file()}
     return found

@@ -237,7 +237,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if config.epochs:
         known.pop("max_steps", None)
     rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
-    text = {name: str(Path(value).resolve()) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
+    text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
     return dataclasses.replace(config, **known | rows | text)
 
 

@@ -151,6 +151,10 @@ class NFNReport:
         known, why = self._intervals_or_why()
         value["intervals"] = asdict(known) if known else {"why": why}
         beside = path.with_suffix(".safetensors")
+        if beside.exists() and set(files.read_tensors(beside, "plopfast score")[0]) != {"prompt_stats"}:
+            raise FileError(
+                f"{beside}: in the way, and not the statistics of such scores: choose another name than {path}"
+            )
         if self.prompt_stats is None:
             beside.unlink(missing_ok=True)
         else:
@@ -168,7 +172,8 @@ class NFNReport:
         path, anew = Path(path), "make it anew with plopfast score"
         kept = checked(_Kept, files.read_kind(path, "scores", "plopfast score"), path, anew)
         beside, stats = path.with_suffix(".safetensors"), None
-        if kept.prompt_stats_sha256 is not None and beside.is_file():
+        if kept.prompt_stats_sha256 is not None and beside.exists():
+            files.check_regular(beside)
             if files.sha256(beside) != kept.prompt_stats_sha256:
                 raise FileError(f"{beside}: damaged, or of other scores; make both anew with plopfast score")
             stats = _prompt_stats(beside, len(kept.scores))

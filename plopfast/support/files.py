@@ -140,6 +140,11 @@ def parse_json(where: object, text: str) -> Any:
         raise FileError(f"{where}: {error}; was it edited by hand?") from None
 
 
+def real(path: str | os.PathLike[str]) -> Path:
+    """Returns the absolute path, without symbolic links; a link to itself stays as it is, where `Path.resolve` raises."""
+    return Path(os.path.realpath(path))
+
+
 def check_regular(path: Path, error: type[PlopfastError] = FileError) -> None:
     """Raises `error` for what is there and no file: reading a pipe or a device could last for ever."""
     if path.exists() and not path.is_file():

@@ -218,7 +218,7 @@ class Ledger:
             if (target / name).exists():
                 self.remove([name])
             else:
-                (self.folder / name).replace(target / name)
+                _move(self.folder / name, target / name)
         moved = [path.name for path in target.iterdir() if path.name not in copied]
         until = "run" if waiting == "run" else stage
         self.add("aside", stages=list(names), names=moved, copied=list(copied), until=until)
@@ -241,7 +241,7 @@ class Ledger:
         names = [name for name in last["names"] if (self.folder / PREVIOUS / name).exists()]
         if not any((self.folder / name).exists() for name in names):
             for name in [*names, *(name for name in last["copied"] if (self.folder / PREVIOUS / name).exists())]:
-                (self.folder / PREVIOUS / name).replace(self.folder / name)
+                _move(self.folder / PREVIOUS / name, self.folder / name)
             self.add("back", stage=stage)
             self.clear(PREVIOUS)
 
@@ -260,6 +260,15 @@ class Ledger:
             files.recover(scratch)
         if self._last_move().get("event") in ("back", "complete"):
             self.clear(PREVIOUS)
+
+
+def _move(path: Path, target: Path) -> None:
+    try:
+        path.replace(target)
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be moved to {target} ({error.strerror}); nothing is lost: run it again"
+        ) from error
 
 
 def _inside(folder: Path) -> list[str]:

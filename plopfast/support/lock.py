@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FileError
+from .files import real
 from .machine import command
 
 LOCK = ".lock"
@@ -25,7 +26,7 @@ def locked(folder: Path) -> Iterator[None]:
     A process that has locked the folder, or one above it, may do so again. Raises FileError, with the holder's command,
     process and start, where another process holds it. The file .lock stays: removing it would let two processes in.
     """
-    whole = folder.resolve()
+    whole = real(folder)
     if not _held.isdisjoint((whole, *whole.parents)):
         yield
         return

@@ -16,6 +16,7 @@ from small_tokenizers import MADE
 
 from plopfast.cli import main
 from plopfast.lora import tuning
+from plopfast.support.ledger import Ledger
 from plopfast.training.trainer import Trainer
 
 ROWS = {"train": 16, "valid": 4, "test": 4}
@@ -92,6 +93,7 @@ def _runs() -> None:
     """run: every stage and study; merged: it, and merged; placed, eva: scored (with EVA) and placed; stopped: a training that a signal stopped; search, trial."""
     assert plopfast("run", *BASE, *QUICK, "--out", "run") == 0
     assert plopfast("audit", *BASE, "--score-prompts", "6", "--out", "run") == 0
+    Ledger(Path("run")).claim({"trial.json": ()}, "claim")
     Path("run/trial.json").write_text(json.dumps(trial({}, {})))
     for name, init in ("eva", "eva"), ("placed", "kaiming"):
         assert plopfast("score", *BASE, *QUICK[:4], "--init", init, "--out", name) == 0

@@ -63,7 +63,7 @@ KINDS = [
     *(Kind(f"run/{name}.json", REPORT, needed=False) for name in ("training", "eval", "data", "estimate", "audit", "trial")),
     Kind("run/training.json", ["run --resume --out run"], needed=False),
     Kind("run/eval.json", ["run --resume --out run"], weight=1),
-    Kind("run/stages.json", ["place --out run --overwrite", *REPORT], needed=False),
+    Kind("run/history.jsonl", ["place --out run --overwrite", *REPORT], needed=False),
     Kind("run/history.jsonl", ["place --out run --overwrite", "run --resume --out run", *REPORT], needed=False, weight=4),
     Kind("search/search.json", ["search --resume --out search --search-trials 2"], needed=False, weight=1),
     Kind("search/search.db", ["search --resume --out search --search-trials 2"], needed=False, weight=1),

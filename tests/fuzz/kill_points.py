@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 # These differ between two runs; a training's tokens and padding are those since it was resumed.
 TIMES = {"seconds", "tokens_per_s", "peak_mib", "command", "machine", "versions", "tokens", "padding"}
 KNOWN = {".lock"}
-LEFT_OUT = ("previous", "checkpoints", "history.jsonl", "stages.json")
+LEFT_OUT = ("previous", "checkpoints", "history.jsonl")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 DELETES = ("os.remove", "os.rmdir")
 EVENTS = ("open", "os.rename", "os.mkdir", "os.truncate", "os.link", "os.symlink", *DELETES)
@@ -135,7 +135,8 @@ def _stopped_and_gone_on(scenario: Scenario, mode: str, number: int, place: Path
         return f"exit code {code} instead of the kill", told
     if mode == "full" and (fault := _not_one_error(code, told)):
         return f"on a full disk, {fault}", told
-    if scenario.kept and not any(results(folder, place) in (before, want) for folder in (out, out / "previous")):
+    now, aside = results(out, place), results(out / "previous", place)
+    if scenario.kept and not any(found in (before, want) for found in (now, aside, aside | now, now | aside)):
         return "complete results were lost", ", ".join(sorted(path.name for path in out.iterdir()))
     if mode == "full" and code == 0:
         return _differences(want, results(out, place)), told
@@ -175,11 +176,7 @@ def results(folder: Path, place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if (
-            path.is_dir()
-            or name.startswith(("previous", "checkpoints", "."))
-            or name in ("history.jsonl", "stages.json")
-        ):
+        if path.is_dir() or name.startswith(("previous", "checkpoints", ".")) or name == "history.jsonl":
             continue
         if path.suffix == ".safetensors":
             found[name] = {key: tensor.flatten().tolist() for key, tensor in load_file(path).items()}
