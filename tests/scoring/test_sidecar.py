@@ -2,11 +2,18 @@
 
 import pytest
 import torch
-from full_folder import scores
 from safetensors.torch import save_file
 
-from plopfast.scoring.report import NFNReport
+from plopfast.scoring.report import ModuleScore, NFNReport
 from plopfast.support.errors import FileError
+
+
+def scores(prompts):
+    made = {
+        f"model.layers.{i}.mlp.up_proj": ModuleScore(1.0 + i, 0.1, 20 * prompts, "up_proj", i, 8, 8) for i in range(2)
+    }
+    stats = torch.stack([torch.rand(2, prompts), torch.full((2, prompts), 20.0)]).double()
+    return NFNReport(made, 20 * prompts, prompts, 1.5, prompt_stats=stats)
 
 
 @pytest.mark.parametrize("with_stats", [True, False])
