@@ -13,7 +13,7 @@ from ..data.describe import DataFacts, facts_of, left_out
 from ..data.example import Example
 from ..data.labels import tokenize
 from ..data.notices import Notices
-from ..data.rows import DEMO, Row, Rows
+from ..data.rows import Row, Rows
 from ..data.text import read_text
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
@@ -55,7 +55,6 @@ class Run:
             say=self.say,
         )
         self.file, self.stage = self.at.file, self.at.stage
-        self._splits: dict[str, Rows] = {}
         self._examples: dict[str, list[Example]] = {}
         self.notes: dict[str, list[str]] = {}  # what is to be said of the rows of each split that was tokenised
         self._told: set[str] = set()
@@ -102,16 +101,24 @@ class Run:
         """The model's tokenizer; it loads without the model, so that broken rows are found in seconds."""
         return self._tokenizer[0]
 
-    def read(self, split: str) -> Rows:
-        """The rows of "train", "valid" or "test" with their formats, columns that are not used, and bad rows.
+    @cached_property
+    def splits(self) -> dict[str, Rows]:
+        """The rows of "train", "valid" and "test", as far as there are any; see `read_splits`. "test" may be "valid"."""
+        splits, self.overlap = read_splits(self.config, self.say)
+        for line in self.overlap:
+            self.say(line)
+        return splits
 
-        All splits are read at the first call; see `read_splits`.
+    def read(self, split: str) -> Rows:
+        """The rows of a split with their formats, columns that are not used, and bad rows.
+
+        Raises ConfigError where only other splits were given.
         """
-        if not self._splits:
-            self._splits, self.overlap = read_splits(self.config, self.say)
-            for line in self.overlap:
-                self.say(line)
-        return self._splits[split]
+        if split not in self.splits:
+            raise ConfigError(
+                f"no {split} rows: the demo's do not go with --valid or --test of your own: give --{split} FILE too"
+            )
+        return self.splits[split]
 
     def rows(self, split: str) -> list[Row]:
         """The rows of a split, as read."""
@@ -131,7 +138,7 @@ class Run:
     def examples(self, split: str) -> list[Example]:
         """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
         if split not in self._examples:
-            if split == "test" and self.rows("test") is self.rows("valid"):  # there are no others
+            if split == "test" and self.read("test") is self.splits.get("valid"):  # there are no others
                 self._examples[split] = self.examples("valid")
             elif split != "unlabeled":
                 self._examples[split] = self._tokenized(split, self.rows(split))
@@ -167,10 +174,10 @@ class Run:
     def described(self) -> DataFacts:
         """What the settings make of the rows: lengths, learned tokens, what is left out or overlaps, the first row."""
         found = []
-        for split in DEMO:
-            if split != "test" or self.rows("test") is not self.rows("valid"):
+        for split, rows in self.splits.items():
+            if split != "test" or rows is not self.splits.get("valid"):
                 examples = self.examples(split)
-                found.append(facts_of(split, examples, self.tokenizer, [*self.read(split).lines(), *self.notes[split]]))
+                found.append(facts_of(split, examples, self.tokenizer, [*rows.lines(), *self.notes[split]]))
         if self.config.unlabeled:
             found.append(facts_of("unlabeled", self.examples("unlabeled"), self.tokenizer))
         return DataFacts(found, self.overlap)

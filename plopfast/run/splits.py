@@ -18,7 +18,7 @@ HOLD_OUT = 20  # without validation rows, every 20th training row is one
 def sources_of(config: RunConfig) -> dict[str, list[str]]:
     """The files, folders and hub ids of each split that has some of its own, and of "unlabeled"."""
     given = {split: getattr(config, split) for split in (*DEMO, "unlabeled")}
-    demo = {split: [str(path)] for split, path in DEMO.items()} if given["train"] is None else {}
+    demo = {split: [str(path)] for split, path in DEMO.items()} if not any(given[split] for split in DEMO) else {}
     return demo | {split: [value] if isinstance(value, str) else list(value) for split, value in given.items() if value}
 
 
@@ -32,7 +32,7 @@ def read_splits(config: RunConfig, say: Callable[[str], None]) -> tuple[dict[str
     """The rows of "train", "valid" and "test", as the settings ask for them, and what they share, in a line each.
 
     Without rows of its own, the validation split is every 20th training row (held out from training), and the test split
-    is the validation split. `say` is told what was read, before rows are held out. Raises DataError for rows that cannot
+    is the validation split; without training rows, only what is given is there. `say` is told what was read, before rows are held out. Raises DataError for rows that cannot
     be read, and where test rows are training rows too unless `allow_overlap`.
     """
     splits = {}
@@ -41,14 +41,15 @@ def read_splits(config: RunConfig, say: Callable[[str], None]) -> tuple[dict[str
             splits[split] = read_rows(sources, columns=config.columns, bad_rows=config.bad_rows, split=split)
             for line in splits[split].lines():
                 say(f"{split}: {line}")
-    if "valid" not in splits:
+    if "valid" not in splits and "train" in splits:
         whole = splits["train"]
         kept = [row for i, row in enumerate(whole.rows) if i % HOLD_OUT] or whole.rows
         splits |= {"valid": whole.part(whole.rows[::HOLD_OUT]), "train": whole.part(kept)}
         splits["train"].bad = whole.bad
     shared = _overlap(splits, config.allow_overlap)
-    splits.setdefault("test", splits["valid"])
-    return splits, shared
+    if "valid" in splits:
+        splits.setdefault("test", splits["valid"])
+    return {split: splits[split] for split in DEMO if split in splits}, shared
 
 
 def _overlap(splits: dict[str, Rows], allowed: bool) -> list[str]:

@@ -331,10 +331,6 @@ class RunConfig(
                 raise ConfigError(
                     f"--full trains no adapters, so {', '.join(given)} cannot apply: leave one of them out"
                 )
-        if (self.valid or self.test) and not self.train:
-            raise ConfigError(
-                "--valid and --test go with training rows of your own: give --train too, or leave them out"
-            )
         if self.unlabeled_share and not self.unlabeled:
             raise ConfigError("unlabeled_share needs --unlabeled FILE.txt")
 

@@ -204,3 +204,17 @@ def test_options_reach_the_reading(tmp_path, made, capsys):
     options = ["--train", path, made("b.jsonl", "1"), "--columns", "prompt=q,completion=a", "--out", tmp_path / "run"]
     assert plopfast("score", *options) == 2
     assert re.search(r"b\.jsonl:1: no column 'q'", capsys.readouterr().err)
+
+
+def test_rows_of_ones_own_do_not_meet_the_demos(tmp_path, made):
+    """Test rows alone are enough to evaluate an adapter; nothing is trained on the demo's rows then."""
+    run = opened(tmp_path, test=made("t.jsonl", "1", "2"))
+    assert prompts(run, "test") == ["1", "2"] and list(run.splits) == ["test"] and not run.hashes("train")
+    for split in ("train", "valid"):
+        with pytest.raises(
+            ConfigError, match=f"no {split} rows: the demo's do not go with .*: give --{split} FILE too"
+        ):
+            run.rows(split)
+    run = opened(tmp_path, valid=made("v.jsonl", "3"))
+    assert run.rows("test") is run.rows("valid") and list(run.splits) == ["valid", "test"]
+    assert list(opened(tmp_path).splits) == ["train", "valid", "test"], "the demo"

@@ -33,7 +33,8 @@ def test_only_claimed_files_are_removed(ledger):
 
 
 @pytest.mark.parametrize(
-    "foreign", ["file inside", "file in a folder inside", "link inside", "link", "folder for a file"]
+    "foreign",
+    ["file inside", "file in a folder inside", "link inside", "link", "folder for a file", "file for a folder"],
 )
 def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign):
     ledger.claim({"a.json": (), "steps": ("step-*.bin",)})
@@ -49,9 +50,13 @@ def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign
         (ledger.folder / "steps" / "step-1.bin").unlink()
         (ledger.folder / "steps").rmdir()
         (ledger.folder / "steps").symlink_to(tmp_path / "own")
-    else:
+    elif foreign == "folder for a file":
         (ledger.folder / "a.json").unlink()
         fill(ledger.folder, "a.json/notes.txt")
+    else:
+        (ledger.folder / "steps" / "step-1.bin").unlink()
+        (ledger.folder / "steps").rmdir()
+        fill(ledger.folder, "steps")
     before = sorted(ledger.folder.rglob("*"))
     for act in (ledger.remove, ledger.check, lambda names: ledger.claim(dict.fromkeys(names, ()))):
         with pytest.raises(FileError, match="in the way"):

@@ -22,7 +22,6 @@ from plopfast.support.settings_file import load_settings
         ("train", ("a", ""), "name of a file"), ("train", 3, "a string or a list of strings"),
         ("model", "a\x1b[31m", r"without control characters, got 'a\\x1b\[31m'"), ("model", "a\x00b", "control"),
         ("train", "\udcff.jsonl", r"UTF-8 text .* '\\udcff.jsonl'"), ("train", ("a", "b\n"), "control"),
-        ("test", "t.jsonl", "give --train too"), ("valid", ("t.jsonl",), "give --train too"),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "",
 )  # fmt: skip
