@@ -4,6 +4,7 @@ transformers would do each of these for a file that asks for it. So the small fi
 """
 
 import contextlib
+import functools
 import json
 import math
 import warnings
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..support import files
 from ..support.errors import ModelError
 
+SMALL = ("config.json", "adapter_config.json", "tokenizer_config.json", "model.safetensors.index.json")
 LOCAL = {  # what transformers has itself; other values name kernels on the hub, or packages that fall back to them
     "_attn_implementation": (None, "eager", "sdpa", "flex_attention"),
     "_experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
@@ -145,12 +147,27 @@ def _small_file(source: str, name: str) -> dict[str, Any]:
 
 
 def _path(source: str, name: str) -> Path | None:
-    if Path(source).is_dir():
-        return path if (path := Path(source) / name).is_file() else None
-    from transformers.utils import cached_file
+    return path if (path := _folder(source) / name).is_file() else None
 
-    found = cached_file(
-        source, name, _raise_exceptions_for_gated_repo=False, _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )  # fmt: skip
-    return Path(found) if found else None
+
+@functools.cache
+def _folder(source: str) -> Path:
+    """A folder with the small files of a model folder or hub id. Without a network, one question to the hub fails at once,
+    where transformers asks for each file six times in 23 s.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(SMALL)))
+    except errors.GatedRepoError as error:
+        raise OSError("it is gated: accept its terms on the hub, then hf auth login") from error
+    except errors.RepositoryNotFoundError as error:
+        raise OSError(
+            "the hub has no such model (if it is private: hf auth login), and there is no such folder"
+        ) from error
+    except errors.LocalEntryNotFoundError as error:
+        raise OSError(
+            "the hub cannot be reached, the model is not in its cache, and there is no such folder"
+        ) from error
