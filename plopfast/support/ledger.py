@@ -193,7 +193,6 @@ class Ledger:
                 found[stage] = before[stage]
             elif kind == "aside":
                 gone = {name: found.pop(name) for name in event["stages"] if name in found}
-                before.clear()
             elif kind == "back":
                 found |= gone
         return found

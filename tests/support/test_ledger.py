@@ -154,6 +154,18 @@ def test_earlier_results_wait_until_the_new_ones_are_complete(ledger):
     assert [path.name for path in (ledger.folder / PREVIOUS).iterdir()] == ["notes.txt"], "the user's"
 
 
+def test_what_waits_for_a_whole_run_does_not_go_with_one_of_its_stages(ledger):
+    ledger.claim({"a.json": (), "b.json": ()})
+    fill(ledger.folder, "a.json", "b.json")
+    ledger.set_aside("run", {"score": ["a.json"], "train": ["b.json"]})
+    fill(ledger.folder, "b.json")
+    ledger.set_aside("train", {"train": ["b.json"]})
+    ledger.complete("train")
+    assert (ledger.folder / PREVIOUS / "a.json").exists()
+    ledger.complete("run")
+    assert not (ledger.folder / PREVIOUS).exists()
+
+
 def test_a_folder_called_previous_stays(ledger):
     ledger.claim({"a.json": ()})
     fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
