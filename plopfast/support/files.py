@@ -72,7 +72,9 @@ def recover(scratch: Path) -> None:
     """
     name = scratch.name[1:].removesuffix(SCRATCH).rpartition(".")[0]
     new, old, path = scratch / name, scratch / "old", scratch.parent / name
-    if not name or {file.name for file in scratch.iterdir()} - {name, "old", "usual"}:
+    if not name or scratch.is_symlink() or not scratch.is_dir():
+        return
+    if {file.name for file in scratch.iterdir()} - {name, "old", "usual"}:
         return
     if old.exists() and not path.exists():
         (new if new.exists() else old).replace(path)
