@@ -199,6 +199,20 @@ def test_verify_names_what_changed(options, tmp_path, capsys):
     assert plopfast("verify", tmp_path) == 2 and "history.jsonl: no such file" in capsys.readouterr().err
 
 
+def test_rows_in_a_folder_or_on_the_hub_are_not_compared(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    sources = [str(tmp_path / "set"), f"{tmp_path / 'set'}:train", "owner/rows", str(tmp_path / "gone.jsonl")]
+    data = [{"file": source, "sha256": "0" * 64} for source in sources]
+    ledger = Ledger(tmp_path / "run")
+    for stage in ("score", "place"):
+        ledger.add("begin", stage=stage, command="c", data={"train": data})
+        ledger.add("done", stage=stage, command="c", seconds=1, peak_mib=1)
+    assert plopfast("verify", tmp_path / "run") == 1
+    said = capsys.readouterr().out
+    assert "0 of 1 files" in said and said.count("gone.jsonl") == 2 and said.count("not compared") == 3
+    assert all(f"not compared: {source}, " in said for source in sources[:3])
+
+
 def test_the_history_holds_what_each_command_did(options, tmp_path, monkeypatch):
     out = tmp_path / "run"
     monkeypatch.setattr("sys.argv", ["plopfast", "run", "--train", "https://me:pw@host/rows?token=abc"])
