@@ -5,6 +5,7 @@ FileError: scores.json: decision.k: expected a number greater than or equal to 1
 """
 
 import json
+import re
 from functools import cache
 from typing import Annotated, Any, TypeVar
 
@@ -34,9 +35,8 @@ def checked(kind: type[T], value: Any, where: object, remedy: str, *, more: bool
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-    said = (
-        first["msg"].replace("Input should be ", "expected ").replace("expected greater", "expected a number greater")
-    )
+    said = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])
+    said = said.replace("Input should be ", "expected ")
     unknown = dict.fromkeys(("extra_forbidden", "unexpected_keyword_argument"), "unknown field")
     said = {"missing": "is missing", **unknown}.get(first["type"], said[:1].lower() + said[1:])
     raise FileError(f"{where}: {_place(first['loc'])}{said}{got}; {remedy}")
