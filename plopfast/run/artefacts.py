@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,13 @@ MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 class Folder:
     """A run folder's files: a stage opens it, claims what it makes, and notes in history.jsonl how it ended.
 
-    `facts()` gives what the history keeps of a beginning stage, `given()` the paths of the user's inputs, by name, and
+    `facts()` gives what the history keeps of a beginning stage, `given()` the user's inputs (option, path), and
     `say` shows a line. `reads` are files that this process has read, and whose hashes a stage keeps.
     """
 
     def __init__(
         self, path: Path, *, overwrite: bool, resume: bool, full: bool, facts: Callable[[], dict[str, Any]],
-        given: Callable[[], Mapping[str, Path]], say: Callable[[str], None],
+        given: Callable[[], Sequence[tuple[str, Path]]], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.path, self.ledger, self.overwrite, self.resume = path, Ledger(path), overwrite, resume
         self._full, self._facts, self._given, self._say = full, facts, given, say
@@ -110,7 +110,7 @@ class Folder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileError(f"{self.path}: a file, where --out names a folder; {files.OTHER_OUT}")
-        for name, given in self._given().items():
+        for name, given in self._given():
             if given.exists() and files.real(given).is_relative_to(files.real(self.path)):
                 raise FileError(
                     f"{name} {given}: lies in --out {self.path}, whose files a run replaces: {files.OTHER_OUT}"

@@ -207,11 +207,12 @@ class Run:
         if self.progress:
             say(text)
 
-    def _given(self) -> dict[str, Path]:
-        """The paths that the user gave as inputs, by option; those that do not exist are names of the hub."""
-        paths = {f"--{split}": Path(name) for split, names in sources_of(self.config).items() for name in names}
-        named = {"--model": self.config.model, "--general": self.config.general}
-        return paths | {option: Path(name) for option, name in named.items() if name}
+    def _given(self) -> list[tuple[str, Path]]:
+        """The inputs (option, path) that the user gave; paths that do not exist are names of the hub."""
+        rows = [(f"--{split}", name) for split, names in sources_of(self.config).items() for name in names]
+        rows += [(option, name.partition(":")[0]) for option, name in rows]  # FOLDER:SPLIT
+        named = [("--model", self.config.model), ("--general", self.config.general)]
+        return [(option, Path(name)) for option, name in [*rows, *named] if name]
 
     def _facts(self) -> dict[str, Any]:
         """What config.json and the history keep of a stage that begins."""

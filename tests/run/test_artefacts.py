@@ -70,9 +70,15 @@ def test_inputs_inside_the_folder_are_refused(options, tmp_path, capsys):
     (out / "rows.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     before = contents(out)
     capsys.readouterr()
-    for inside in (["--model", out / "merged"], ["--train", out / "rows.jsonl"], ["--valid", out / "rows.jsonl"]):
+    other = tmp_path / "train.jsonl"
+    for inside in (
+        ["--model", out / "merged"], ["--train", out / "rows.jsonl"], ["--valid", out / "rows.jsonl"],
+        ["--train", out / "rows.jsonl", other], ["--train", f"{out / 'adapter'}:train", other],
+    ):  # fmt: skip
         assert plopfast("run", *options, *inside, "--out", out, "--overwrite") == 2
-        assert f"{inside[1]}: lies in --out" in capsys.readouterr().err and contents(out) == before
+        assert (
+            f"{str(inside[1]).partition(':')[0]}: lies in --out" in capsys.readouterr().err and contents(out) == before
+        )
     model = Path(options[1])
     held = contents(model)
     assert plopfast("run", *options, "--out", model, "--overwrite") == 2 and contents(model) == held
