@@ -200,13 +200,19 @@ class Ledger:
         """Moves the results of the stages in `names` to `previous`, until `stage` is complete; returns whether there are any.
 
         Files in `copied` go there, too, and stay. Where an earlier result of the same name waits there already, the one
-        here is the rest of a work that was stopped: it is deleted. Raises FileError as `check` does, before anything is moved.
+        here is the rest of a work that was stopped: it is deleted. Raises FileError as `check` does, and where results wait
+        there for another stage, before anything is moved.
         """
         present = [name for names_of in names.values() for name in names_of if (self.folder / name).exists()]
         if not present:
             return False
         self.check(present)
         waiting, target = self.waiting(), self.folder / PREVIOUS
+        if waiting not in ("", "run", stage) and stage != "run" and target.exists():
+            raise FileError(
+                f"{target}: holds earlier results until {waiting} is complete: go on with plopfast {waiting} --resume, or "
+                "move them elsewhere"
+            )
         self.claim({PREVIOUS: [part for name in (*present, *copied) for part in (name, f"{name}/*")]}, "claim")
         target.mkdir(exist_ok=True)
         for name in copied:

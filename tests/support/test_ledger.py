@@ -179,6 +179,16 @@ def test_what_waits_for_a_whole_run_does_not_go_with_one_of_its_stages(ledger):
     assert not (ledger.folder / PREVIOUS).exists()
 
 
+def test_results_that_wait_for_another_stage_stay(ledger):
+    ledger.claim({"adapter": ("a",), "search.json": ()})
+    fill(ledger.folder, "adapter/a", "search.json")
+    ledger.set_aside("train", {"train": ["adapter"]})
+    with pytest.raises(FileError, match="earlier results until train is complete: go on with plopfast train --resume"):
+        ledger.set_aside("search", {"search": ["search.json"]})
+    assert (ledger.folder / PREVIOUS / "adapter" / "a").exists() and (ledger.folder / "search.json").exists()
+    assert ledger.set_aside("run", {"train": ["adapter"], "search": ["search.json"]}) and ledger.waiting() == "run"
+
+
 def test_a_folder_called_previous_stays(ledger):
     ledger.claim({"a.json": ()})
     fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
