@@ -17,10 +17,10 @@ plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
 Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
-Exit codes: 0 done, 1 doctor found something wrong, 2 a clear error, 130 or 143 interrupted (state saved). On several devices:
-torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
+Exit codes: 0 done, 1 doctor or verify found something wrong, 2 a clear error, 130 or 143 interrupted (state saved).
+On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
-    "overwrite": {"action": "store_true", "help": "replace results that exist"},
+    "overwrite": {"action": "store_true", "help": "replace results that exist and that plopfast wrote"},
     "resume": {"action": "store_true", "help": "go on with what was interrupted"},
     "adapter": {"type": arguments.path, "metavar": "DIR", "help": "take this adapter (default: OUT/adapter)"},
     "any_base": {"action": "store_true", "help": "accept an adapter that was trained on other base weights"},

@@ -102,8 +102,9 @@ def read_table(path: Path, json: StrictJSON, bad: Bad, delimiter: str = ",") -> 
     try:
         for cells in rows:
             where, begin = f"{path}:{begin}", rows.line_num + 1
-            if broken:  # one of the row's lines
-                number, why = broken.popitem()
+            if broken:  # lines of this row
+                number, why = next(iter(broken.items()))
+                broken.clear()
                 if not header:
                     raise DataError(f"{path}:{number}: {why}")
                 bad(f"{path}:{number}", why)

@@ -4,17 +4,20 @@ Every field is in one of three tables: it is honoured, it must have a neutral va
 adapter computes. A field in none of them must be empty, so no setting of a newer PEFT is passed over.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from typing_extensions import TypedDict
 
 from ..support import files
 from ..support.errors import AdapterError, FileError
+from ..support.schema import Size, checked
 from .patterns import matches
 
 CONFIG = "adapter_config.json"
-LARGEST_ALPHA = 1e9
 _EMPTY: tuple[Any, ...] = (None, False, [], {})
 _MERGE = "merge it with PEFT first"
 _CONVERT = (
@@ -23,50 +26,25 @@ _CONVERT = (
 )
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+Alpha = Annotated[float, Gt(0), Le(1e9)]
 
 
-def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+class Honoured(TypedDict, total=False):
+    """The fields that plopfast honours as PEFT does, and what they may hold."""
+
+    peft_type: Literal["LORA"]
+    r: Size
+    lora_alpha: Alpha
+    lora_dropout: Annotated[float, Ge(0), Lt(1)] | None
+    use_rslora: bool | None
+    rank_pattern: dict[str, Size] | None
+    alpha_pattern: dict[str, Alpha] | None
+    target_modules: str | list[str] | None  # names, or a regular expression
+    exclude_modules: str | list[str] | None
+    layers_to_transform: int | list[int] | None
 
 
-def _is_alpha(value: Any) -> bool:
-    return _is_number(value) and 0 < value <= LARGEST_ALPHA
-
-
-def _is_names(value: Any) -> bool:
-    return value is None or isinstance(value, str) or _is_list(value, str)
-
-
-def _is_layers(value: Any) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool)) or _is_list(value, int)
-
-
-def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(one, kind) and not isinstance(one, bool) for one in value)
-
-
-def _maps_to(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or (isinstance(value, dict) and all(check(one) for one in value.values()))
-
-
-_ALPHA = f"a number from above 0 to {LARGEST_ALPHA:g}"
-HONOURED: dict[str, tuple[Callable[[Any], bool], str]] = {  # field -> its check, and what it has to be
-    "peft_type": (lambda value: value == "LORA", "LORA"),
-    "r": (_is_rank, "a whole number from 1"),
-    "lora_alpha": (_is_alpha, _ALPHA),
-    "lora_dropout": (
-        lambda value: value is None or (_is_number(value) and 0 <= value < 1),
-        "a number from 0 to below 1",
-    ),
-    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
-    "rank_pattern": (_maps_to(_is_rank), "an object of whole numbers from 1"),
-    "alpha_pattern": (_maps_to(_is_alpha), f"an object whose values are each {_ALPHA}"),
-    "target_modules": (_is_names, "names, or a regular expression"),
-    "exclude_modules": (_is_names, "names, or a regular expression"),
-    "layers_to_transform": (_is_layers, "layer numbers"),
-}
+HONOURED = frozenset(Honoured.__annotations__)
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # field -> the values that change nothing; empty ones never do
     "task_type": ("CAUSAL_LM",),
     "bias": ("none",),
@@ -180,21 +158,22 @@ def read_config(folder: Path) -> AdapterConfig:
         raise AdapterError(f"{folder}: not an adapter folder, it has no {CONFIG}")
     try:
         values = files.read_json(file, "plopfast train")
+        if not isinstance(values, dict) or values.get("peft_type") != "LORA":
+            raise AdapterError(f"{file}: expected the configuration of a LoRA adapter (peft_type LORA)")
+        checked(Honoured, values, file, "was it edited?", more=True)
     except FileError as error:
         raise AdapterError(str(error)) from error
-    if not isinstance(values, dict) or values.get("peft_type") != "LORA":
-        raise AdapterError(f"{file}: expected the configuration of a LoRA adapter (peft_type LORA)")
     for field, value in values.items():
         said = f"{file}: {field} = {value!r:.80}"
-        if field in HONOURED:
-            check, expected = HONOURED[field]
-            if not check(value):
-                raise AdapterError(f"{said}: expected {expected}")
-        elif field in NO_EFFECT or any(type(value) is type(plain) and value == plain for plain in _EMPTY):
+        if field in HONOURED or field in NO_EFFECT or _is_one_of(value, _EMPTY):
             continue
-        elif field not in NEUTRAL:
+        if field not in NEUTRAL:
             raise AdapterError(f"{said}: this field is unknown; is it of a newer PEFT? {_MERGE}")
-        elif not any(type(value) is type(plain) and value == plain for plain in NEUTRAL[field]):
-            convert = field == "init_lora_weights"
-            raise AdapterError(f"{said} is not supported; {_CONVERT if convert else _MERGE}")
+        if not _is_one_of(value, NEUTRAL[field]):
+            raise AdapterError(f"{said} is not supported; {_CONVERT if field == 'init_lora_weights' else _MERGE}")
     return AdapterConfig(file, values)
+
+
+def _is_one_of(value: Any, plain: Sequence[Any]) -> bool:
+    """`in` alone would take 1 for True."""
+    return any(type(value) is type(one) and value == one for one in plain)

@@ -63,13 +63,7 @@ def _ways(pattern: str, longest: int, where: str) -> int:
             ways *= alternatives.pop()
         elif token == "|":
             alternatives[-1] += 1
-        elif token == "?" and before not in (
-            "*",
-            "+",
-            "?",
-            "{",
-            "(",
-        ):  # after those it only says lazy, or a kind of group
+        elif token == "?" and before not in {*"*+?{("}:  # after those it only says lazy, or a kind of group
             ways *= 2
         elif token[0] in "*+{":
             ways *= longest + 1

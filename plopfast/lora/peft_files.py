@@ -1,6 +1,5 @@
 """Adapters on disk in PEFT's format: adapter_model.safetensors and adapter_config.json in a folder, written atomically."""
 
-import contextlib
 import json
 import re
 from pathlib import Path
@@ -14,6 +13,7 @@ from ..models.frozen import DTYPES, fingerprint, frozen_of, is_linear, same_fing
 from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
+from ..support.schema import checked
 from .adapter_config import CONFIG, read_config
 from .layer import LoRALinear, adapters, inject, unload
 from .placement import Placement, ranks_and_patterns
@@ -117,11 +117,11 @@ def _fingerprint(path: Path, metadata: dict[str, str]) -> list[float] | None:
     """The first weights of the base, which plopfast wrote into the file's metadata; PEFT does not."""
     if "plopfast_base" not in metadata:
         return None
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(metadata["plopfast_base"])
-        if isinstance(value, list) and all(isinstance(one, float) for one in value):
-            return value
-    raise AdapterError(f"{path / WEIGHTS}: plopfast_base in its metadata: expected a list of numbers; was it edited?")
+    where = f"{path / WEIGHTS}: plopfast_base in its metadata"
+    try:
+        return checked(list[float], files.parse_json(where, metadata["plopfast_base"]), where, "was it edited?")
+    except FileError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:

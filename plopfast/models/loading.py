@@ -107,9 +107,7 @@ def _explained(name: object, source: str) -> Iterator[None]:
         yield
     except PlopfastError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers raises anything on damaged files: TypeError, AttributeError, RecursionError
+    except Exception as error:  # on damaged files transformers raises anything, such as TypeError and RecursionError
         if "trust_remote_code" in str(error):
             raise sources.remote_code(source) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +46,20 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
 }  # fmt: skip
 READS = {"place": "score", "estimate": "place", "train": "place", "eval": "train", "merge": "train"}  # from the folder
 UNFINISHED = {"train": CHECKPOINTS, "trial": "trial", "search": "search.db"}  # what a stage leaves that can be resumed
+EARLIER = ("stages.json",)  # names that earlier versions wrote
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
 
 class Folder:
     """A run folder's files: a stage opens it, claims what it makes, and notes in history.jsonl how it ended.
 
-    `facts()` gives what the history keeps of a beginning stage, `given()` the paths of the user's inputs, by name, `say` shows a line. `reads`
-    are files that the present process has read and whose hashes a stage keeps.
+    `facts()` gives what the history keeps of a beginning stage, `given()` the user's inputs (option, path), and
+    `say` shows a line. `reads` are files that this process has read, and whose hashes a stage keeps.
     """
 
     def __init__(
         self, path: Path, *, overwrite: bool, resume: bool, full: bool, facts: Callable[[], dict[str, Any]],
-        given: Callable[[], Mapping[str, Path]], say: Callable[[str], None],
+        given: Callable[[], Sequence[tuple[str, Path]]], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.path, self.ledger, self.overwrite, self.resume = path, Ledger(path), overwrite, resume
         self._full, self._facts, self._given, self._say = full, facts, given, say
@@ -109,7 +110,7 @@ class Folder:
         """
         if self.path.exists() and not self.path.is_dir():
             raise FileError(f"{self.path}: a file, where --out names a folder; {files.OTHER_OUT}")
-        for name, given in self._given().items():
+        for name, given in self._given():
             if given.exists() and files.real(given).is_relative_to(files.real(self.path)):
                 raise FileError(
                     f"{name} {given}: lies in --out {self.path}, whose files a run replaces: {files.OTHER_OUT}"
@@ -117,7 +118,7 @@ class Folder:
         if self.ledger.events() or not self.path.is_dir():
             return
         held = sorted(path for path in self.path.iterdir() if path.name != LOCK)
-        known = {CONFIG, "stages.json", *(name for names in ARTEFACTS.values() for name in names)}
+        known = {*EARLIER, *(name for names in ARTEFACTS.values() for name in names)}
         others = [path for path in held if path.name not in known]
         if held and (others or not any(map(_is_tagged, held))):
             raise FileError(
@@ -130,7 +131,7 @@ class Folder:
         self.open()
         names = [name for of in ARTEFACTS.values() for name in of if name != CONFIG and (self.path / name).exists()]
         if names and not self.overwrite:
-            raise _exists(self.path, f" (it holds {names[0]})", ", or --resume to go on")
+            raise files.exists_already(self.path, f" (it holds {names[0]})", ", or --resume to go on")
         self.ledger.check(names)
 
     @contextlib.contextmanager
@@ -162,21 +163,25 @@ class Folder:
         if stage not in ARTEFACTS:  # loading the model: it makes no files
             return
         self.open()
-        result, left = self.file(stage), self.path / UNFINISHED.get(stage, HISTORY)
         if stage == "run":  # refuse_results has looked at the results
             if self.overwrite:
                 self.set_aside("run", list(ARTEFACTS))
         elif self.overwrite and stage in UNFINISHED and not self._all_aside:
             self.set_aside(stage, [stage])
         elif not self.overwrite and self._is_taken(stage):
-            raise _exists(result, "", ", or --resume to go on" * (stage == "search"))
+            raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
         self.ledger.check(name for name in ARTEFACTS[stage] if name != "model" or self._full)
-        if stage in UNFINISHED and not self.resume and left.exists() and (left.is_file() or any(left.iterdir())):
-            raise FileError(f"{left}: an unfinished {stage}; pass --resume to go on, or --overwrite to start anew")
+        if stage in UNFINISHED and not self.resume:
+            self._refuse_unfinished(stage)
         claims = {name: patterns for name, patterns in ARTEFACTS[stage].items() if patterns is not None}
         facts = self._facts()
         self.ledger.claim({CONFIG: (), **claims}, stage=stage, command=machine.command(), **facts)
         files.write_json(self.path / CONFIG, {"plopfast": "config", **facts})
+
+    def _refuse_unfinished(self, stage: str) -> None:
+        left = self.path / UNFINISHED[stage]
+        if left.is_file() or (left.is_dir() and any(left.iterdir())):
+            raise FileError(f"{left}: an unfinished {stage}; pass --resume to go on, or --overwrite to start anew")
 
     def _is_taken(self, stage: str) -> bool:
         """Whether the result is there to stay: done, or not of plopfast. A search that is done can be widened."""
@@ -208,10 +213,6 @@ class Folder:
         self._all_aside = until == "run"
         if self.ledger.set_aside(until, names, copied=[CONFIG]):
             self._say(f"the earlier results wait in {self.path / PREVIOUS} until the new ones are complete")
-
-
-def _exists(path: Path, holds: str, more: str) -> FileError:
-    return FileError(f"{path}: exists already{holds}; {files.OTHER_OUT}, or pass --overwrite to replace it{more}")
 
 
 def hashes_in(folder: Path, names: Sequence[str]) -> dict[str, str]:

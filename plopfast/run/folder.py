@@ -56,6 +56,7 @@ class Run:
         )
         self.file, self.stage = self.at.file, self.at.stage
         self._examples: dict[str, list[Example]] = {}
+        self._hashes: dict[str, list[dict[str, str]]] = {}
         self.notes: dict[str, list[str]] = {}  # what is to be said of the rows of each split that was tokenised
         self._told: set[str] = set()
         self.overlap: list[str] = []  # what splits share
@@ -125,7 +126,10 @@ class Run:
         return self.read(split).rows
 
     def hashes(self, split: str) -> list[dict[str, str]]:
-        """The sources of a split, "file", with their hashes, "sha256"; without files that are gone."""
+        """The sources of a split, "file", with their hashes, "sha256"; without files that are gone. Kept, as each stage
+        asks, and rows of a folder or of the hub are hashed one by one."""
+        if split in self._hashes:
+            return self._hashes[split]
         sources = sources_of(self.config)
 
         def rows() -> list[Row]:
@@ -133,7 +137,8 @@ class Run:
             return [*self.rows(split), *held_out]
 
         hashes = ((source, sha256_of(source, rows)) for source in sources.get(split, []))
-        return [{"file": source, "sha256": digest} for source, digest in hashes if digest]
+        self._hashes[split] = [{"file": source, "sha256": digest} for source, digest in hashes if digest]
+        return self._hashes[split]
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
@@ -202,11 +207,12 @@ class Run:
         if self.progress:
             say(text)
 
-    def _given(self) -> dict[str, Path]:
-        """The paths that the user gave as inputs, by option; those that do not exist are names of the hub."""
-        paths = {f"--{split}": Path(name) for split, names in sources_of(self.config).items() for name in names}
-        named = {"--model": self.config.model, "--general": self.config.general}
-        return paths | {option: Path(name) for option, name in named.items() if name}
+    def _given(self) -> list[tuple[str, Path]]:
+        """The inputs (option, path) that the user gave; paths that do not exist are names of the hub."""
+        rows = [(f"--{split}", name) for split, names in sources_of(self.config).items() for name in names]
+        rows += [(option, name.partition(":")[0]) for option, name in rows]  # FOLDER:SPLIT
+        named = [("--model", self.config.model), ("--general", self.config.general)]
+        return [(option, Path(name)) for option, name in [*rows, *named] if name]
 
     def _facts(self) -> dict[str, Any]:
         """What config.json and the history keep of a stage that begins."""

@@ -6,26 +6,29 @@ from typing import Any
 from ..support import files
 from ..support.errors import FileError
 from ..support.ledger import HISTORY, Ledger
+from ..support.lock import LOCK
 from ..support.tables import Column, Table
 
 SAME, CHANGED, MISSING = "same", "changed", "missing"
-HIDDEN = (HISTORY, ".lock")
+HIDDEN = (HISTORY, LOCK)
 
 
 def verify(folder: Path) -> tuple[bool, str]:
     """Compares the files with the hashes in history.jsonl: of outputs, and of the inputs that they were made from.
 
-    Returns whether all are the same, and a text that names those that are not, stages that did not end, and files that
-    plopfast did not write. Raises FileError where there is no history.
+    Returns whether all are the same, and a text that names those that are not, rows that are in no single file (they would
+    have to be read), stages that did not end, and files that plopfast did not write. Raises FileError where there is no
+    history.
     """
     ledger = Ledger(folder)
     if not ledger.exists():
         raise FileError(f"{ledger.path}: no such file; every command that writes into a run folder begins one there")
     done = ledger.done()
     found = [row for stage, event in done.items() for row in _compared(folder, stage, event)]
-    table = Table(
-        "", [Column("state"), Column("file"), Column("of"), Column("noted")], [row for row in found if row[0] != SAME]
-    )
+    odd = [row for row in found if row[0] != SAME]
+    table = Table("", [Column("state"), Column("file"), Column("of"), Column("noted")], odd)
+    names, changed = ({row[1] for row in rows} for rows in (found, odd))
+    uncompared = dict.fromkeys(name for event in done.values() for name in _rows_of(event) if not _is_file_name(name))
     begun = {event["stage"]: event for event in ledger.events() if event["event"] == "begin"}
     unfinished = [f"unfinished: {stage}, begun {begun[stage]['time']}" for stage in begun if stage not in done]
     claims = ledger.claims()
@@ -35,22 +38,32 @@ def verify(folder: Path) -> tuple[bool, str]:
         if path.name not in HIDDEN
         for path in ledger.foreign(path.name, claims)
     ]
-    same = sum(row[0] == SAME for row in found)
-    lines = [f"{folder}: {same} of {len(found)} files are as they were"]
-    lines += [str(table)] * (same < len(found)) + unfinished
+    lines = [f"{folder}: {len(names - changed)} of {len(names)} files are as they were"]
+    lines += [str(table)] * bool(odd) + unfinished
+    lines += [f"not compared: {name}, whose rows are in a folder or on the hub" for name in uncompared]
     lines += [f"not written by plopfast: {path}" for path in others]
-    return same == len(found), "\n".join(lines)
+    return not odd, "\n".join(lines)
 
 
 def _compared(folder: Path, stage: str, event: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """The state of each file of a stage, its name, what it is to the stage, and when its hash was noted."""
-    data = event.get("data", {}).values()
-    rows = {one["file"]: one["sha256"] for of in data for one in (of if isinstance(of, list) else [of])}
+    rows = {name: digest for name, digest in _rows_of(event).items() if _is_file_name(name)}
     kinds = {"input": rows | event.get("inputs", {}), "output": event.get("outputs", {})}
     return [
         (_state(folder / name, digest), name, f"{kind} of {stage}", event["time"])
         for kind, hashes in kinds.items() for name, digest in hashes.items() if name != "config.json"
     ]  # fmt: skip
+
+
+def _rows_of(event: dict[str, Any]) -> dict[str, str]:
+    """The hash of each source of rows."""
+    data = event.get("data", {}).values()
+    return {one["file"]: one["sha256"] for of in data for one in (of if isinstance(of, list) else [of])}
+
+
+def _is_file_name(source: str) -> bool:
+    """False for a folder, FOLDER:SPLIT and a name of the hub."""
+    return Path(source).is_absolute() and not Path(source).is_dir() and not Path(source.partition(":")[0]).is_dir()
 
 
 def _state(path: Path, digest: str) -> str:

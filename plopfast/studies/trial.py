@@ -71,6 +71,7 @@ def run_trial(run: Run) -> str:
 def _trial(
     run: Run, report: NFNReport | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
 ) -> dict[str, Any]:
+    """Trains and tests every arm in `folder`; returns what trial.json holds."""
     for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
         run.examples(split)
     budget, arms = _matched(run, report or run_score(run), names, lrs)

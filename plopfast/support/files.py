@@ -72,7 +72,9 @@ def recover(scratch: Path) -> None:
     """
     name = scratch.name[1:].removesuffix(SCRATCH).rpartition(".")[0]
     new, old, path = scratch / name, scratch / "old", scratch.parent / name
-    if not name or {file.name for file in scratch.iterdir()} - {name, "old", "usual"}:
+    if not name or scratch.is_symlink() or not scratch.is_dir():
+        return
+    if {file.name for file in scratch.iterdir()} - {name, "old", "usual"}:
         return
     if old.exists() and not path.exists():
         (new if new.exists() else old).replace(path)
@@ -182,7 +184,12 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
     """Raises FileError where `path` exists and is not an empty folder, unless `overwrite`."""
     if overwrite or not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
-    raise FileError(f"{path}: exists already; {OTHER_OUT}, or pass --overwrite to replace it")
+    raise exists_already(path)
+
+
+def exists_already(path: Path, holds: str = "", more: str = "") -> FileError:
+    """The error for a result that is not to be replaced. `holds` follows its name, `more` the remedies."""
+    return FileError(f"{path}: exists already{holds}; {OTHER_OUT}, or pass --overwrite to replace it{more}")
 
 
 def cache_dir() -> Path:

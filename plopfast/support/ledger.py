@@ -23,6 +23,8 @@ from .schema import NotNegative, checked
 from .strict_json import StrictJSON, dumps
 
 HISTORY, PREVIOUS = "history.jsonl", "previous"
+TAG = {"plopfast": "history"}  # begins each line
+_BEGIN = dumps(TAG)[:-1]
 Name = Annotated[str, Predicate(lambda name: name not in ("", ".", "..") and "/" not in name)]  # nothing is outside
 
 
@@ -67,33 +69,30 @@ class Ledger:
         return self.path.is_file()
 
     def events(self) -> list[dict[str, Any]]:
-        """The lines of the history, oldest first; one that a kill cut short is left out.
+        """The lines of the history, oldest first; one that a kill or a full disk cut short is left out.
 
         Raises FileError for a file of that name that plopfast did not write, and for a line that was changed.
         """
         if not self.path.exists():
             return []
         found = []
-        text = files.read_text(self.path, "no such file")
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(files.read_text(self.path, "no such file").split("\n"), 1):
+            if not (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
+                raise FileError(
+                    f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}"
+                )
             try:
-                value = StrictJSON().parse(line.strip())
+                value = StrictJSON().parse(line)
             except ValueError:
                 continue
-            if not isinstance(value, dict) or value.get("plopfast") != "history":
-                break
             kind: Any = Done if value.get("event") == "done" else Event
-            found.append(
-                checked(kind, value, Path(f"{self.path}, line {number}"), files.OTHER_OUT, more=True) and value
-            )
-        else:
-            if found or not text.strip():
-                return found
-        raise FileError(f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}")
+            checked(kind, value, f"{self.path}, line {number}", files.OTHER_OUT, more=True)
+            found.append(value)
+        return found
 
     def add(self, event: str, **facts: Any) -> None:
         """Appends a line, and waits until it is on the disk. Raises FileError."""
-        value = {"plopfast": "history", "event": event, "time": _now(), **facts}
+        value = {**TAG, "event": event, "time": _now(), **facts}
         self.events()  # never appended to a file of the user's
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -201,13 +200,19 @@ class Ledger:
         """Moves the results of the stages in `names` to `previous`, until `stage` is complete; returns whether there are any.
 
         Files in `copied` go there, too, and stay. Where an earlier result of the same name waits there already, the one
-        here is the rest of a work that was stopped: it is deleted. Raises FileError as `check` does, before anything is moved.
+        here is the rest of a work that was stopped: it is deleted. Raises FileError as `check` does, and where results wait
+        there for another stage, before anything is moved.
         """
         present = [name for names_of in names.values() for name in names_of if (self.folder / name).exists()]
         if not present:
             return False
         self.check(present)
         waiting, target = self.waiting(), self.folder / PREVIOUS
+        if waiting not in ("", "run", stage) and stage != "run" and target.exists():
+            raise FileError(
+                f"{target}: holds earlier results until {waiting} is complete: go on with plopfast {waiting} --resume, or "
+                "move them elsewhere"
+            )
         self.claim({PREVIOUS: [part for name in (*present, *copied) for part in (name, f"{name}/*")]}, "claim")
         target.mkdir(exist_ok=True)
         for name in copied:
@@ -255,7 +260,10 @@ class Ledger:
 
         Call it only while no other process writes here.
         """
-        for scratch in [path for path in self.folder.glob(f".*{files.SCRATCH}") if path.is_dir()]:
+        name = f".*{files.SCRATCH}"
+        ours = [path for claimed in self.claims() if (path := self.folder / claimed).is_dir() and not path.is_symlink()]
+        found = [*self.folder.glob(name), *(scratch for path in ours for scratch in path.rglob(name))]
+        for scratch in sorted(found, reverse=True):  # what is inside a folder comes before it
             files.recover(scratch)
         if self._last_move().get("event") in ("back", "complete"):
             self.clear(PREVIOUS)

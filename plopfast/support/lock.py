@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import FileError
-from .files import real
+from .files import OTHER_OUT, real
 from .machine import command
 
 LOCK = ".lock"
@@ -34,7 +34,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
     except OSError as error:
-        raise FileError(f"{folder}: cannot write there ({error.strerror}); choose another --out") from error
+        raise FileError(f"{folder}: cannot write there ({error.strerror}); {OTHER_OUT}") from error
     try:
         _take(handle, folder)
         _held.add(whole)
@@ -49,9 +49,7 @@ def _take(handle: int, folder: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise FileError(
-                f"{folder}: in use by {_holder(handle)}; wait until it ends, or choose another --out"
-            ) from None
+            raise FileError(f"{folder}: in use by {_holder(handle)}; wait until it ends, or {OTHER_OUT}") from None
         warnings.warn(
             f"{folder}: cannot be locked ({error.strerror}): see that only one process writes there", stacklevel=4
         )

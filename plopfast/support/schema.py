@@ -5,8 +5,8 @@ FileError: scores.json: decision.k: expected a number greater than or equal to 1
 """
 
 import json
+import re
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from annotated_types import Ge, Gt, Le
@@ -21,11 +21,11 @@ NotNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 
 
-def checked(kind: type[T], value: Any, path: Path, remedy: str, *, more: bool = False) -> T:
+def checked(kind: type[T], value: Any, where: object, remedy: str, *, more: bool = False) -> T:
     """Returns `value`, as `StrictJSON` parsed it, as a `kind`. Nothing is converted, but lists to tuples and ints to floats.
 
     Keys that `kind` does not have are refused unless `more`. Raises FileError, which names the first field that does not
-    fit, what it holds and what was expected, and ends with `remedy`.
+    fit, what it holds and what was expected, begins with `where` and ends with `remedy`.
     """
     from pydantic import ValidationError  # slow to load, and not needed for --help
 
@@ -35,12 +35,11 @@ def checked(kind: type[T], value: Any, path: Path, remedy: str, *, more: bool = 
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
     got = "" if first["type"] == "missing" else f", got {shown(first['input'])}"
-    said = (
-        first["msg"].replace("Input should be ", "expected ").replace("expected greater", "expected a number greater")
-    )
+    said = re.sub("^Input should be (?=greater|less)", "expected a number ", first["msg"])
+    said = said.replace("Input should be ", "expected ")
     unknown = dict.fromkeys(("extra_forbidden", "unexpected_keyword_argument"), "unknown field")
     said = {"missing": "is missing", **unknown}.get(first["type"], said[:1].lower() + said[1:])
-    raise FileError(f"{path}: {_place(first['loc'])}{said}{got}; {remedy}")
+    raise FileError(f"{where}: {_place(first['loc'])}{said}{got}; {remedy}")
 
 
 @cache

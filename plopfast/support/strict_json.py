@@ -14,7 +14,9 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class StrictJSON:
-    """A parser of JSON texts, whose integers have at most so many digits. It keeps one copy of each key and of each short text, so that many rows take little memory.
+    """A parser of JSON texts, whose integers have at most `digits` digits.
+
+    It keeps one copy of each key and of each short text, so that many rows take little memory.
 
     >>> StrictJSON().parse('{"a": 1, "a": 2}')
     ValueError: the key 'a' comes twice in one object

@@ -186,7 +186,7 @@ def load_state(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
 
     Raises FileError where there is no good one.
     """
-    for scratch in folder.glob(".step-*"):
+    for scratch in folder.glob(f".step-*{files.SCRATCH}"):
         shutil.rmtree(scratch, ignore_errors=True)
     problems: dict[Path, str] = {}
     for path in checkpoints(folder):

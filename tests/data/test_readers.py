@@ -329,7 +329,7 @@ def test_pipes_and_devices_are_no_data_files(tmp_path, suffix):
 
 def test_lines_of_a_table_that_are_not_utf8_can_be_skipped(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_bytes(b'prompt,completion\na,b\n\xe9,c\n"d\ne \xff\nf",g\nh,i\n')
+    path.write_bytes(b'prompt,completion\na,b\n\xe9,c\n"d\ne \xff\n\xff",g\nh,i\n')
     with pytest.raises(DataError, match=r"a\.csv:3: not UTF-8 .byte 0xe9"):
         read(path)
     found = pf.read_rows(path, bad_rows="skip")

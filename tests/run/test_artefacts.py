@@ -70,9 +70,15 @@ def test_inputs_inside_the_folder_are_refused(options, tmp_path, capsys):
     (out / "rows.jsonl").write_text((tmp_path / "train.jsonl").read_text())
     before = contents(out)
     capsys.readouterr()
-    for inside in (["--model", out / "merged"], ["--train", out / "rows.jsonl"], ["--valid", out / "rows.jsonl"]):
+    other = tmp_path / "train.jsonl"
+    for inside in (
+        ["--model", out / "merged"], ["--train", out / "rows.jsonl"], ["--valid", out / "rows.jsonl"],
+        ["--train", out / "rows.jsonl", other], ["--train", f"{out / 'adapter'}:train", other],
+    ):  # fmt: skip
         assert plopfast("run", *options, *inside, "--out", out, "--overwrite") == 2
-        assert f"{inside[1]}: lies in --out" in capsys.readouterr().err and contents(out) == before
+        assert (
+            f"{str(inside[1]).partition(':')[0]}: lies in --out" in capsys.readouterr().err and contents(out) == before
+        )
     model = Path(options[1])
     held = contents(model)
     assert plopfast("run", *options, "--out", model, "--overwrite") == 2 and contents(model) == held
@@ -197,6 +203,20 @@ def test_verify_names_what_changed(options, tmp_path, capsys):
     assert f"changed {tmp_path / 'train.jsonl'} input of score" in lines and f"changed {config} input of score" in lines
     assert f"not written by plopfast: {out / 'notes.txt'}" in lines
     assert plopfast("verify", tmp_path) == 2 and "history.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_rows_in_a_folder_or_on_the_hub_are_not_compared(tmp_path, capsys):
+    (tmp_path / "set").mkdir()
+    sources = [str(tmp_path / "set"), f"{tmp_path / 'set'}:train", "owner/rows", str(tmp_path / "gone.jsonl")]
+    data = [{"file": source, "sha256": "0" * 64} for source in sources]
+    ledger = Ledger(tmp_path / "run")
+    for stage in ("score", "place"):
+        ledger.add("begin", stage=stage, command="c", data={"train": data})
+        ledger.add("done", stage=stage, command="c", seconds=1, peak_mib=1)
+    assert plopfast("verify", tmp_path / "run") == 1
+    said = capsys.readouterr().out
+    assert "0 of 1 files" in said and said.count("gone.jsonl") == 2 and said.count("not compared") == 3
+    assert all(f"not compared: {source}, " in said for source in sources[:3])
 
 
 def test_the_history_holds_what_each_command_did(options, tmp_path, monkeypatch):

@@ -84,7 +84,20 @@ def test_a_line_that_a_kill_cut_short_is_left_out(ledger):
     assert [event["event"] for event in ledger.events()] == ["begin", "done"]
 
 
-@pytest.mark.parametrize("text", ["[1]\n", "loss 1\n", '{"epoch": 1}\n'])
+def test_odd_line_breaks_in_a_text_end_no_line(ledger):
+    ledger.add("begin", stage="score", command="a\u2028b\x85c\r\nd")
+    assert [event["command"] for event in ledger.events()] == ["a\u2028b\x85c\r\nd"]
+
+
+@pytest.mark.parametrize("written", ["", '{"plopf', '{"plopfast": "history", "ev'])
+def test_a_first_line_that_a_full_disk_cut_short_is_left_out(ledger, written):
+    ledger.folder.mkdir()
+    ledger.path.write_text(written)
+    ledger.claim({"a.json": ()}, stage="score", command="c")
+    assert [event["event"] for event in ledger.events()] == ["begin"] and ledger.exists()
+
+
+@pytest.mark.parametrize("text", ["[1]\n", "loss 1\n", '{"epoch": 1}\n', '{"plopfast": "config"}\n'])
 def test_a_history_of_the_users_is_not_touched(ledger, text):
     ledger.folder.mkdir()
     ledger.path.write_text(text)
@@ -166,6 +179,16 @@ def test_what_waits_for_a_whole_run_does_not_go_with_one_of_its_stages(ledger):
     assert not (ledger.folder / PREVIOUS).exists()
 
 
+def test_results_that_wait_for_another_stage_stay(ledger):
+    ledger.claim({"adapter": ("a",), "search.json": ()})
+    fill(ledger.folder, "adapter/a", "search.json")
+    ledger.set_aside("train", {"train": ["adapter"]})
+    with pytest.raises(FileError, match="earlier results until train is complete: go on with plopfast train --resume"):
+        ledger.set_aside("search", {"search": ["search.json"]})
+    assert (ledger.folder / PREVIOUS / "adapter" / "a").exists() and (ledger.folder / "search.json").exists()
+    assert ledger.set_aside("run", {"train": ["adapter"], "search": ["search.json"]}) and ledger.waiting() == "run"
+
+
 def test_a_folder_called_previous_stays(ledger):
     ledger.claim({"a.json": ()})
     fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
@@ -215,10 +238,24 @@ def test_a_swap_that_a_kill_interrupted_is_ended(tmp_path, state):
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
 
+def test_swaps_inside_claimed_folders_are_ended(ledger):
+    """As a kill leaves them in the folders of a trial's trainings."""
+    ledger.claim({"trial": ("*/result.json", "*/adapter/weights")})
+    half = f"trial/plop/.adapter.abcd1234{files.SCRATCH}/adapter"
+    fill(ledger.folder, "trial/plop/result.json", f"{half}/weights", f"{half}/.config.abcd1234{files.SCRATCH}/usual")
+    fill(ledger.folder, f"own/.adapter.abcd1234{files.SCRATCH}/usual")
+    assert ledger.foreign("trial")
+    ledger.tidy()
+    assert not ledger.foreign("trial") and [path.name for path in ledger.folder.glob("trial/plop/*")] == ["result.json"]
+    assert list(ledger.folder.glob("own/.adapter*/usual")), "a folder of the user's"
+
+
 def test_a_hidden_folder_of_the_users_stays(tmp_path):
     fill(tmp_path, f".adapter.abcd1234{files.SCRATCH}/notes.txt")
+    fill(tmp_path, "mine/adapter/weights")
+    (tmp_path / f".adapter.efgh5678{files.SCRATCH}").symlink_to(tmp_path / "mine")
     Ledger(tmp_path).tidy()
-    assert list(tmp_path.rglob("notes.txt"))
+    assert list(tmp_path.rglob("notes.txt")) and (tmp_path / "mine" / "adapter" / "weights").exists()
 
 
 def test_a_folder_that_is_replaced_as_a_whole_is_claimed_first(ledger):

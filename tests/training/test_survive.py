@@ -30,7 +30,7 @@ def test_the_newest_good_checkpoint_is_found(examples, tmp_path):
     assert [p.stem for p in (newest, second, third)] == ["step-00000012", "step-00000010", "step-00000008"]
     newest.write_bytes(newest.read_bytes()[:-7])
     second.write_bytes(b"")
-    (tmp_path / "torn" / "checkpoints" / ".step-00000012.x").mkdir()
+    (tmp_path / "torn" / "checkpoints" / ".step-00000012.safetensors.abcd1234.plopfast").mkdir()
     resumed = made(examples, tmp_path / "torn", save_every=2)
     with pytest.warns(UserWarning, match=r"step-00000012.*not a readable.*going on from step-00000008"):
         resumed.fit(resume=True)
