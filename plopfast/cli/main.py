@@ -4,13 +4,12 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import sys
 import traceback
 from collections.abc import Sequence
 
 from ..support import machine, threads
-from ..support.errors import Interrupted, PlopfastError, RankError
+from ..support.errors import Interrupted, PlopfastError, RankError, for_terminal
 from .bench_command import run_bench
 from .commands import COMMANDS, Call
 from .options import build_parser, settings_of
@@ -88,10 +87,7 @@ def _fail(message: str, launch: machine.Launch) -> int:
         if not ranks.first_to_fail():
             return 2
         message = f"rank {launch.rank} of {launch.size}: {message}"
-    shown = re.sub(
-        r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda odd: ascii(odd[0])[1:-1], message
-    )  # steers no terminal
-    print(f"plopfast: error: {shown}", file=sys.stderr, flush=True)
+    print(f"plopfast: error: {for_terminal(message)}", file=sys.stderr, flush=True)
     return 2
 
 

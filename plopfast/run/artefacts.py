@@ -65,7 +65,7 @@ class Folder:
         self._full, self._facts, self._given, self._say = full, facts, given, say
         self.reads: list[Path] = []
         self._holding = contextlib.ExitStack()
-        self._opened = self._all_aside = False
+        self._opened = False
         self._pending: list[tuple[str, dict[str, Any]]] = []  # of the time before the folder was opened
         self._inner = 0.0  # seconds of the stages inside the present one
 
@@ -166,7 +166,7 @@ class Folder:
         if stage == "run":  # refuse_results has looked at the results
             if self.overwrite:
                 self.set_aside("run", list(ARTEFACTS))
-        elif self.overwrite and stage in UNFINISHED and not self._all_aside:
+        elif self.overwrite and stage in UNFINISHED:
             self.set_aside(stage, [stage])
         elif not self.overwrite and self._is_taken(stage):
             raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
@@ -210,7 +210,6 @@ class Folder:
     def set_aside(self, until: str, stages: Sequence[str]) -> None:
         """Moves the results of these stages to `previous` until the stage `until` is done."""
         names = {stage: ARTEFACTS[stage] for stage in stages if stage != "run"}
-        self._all_aside = until == "run"
         if self.ledger.set_aside(until, names, copied=[CONFIG]):
             self._say(f"the earlier results wait in {self.path / PREVIOUS} until the new ones are complete")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ..support import files
-from ..support.errors import FileError
+from ..support.errors import FileError, for_terminal
 from ..support.ledger import HISTORY, Ledger
 from ..support.lock import LOCK
 from ..support.tables import Column, Table
@@ -42,7 +42,7 @@ def verify(folder: Path) -> tuple[bool, str]:
     lines += [str(table)] * bool(odd) + unfinished
     lines += [f"not compared: {name}, whose rows are in a folder or on the hub" for name in uncompared]
     lines += [f"not written by plopfast: {path}" for path in others]
-    return not odd, "\n".join(lines)
+    return not odd, for_terminal("\n".join(lines))
 
 
 def _compared(folder: Path, stage: str, event: dict[str, Any]) -> list[tuple[str, str, str, str]]:

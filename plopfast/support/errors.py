@@ -1,6 +1,7 @@
 """Errors that users see. A message says what was expected, what was found, where, and how to mend it."""
 
 import difflib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -57,6 +58,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     """Returns the end of an error about an unknown name: the most similar known one, or nothing."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def for_terminal(text: str) -> str:
+    """The text without characters that would steer a terminal, such as ESC in the name of a file."""
+    return re.sub(r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda odd: ascii(odd[0])[1:-1], text)
 
 
 def shown(value: Any, form: Callable[[Any], str] = repr, limit: int = 60) -> str:

@@ -73,10 +73,11 @@ class Ledger:
 
         Raises FileError for a file of that name that plopfast did not write, and for a line that was changed.
         """
+        files.check_regular(self.path)
         if not self.path.exists():
             return []
         found = []
-        for number, line in enumerate(files.read_text(self.path, "no such file").split("\n"), 1):
+        for number, line in enumerate(self.path.read_bytes().decode(errors="replace").split("\n"), 1):
             if not (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
                 raise FileError(
                     f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}"

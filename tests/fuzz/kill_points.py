@@ -176,7 +176,7 @@ def results(folder: Path, place: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
-        if path.is_dir() or name.startswith(("previous", "checkpoints", ".")) or name == "history.jsonl":
+        if path.is_dir() or name.startswith(("previous", "checkpoints", ".")) or path.name == "history.jsonl":
             continue
         if path.suffix == ".safetensors":
             found[name] = {key: tensor.flatten().tolist() for key, tensor in load_file(path).items()}

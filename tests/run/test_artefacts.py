@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 
 from plopfast.cli import main
 from plopfast.run.artefacts import ARTEFACTS
+from plopfast.run.folder import Run
+from plopfast.support.config import RunConfig
+from plopfast.support.errors import FileError
 from plopfast.support.ledger import HISTORY, Ledger
 from plopfast.support.lock import locked
 
@@ -50,6 +53,13 @@ def test_a_folder_of_the_users_is_refused(options, tmp_path, kind, command, caps
     before = contents(home)
     assert plopfast(command, *options[:6], "--out", home, "--overwrite") == 2
     assert str(home) in capsys.readouterr().err and contents(home) == before
+
+
+def test_a_run_from_python_asks_the_same(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(FileError, match="holds notes.txt"), Run(tmp_path, RunConfig()).stage("data"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_an_out_that_is_no_folder(options, tmp_path, monkeypatch, capsys):

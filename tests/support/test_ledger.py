@@ -189,6 +189,14 @@ def test_results_that_wait_for_another_stage_stay(ledger):
     assert ledger.set_aside("run", {"train": ["adapter"], "search": ["search.json"]}) and ledger.waiting() == "run"
 
 
+def test_a_line_that_was_cut_within_a_character_is_left_out(ledger):
+    ledger.add("begin", stage="score")
+    with ledger.path.open("ab") as file:
+        file.write('{"plopfast": "history", "command": "ä'.encode()[:-1])
+    ledger.add("begin", stage="place")
+    assert [event["stage"] for event in ledger.events()] == ["score", "place"]
+
+
 def test_a_folder_called_previous_stays(ledger):
     ledger.claim({"a.json": ()})
     fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
