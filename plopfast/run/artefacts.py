@@ -35,7 +35,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
     "trial": {
         "trial.json": (),
         "trial": (
-            "general.txt", "inputs.json", "base/test.json",
+            "general.txt", "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
             *(f"*/lr-*-seed-*/{name}" for name in (
                 "result.json", "test.json", "metrics.jsonl", HISTORY, "model.safetensors", f"{TENSORBOARD}/events.*",
                 *(f"adapter/{name}" for name in ADAPTER), *(f"{CHECKPOINTS}/{name}" for name in CHECKPOINT_FILES),
@@ -116,7 +116,7 @@ class Folder:
                 )
         if self.ledger.events() or not self.path.is_dir():
             return
-        held = sorted(path for path in self.path.iterdir() if path.name != LOCK)
+        held = sorted(path for path in self.path.iterdir() if path.name not in (LOCK, HISTORY))  # it can be empty yet
         known = {CONFIG, "stages.json", *(name for names in ARTEFACTS.values() for name in names)}
         others = [path for path in held if path.name not in known]
         if held and (others or not any(map(_is_tagged, held))):

@@ -238,6 +238,10 @@ def resolve(config: RunConfig) -> RunConfig:
         known.pop("max_steps", None)
     rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
     text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
+    if config.model and "://" in config.model and not Path(config.model).exists():  # before it is written down
+        raise ConfigError("model: a URL, where a Hugging Face hub id, a folder or a .gguf file is expected")
+    if config.model and Path(config.model).exists():  # a folder of that name elsewhere is another model
+        known["model"] = str(Path(config.model).absolute())
     return dataclasses.replace(config, **known | rows | text)
 
 

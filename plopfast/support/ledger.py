@@ -7,6 +7,7 @@ with the hashes of its inputs and outputs; "failed"). So a kill at any moment le
 
 import contextlib
 import fnmatch
+import glob
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,11 +24,13 @@ from .schema import NotNegative, checked
 from .strict_json import StrictJSON, dumps
 
 HISTORY, PREVIOUS = "history.jsonl", "previous"
+MOVES = ("moving", "aside", "back", "complete", "cleared")
+_BEGINS = '{"plopfast": "history", '
 Name = Annotated[str, Predicate(lambda name: name not in ("", ".", "..") and "/" not in name)]  # nothing is outside
 
 
 class Event(TypedDict):
-    event: Literal["adopted", "begin", "claim", "failed", "aside", "back", "complete"]
+    event: Literal["adopted", "begin", "claim", "failed", "moving", "aside", "back", "complete", "cleared"]
     time: str
     stage: NotRequired[str]
     command: NotRequired[str]
@@ -71,11 +74,15 @@ class Ledger:
 
         Raises FileError for a file of that name that plopfast did not write, and for a line that was changed.
         """
+        if self.path.is_symlink():
+            raise FileError(f"{self.path}: a symbolic link, which could lead to another folder's: {files.OTHER_OUT}")
         if not self.path.exists():
             return []
         found = []
         text = files.read_text(self.path, "no such file")
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):  # names may hold other separators of lines
+            if not line.strip():
+                continue
             try:
                 value = StrictJSON().parse(line.strip())
             except ValueError:
@@ -87,7 +94,8 @@ class Ledger:
                 checked(kind, value, Path(f"{self.path}, line {number}"), files.OTHER_OUT, more=True) and value
             )
         else:
-            if found or not text.strip():
+            cut_short = text.startswith(_BEGINS) and "\n" not in text  # the first line
+            if found or not text.strip() or cut_short:
                 return found
         raise FileError(f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}")
 
@@ -118,7 +126,7 @@ class Ledger:
         claims, path = self.claims() if claims is None else claims, self.folder / name
         if not path.is_symlink() and not path.exists():
             return []
-        if path.is_symlink() or name not in claims or path.is_dir() != bool(claims[name]):
+        if path.is_symlink() or name not in claims or not (path.is_dir() if claims[name] else path.is_file()):
             return [path]
         inside = sorted(path.rglob("*")) if path.is_dir() else []
         return [file for file in inside if not _ours(file, path, claims[name])]
@@ -192,10 +200,13 @@ class Ledger:
             elif kind == "failed" and before.get(stage):  # its earlier result is as it was
                 found[stage] = before[stage]
             elif kind == "aside":
-                gone = {name: found.pop(name) for name in event["stages"] if name in found}
+                # what waits already stays; what was made since is deleted
+                gone = {name: found.pop(name) for name in event["stages"] if name in found} | gone
                 before.clear()
             elif kind == "back":
                 found |= gone
+            if kind in ("back", "complete"):
+                gone = {}
         return found
 
     def set_aside(self, stage: str, names: Mapping[str, Iterable[str]], copied: Sequence[str] = ()) -> bool:
@@ -208,21 +219,42 @@ class Ledger:
         if not present:
             return False
         self.check(present)
-        waiting, target = self.waiting(), self.folder / PREVIOUS
-        self.claim({PREVIOUS: [part for name in (*present, *copied) for part in (name, f"{name}/*")]}, "claim")
+        waiting = self.waiting()
+        self._refuse_to_mix(stage, names, waiting)
+        inside = [f"{name}/{file}" for name in present for file in _inside(self.folder / name)]
+        self.claim({PREVIOUS: [glob.escape(part) for part in (*present, *copied, *inside)]}, "claim")
+        until = "run" if waiting == "run" else stage
+        self.add("moving", stages=list(names), names=present, copied=list(copied), until=until)
+        self._end_the_move()
+        return True
+
+    def _refuse_to_mix(self, stage: str, names: Mapping[str, Iterable[str]], waiting: str) -> None:
+        """Raises FileError where `previous` holds what this stage would delete before its time, or what nobody waits for."""
+        target, done = self.folder / PREVIOUS, self.done()
+        if stage == waiting or not target.is_dir() or not any(target.iterdir()) or (waiting and stage == "run"):
+            return
+        twice = [one for one in names if one in done and any((target / name).exists() for name in names[one])]
+        if waiting != "run" or twice:
+            why = f": what is in it waits until {waiting} is complete (plopfast {waiting} --resume)" * bool(waiting)
+            raise FileError(f"{target}: in the way{why}; move it away, or {files.OTHER_OUT}")
+
+    def _end_the_move(self) -> None:
+        """Does what the line "moving", the last, says; a kill can have interrupted it."""
+        last, target = self._last_move(), self.folder / PREVIOUS
+        copied = last["copied"]
         target.mkdir(exist_ok=True)
         for name in copied:
             if (self.folder / name).is_file() and not (target / name).exists():
                 shutil.copy2(self.folder / name, target / name)
-        for name in present:
+        for name in last["names"]:
+            if not (self.folder / name).exists():
+                continue
             if (target / name).exists():
                 self.remove([name])
             else:
                 _move(self.folder / name, target / name)
         moved = [path.name for path in target.iterdir() if path.name not in copied]
-        until = "run" if waiting == "run" else stage
-        self.add("aside", stages=list(names), names=moved, copied=list(copied), until=until)
-        return True
+        self.add("aside", stages=last["stages"], names=moved, copied=copied, until=last["until"])
 
     def waiting(self) -> str:
         """The stage that has to be complete before the results in `previous` are deleted; nothing if there are none."""
@@ -230,7 +262,7 @@ class Ledger:
         return last["until"] if last.get("event") == "aside" else ""
 
     def _last_move(self) -> dict[str, Any]:
-        moves = [event for event in self.events() if event["event"] in ("aside", "back", "complete")]
+        moves = [event for event in self.events() if event["event"] in MOVES]
         return moves[-1] if moves else {}
 
     def bring_back(self, stage: str) -> None:
@@ -243,7 +275,7 @@ class Ledger:
             for name in [*names, *(name for name in last["copied"] if (self.folder / PREVIOUS / name).exists())]:
                 _move(self.folder / PREVIOUS / name, self.folder / name)
             self.add("back", stage=stage)
-            self.clear(PREVIOUS)
+            self.tidy()
 
     def complete(self, stage: str) -> None:
         """Deletes the results in `previous` that waited for this stage."""
@@ -258,8 +290,12 @@ class Ledger:
         """
         for scratch in [path for path in self.folder.glob(f".*{files.SCRATCH}") if path.is_dir()]:
             files.recover(scratch)
-        if self._last_move().get("event") in ("back", "complete"):
+        last = self._last_move().get("event")
+        if last == "moving":
+            self._end_the_move()
+        elif last in ("back", "complete"):
             self.clear(PREVIOUS)
+            self.add("cleared")  # whatever is there later is the user's
 
 
 def _move(path: Path, target: Path) -> None:
@@ -279,7 +315,7 @@ def _ours(file: Path, folder: Path, patterns: Iterable[str]) -> bool:
     relative = file.relative_to(folder).as_posix()
     if file.is_symlink():
         return False
-    return file.is_dir() or any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
+    return file.is_dir() or (file.is_file() and any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns))
 
 
 def _ends_a_line(file: Any) -> bool:

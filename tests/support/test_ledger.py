@@ -1,10 +1,11 @@
 """What plopfast wrote in a folder is its own; nothing else is replaced or deleted."""
 
 import json
+import os
 
 import pytest
 
-from plopfast.support import files
+from plopfast.support import files, ledger as ledger_module
 from plopfast.support.errors import FileError
 from plopfast.support.ledger import HISTORY, PREVIOUS, Ledger
 
@@ -33,7 +34,7 @@ def test_only_claimed_files_are_removed(ledger):
 
 
 @pytest.mark.parametrize(
-    "foreign", ["file inside", "file in a folder inside", "link inside", "link", "folder for a file"]
+    "foreign", ["file inside", "file in a folder inside", "link inside", "link", "folder for a file", "pipe"]
 )
 def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign):
     ledger.claim({"a.json": (), "steps": ("step-*.bin",)})
@@ -49,6 +50,9 @@ def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign
         (ledger.folder / "steps" / "step-1.bin").unlink()
         (ledger.folder / "steps").rmdir()
         (ledger.folder / "steps").symlink_to(tmp_path / "own")
+    elif foreign == "pipe":
+        (ledger.folder / "a.json").unlink()
+        os.mkfifo(ledger.folder / "a.json")
     else:
         (ledger.folder / "a.json").unlink()
         fill(ledger.folder, "a.json/notes.txt")
@@ -157,11 +161,27 @@ def test_a_folder_called_previous_stays(ledger):
     assert (ledger.folder / "a.json").exists()
 
 
-def test_a_move_that_was_interrupted_is_ended(ledger):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_move_that_was_interrupted_is_ended(ledger, again, monkeypatch):
     ledger.claim({"a.json": (), "b.json": ()})
-    ledger.claim({PREVIOUS: ["a.json", "b.json"]}, "claim")
-    fill(ledger.folder, PREVIOUS + "/a.json", "b.json")  # killed after the first of two
-    assert ledger.set_aside("train", {"train": ["a.json", "b.json"]})
+    fill(ledger.folder, "a.json", "b.json")
+    if again:
+        assert ledger.set_aside("train", {"train": ["a.json"]})
+        ledger.complete("train")
+        fill(ledger.folder, "a.json")
+    plain, moves = ledger_module._move, []
+
+    def killed(path, target):
+        moves.append(path)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        plain(path, target)
+
+    monkeypatch.setattr(ledger_module, "_move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.set_aside("train", {"train": ["a.json", "b.json"]})
+    monkeypatch.setattr(ledger_module, "_move", plain)
+    ledger.tidy()
     assert sorted(path.name for path in (ledger.folder / PREVIOUS).iterdir()) == ["a.json", "b.json"]
     ledger.bring_back("train")
     assert (ledger.folder / "a.json").exists() and (ledger.folder / "b.json").exists()
@@ -215,3 +235,82 @@ def test_a_folder_that_is_replaced_as_a_whole_is_claimed_first(ledger):
     with pytest.raises(FileError, match="notes.txt"), ledger.replacing("merged") as new:
         fill(new, "model.safetensors")
     assert json.loads(ledger.path.read_text().splitlines()[0])["event"] == "claim"
+
+
+def finished(ledger, *stages):
+    for stage in stages:
+        ledger.claim({f"{stage}.json": ()}, stage=stage, command="c")
+        fill(ledger.folder, f"{stage}.json")
+        ledger.add("done", stage=stage, **DONE)
+
+
+def test_results_that_wait_for_another_stage_are_not_deleted_with_it(ledger):
+    finished(ledger, "train", "trial")
+    ledger.set_aside("train", {"train": ["train.json"]})
+    with pytest.raises(
+        FileError, match=r"previous: in the way: what is in it waits until train is complete \(plopfast train --resume"
+    ):
+        ledger.set_aside("trial", {"trial": ["trial.json"]})
+    assert (ledger.folder / "trial.json").exists() and (ledger.folder / PREVIOUS / "train.json").exists()
+    assert ledger.set_aside("run", {"train": ["train.json"], "trial": ["trial.json"]}) and ledger.waiting() == "run"
+
+
+def test_a_new_result_is_not_deleted_because_an_older_one_waits(ledger):
+    finished(ledger, "score", "train")
+    ledger.set_aside("run", {"score": ["score.json"], "train": ["train.json"]})
+    finished(ledger, "train")
+    with pytest.raises(FileError, match="waits until run is complete"):
+        ledger.set_aside("train", {"train": ["train.json"]})
+    assert (ledger.folder / "train.json").exists()
+
+
+def test_what_came_back_is_done_though_it_was_moved_twice(ledger):
+    finished(ledger, "data", "train")
+    names = {"data": ["data.json"], "train": ["train.json"]}
+    ledger.set_aside("run", names)
+    finished(ledger, "data")
+    ledger.set_aside("run", names)
+    ledger.bring_back("run")
+    assert states(ledger) == ["data", "train"] and (ledger.folder / "train.json").exists()
+
+
+@pytest.mark.parametrize("when", ["waiting", "later"])
+def test_what_a_user_puts_into_previous_stays(ledger, when):
+    ledger.claim({"steps": ("*.bin",)})
+    fill(ledger.folder, "steps/1.bin")
+    ledger.set_aside("train", {"train": ["steps"]})
+    own = ledger.folder / PREVIOUS / "steps" / ("notes.txt" if when == "waiting" else "1.bin")
+    if when == "later":
+        ledger.complete("train")
+    fill(own.parent, own.name)
+    ledger.complete("train")
+    ledger.tidy()
+    assert own.exists()
+    fill(ledger.folder, "steps/1.bin")
+    with pytest.raises(FileError, match="in the way"):
+        ledger.set_aside("train", {"train": ["steps"]})
+    assert own.exists() and (ledger.folder / "steps" / "1.bin").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"plopfast": "history", "event": "beg'])
+def test_a_first_line_that_a_full_disk_cut_short(ledger, text):
+    ledger.folder.mkdir()
+    ledger.path.write_text(text)
+    ledger.claim({"a.json": ()})
+    assert ledger.claims() == {"a.json": set()}
+
+
+def test_names_with_other_separators_of_lines(ledger):
+    ledger.claim({"a.json": ()}, data={"train": {"file": "a\u2028b\x85c"}})
+    assert ledger.claims() == {"a.json": set()}
+
+
+def test_a_history_that_is_a_link_is_refused(ledger, tmp_path):
+    other = Ledger(tmp_path / "other")
+    other.claim({"a.json": ()})
+    before = other.path.read_text()
+    ledger.folder.mkdir()
+    ledger.path.symlink_to(other.path)
+    with pytest.raises(FileError, match="a symbolic link"):
+        ledger.claim({"a.json": ()})
+    assert other.path.read_text() == before
