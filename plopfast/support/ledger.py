@@ -277,6 +277,17 @@ class Ledger:
             self.add("back", stage=stage)
             self.tidy()
 
+    def _are_back(self, names: list[str]) -> bool:
+        """Whether the user moved what waited in `previous` to its place again."""
+        if any((self.folder / PREVIOUS / name).exists() or not (self.folder / name).exists() for name in names):
+            return False
+        known: dict[str, set[str]] = {}
+        for event in self.events():
+            for file, digest in event.get("outputs", {}).items():
+                known.setdefault(file, set()).add(digest)
+        held = [file for name in names for file in known if file == name or file.startswith(f"{name}/")]
+        return all((path := self.folder / file).is_file() and files.sha256(path) in known[file] for file in held)
+
     def complete(self, stage: str) -> None:
         """Deletes the results in `previous` that waited for this stage."""
         if self.waiting() == stage:
@@ -293,7 +304,9 @@ class Ledger:
         last = self._last_move().get("event")
         if last == "moving":
             self._end_the_move()
-        elif last in ("back", "complete"):
+        elif last == "aside" and self._are_back(self._last_move()["names"]):
+            self.add("back")
+        if self._last_move().get("event") in ("back", "complete"):
             self.clear(PREVIOUS)
             self.add("cleared")  # whatever is there later is the user's
 

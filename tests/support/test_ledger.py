@@ -314,3 +314,16 @@ def test_a_history_that_is_a_link_is_refused(ledger, tmp_path):
     with pytest.raises(FileError, match="a symbolic link"):
         ledger.claim({"a.json": ()})
     assert other.path.read_text() == before
+
+
+@pytest.mark.parametrize("change", [False, True])
+def test_results_that_the_user_took_back_are_done(ledger, change):
+    ledger.claim({"steps": ("*.bin",)}, stage="train", command="c")
+    fill(ledger.folder, "steps/1.bin")
+    ledger.add("done", stage="train", outputs={"steps/1.bin": files.sha256(ledger.folder / "steps" / "1.bin")}, **DONE)
+    ledger.set_aside("run", {"train": ["steps"]})
+    (ledger.folder / PREVIOUS / "steps").rename(ledger.folder / "steps")
+    if change:
+        (ledger.folder / "steps" / "1.bin").write_text("other")
+    ledger.tidy()
+    assert states(ledger) == ([] if change else ["train"])
