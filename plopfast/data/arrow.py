@@ -4,6 +4,7 @@ No code of a data set is run, and nothing is unpickled: only the formats in `_PL
 """
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..support.errors import DataError
 
 _BATCH = 1000  # rows that are turned into Python values at a time
 _PLAIN = ("json", "csv", "parquet", "arrow", "text")
+_CARDS = ("README.md", ".huggingface.yaml")  # where `datasets` looks for the files to read
 _ROLES = {"train": "train", "valid": "validation", "test": "test"}
 
 
@@ -49,20 +51,37 @@ def read_dataset(source: str, name: str, parts: list[str], split: str) -> Iterat
 
 def _load(datasets: Any, source: str, name: str, config: str | None) -> Any:
     """Return a Dataset, or a dict of them."""
+    yaml = _package("yaml", source)
     saved = [Path(name, file) for file in ("dataset_dict.json", "state.json")]
     try:
         if any(file.is_file() for file in saved):
             if config:
                 raise DataError(f"{source}: a folder of save_to_disk has no configs; leave out {config}:")
             return datasets.load_from_disk(name)
+        _refuse_urls(source, Path(name))
         builder = datasets.load_dataset_builder(name, config)
         if builder.name not in _PLAIN:
             raise DataError(f"{source}: holds data of the kind {builder.name!r}; read are {', '.join(_PLAIN)}")
         builder.download_and_prepare()
         return builder.as_dataset()
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, yaml.YAMLError, datasets.exceptions.DatasetsError) as error:
         where = "the folder" if Path(name).is_dir() else "no such file or folder, and the hub's data set"
         raise DataError(f"{source}: {where} cannot be read through datasets ({_first_line(error)})") from error
+
+
+def _refuse_urls(source: str, folder: Path) -> None:
+    """Raises DataError for a local folder whose own settings would have its rows fetched from elsewhere."""
+    for name in _CARDS:
+        if folder.is_dir() and (folder / name).is_file():
+            text = (folder / name).read_text(encoding="utf-8", errors="replace")
+            if name == "README.md":
+                text = text.split("\n---")[0] if text.startswith("---") else ""
+            text = text.partition("configs:")[2]
+            if found := re.search(r"\S*(://|::)\S*", text):
+                raise DataError(
+                    f"{source}: {name} names data outside of the folder ({found[0]:.80}), which is not fetched: give them as "
+                    "--train, or leave configs out"
+                )
 
 
 def _rows(source: str, batches: Any) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -32,6 +32,9 @@ def checked_config(source: str) -> Any:
     """
     import transformers
 
+    for path in sorted(Path(source).iterdir()) if Path(source).is_dir() else ():
+        if not path.is_dir():
+            files.check_regular(path, ModelError)  # a pipe would be waited for
     refuse_adapter(source)
     raw = _small_file(source, "config.json")
     if code_wanted(source) and raw.get("model_type") not in transformers.CONFIG_MAPPING:

@@ -9,8 +9,9 @@ from typing import Any
 from ..lora.peft_files import FILES as ADAPTER
 from ..support import files, machine, memory, ranks
 from ..support.errors import FileError
-from ..support.ledger import HISTORY, PREVIOUS, Ledger
+from ..support.ledger import HISTORY, Ledger
 from ..support.lock import LOCK, locked
+from ..support.previous import Previous
 from ..training.state import CHECKPOINT_FILES, CHECKPOINTS
 
 CONFIG, EVA = "config.json", "eva.safetensors"
@@ -35,7 +36,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
     "trial": {
         "trial.json": (),
         "trial": (
-            "general.txt", "inputs.json", "base/test.json",
+            "general.txt", "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
             *(f"*/lr-*-seed-*/{name}" for name in (
                 "result.json", "test.json", "metrics.jsonl", HISTORY, "model.safetensors", f"{TENSORBOARD}/events.*",
                 *(f"adapter/{name}" for name in ADAPTER), *(f"{CHECKPOINTS}/{name}" for name in CHECKPOINT_FILES),
@@ -62,6 +63,7 @@ class Folder:
         given: Callable[[], Sequence[tuple[str, Path]]], say: Callable[[str], None],
     ) -> None:  # fmt: skip
         self.path, self.ledger, self.overwrite, self.resume = path, Ledger(path), overwrite, resume
+        self.previous = Previous(self.ledger)
         self._full, self._facts, self._given, self._say = full, facts, given, say
         self.reads: list[Path] = []
         self._holding = contextlib.ExitStack()
@@ -90,6 +92,7 @@ class Folder:
         self._holding.enter_context(locked(self.path))
         self._opened = True
         self.ledger.tidy()
+        self.previous.tidy()
         if not self.ledger.exists() and _is_tagged(self.path / CONFIG):  # copied here, or an earlier version's
             self.ledger.add("adopted", claims={CONFIG: []})
         if "train" in self.ledger.done():  # a kill right at the end of the training left them
@@ -117,7 +120,7 @@ class Folder:
                 )
         if self.ledger.events() or not self.path.is_dir():
             return
-        held = sorted(path for path in self.path.iterdir() if path.name != LOCK)
+        held = sorted(path for path in self.path.iterdir() if path.name not in (LOCK, HISTORY))  # it can be empty yet
         known = {*EARLIER, *(name for names in ARTEFACTS.values() for name in names)}
         others = [path for path in held if path.name not in known]
         if held and (others or not any(map(_is_tagged, held))):
@@ -152,7 +155,7 @@ class Folder:
                 with contextlib.suppress(FileError):  # a full disk is what has failed, as likely as not
                     self._add("failed", {"stage": stage, "error": str(error) or type(error).__name__})
                     if self._opened:
-                        self.ledger.bring_back(stage)
+                        self.previous.bring_back(stage)
             raise
         seconds = time.perf_counter() - began
         noted = {"seconds": round(seconds - self._inner, 3), "peak_mib": round(memory.peak_mib(), 1)} | noted
@@ -199,7 +202,7 @@ class Folder:
             facts["inputs"] = hashes_in(self.path, [path.name for path in read]) | _hashes_of([*self.reads, *inputs])
         self._add("done", facts | noted)
         if stage in ("run", *UNFINISHED):
-            self.ledger.complete(stage)
+            self.previous.complete(stage)
 
     def _add(self, event: str, facts: dict[str, Any]) -> None:
         if self._opened:
@@ -210,8 +213,8 @@ class Folder:
     def set_aside(self, until: str, stages: Sequence[str]) -> None:
         """Moves the results of these stages to `previous` until the stage `until` is done."""
         names = {stage: ARTEFACTS[stage] for stage in stages if stage != "run"}
-        if self.ledger.set_aside(until, names, copied=[CONFIG]):
-            self._say(f"the earlier results wait in {self.path / PREVIOUS} until the new ones are complete")
+        if self.previous.set_aside(until, names, copied=[CONFIG]):
+            self._say(f"the earlier results wait in {self.previous.path} until the new ones are complete")
 
 
 def hashes_in(folder: Path, names: Sequence[str]) -> dict[str, str]:

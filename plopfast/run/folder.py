@@ -230,6 +230,8 @@ class Run:
         path = self.folder / CONFIG
         kept = {name: value for name, value in load_settings(path).items() if name not in FREE}
         now = dataclasses.asdict(self.config)
+        if "model" in kept:  # earlier versions kept it as it was given
+            kept["model"] = _absolute(kept["model"])
         check_same(kept, {name: now[name] for name in kept}, path)  # an older folder may know fewer settings
         self._check_same_files(path)
 
@@ -251,7 +253,15 @@ def resolve(config: RunConfig) -> RunConfig:
         known.pop("max_steps", None)
     rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
     text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
+    if config.model and "://" in config.model and not Path(config.model).exists():  # before it is written down
+        raise ConfigError("model: a URL, where a Hugging Face hub id, a folder or a .gguf file is expected")
+    known["model"] = _absolute(config.model)
     return dataclasses.replace(config, **known | rows | text)
+
+
+def _absolute(model: str | None) -> str | None:
+    """A folder of the same name elsewhere is another model. Links stay: those to a GGUF file may lead to another name."""
+    return str(Path(model).absolute()) if model and Path(model).exists() else model
 
 
 def _alone(values: list[Any]) -> Any:

@@ -1,8 +1,8 @@
 """history.jsonl: what plopfast did in a folder, and so which files there are its own. Only those are ever replaced or deleted.
 
 A line is written before a stage writes anything ("begin", with the names that it claims) and after it has ended ("done",
-with the hashes of its inputs and outputs; "failed"). So a kill at any moment leaves no file that nobody claims. "aside" and
-"complete" frame the time in which earlier results wait in `previous` until those that replace them are complete.
+with the hashes of its inputs and outputs; "failed"). So a kill at any moment leaves no file that nobody claims. The other
+events are those of previous.py, claims of single folders, and "adopted": a config.json that was copied here.
 """
 
 import contextlib
@@ -22,20 +22,20 @@ from .errors import FileError
 from .schema import NotNegative, checked
 from .strict_json import StrictJSON, dumps
 
-HISTORY, PREVIOUS = "history.jsonl", "previous"
+HISTORY = "history.jsonl"
 TAG = {"plopfast": "history"}  # begins each line
 _BEGIN = dumps(TAG)[:-1]
 Name = Annotated[str, Predicate(lambda name: name not in ("", ".", "..") and "/" not in name)]  # nothing is outside
 
 
 class Event(TypedDict):
-    event: Literal["adopted", "begin", "claim", "failed", "aside", "back", "complete"]
+    event: Literal["adopted", "begin", "claim", "failed", "moving", "aside", "back", "complete", "cleared"]
     time: str
     stage: NotRequired[str]
     command: NotRequired[str]
     claims: NotRequired[dict[Name, list[str]]]
     stages: NotRequired[list[str]]
-    names: NotRequired[list[Name]]
+    moved: NotRequired[list[Name]]
     copied: NotRequired[list[Name]]
     until: NotRequired[str]
     data: NotRequired[dict[str, Any]]
@@ -74,6 +74,8 @@ class Ledger:
         Raises FileError for a file of that name that plopfast did not write, and for a line that was changed.
         """
         files.check_regular(self.path)
+        if self.path.is_symlink():
+            raise FileError(f"{self.path}: a symbolic link, which could lead to another folder's: {files.OTHER_OUT}")
         if not self.path.exists():
             return []
         found = []
@@ -118,7 +120,7 @@ class Ledger:
         claims, path = self.claims() if claims is None else claims, self.folder / name
         if not path.is_symlink() and not path.exists():
             return []
-        if path.is_symlink() or name not in claims or path.is_dir() != bool(claims[name]):
+        if path.is_symlink() or name not in claims or not (path.is_dir() if claims[name] else path.is_file()):
             return [path]
         inside = sorted(path.rglob("*")) if path.is_dir() else []
         return [file for file in inside if not _ours(file, path, claims[name])]
@@ -153,7 +155,7 @@ class Ledger:
         claimed = self.claims().get(name, set())
         with files.replacing(self.folder / name, mine=claimed.__contains__) as scratch:
             yield scratch
-            self.add("claim", claims={name: sorted(_inside(scratch))})
+            self.add("claim", claims={name: sorted(inside(scratch))})
 
     def remove(self, names: Iterable[str]) -> None:
         """Deletes what is under these names. Raises FileError as `check` does, before anything is deleted."""
@@ -191,73 +193,16 @@ class Ledger:
                 found[stage] = begun.pop(stage, {}) | event
             elif kind == "failed" and before.get(stage):  # its earlier result is as it was
                 found[stage] = before[stage]
-            elif kind == "aside":
-                gone = {name: found.pop(name) for name in event["stages"] if name in found}
+            elif kind == "moving":  # to previous: see previous.py
+                gone = {name: found[name] for name in event["stages"] if name in found} | gone
             elif kind == "back":
-                found |= gone
+                found, gone = found | gone, {}
+            elif kind == "complete":
+                found, gone = {name: event for name, event in found.items() if gone.get(name) is not event}, {}
         return found
 
-    def set_aside(self, stage: str, names: Mapping[str, Iterable[str]], copied: Sequence[str] = ()) -> bool:
-        """Moves the results of the stages in `names` to `previous`, until `stage` is complete; returns whether there are any.
-
-        Files in `copied` go there, too, and stay. Where an earlier result of the same name waits there already, the one
-        here is the rest of a work that was stopped: it is deleted. Raises FileError as `check` does, and where results wait
-        there for another stage, before anything is moved.
-        """
-        present = [name for names_of in names.values() for name in names_of if (self.folder / name).exists()]
-        if not present:
-            return False
-        self.check(present)
-        waiting, target = self.waiting(), self.folder / PREVIOUS
-        if waiting not in ("", "run", stage) and stage != "run" and target.exists():
-            raise FileError(
-                f"{target}: holds earlier results until {waiting} is complete: go on with plopfast {waiting} --resume, or "
-                "move them elsewhere"
-            )
-        self.claim({PREVIOUS: [part for name in (*present, *copied) for part in (name, f"{name}/*")]}, "claim")
-        target.mkdir(exist_ok=True)
-        for name in copied:
-            if (self.folder / name).is_file() and not (target / name).exists():
-                shutil.copy2(self.folder / name, target / name)
-        for name in present:
-            if (target / name).exists():
-                self.remove([name])
-            else:
-                _move(self.folder / name, target / name)
-        moved = [path.name for path in target.iterdir() if path.name not in copied]
-        until = "run" if waiting == "run" else stage
-        self.add("aside", stages=list(names), names=moved, copied=list(copied), until=until)
-        return True
-
-    def waiting(self) -> str:
-        """The stage that has to be complete before the results in `previous` are deleted; nothing if there are none."""
-        last = self._last_move()
-        return last["until"] if last.get("event") == "aside" else ""
-
-    def _last_move(self) -> dict[str, Any]:
-        moves = [event for event in self.events() if event["event"] in ("aside", "back", "complete")]
-        return moves[-1] if moves else {}
-
-    def bring_back(self, stage: str) -> None:
-        """Moves the results in `previous` back that waited for this stage, which has failed, unless it has made something."""
-        last = self._last_move()
-        if last.get("event") != "aside" or last["until"] != stage:
-            return
-        names = [name for name in last["names"] if (self.folder / PREVIOUS / name).exists()]
-        if not any((self.folder / name).exists() for name in names):
-            for name in [*names, *(name for name in last["copied"] if (self.folder / PREVIOUS / name).exists())]:
-                _move(self.folder / PREVIOUS / name, self.folder / name)
-            self.add("back", stage=stage)
-            self.clear(PREVIOUS)
-
-    def complete(self, stage: str) -> None:
-        """Deletes the results in `previous` that waited for this stage."""
-        if self.waiting() == stage:
-            self.add("complete", stage=stage)
-            self.tidy()
-
     def tidy(self) -> None:
-        """Ends what a kill interrupted: half-done swaps, scratch folders, and results in `previous` that wait no longer.
+        """Ends the swaps of files that a kill interrupted, and deletes scratch folders.
 
         Call it only while no other process writes here.
         """
@@ -266,20 +211,10 @@ class Ledger:
         found = [*self.folder.glob(name), *(scratch for path in ours for scratch in path.rglob(name))]
         for scratch in sorted(found, reverse=True):  # what is inside a folder comes before it
             files.recover(scratch)
-        if self._last_move().get("event") in ("back", "complete"):
-            self.clear(PREVIOUS)
 
 
-def _move(path: Path, target: Path) -> None:
-    try:
-        path.replace(target)
-    except OSError as error:
-        raise FileError(
-            f"{path}: cannot be moved to {target} ({error.strerror}); nothing is lost: run it again"
-        ) from error
-
-
-def _inside(folder: Path) -> list[str]:
+def inside(folder: Path) -> list[str]:
+    """Names the files in a folder, relative to it."""
     return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
 
 
@@ -287,7 +222,7 @@ def _ours(file: Path, folder: Path, patterns: Iterable[str]) -> bool:
     relative = file.relative_to(folder).as_posix()
     if file.is_symlink():
         return False
-    return file.is_dir() or any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns)
+    return file.is_dir() or (file.is_file() and any(fnmatch.fnmatchcase(relative, pattern) for pattern in patterns))
 
 
 def _ends_a_line(file: Any) -> bool:

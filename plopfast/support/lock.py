@@ -54,10 +54,20 @@ def _take(handle: int, folder: Path) -> None:
             f"{folder}: cannot be locked ({error.strerror}): see that only one process writes there", stacklevel=4
         )
         return
+    _refuse_others(handle, folder / LOCK)
     since = time.strftime("%Y-%m-%d %H:%M:%S")
     mine = {"command": command(), "pid": os.getpid(), "host": socket.gethostname(), "since": since}
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps(mine).encode(), 0)
+
+
+def _refuse_others(handle: int, path: Path) -> None:
+    """Raises FileError for a file that plopfast did not write."""
+    with contextlib.suppress(ValueError, OSError):  # a pipe cannot be read at a place
+        text = os.pread(handle, 1 << 16, 0)
+        if not text or "pid" in json.loads(text):
+            return
+    raise FileError(f"{path}: in the way, and not a lock of plopfast: move it away, or choose another --out")
 
 
 def _holder(handle: int) -> str:

@@ -354,3 +354,21 @@ def test_names_and_columns_that_cannot_be():
     for name, shown in ("a\x00.jsonl", r"a\\x00"), ("a\x1b[0m.jsonl", r"a\\x1b"), ("\udcff.jsonl", r"\\udcff"):
         with pytest.raises(DataError, match=f"without control characters, got '{shown}"):
             pf.read_rows(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "---\nlicense_link: https://x.y\nconfigs:\n- config_name: default\n  data_files: http://127.0.0.1/x.jsonl\n---\n"),
+        (".huggingface.yaml", "configs:\n- config_name: default\n  data_files: zip://a::http://127.0.0.1/x.zip\n"),
+        ("README.md", "---\nconfigs: !!python/object/apply:os.system [true]\n---\n"),
+    ],
+)  # fmt: skip
+def test_settings_of_a_folder_reach_nothing_outside(tmp_path, name, text):
+    pytest.importorskip("datasets")
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match="outside of the folder|could not determine a constructor"):
+        read(folder)

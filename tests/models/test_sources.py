@@ -1,6 +1,7 @@
 """Nothing in a model's files is run, unpickled or fetched, and files of any content end in one clear error."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -223,3 +224,11 @@ def test_the_size_check_counts_all_shards(model_folder):
     (model_folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map, "metadata": {}}))
     pf.load_model(model_folder)
     assert sources.code_wanted(str(model_folder)) == {}
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "model.safetensors", "generation_config.json"])
+def test_a_pipe_in_the_folder_is_not_waited_for(model_folder, name):
+    (model_folder / name).unlink(missing_ok=True)
+    os.mkfifo(model_folder / name)
+    with pytest.raises(ModelError, match=f"{name}: expected a file, got a pipe"):
+        pf.load_model(model_folder)

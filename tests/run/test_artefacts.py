@@ -13,6 +13,7 @@ from plopfast.run.artefacts import ARTEFACTS
 from plopfast.run.folder import Run
 from plopfast.support.config import RunConfig
 from plopfast.support.errors import FileError
+from plopfast.support.files import SCRATCH
 from plopfast.support.ledger import HISTORY, Ledger
 from plopfast.support.lock import locked
 
@@ -247,3 +248,26 @@ def test_the_history_holds_what_each_command_did(options, tmp_path, monkeypatch)
 def test_every_result_is_a_name_of_one_stage():
     names = [name for of in ARTEFACTS.values() for name in of]
     assert len(names) == len(set(names))
+
+
+def test_a_model_is_the_same_from_another_folder(options, tmp_path, monkeypatch):
+    model, out = Path(options[1]), tmp_path / "run"
+    monkeypatch.chdir(model.parent)
+    assert plopfast("score", "--model", model.name, *options[2:4], "--score-prompts", "6", "--out", out) == 0
+    assert json.loads((out / "config.json").read_text())["settings"]["model"] == str(model)
+
+
+def test_a_url_is_no_model_and_is_not_written_down(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert plopfast("score", "--model", "https://me:secret@host/model", *options[2:4], "--out", out) == 2
+    assert "a URL" in capsys.readouterr().err and not out.exists()
+
+
+def test_what_a_kill_leaves_inside_a_trial_is_plopfasts(tmp_path):
+    ledger = Ledger(tmp_path)
+    ledger.claim({"trial": ARTEFACTS["trial"]["trial"]})
+    for folder in ("trial", "trial/plop/lr-0.1-seed-0"):
+        scratch = tmp_path / folder / f".inputs.json.abc{SCRATCH}"
+        scratch.mkdir(parents=True)
+        (scratch / "inputs.json").write_text("{")
+    ledger.check(["trial"])

@@ -1,12 +1,14 @@
 """What plopfast wrote in a folder is its own; nothing else is replaced or deleted."""
 
 import json
+import os
 
 import pytest
 
-from plopfast.support import files
+from plopfast.support import files, previous
 from plopfast.support.errors import FileError
-from plopfast.support.ledger import HISTORY, PREVIOUS, Ledger
+from plopfast.support.ledger import HISTORY, Ledger
+from plopfast.support.previous import PREVIOUS, Previous
 
 DONE = {"command": "plopfast run", "seconds": 1.5, "peak_mib": 2.5}
 
@@ -34,7 +36,7 @@ def test_only_claimed_files_are_removed(ledger):
 
 @pytest.mark.parametrize(
     "foreign",
-    ["file inside", "file in a folder inside", "link inside", "link", "folder for a file", "file for a folder"],
+    ["file inside", "file in a folder inside", "link inside", "link", "folder for a file", "file for a folder", "pipe"],
 )
 def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign):
     ledger.claim({"a.json": (), "steps": ("step-*.bin",)})
@@ -50,6 +52,9 @@ def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign
         (ledger.folder / "steps" / "step-1.bin").unlink()
         (ledger.folder / "steps").rmdir()
         (ledger.folder / "steps").symlink_to(tmp_path / "own")
+    elif foreign == "pipe":
+        (ledger.folder / "a.json").unlink()
+        os.mkfifo(ledger.folder / "a.json")
     elif foreign == "folder for a file":
         (ledger.folder / "a.json").unlink()
         fill(ledger.folder, "a.json/notes.txt")
@@ -62,7 +67,7 @@ def test_nothing_is_removed_where_one_thing_is_foreign(ledger, tmp_path, foreign
         with pytest.raises(FileError, match="in the way"):
             act(["a.json", "steps"])
     with pytest.raises(FileError, match="in the way"):
-        ledger.set_aside("train", {"train": ["a.json", "steps"]})
+        Previous(ledger).set_aside("train", {"train": ["a.json", "steps"]})
     assert sorted(ledger.folder.rglob("*")) == before and (tmp_path / "own" / "years of work").exists()
 
 
@@ -109,7 +114,7 @@ def test_a_history_of_the_users_is_not_touched(ledger, text):
 @pytest.mark.parametrize(
     "change",
     [
-        {"claims": {"../own": []}}, {"claims": {"a": "*"}}, {"claims": []}, {"event": 3}, {"event": "other"}, {"names": [".."]},
+        {"claims": {"../own": []}}, {"claims": {"a": "*"}}, {"claims": []}, {"event": 3}, {"event": "other"}, {"moved": [".."]},
         {"event": "done", "stage": "score", "command": "x", "seconds": -1, "peak_mib": 1}, {"event": "done"}, {"time": None},
     ],
 )  # fmt: skip
@@ -135,12 +140,12 @@ def test_what_is_done(ledger):
     ledger.add("failed", stage="place")
     assert states(ledger) == ["place", "score", "train"], "its earlier result is as it was"
     fill(ledger.folder, "train.json")
-    assert ledger.set_aside("train", {"train": ["train.json"]})
-    assert states(ledger) == ["place", "score"] and (ledger.folder / PREVIOUS / "train.json").exists()
+    assert Previous(ledger).set_aside("train", {"train": ["train.json"]})
+    assert (ledger.folder / PREVIOUS / "train.json").exists()
     ledger.add("begin", stage="train")
-    ledger.add("failed", stage="train")
     assert states(ledger) == ["place", "score"]
-    ledger.bring_back("train")
+    ledger.add("failed", stage="train")
+    Previous(ledger).bring_back("train")
     assert states(ledger) == ["place", "score", "train"] and (ledger.folder / "train.json").exists()
     assert not (ledger.folder / PREVIOUS).exists()
 
@@ -149,7 +154,7 @@ def test_earlier_results_wait_until_the_new_ones_are_complete(ledger):
     ledger.claim({"a.json": (), "steps": ("*.bin",)})
     fill(ledger.folder, "a.json", "steps/1.bin", "config.json")
     names = {"train": ["a.json", "steps"]}
-    assert ledger.set_aside("train", names, copied=["config.json"]) and ledger.waiting() == "train"
+    assert Previous(ledger).set_aside("train", names, copied=["config.json"]) and Previous(ledger).waiting() == "train"
     old = sorted(
         path.relative_to(ledger.folder / PREVIOUS).as_posix() for path in (ledger.folder / PREVIOUS).rglob("*")
     )
@@ -157,36 +162,14 @@ def test_earlier_results_wait_until_the_new_ones_are_complete(ledger):
     fill(ledger.folder, "steps/2.bin")  # a work that was stopped, and is begun anew
     ledger.claim({"b.json": ()})
     fill(ledger.folder, "b.json")
-    ledger.set_aside("train", {"train": ["a.json", "steps", "b.json"]})
+    Previous(ledger).set_aside("train", {"train": ["a.json", "steps", "b.json"]})
     assert (ledger.folder / PREVIOUS / "b.json").exists() and not (ledger.folder / "b.json").exists(), "it was complete"
     assert not (ledger.folder / "steps").exists() and (ledger.folder / PREVIOUS / "steps" / "1.bin").exists()
-    ledger.complete("score")
-    assert ledger.waiting() == "train", "another stage is no reason"
+    Previous(ledger).complete("score")
+    assert Previous(ledger).waiting() == "train", "another stage is no reason"
     fill(ledger.folder, PREVIOUS + "/notes.txt")
-    ledger.complete("train")
+    Previous(ledger).complete("train")
     assert [path.name for path in (ledger.folder / PREVIOUS).iterdir()] == ["notes.txt"], "the user's"
-
-
-def test_what_waits_for_a_whole_run_does_not_go_with_one_of_its_stages(ledger):
-    ledger.claim({"a.json": (), "b.json": ()})
-    fill(ledger.folder, "a.json", "b.json")
-    ledger.set_aside("run", {"score": ["a.json"], "train": ["b.json"]})
-    fill(ledger.folder, "b.json")
-    ledger.set_aside("train", {"train": ["b.json"]})
-    ledger.complete("train")
-    assert (ledger.folder / PREVIOUS / "a.json").exists()
-    ledger.complete("run")
-    assert not (ledger.folder / PREVIOUS).exists()
-
-
-def test_results_that_wait_for_another_stage_stay(ledger):
-    ledger.claim({"adapter": ("a",), "search.json": ()})
-    fill(ledger.folder, "adapter/a", "search.json")
-    ledger.set_aside("train", {"train": ["adapter"]})
-    with pytest.raises(FileError, match="earlier results until train is complete: go on with plopfast train --resume"):
-        ledger.set_aside("search", {"search": ["search.json"]})
-    assert (ledger.folder / PREVIOUS / "adapter" / "a").exists() and (ledger.folder / "search.json").exists()
-    assert ledger.set_aside("run", {"train": ["adapter"], "search": ["search.json"]}) and ledger.waiting() == "run"
 
 
 def test_a_line_that_was_cut_within_a_character_is_left_out(ledger):
@@ -201,17 +184,33 @@ def test_a_folder_called_previous_stays(ledger):
     ledger.claim({"a.json": ()})
     fill(ledger.folder, "a.json", PREVIOUS + "/notes.txt")
     with pytest.raises(FileError, match="previous: in the way"):
-        ledger.set_aside("train", {"train": ["a.json"]})
+        Previous(ledger).set_aside("train", {"train": ["a.json"]})
     assert (ledger.folder / "a.json").exists()
 
 
-def test_a_move_that_was_interrupted_is_ended(ledger):
+@pytest.mark.parametrize("again", [False, True])
+def test_a_move_that_was_interrupted_is_ended(ledger, again, monkeypatch):
     ledger.claim({"a.json": (), "b.json": ()})
-    ledger.claim({PREVIOUS: ["a.json", "b.json"]}, "claim")
-    fill(ledger.folder, PREVIOUS + "/a.json", "b.json")  # killed after the first of two
-    assert ledger.set_aside("train", {"train": ["a.json", "b.json"]})
+    fill(ledger.folder, "a.json", "b.json")
+    if again:
+        assert Previous(ledger).set_aside("train", {"train": ["a.json"]})
+        Previous(ledger).complete("train")
+        fill(ledger.folder, "a.json")
+    plain, moves = previous._move, []
+
+    def killed(path, target):
+        moves.append(path)
+        if len(moves) == 2:
+            raise KeyboardInterrupt
+        plain(path, target)
+
+    monkeypatch.setattr(previous, "_move", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Previous(ledger).set_aside("train", {"train": ["a.json", "b.json"]})
+    monkeypatch.setattr(previous, "_move", plain)
+    Previous(ledger).tidy()
     assert sorted(path.name for path in (ledger.folder / PREVIOUS).iterdir()) == ["a.json", "b.json"]
-    ledger.bring_back("train")
+    Previous(ledger).bring_back("train")
     assert (ledger.folder / "a.json").exists() and (ledger.folder / "b.json").exists()
 
 
@@ -277,3 +276,101 @@ def test_a_folder_that_is_replaced_as_a_whole_is_claimed_first(ledger):
     with pytest.raises(FileError, match="notes.txt"), ledger.replacing("merged") as new:
         fill(new, "model.safetensors")
     assert json.loads(ledger.path.read_text().splitlines()[0])["event"] == "claim"
+
+
+def finished(ledger, *stages):
+    for stage in stages:
+        ledger.claim({f"{stage}.json": ()}, stage=stage, command="c")
+        fill(ledger.folder, f"{stage}.json")
+        ledger.add("done", stage=stage, **DONE)
+
+
+def test_results_that_wait_for_another_stage_are_not_deleted_with_it(ledger):
+    finished(ledger, "train", "trial")
+    Previous(ledger).set_aside("train", {"train": ["train.json"]})
+    with pytest.raises(
+        FileError, match=r"previous: in the way: what is in it waits until train is complete \(plopfast train --resume"
+    ):
+        Previous(ledger).set_aside("trial", {"trial": ["trial.json"]})
+    assert (ledger.folder / "trial.json").exists() and (ledger.folder / PREVIOUS / "train.json").exists()
+    assert (
+        Previous(ledger).set_aside("run", {"train": ["train.json"], "trial": ["trial.json"]})
+        and Previous(ledger).waiting() == "run"
+    )
+
+
+def test_a_new_result_is_not_deleted_because_an_older_one_waits(ledger):
+    finished(ledger, "score", "train")
+    Previous(ledger).set_aside("run", {"score": ["score.json"], "train": ["train.json"]})
+    finished(ledger, "train")
+    with pytest.raises(FileError, match="waits until run is complete"):
+        Previous(ledger).set_aside("train", {"train": ["train.json"]})
+    assert (ledger.folder / "train.json").exists()
+
+
+def test_what_came_back_is_done_though_it_was_moved_twice(ledger):
+    finished(ledger, "data", "train")
+    names = {"data": ["data.json"], "train": ["train.json"]}
+    Previous(ledger).set_aside("run", names)
+    finished(ledger, "data")
+    Previous(ledger).set_aside("run", names)
+    Previous(ledger).bring_back("run")
+    assert states(ledger) == ["data", "train"] and (ledger.folder / "train.json").exists()
+
+
+@pytest.mark.parametrize("when", ["waiting", "later"])
+def test_what_a_user_puts_into_previous_stays(ledger, when):
+    ledger.claim({"steps": ("*.bin",)})
+    fill(ledger.folder, "steps/1.bin")
+    Previous(ledger).set_aside("train", {"train": ["steps"]})
+    own = ledger.folder / PREVIOUS / "steps" / ("notes.txt" if when == "waiting" else "1.bin")
+    if when == "later":
+        Previous(ledger).complete("train")
+    fill(own.parent, own.name)
+    Previous(ledger).complete("train")
+    Previous(ledger).tidy()
+    assert own.exists()
+    fill(ledger.folder, "steps/1.bin")
+    with pytest.raises(FileError, match="in the way"):
+        Previous(ledger).set_aside("train", {"train": ["steps"]})
+    assert own.exists() and (ledger.folder / "steps" / "1.bin").exists()
+
+
+@pytest.mark.parametrize("text", ["", '{"plopfast": "history", "event": "beg'])
+def test_a_first_line_that_a_full_disk_cut_short(ledger, text):
+    ledger.folder.mkdir()
+    ledger.path.write_text(text)
+    ledger.claim({"a.json": ()})
+    assert ledger.claims() == {"a.json": set()}
+
+
+def test_names_with_other_separators_of_lines(ledger):
+    ledger.claim({"a.json": ()}, data={"train": {"file": "a\u2028b\x85c"}})
+    assert ledger.claims() == {"a.json": set()}
+
+
+def test_a_history_that_is_a_link_is_refused(ledger, tmp_path):
+    other = Ledger(tmp_path / "other")
+    other.claim({"a.json": ()})
+    before = other.path.read_text()
+    ledger.folder.mkdir()
+    ledger.path.symlink_to(other.path)
+    with pytest.raises(FileError, match="a symbolic link"):
+        ledger.claim({"a.json": ()})
+    assert other.path.read_text() == before
+
+
+def test_results_that_the_user_took_back_are_done(ledger):
+    finished(ledger, "train")
+    Previous(ledger).set_aside("run", {"train": ["train.json"]})
+    (ledger.folder / PREVIOUS / "train.json").rename(ledger.folder / "train.json")
+    Previous(ledger).tidy()
+    assert states(ledger) == ["train"] and not Previous(ledger).waiting()
+
+
+def test_what_was_not_made_again_is_done_no_more(ledger):
+    finished(ledger, "score", "train", "trial")
+    Previous(ledger).set_aside("run", {name: [f"{name}.json"] for name in ("score", "train", "trial")})
+    finished(ledger, "score", "train")
+    Previous(ledger).complete("run")
+    assert states(ledger) == ["score", "train"]

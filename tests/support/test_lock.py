@@ -57,3 +57,15 @@ def test_a_link_is_not_followed(tmp_path):
     with pytest.raises(FileError, match="cannot write there"), locked(tmp_path / "run"):
         pass
     assert (tmp_path / "own").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["text", "json", "pipe"])
+def test_a_lock_of_another_program_stays(tmp_path, kind):
+    path = tmp_path / LOCK
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("mine" if kind == "text" else "{}")
+    with pytest.raises(FileError, match=r"\.lock: in the way, and not a lock of plopfast"), locked(tmp_path):
+        pass
+    assert kind == "pipe" or path.read_text() in ("mine", "{}")
