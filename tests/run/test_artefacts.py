@@ -167,6 +167,30 @@ def test_a_training_that_was_not_noted_as_done_goes_on(options, tmp_path, capsys
     assert all(again[name].equal(adapter[name]) for name in adapter) and (out / "training.json").exists()
 
 
+def test_what_a_kill_left_is_cleared_away(options, tmp_path):
+    """Checkpoints of a training that is done, and a swap that was not ended."""
+    out = tmp_path / "run"
+    assert plopfast("run", *options, "--out", out) == 0
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "step-00000002.safetensors").write_text("")
+    scratch = out / f".adapter.abcd1234{SCRATCH}"
+    scratch.mkdir()
+    (out / "adapter").rename(scratch / "old")
+    assert plopfast("place", "--out", out, "--overwrite") == 0
+    assert not (out / "checkpoints").exists() and not scratch.exists() and (out / "adapter").exists()
+
+
+def test_a_merged_model_of_the_users_stays(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert plopfast("run", *options, "--out", out) == 0
+    (out / "merged").mkdir()
+    (out / "merged" / "config.json").write_text("mine")
+    assert (
+        plopfast("merge", "--out", out, "--overwrite") == 2 and (out / "merged" / "config.json").read_text() == "mine"
+    )
+    assert "merged: in the way" in capsys.readouterr().err
+
+
 def test_another_process_in_the_same_folder_is_refused(options, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
