@@ -92,6 +92,8 @@ def run_train(run: Run) -> TrainResult:
         advice = threads.thread_advice() if run.model.device.type == "cpu" else []
         for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
             run.say(line)
+        if placement and placement.model not in ("", name := run.model.name_or_path):
+            run.say(f"the placement was made for {placement.model}, whose modules are alike; it is trained on {name}")
         try:
             result = trainer.fit(resume=run.resume and bool(unfinished))
         except TrainingError:

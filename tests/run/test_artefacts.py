@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -279,6 +280,18 @@ def test_a_model_is_the_same_from_another_folder(options, tmp_path, monkeypatch)
     monkeypatch.chdir(model.parent)
     assert plopfast("score", "--model", model.name, *options[2:4], "--score-prompts", "6", "--out", out) == 0
     assert json.loads((out / "config.json").read_text())["settings"]["model"] == str(model)
+
+
+def test_a_placement_of_another_model_is_named(options, tmp_path, capsys):
+    other, out = tmp_path / "other", tmp_path / "run"
+    shutil.copytree(options[1], other)
+    assert plopfast("run", *options, "--out", out) == 0
+    capsys.readouterr()
+    assert plopfast("train", "--model", other, "--out", out, "--overwrite") == 0
+    assert (
+        f"the placement was made for {options[1]}, whose modules are alike; it is trained on {other}"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_url_is_no_model_and_is_not_written_down(options, tmp_path, capsys):
