@@ -12,7 +12,7 @@ from ..support import machine, threads
 from ..support.errors import Interrupted, PlopfastError, RankError, for_terminal
 from .bench_command import run_bench
 from .commands import COMMANDS, Call
-from .options import build_parser, settings_of
+from .options import parse, settings_of
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     with contextlib.redirect_stderr(io.StringIO()) if launch.rank else contextlib.nullcontext():
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
     try:
         code = _call(arguments, launch)
         if launch.size > 1:

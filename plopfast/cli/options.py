@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from typing import Any, get_args
 
 from ..placing.rules import help_words
@@ -101,13 +102,24 @@ def _option(name: str) -> dict[str, Any]:
     return options | several | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
 
 
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses a command line. `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value."""
+    parser = build_parser()
+    parsed = parser.parse_args(argv)
+    for name, value in vars(parsed).items():
+        if value == []:
+            parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")
+    return parsed
+
+
 def settings_of(parsed: argparse.Namespace) -> RunConfig:
     """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
     settings: dict[str, Any] = {}
-    if COMMANDS[parsed.command].bare:
+    command = COMMANDS[parsed.command]
+    if command.bare:
         return RunConfig()
     kept = parsed.out / "config.json" if parsed.out else None
-    if kept and kept.is_file() and (parsed.command != "run" or parsed.resume):
+    if kept and (kept.is_file() or "overwrite" not in command.flags) and (parsed.command != "run" or parsed.resume):
         settings |= load_settings(kept)
     if parsed.config:
         settings |= load_settings(parsed.config)

@@ -70,6 +70,7 @@ def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrai
     with _explained(name, source):
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer("x")  # odd settings show when it is used
         text = config.get_text_config()
     return tokenizer, getattr(text, "max_position_embeddings", None)
 

@@ -22,17 +22,17 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         scores, placement, metrics = path / "scores.json", path / "placement.json", path / "metrics.jsonl"
-        self.scores = NFNReport.load(scores) if scores.exists() else None
-        self.placement = Placement.load(placement) if placement.exists() else None
+        self.scores = NFNReport.load(scores) if _is_there(scores) else None
+        self.placement = Placement.load(placement) if _is_there(placement) else None
         self.config, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
             self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data")
         )
         self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}
-        self.metrics = kinds.read(metrics, "plopfast train") if metrics.exists() else []
+        self.metrics = kinds.read(metrics, "plopfast train") if _is_there(metrics) else []
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / f"{name}.json"
-        return kinds.read(path, f"plopfast {WRITERS.get(name, name)}") if path.exists() else {}
+        return kinds.read(path, f"plopfast {WRITERS.get(name, name)}") if _is_there(path) else {}
 
     def noted(self, stage: str) -> str:
         """Return the command line that was noted for a stage, if any."""
@@ -96,3 +96,8 @@ class RunFolder:
         confidence = self.intervals.confidence if self.intervals else 0.95
         found = self.scores.decide(len(types), confidence, rule.highest)
         return found if found and set(found.types) == types else None
+
+
+def _is_there(path: Path) -> bool:
+    """A link that leads nowhere is there: reading it says so."""
+    return path.exists() or path.is_symlink()

@@ -22,6 +22,8 @@ def device_for(name: str) -> torch.device:
         raise ConfigError(f"device {name!r} would put every rank on one GPU: --device cuda takes one each")
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).splitlines()[0]

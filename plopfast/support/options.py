@@ -54,7 +54,7 @@ class Settings:
                 raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {shown(value)}")
             if rules["file"] and value is not None and not (value and all(value)):
                 raise ConfigError(f"{name}: expected the name of a file, got {value!r}")
-            for text in value if isinstance(value, tuple) else [value] if isinstance(value, str) else []:
+            for text in value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []:
                 if problem := problem_of_text(text) if text or not rules["empty"] else "":
                     raise ConfigError(f"{name}: {problem}")
             if isinstance(value, int | float):

@@ -15,7 +15,7 @@ from ..models.frozen import find_frozen, is_sharded
 from ..models.linears import blocks
 from ..models.running import device_of, evaluating
 from ..support.config import TrainConfig
-from ..support.errors import ConfigError
+from ..support.errors import ConfigError, TrainingError
 
 OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
 
@@ -54,7 +54,15 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
         if config.offload:
             undo.enter_context(offloaded(model))
             notes.append("activations kept in CPU memory until the backward pass")
-        yield notes
+        try:
+            yield notes
+        except RuntimeError as error:
+            if not (config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
+                raise
+            first = next(filter(None, str(error).splitlines()), type(error).__name__)
+            raise TrainingError(
+                f"torch.compile failed on this model or machine ({first}): leave out --compile"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ def in_words(summary: Mapping[str, Any], rows: str) -> str:
     'loss 0.2100, accuracy 0.8800 (choice, 770 test rows)'
     """
     bounds = ""
-    if "accuracy_low" in summary:
+    if {"accuracy_low", "accuracy_high"} <= summary.keys():
         bounds = f"95% interval {summary['accuracy_low']:.4f} to {summary['accuracy_high']:.4f}; "
     of = f"{summary['examples']} {rows} row{'s' * (summary['examples'] != 1)}"
     return f"loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.4f} ({bounds}{summary['metric']}, {of})"

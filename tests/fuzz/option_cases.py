@@ -81,7 +81,8 @@ def _argv(rng: random.Random, command: str) -> tuple[list[str], str]:
     argv, why = list(START[command]), ""
     for name in names:
         if name in TYPES and TYPES[name] is bool:
-            argv.append(f"--{rng.choice(('', 'no-'))}{name.replace('_', '-')}")
+            no = rng.choice(("", "no-")) if name != "compile" else "no-"  # compiling takes longer than the limit
+            argv.append(f"--{no}{name.replace('_', '-')}")
             continue
         value = rng.choice(_usual(name) if rng.random() < 0.5 else ODD)
         reason = refusal(name, value)

@@ -232,3 +232,10 @@ def test_a_pipe_in_the_folder_is_not_waited_for(model_folder, name):
     os.mkfifo(model_folder / name)
     with pytest.raises(ModelError, match=f"{name}: expected a file, got a pipe"):
         pf.load_model(model_folder)
+
+
+def test_settings_of_the_tokenizer_that_show_when_it_is_used(model_folder):
+    file = model_folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        loading.load_tokenizer(model_folder)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from plopfast.cli.options import build_parser, settings_of
+from plopfast.cli.options import build_parser, parse, settings_of
 from plopfast.support.config import RunConfig, TrainConfig
-from plopfast.support.errors import ConfigError
+from plopfast.support.devices import device_for
+from plopfast.support.errors import ConfigError, FileError
 from plopfast.support.settings_file import load_settings
 
 
@@ -21,7 +22,7 @@ from plopfast.support.settings_file import load_settings
         ("arms", "", "leave the option out"), ("log_to", "", "leave the option out"), ("train", "", "name of a file"),
         ("train", ("a", ""), "name of a file"), ("train", 3, "a string or a list of strings"),
         ("model", "a\x1b[31m", r"without control characters, got 'a\\x1b\[31m'"), ("model", "a\x00b", "control"),
-        ("train", "\udcff.jsonl", r"UTF-8 text .* '\\udcff.jsonl'"), ("train", ("a", "b\n"), "control"),
+        ("valid", ["a\x00b"], "control"), ("train", "\udcff.jsonl", r"UTF-8 text .* '\\udcff.jsonl'"), ("train", ("a", "b\n"), "control"),
     ],
     ids=lambda value: repr(value)[:20] if not isinstance(value, int) else "",
 )  # fmt: skip
@@ -44,14 +45,25 @@ def test_taken():
 @pytest.mark.parametrize(
     "line",
     ["run --out=", "train --config=", "eval --adapter=", "doctor --seconds nan", "doctor --seconds -1", "doctor --seconds inf",
-     "bench --seconds nan", "bench --repeats 0", "bench --repeats -1", "bench --out=", "run --out a\udcff", "bench --repeats 1e9"],
+     "run --out=--", "train --clip=--", "eval --adapter=--", "run --train=--", "bench --seconds nan", "bench --repeats 0", "bench --repeats -1", "bench --out=", "run --out a\udcff", "bench --repeats 1e9"],
 )  # fmt: skip
 def test_arguments_that_are_refused(line, capsys):
     with pytest.raises(SystemExit) as caught:
-        build_parser().parse_args(line.split(" "))
+        parse(line.split(" "))
     assert caught.value.code == 2 and "expected" in capsys.readouterr().err
 
 
 def test_arguments_that_are_taken():
     parsed = build_parser().parse_args(["doctor", "--seconds", "0.5"])
     assert parsed.seconds == 0.5 and settings_of(build_parser().parse_args(["run", "--rank", "3"])).rank == 3
+
+
+@pytest.mark.parametrize("command", ["info", "doctor"])
+def test_settings_of_a_folder_that_is_not_there(command, tmp_path):
+    with pytest.raises(FileError, match="config.json: no such file"):
+        settings_of(parse([command, "--out", str(tmp_path / "absent")]))
+
+
+def test_a_device_without_numbers():
+    with pytest.raises(ConfigError, match="device 'meta' cannot be used"):
+        device_for("meta")

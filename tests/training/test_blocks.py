@@ -5,14 +5,14 @@ import types
 
 import pytest
 import torch
-from helpers import CONFIGS, ROWS, STARTS, build, gradients, prompted, trained
+from helpers import CONFIGS, ROWS, STARTS, build, gradients, made, prompted, trained
 
 import plopfast as pf
 from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import blocks
-from plopfast.support.errors import ConfigError
+from plopfast.support.errors import ConfigError, TrainingError
 from plopfast.training.blocks import OFFLOADED_BYTES, lean_modules, offloaded, prepared_blocks
 from plopfast.training.loss import Objective, inputs_of
 
@@ -161,6 +161,18 @@ def test_compiled_blocks_train_alike(monkeypatch):
         assert all(block._compiled_call_impl is None for block in blocks(model).values())
         assert ("blocks compiled by torch.compile" in trainer.notes) == on
     assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+def test_a_model_that_cannot_be_compiled(examples, monkeypatch):
+    def fails(self, **options):
+        self._compiled_call_impl = torch.compile(self._call_impl, backend=broken)
+
+    def broken(graph, inputs):
+        raise ValueError("no compiler here")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", fails)
+    with pytest.raises(TrainingError, match="torch.compile failed on this model or machine.*leave out --compile"):
+        made(examples, compile=True).fit()
 
 
 def test_liger_is_asked_for_its_operations_alone_and_undone(monkeypatch):
