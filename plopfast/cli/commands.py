@@ -19,7 +19,7 @@ from ..support.errors import ConfigError
 from ..support.options import Settings
 
 if TYPE_CHECKING:
-    from ..run.folder import Run
+    from ..run.run import Run
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Call:
 
     def run(self) -> "Run":
         """Opens the run folder. Raises ConfigError where --out is missing, or --resume meets --overwrite."""
-        from ..run.folder import Run
+        from ..run.run import Run
         from ..support import ranks
 
         given, resume = self.arguments, getattr(self.arguments, "resume", False)

@@ -18,7 +18,7 @@ from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
 from ..support.config import PlaceSettings, RunConfig, ScoreSettings
 from ..training.trainer import Trainer
-from .folder import SCORE_ROWS, Run
+from .run import SCORE_ROWS, Run
 
 
 def why_every_row(settings: ScoreSettings) -> str:

@@ -13,7 +13,7 @@ from ..support.errors import ConfigError, ModelError, PlacementError
 from ..training.estimate import as_rows, estimate
 from ..training.plan import Plan
 from .apply import placed
-from .folder import Run
+from .run import Run
 
 
 @dataclass(frozen=True)

@@ -1,269 +1,245 @@
-"""A run folder: what is in it, its settings, and the model and data, loaded when a stage first needs them."""
+"""A run folder: which stage makes which files, which of them are done, and that nobody else's files are touched."""
 
-import dataclasses
-import random
-from collections.abc import Sequence
-from functools import cached_property
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from ..lora.peft_files import FILES as ADAPTER
+from ..support import files, machine, memory, ranks
+from ..support.errors import FileError
+from ..support.ledger import HISTORY, Ledger
+from ..support.lock import LOCK, locked
+from ..support.previous import Previous
+from ..training.state import CHECKPOINT_FILES, CHECKPOINTS
 
-from ..data.describe import DataFacts, facts_of, left_out
-from ..data.example import Example
-from ..data.labels import tokenize
-from ..data.notices import Notices
-from ..data.rows import Row, Rows
-from ..data.text import read_text
-from ..models.frozen import fingerprint
-from ..models.linears import linear_modules
-from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
-from ..support import files, machine, ranks
-from ..support.config import FILES, FREE, ROWS, RunConfig
-from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError, DataError
-from ..support.inputs import check_same
-from ..support.progress import say
-from ..support.settings_file import load_settings
-from ..training import parallel
-from .artefacts import CONFIG, Folder
-from .splits import read_splits, resolved, sha256_of, sources_of
+CONFIG, EVA = "config.json", "eva.safetensors"
+TENSORBOARD = "tensorboard"
 
-DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
-SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
+# What each stage makes, its result first, with the names of the files inside a folder (None: `Ledger.replacing` claims them
+# as they are written). history.jsonl has these claims, and only what is claimed there is ever replaced or deleted.
+ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
+    "run": {CONFIG: ()},  # every stage writes it
+    "data": {"data.json": ()},
+    "score": {"scores.json": (), "scores.safetensors": (), EVA: ()},
+    "place": {"placement.json": ()},
+    "estimate": {"estimate.json": ()},
+    "train": {
+        "adapter": ADAPTER, "model": None, "metrics.jsonl": (), "training.json": (), CHECKPOINTS: CHECKPOINT_FILES,
+        TENSORBOARD: ("events.*",), "adapter-before-failure": ADAPTER,
+    },  # with --full the result is "model"
+    "eval": {"eval.json": ()},
+    "report": {"report.html": (), "report": None},
+    "merge": {"merged": None},
+    "audit": {"audit.json": ()},
+    "trial": {
+        "trial.json": (),
+        "trial": (
+            "general.txt", "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
+            *(f"*/lr-*-seed-*/{name}" for name in (
+                "result.json", "test.json", "metrics.jsonl", HISTORY, "model.safetensors", f"{TENSORBOARD}/events.*",
+                *(f"adapter/{name}" for name in ADAPTER), *(f"{CHECKPOINTS}/{name}" for name in CHECKPOINT_FILES),
+            )),
+        ),
+    },
+    "search": {"search.json": (), "search.db": (), "search.db-journal": ()},
+}  # fmt: skip
+READS = {"place": "score", "estimate": "place", "train": "place", "eval": "train", "merge": "train"}  # from the folder
+UNFINISHED = {"train": CHECKPOINTS, "trial": "trial", "search": "search.db"}  # what a stage leaves that can be resumed
+EARLIER = ("stages.json",)  # names that earlier versions wrote
+MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
 
-class Run:
-    """A run folder, its settings, and the model and data, which are loaded when a stage first needs them.
+class Folder:
+    """A run folder's files: a stage opens it, claims what it makes, and notes in history.jsonl how it ended.
 
-    `overwrite` lets stages replace their results, `resume` lets them go on with unfinished work, and `progress` shows what
-    they do on stderr. Raises ConfigError where `resume` meets other settings than the folder's own.
+    `facts()` gives what the history keeps of a beginning stage, `given()` the user's inputs (option, path), and
+    `say` shows a line. `reads` are files that this process has read, and whose hashes a stage keeps.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
-    ) -> None:
-        self.folder, self.config = folder, resolve(config)
-        self.resume, self.progress = resume, progress
-        self.at = Folder(
-            folder,
-            overwrite=overwrite,
-            resume=resume,
-            full=config.full,
-            facts=self._facts,
-            given=self._given,
-            say=self.say,
-        )
-        self.file, self.stage = self.at.file, self.at.stage
-        self._examples: dict[str, list[Example]] = {}
-        self._hashes: dict[str, list[dict[str, str]]] = {}
-        self.notes: dict[str, list[str]] = {}  # what is to be said of the rows of each split that was tokenised
-        self._told: set[str] = set()
-        self.overlap: list[str] = []  # what splits share
-        if config.threads:
-            torch.set_num_threads(config.threads)
-        if resume:
-            self._check_same_settings()
+        self, path: Path, *, overwrite: bool, resume: bool, full: bool, facts: Callable[[], dict[str, Any]],
+        given: Callable[[], Sequence[tuple[str, Path]]], say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        self.path, self.ledger, self.overwrite, self.resume = path, Ledger(path), overwrite, resume
+        self.previous = Previous(self.ledger)
+        self._full, self._facts, self._given, self._say = full, facts, given, say
+        self.reads: list[Path] = []
+        self._holding = contextlib.ExitStack()
+        self._opened = False
+        self._pending: list[tuple[str, dict[str, Any]]] = []  # of the time before the folder was opened
+        self._inner = 0.0  # seconds of the stages inside the present one
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any]:
-        self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
-        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
-        if sharded and ranks.size() == 1:
-            raise ConfigError("--parallel fsdp spreads the weights over several processes: start it with torchrun")
-        with self.stage("load") as noted, ranks.first_on_each_machine():
-            model, tokenizer = load_model(
-                self.config.model,
-                dtype=dtype_for(self.config.dtype, device, self.config.full),
-                device="cpu" if sharded else device,
-            )
-            noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
-        if path := path_of(self.config.model):
-            self.at.reads.append(path)
-        if sharded:
-            parallel.shard(model, device)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        self.say(f"{model.name_or_path}: {size:.1f}M parameters, {model.dtype}, {device}")
-        if self.config.dtype == "auto" and device.type == "cpu" and machine.has_bfloat16():
-            self.say("this CPU multiplies bfloat16 faster than float32: try --dtype bfloat16")
-        return model, tokenizer
+    def file(self, stage: str) -> Path:
+        """The result of a stage."""
+        return self.path / ("model" if stage == "train" and self._full else next(iter(ARTEFACTS[stage])))
 
-    @property
-    def model(self) -> Any:
-        return self._loaded[0]
+    def is_done(self, stage: str) -> bool:
+        """Whether the stage's result exists and is whole. One that was copied here, without a history, is."""
+        if not self.file(stage).exists():
+            return False
+        return self.file(stage).name not in self.ledger.claims() or stage in self.ledger.done()
 
-    @cached_property
-    def _tokenizer(self) -> tuple[Any, int | None]:
-        with ranks.first_on_each_machine():
-            return load_tokenizer(self.config.model)
+    def open(self) -> None:
+        """Locks the folder for this process until `close`, and ends what a kill interrupted in it.
 
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer; it loads without the model, so that broken rows are found in seconds."""
-        return self._tokenizer[0]
-
-    @cached_property
-    def splits(self) -> dict[str, Rows]:
-        """The rows of "train", "valid" and "test", as far as there are any; see `read_splits`. "test" may be "valid"."""
-        splits, self.overlap = read_splits(self.config, self.say)
-        for line in self.overlap:
-            self.say(line)
-        return splits
-
-    def read(self, split: str) -> Rows:
-        """The rows of a split with their formats, columns that are not used, and bad rows.
-
-        Raises ConfigError where only other splits were given.
+        Raises FileError for a folder that is not plopfast's, is in use, or holds the inputs.
         """
-        if split not in self.splits:
-            raise ConfigError(
-                f"no {split} rows: the demo's do not go with --valid or --test of your own: give --{split} FILE too"
-            )
-        return self.splits[split]
+        if self._opened:
+            return
+        self.check()
+        self._holding.enter_context(locked(self.path))
+        self._opened = True
+        self.ledger.tidy()
+        self.previous.tidy()
+        if not self.ledger.exists() and _is_tagged(self.path / CONFIG):  # copied here, or an earlier version's
+            self.ledger.add("adopted", claims={CONFIG: []})
+        if "train" in self.ledger.done():  # a kill right at the end of the training left them
+            self.ledger.clear(CHECKPOINTS)
+        while self._pending:
+            event, value = self._pending.pop(0)
+            self.ledger.add(event, **value)
 
-    def rows(self, split: str) -> list[Row]:
-        """The rows of a split, as read."""
-        return self.read(split).rows
+    def close(self) -> None:
+        """Lets other processes in."""
+        self._holding.close()
+        self._opened = False
 
-    def hashes(self, split: str) -> list[dict[str, str]]:
-        """The sources of a split, "file", with their hashes, "sha256"; without files that are gone. Kept, as each stage
-        asks, and rows of a folder or of the hub are hashed one by one."""
-        if split in self._hashes:
-            return self._hashes[split]
-        sources = sources_of(self.config)
+    def check(self) -> None:
+        """Raises FileError for a folder that is not plopfast's, or holds the inputs.
 
-        def rows() -> list[Row]:
-            held_out = self.rows("valid") if split == "train" and "valid" not in sources else []
-            return [*self.rows(split), *held_out]
-
-        hashes = ((source, sha256_of(source, rows)) for source in sources.get(split, []))
-        self._hashes[split] = [{"file": source, "sha256": digest} for source, digest in hashes if digest]
-        return self._hashes[split]
-
-    def examples(self, split: str) -> list[Example]:
-        """The rows of a split, tokenised; "unlabeled" is the text, if any, in rows of max_length or 512 tokens."""
-        if split not in self._examples:
-            if split == "test" and self.read("test") is self.splits.get("valid"):  # there are no others
-                self._examples[split] = self.examples("valid")
-            elif split != "unlabeled":
-                self._examples[split] = self._tokenized(split, self.rows(split))
-            elif self.config.unlabeled:
-                limits = [n for n in (self.config.max_length, self._tokenizer[1]) if n]
-                room = min([self.config.max_length or 512, *limits, self.config.batch_tokens or 512])
-                self._examples[split] = read_text(self.config.unlabeled, self.tokenizer, room)
-            else:
-                self._examples[split] = []
-        return self._examples[split]
-
-    def _tokenized(self, split: str, rows: Sequence[Row], roles: bool = False) -> list[Example]:
-        """Rows tokenised as the settings say; what is to be said of them is kept in `notes`."""
-        config, notices = self.config, Notices()
-        limits = [n for n in (config.max_length, self._tokenizer[1]) if n]
-        skipped: list[str] | None = [] if config.bad_rows == "skip" else None
-        examples = tokenize(
-            rows, self.tokenizer, min(limits, default=None), roles, learn=config.learn, long=config.long, skipped=skipped,
-            notices=notices,
-        )  # fmt: skip
-        lines = [*left_out(skipped, len(rows)), *notices.lines(self._told)]
-        if not examples:
-            held_out = split == "valid" and split not in sources_of(config)
-            remedy = "; they were held out from the training rows: give --valid FILE" if held_out else ""
-            raise DataError(f"{split}: no row can be used; {'; '.join(lines)}{remedy}")
-        if split not in self.notes:
-            for line in lines:
-                self.say(f"{split}: {line}")
-        if not roles:
-            self.notes[split] = lines
-        return examples
-
-    def described(self) -> DataFacts:
-        """What the settings make of the rows: lengths, learned tokens, what is left out or overlaps, the first row."""
-        found = []
-        for split, rows in self.splits.items():
-            if split != "test" or rows is not self.splits.get("valid"):
-                examples = self.examples(split)
-                found.append(facts_of(split, examples, self.tokenizer, [*rows.lines(), *self.notes[split]]))
-        if self.config.unlabeled:
-            found.append(facts_of("unlabeled", self.examples("unlabeled"), self.tokenizer))
-        return DataFacts(found, self.overlap)
-
-    def sample(self, seed: int | None = None) -> list[Example]:
-        """Draws the training rows to score, in random order, with the settings' seed by default.
-
-        Rows of messages know the roles of their tokens.
+        A folder without a history may hold nothing but plopfast's files: copies, or those of an earlier version.
         """
-        rows, config = self.rows("train"), self.config
-        rng = random.Random(config.seed if seed is None else seed)
-        return self._tokenized("train", rng.sample(rows, min(config.score_prompts, len(rows))), roles=True)
+        if self.path.exists() and not self.path.is_dir():
+            raise FileError(f"{self.path}: a file, where --out names a folder; {files.OTHER_OUT}")
+        for name, given in self._given():
+            if given.exists() and files.real(given).is_relative_to(files.real(self.path)):
+                raise FileError(
+                    f"{name} {given}: lies in --out {self.path}, whose files a run replaces: {files.OTHER_OUT}"
+                )
+        if self.ledger.events() or not self.path.is_dir():
+            return
+        held = sorted(path for path in self.path.iterdir() if path.name not in (LOCK, HISTORY))  # it can be empty yet
+        known = {*EARLIER, *(name for names in ARTEFACTS.values() for name in names)}
+        others = [path for path in held if path.name not in known]
+        if held and (others or not any(map(_is_tagged, held))):
+            raise FileError(
+                f"{self.path}: holds {(others or held)[0].name} and no {HISTORY} of plopfast, which writes only into new or "
+                f"empty folders and its own; {files.OTHER_OUT}"
+            )
 
-    def inputs(self, without: str = "") -> dict[str, Any]:
-        """What a study rests on besides settings, by name: the hash of each file but one, and some of the weights."""
-        given = {split: self.hashes(split) for split in sources_of(self.config) if split != without}
-        hashes = {f"the {split} file": _alone([one["sha256"] for one in of]) for split, of in given.items()}
-        names = [info.name for info in linear_modules(self.model)][:8]
-        return hashes | {"the model's weights": fingerprint(self.model, names)}
+    def refuse_results(self) -> None:
+        """Raises FileError where the folder has results, which a new run may replace only with `overwrite`."""
+        self.open()
+        names = [name for of in ARTEFACTS.values() for name in of if name != CONFIG and (self.path / name).exists()]
+        if names and not self.overwrite:
+            raise files.exists_already(self.path, f" (it holds {names[0]})", ", or --resume to go on")
+        self.ledger.check(names)
 
-    def say(self, text: str) -> None:
-        if self.progress:
-            say(text)
+    @contextlib.contextmanager
+    def stage(self, stage: str, *, inputs: Sequence[Path] = ()) -> Iterator[dict[str, Any]]:
+        """Works on a stage: claims its files before, and notes time, memory and hashes after, with what is put into the
+        yielded dict. `inputs` are files or folders that it reads besides those of the run.
 
-    def _given(self) -> list[tuple[str, Path]]:
-        """The inputs (option, path) that the user gave; paths that do not exist are names of the hub."""
-        rows = [(f"--{split}", name) for split, names in sources_of(self.config).items() for name in names]
-        rows += [(option, name.partition(":")[0]) for option, name in rows]  # FOLDER:SPLIT
-        named = [("--model", self.config.model), ("--general", self.config.general)]
-        return [(option, Path(name)) for option, name in [*rows, *named] if name]
+        Raises FileError where the stage's result exists and may not be replaced.
+        """
+        ranks.on_main(lambda: self._begin(stage))
+        noted: dict[str, Any] = {}
+        memory.reset_peak()
+        began, outside, self._inner = time.perf_counter(), self._inner, 0.0
+        try:
+            yield noted
+        except BaseException as error:
+            if ranks.is_main():
+                with contextlib.suppress(FileError):  # a full disk is what has failed, as likely as not
+                    self._add("failed", {"stage": stage, "error": str(error) or type(error).__name__})
+                    if self._opened:
+                        self.previous.bring_back(stage)
+            raise
+        seconds = time.perf_counter() - began
+        noted = {"seconds": round(seconds - self._inner, 3), "peak_mib": round(memory.peak_mib(), 1)} | noted
+        self._inner = outside + seconds
+        ranks.on_main(lambda: self._end(stage, noted, inputs))
 
-    def _facts(self) -> dict[str, Any]:
-        """What config.json and the history keep of a stage that begins."""
-        given = {split: self.hashes(split) for split in sources_of(self.config)}
-        return {
-            "settings": dataclasses.asdict(self.config),
-            "model": self.config.model or DEFAULT_HUB_ID,
-            "device": str(device_for(self.config.device)),
-            "data": {split: _alone(hashes) for split, hashes in given.items() if hashes},
-            "versions": machine.versions(),
-            "machine": machine.describe(),
-        }
+    def _begin(self, stage: str) -> None:
+        if stage not in ARTEFACTS:  # loading the model: it makes no files
+            return
+        self.open()
+        if stage == "run":  # refuse_results has looked at the results
+            if self.overwrite:
+                self.set_aside("run", list(ARTEFACTS))
+        elif self.overwrite and stage in UNFINISHED:
+            self.set_aside(stage, [stage])
+        elif not self.overwrite and self._is_taken(stage):
+            raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
+        self.ledger.check(name for name in ARTEFACTS[stage] if name != "model" or self._full)
+        if stage in UNFINISHED and not self.resume:
+            self._refuse_unfinished(stage)
+        claims = {name: patterns for name, patterns in ARTEFACTS[stage].items() if patterns is not None}
+        facts = self._facts()
+        self.ledger.claim({CONFIG: (), **claims}, stage=stage, command=machine.command(), **facts)
+        files.write_json(self.path / CONFIG, {"plopfast": "config", **facts})
 
-    def _check_same_settings(self) -> None:
-        path = self.folder / CONFIG
-        kept = {name: value for name, value in load_settings(path).items() if name not in FREE}
-        now = dataclasses.asdict(self.config)
-        if "model" in kept:  # earlier versions kept it as it was given
-            kept["model"] = _absolute(kept["model"])
-        check_same(kept, {name: now[name] for name in kept}, path)  # an older folder may know fewer settings
-        self._check_same_files(path)
+    def _refuse_unfinished(self, stage: str) -> None:
+        left = self.path / UNFINISHED[stage]
+        if left.is_file() or (left.is_dir() and any(left.iterdir())):
+            raise FileError(f"{left}: an unfinished {stage}; pass --resume to go on, or --overwrite to start anew")
 
-    def _check_same_files(self, path: Path) -> None:
-        """Rows of a folder or of the hub are not compared: they would have to be read."""
-        sources, was, now = sources_of(self.config), {}, {}
-        for split, kept in files.read_json(path, "plopfast run").get("data", {}).items():
-            if split in sources and all(Path(name).is_file() for name in sources[split]):
-                was[f"the {split} file"] = [one["sha256"] for one in (kept if isinstance(kept, list) else [kept])]
-                now[f"the {split} file"] = [one["sha256"] for one in self.hashes(split)]
-        check_same(was, now, path)
+    def _is_taken(self, stage: str) -> bool:
+        """Whether the result is there to stay: done, or not of plopfast. A search that is done can be widened."""
+        result = self.file(stage)
+        own = result.name in self.ledger.claims()
+        done = self.is_done(stage) if own else result.exists()
+        return done and not (own and self.resume and stage == "search")
 
+    def _end(self, stage: str, noted: dict[str, Any], inputs: Sequence[Path]) -> None:
+        facts: dict[str, Any] = {"stage": stage, "command": machine.command()}
+        if stage in ARTEFACTS:
+            made = [CONFIG, *(name for name in ARTEFACTS[stage] if name != CHECKPOINTS)]
+            read = [self.file(READS[stage])] if stage in READS else []
+            facts["outputs"] = hashes_in(self.path, made)
+            facts["inputs"] = hashes_in(self.path, [path.name for path in read]) | _hashes_of([*self.reads, *inputs])
+        self._add("done", facts | noted)
+        if stage in ("run", *UNFINISHED):
+            self.previous.complete(stage)
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Fills in the demo's own settings, and makes the names of files absolute."""
-    demo = {} if config.train else DEMO_SETTINGS
-    known: dict[str, Any] = {name: value for name, value in demo.items() if getattr(config, name) is None}
-    if config.epochs:
-        known.pop("max_steps", None)
-    rows = {name: resolved(value) for name in ROWS if (value := getattr(config, name))}
-    text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
-    if config.model and "://" in config.model and not Path(config.model).exists():  # before it is written down
-        raise ConfigError("model: a URL, where a Hugging Face hub id, a folder or a .gguf file is expected")
-    known["model"] = _absolute(config.model)
-    return dataclasses.replace(config, **known | rows | text)
+    def _add(self, event: str, facts: dict[str, Any]) -> None:
+        if self._opened:
+            self.ledger.add(event, **facts)
+        else:
+            self._pending.append((event, facts))
 
-
-def _absolute(model: str | None) -> str | None:
-    """A folder of the same name elsewhere is another model. Links stay: those to a GGUF file may lead to another name."""
-    return str(Path(model).absolute()) if model and Path(model).exists() else model
+    def set_aside(self, until: str, stages: Sequence[str]) -> None:
+        """Moves the results of these stages to `previous` until the stage `until` is done."""
+        names = {stage: ARTEFACTS[stage] for stage in stages if stage != "run"}
+        if self.previous.set_aside(until, names, copied=[CONFIG]):
+            self._say(f"the earlier results wait in {self.previous.path} until the new ones are complete")
 
 
-def _alone(values: list[Any]) -> Any:
-    """A single value without its list, as most splits have one file."""
-    return values[0] if len(values) == 1 else values
+def hashes_in(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of the files under these names in a folder, by their path in it."""
+    found: dict[str, str] = {}
+    for name in names:
+        path = folder / name
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        found |= {file.relative_to(folder).as_posix(): files.sha256(file) for file in inside if file.is_file()}
+    return found
+
+
+def _hashes_of(paths: Sequence[Path]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for path in map(files.real, paths):
+        inside = sorted(file for file in path.iterdir() if file.suffix in MODEL_FILES) if path.is_dir() else [path]
+        found |= {str(file): files.sha256(file) for file in inside if file.is_file()}
+    return found
+
+
+def _is_tagged(path: Path) -> bool:
+    """Whether this is a JSON file of plopfast's."""
+    if path.suffix != ".json" or not path.is_file():
+        return False
+    with contextlib.suppress(FileError):
+        value = files.read_json(path, "plopfast")
+        return isinstance(value, dict) and "plopfast" in value
+    return False

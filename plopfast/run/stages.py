@@ -25,8 +25,8 @@ from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer, TrainResult
 from .apply import placed, scored, trainer_for, why_every_row
-from .artefacts import EVA
-from .folder import Run
+from .folder import EVA
+from .run import Run
 from .splits import sources_of
 
 CHOSE_THE_STEP = (

@@ -10,7 +10,7 @@ from ..support import ranks
 from ..support.tables import Column, Table
 from .apply import check_rule
 from .costs import try_estimate
-from .folder import Run
+from .run import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
 ORDER = {

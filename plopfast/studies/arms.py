@@ -23,8 +23,8 @@ from ..lora.placement import Placement
 from ..models.running import context_length
 from ..report import kinds
 from ..run.apply import trainer_for
-from ..run.artefacts import EVA
-from ..run.folder import Run
+from ..run.folder import EVA
+from ..run.run import Run
 from ..support import files, memory
 from ..support.config import RunConfig
 from ..support.errors import ConfigError, TrainingError

@@ -19,7 +19,7 @@ from ..models.linears import linear_modules
 from ..models.running import context_length, device_of
 from ..placing.rules import RULES, Rule, ranked
 from ..report.tables import audit_tables
-from ..run.folder import SCORE_ROWS, Run
+from ..run.run import SCORE_ROWS, Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport
 from ..support import files, memory

@@ -22,7 +22,7 @@ from ..lora.placement import full_rank
 from ..models.linears import linear_modules
 from ..placing.rules import RULES, command_rules
 from ..run.apply import placed, scored, trainer_for
-from ..run.folder import Run
+from ..run.run import Run
 from ..scoring.report import NFNReport
 from ..support import files
 from ..support.config import FREE

@@ -24,8 +24,8 @@ from ..placing.rules import FULL, arm_names
 from ..report import kinds
 from ..report.tables import trial_table
 from ..run.apply import placed
-from ..run.artefacts import CONFIG, EVA
-from ..run.folder import Run
+from ..run.folder import CONFIG, EVA
+from ..run.run import Run
 from ..run.stages import run_score
 from ..scoring import eva
 from ..scoring.report import NFNReport

@@ -331,7 +331,7 @@ def test_a_run_interrupted_while_it_loads_the_model_can_be_resumed(base, tmp_pat
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("plopfast.run.folder.load_model", interrupted)
+        patched.setattr("plopfast.run.run.load_model", interrupted)
         assert plopfast("run", *base, "--k", "1", "--out", out) == 130
     assert f"--resume --out {out}" in capsys.readouterr().err
     assert plopfast("run", "--resume", "--out", out) == 0

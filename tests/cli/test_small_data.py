@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers import plopfast
 
-from plopfast.run.folder import Run
+from plopfast.run.run import Run
 from plopfast.run.stages import eval_lines
 from plopfast.support.config import RunConfig
 

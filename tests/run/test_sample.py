@@ -3,7 +3,7 @@
 import json
 
 from plopfast.run import folder
-from plopfast.run.folder import Run
+from plopfast.run.run import Run
 from plopfast.run.stages import run_score
 from plopfast.support.config import RunConfig
 

@@ -8,7 +8,7 @@ import pytest
 from helpers import plopfast
 
 from plopfast.data.rows import DEMO
-from plopfast.run.folder import Run, resolve
+from plopfast.run.run import Run, resolve
 from plopfast.run.splits import sources_of
 from plopfast.support import files
 from plopfast.support.config import RunConfig

@@ -9,7 +9,7 @@ from helpers import adapted
 import plopfast as pf
 from plopfast.data.batches import group_by_length, micro_batches, pack
 from plopfast.data.example import Example
-from plopfast.run.folder import resolve
+from plopfast.run.run import resolve
 from plopfast.support import ranks
 from plopfast.support.config import RunConfig, TrainConfig
 from plopfast.support.errors import ConfigError

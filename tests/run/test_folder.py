@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file
 
 from plopfast.cli import main
-from plopfast.run.artefacts import ARTEFACTS
-from plopfast.run.folder import Run
+from plopfast.run.folder import ARTEFACTS
+from plopfast.run.run import Run
 from plopfast.support.config import RunConfig
 from plopfast.support.errors import FileError
 from plopfast.support.files import SCRATCH
@@ -121,7 +121,7 @@ def test_a_failure_before_anything_new_brings_the_earlier_results_back(options, 
     monkeypatch.setattr(
         "plopfast.training.trainer.Trainer.fit", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt)
     )
-    monkeypatch.setattr("plopfast.run.folder.Run.described", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("plopfast.run.run.Run.described", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
     assert plopfast(command, *options[:6], "--out", out, "--overwrite") == 130
     assert contents(out / "adapter") == before and not (out / "previous").exists()
     assert command == "train" or (out / "config.json").read_bytes() == config
