@@ -72,11 +72,7 @@ def _lost(error: Exception, launch: machine.Launch) -> int:
     if said := ranks.explain_loss():
         cause = (str(error).splitlines() or [type(error).__name__])[0]
         remedy = "its own message, if any, or torchrun's says why"
-        print(
-            f"plopfast: error: rank {launch.rank} of {launch.size}: {said}; {remedy} ({cause})",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say_error(f"{said}; {remedy} ({cause})", launch)
     return 2
 
 
@@ -86,9 +82,13 @@ def _fail(message: str, launch: machine.Launch) -> int:
 
         if not ranks.first_to_fail():
             return 2
-        message = f"rank {launch.rank} of {launch.size}: {message}"
-    print(f"plopfast: error: {for_terminal(message)}", file=sys.stderr, flush=True)
+    _say_error(message, launch)
     return 2
+
+
+def _say_error(message: str, launch: machine.Launch) -> None:
+    who = f"rank {launch.rank} of {launch.size}: " if launch.size > 1 else ""
+    print(f"plopfast: error: {who}{for_terminal(message)}", file=sys.stderr, flush=True)
 
 
 def _call(arguments: argparse.Namespace, launch: machine.Launch) -> int:

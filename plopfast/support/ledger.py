@@ -7,6 +7,7 @@ events are those of previous.py, claims of single folders, and "adopted": a conf
 
 import contextlib
 import fnmatch
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,22 +77,7 @@ class Ledger:
         files.check_regular(self.path)
         if self.path.is_symlink():
             raise FileError(f"{self.path}: a symbolic link, which could lead to another folder's: {files.OTHER_OUT}")
-        if not self.path.exists():
-            return []
-        found = []
-        for number, line in enumerate(self.path.read_bytes().decode(errors="replace").split("\n"), 1):
-            if not (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
-                raise FileError(
-                    f"{self.path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}"
-                )
-            try:
-                value = StrictJSON().parse(line)
-            except ValueError:
-                continue
-            kind: Any = Done if value.get("event") == "done" else Event
-            checked(kind, value, f"{self.path}, line {number}", files.OTHER_OUT, more=True)
-            found.append(value)
-        return found
+        return list(_parsed(self.path, self.path.read_bytes())) if self.path.exists() else []
 
     def add(self, event: str, **facts: Any) -> None:
         """Appends a line, and waits until it is on the disk. Raises FileError."""
@@ -211,6 +197,22 @@ class Ledger:
         found = [*self.folder.glob(name), *(scratch for path in ours for scratch in path.rglob(name))]
         for scratch in sorted(found, reverse=True):  # what is inside a folder comes before it
             files.recover(scratch)
+
+
+@functools.lru_cache(maxsize=1)  # a stage asks ten times or so, and checking a line takes 40 us
+def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], ...]:
+    found = []
+    for number, line in enumerate(content.decode(errors="replace").split("\n"), 1):
+        if not (line.startswith(_BEGIN) or _BEGIN.startswith(line)):
+            raise FileError(f"{path}: not a history of plopfast, which has to write one there; {files.OTHER_OUT}")
+        try:
+            value = StrictJSON().parse(line)
+        except ValueError:
+            continue
+        kind: Any = Done if value.get("event") == "done" else Event
+        checked(kind, value, f"{path}, line {number}", files.OTHER_OUT, more=True)
+        found.append(value)
+    return tuple(found)
 
 
 def inside(folder: Path) -> list[str]:

@@ -67,7 +67,7 @@ def _refuse_others(handle: int, path: Path) -> None:
         text = os.pread(handle, 1 << 16, 0)
         if not text or "pid" in json.loads(text):
             return
-    raise FileError(f"{path}: in the way, and not a lock of plopfast: move it away, or choose another --out")
+    raise FileError(f"{path}: in the way, and not a lock of plopfast: move it away, or {OTHER_OUT}")
 
 
 def _holder(handle: int) -> str:
