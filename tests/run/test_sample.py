@@ -2,7 +2,7 @@
 
 import json
 
-from plopfast.run import folder
+from plopfast.run import run as module
 from plopfast.run.run import Run
 from plopfast.run.stages import run_score
 from plopfast.support.config import RunConfig
@@ -13,9 +13,9 @@ def test_scoring_tokenises_the_scored_rows_alone(model_folder, tmp_path, monkeyp
     path.write_text("".join(json.dumps({"prompt": f"a dog {i}", "completion": " animal"}) + "\n" for i in range(200)))
     seen = []
     monkeypatch.setattr(
-        folder,
+        module,
         "tokenize",
-        lambda rows, *a, tokenize=folder.tokenize, **k: seen.append(len(rows)) or tokenize(rows, *a, **k),
+        lambda rows, *a, tokenize=module.tokenize, **k: seen.append(len(rows)) or tokenize(rows, *a, **k),
     )
     run = Run(tmp_path / "run", RunConfig(model=str(model_folder), train=str(path), score_prompts=16))
     report = run_score(run)
