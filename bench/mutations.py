@@ -1,247 +1,226 @@
-"""Do the tests notice faults? Code is broken in several ways, one at a time, and the tests of that part must fail.
+"""Do the tests notice faults? The code is broken in several hundred ways, one at a time, and its tests must fail.
 
-    python bench/mutations.py [--only gemm | kernels | rows | template ...]
+    python bench/mutations.py                                   # every fault of bench/faults, on all cores
+    python bench/mutations.py --only lora                       # those of lora.toml, or of a file: --only layer
+    python bench/mutations.py --sample 30 --seed $(git rev-parse HEAD)   # some, drawn by the seed
 
-Works on a copy of the checkout. A mutation replaces one text once. For a kernel, its test file then runs in the checked
-interpreter, up to the first failure. For the rows' code, the tests of the case that is broken must fail; whether the matrix
-of tokenizers, templates and rows (tests/data/test_labels.py) fails too is recorded beside it. Prints every mutation with
-what caught it, and exits with 1 if one survives.
+Works on copies of the checkout. Each fault of bench/faults/WING.toml replaces one text of one file once, and names the
+tests that should see it; they run up to the first failure, within TIMEOUT seconds (a fault that makes them hang is seen).
+A fault marked `equivalent` changes nothing that anyone can see, for the reason given: it must stay green. Before any
+fault, all those tests must be green (a sample leaves that out: the gate has just run them). Prints each fault with the
+test that caught it, and exits with 1 if one survives.
+
+Tests start in a process that has torch and transformers loaded, but nothing of plopfast: that saves 6 s a fault.
 """
 
 import argparse
-import contextlib
+import concurrent.futures
+import multiprocessing
 import os
+import random
 import re
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from plopfast.support import threads
-
-threads.set_waiting_policy()
-
-import measure
+import tomllib
 
 ROOT = Path(__file__).parent.parent
-TESTS = {
-    "gemm": ["test_gemm.py"], "gemm_tma": ["test_gemm.py"], "shrink": ["test_shrink.py"], "expand": ["test_expand.py"],
-    "grads": ["test_grads.py"], "reduce": ["test_reduce.py", "test_gemm.py"], "mask": ["test_mask.py"],
-    "nf4": ["test_nf4.py"], "triton_ops": ["test_gemm.py", "test_shrink.py", "test_grads.py", "test_ops_triton.py"],
-    "library": ["test_ops_triton.py"],
-}  # fmt: skip
-# kernel file, what is broken, text, its replacement
-MUTATIONS = [
-    ("gemm", "rows beyond M are read", "row_M = tl.where(rm < M, rm, 0)", "row_M = rm"),
-    ("gemm", "rows beyond M are stored", "mask = (rm < M)[:, None] & (rn < N)[None, :]", "mask = (rm <= M)[:, None] & (rn < N)[None, :]"),
-    ("gemm", "columns beyond N are stored", "mask = (rm < M)[:, None] & (rn < N)[None, :]", "mask = (rm < M)[:, None] & (rn <= N)[None, :]"),
-    ("gemm", "weight read beyond N", "w_tile = tl.load(w_KN, mask=inside_N, other=0.0)", "w_tile = tl.load(w_KN)"),
-    ("gemm", "the last part of K is dropped", "for k in range(0, tl.cdiv(K, BK)):", "for k in range(0, K // BK):"),
-    ("gemm", "K's edge is not masked in X", "x_tile = tl.load(x_MK, mask=rk[None, :] < K - k * BK, other=0.0)", "x_tile = tl.load(x_MK)"),
-    ("gemm", "norms after the low-rank term", "    if NORMS:  #", "    if LORA:\n        acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)\n    if NORMS:  #"),
-    ("gemm", "norms of the wrong tile", "norms + tile_n.to(tl.int64) * M + rm", "norms + rm"),
-    ("gemm", "bias forgotten", "    if BIAS:\n", "    if BIAS and False:\n"),
-    ("gemm", "tiles twice and never", "return first + inside % height, inside // height", "return first + inside // height, inside % height"),
-    ("gemm", "mask of the wrong columns", "keep_tile(seed, rm, tile_n * BN, threshold, BM, BN)", "keep_tile(seed, rm, 0, threshold, BM, BN)"),
-    ("gemm", "low-rank term masked and unmasked", "RANK, BR, LORA and not MASK, BIAS", "RANK, BR, LORA, BIAS"),
-    ("gemm", "ranks beyond R are read", "mask=rank[None, :] < RANK, other=0.0)\n            inside", "other=0.0)\n            inside"),
-    ("gemm", "only the first chunk of ranks", "for r0 in tl.range(0, RANK, BR, num_stages=1):", "for r0 in tl.range(0, BR, BR, num_stages=1):"),
-    ("gemm", "row offsets in 32 bits", "rm = tile_m.to(tl.int64) * BM", "rm = tile_m * BM"),
-    ("gemm", "accumulator in the operands' dtype", "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)", "acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION).to(dtype).to(tl.float32)"),
-    ("gemm_tma", "the last tile is left out", "tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)", "tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN) - 1"),
-    ("gemm_tma", "the last part of K is dropped", "tl.cdiv(K, BK)):", "K // BK):"),
-    ("gemm_tma", "rows beyond M are read", "row_M = tl.where(rm < M, rm, 0)", "row_M = rm"),
-    ("gemm_tma", "mask of the wrong columns", "keep_tile(seed, rm, tile_n * BN,", "keep_tile(seed, rm, tile_m * BN,"),
-    ("shrink", "norms after dropout", "x_float = x_MK.to(tl.float32)", "x_float = tl.where(keep_tile(seed0, rm, k0, threshold, BM, BK), x_MK, 0.0).to(tl.float32)"),
-    ("shrink", "the part's scale is lost", "(acc0 * scale)", "(acc0)"),
-    ("shrink", "second adapter with the first's seed", "acc1, x_MK, a1, rank, rk, K, sar, sak, seed1", "acc1, x_MK, a1, rank, rk, K, sar, sak, seed0"),
-    ("shrink", "third adapter is the second", "acc2, x_MK, a2, rank", "acc2, x_MK, a1, rank"),
-    ("shrink", "parts overlap", "range(part * k_chunk,", "range(0,"),
-    ("shrink", "K's edge is not masked", "mask=inside_M[:, None] & (rk < K)[None, :]", "mask=inside_M[:, None]"),
-    ("shrink", "ranks beyond R are stored", "mask = inside_M[:, None] & (rank < RANK)[None, :]", "mask = inside_M[:, None] & (rank <= RANK)[None, :]"),
-    ("shrink", "norms of the wrong part", "norms + part.to(tl.int64) * M + rm", "norms + rm"),
-    ("expand", "bias forgotten", "    if BIAS:\n", "    if BIAS and False:\n"),
-    ("expand", "mask forgotten", "    if MASK:\n", "    if MASK and False:\n"),
-    ("expand", "columns beyond N are stored", "(rn < N)[None, :]\n    tl.store", "(rn <= N)[None, :]\n    tl.store"),
-    ("expand", "rows beyond M are read", "row_M = tl.where(rm < M, rm, 0)", "row_M = rm"),
-    ("grads", "the last rows are dropped", "min(M, first + row_chunk), BM)", "min(M, first + row_chunk) - BM + 1, BM)"),
-    ("grads", "parts overlap", "range(first, min(M, first + row_chunk), BM)", "range(first, M, BM)"),
-    ("grads", "dropout forgotten in dA", "        if DROP:\n", "        if DROP and False:\n"),
-    ("grads", "dS without its scale", "(ds_MR * scale)", "ds_MR"),
-    ("grads", "dS of the wrong stripe", "ds + stripe.to(tl.int64) * sds", "ds"),
-    ("grads", "gradient of the wrong part", "g + part.to(tl.int64) * sgp", "g"),
-    ("grads", "columns beyond C are read", "inside = (rm < M)[:, None] & (rc < C)[None, :]", "inside = (rm < M)[:, None] & (rc <= C)[None, :]"),
-    ("grads", "the sum starts anew", "acc = tl.dot(tl.trans(v_MR), t_MC, acc, input_precision=PRECISION)", "acc = tl.dot(tl.trans(v_MR), t_MC, input_precision=PRECISION)"),
-    ("reduce", "the first part alone", "partials += size", "partials += 0"),
-    ("reduce", "no root", "    if ROOT:\n", "    if ROOT and False:\n"),
-    ("reduce", "scale is lost", "    total *= scale\n", ""),
-    ("grads", "the right tile with the left one's B", "tl.dot(t_right_MC, u_right_CR, ds_MR", "tl.dot(t_right_MC, u_CR, ds_MR"),
-    ("grads", "the right tile's sum where the left one's is", "part, rc + BC, rank, C, sgp", "part, rc, rank, C, sgp"),
-    ("reduce", "bias read beyond N", "tl.load(bias + rn, mask=rn < N, other=0.0)", "tl.load(bias + rn)"),
-    ("reduce", "columns beyond N are read", "(rn < N)[None, :]", "(rn <= N)[None, :]"),
-    ("mask", "halves swapped", "tl.join(words & 0xFFFF, words >> 16)", "tl.join(words >> 16, words & 0xFFFF)"),
-    ("mask", "words out of order", "tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
-    ("mask", "six rounds", "zero, 7)", "zero, 6)"),
-    ("mask", "high half of the row lost", "zero + high,", "zero,"),
-    ("mask", "one level off", ">= threshold", "> threshold"),
-    ("nf4", "halves swapped", "(_levels(code & 15, table) * scale).to(dtype)", "(_levels(code >> 4, table) * scale).to(dtype)"),
-    ("nf4", "scale of the first block", "        scale_N += 1\n", ""),
-    ("nf4", "scale of the next block", "absmax + block, mask", "absmax + block + 1, mask"),
-    ("nf4", "wrong half stored", "tl.store(at + 32,", "tl.store(at + 31,"),
-    ("nf4", "repacked in bitsandbytes' order", "codes[:, :, 1] << 4 | codes[:, :, 0]", "codes[:, :, 0] << 4 | codes[:, :, 1]"),
-    ("triton_ops", "1 / (1 - p) twice", "s = s[0] if splits == 1 else sum_parts(s, c, x_MK.dtype)", "s = s[0] if splits == 1 else sum_parts(s, c * c, x_MK.dtype)"),
-    ("triton_ops", "dX with the forward's bias", "low_rank(ds_MR, a_RK.T, p=p, seed=seed)", "low_rank(ds_MR, a_RK.T)"),
-    ("triton_ops", "fused dX without its mask", "ds_MR, a_RK.T, p=p, seed=seed, tiles", "ds_MR, a_RK.T, tiles"),
-    ("triton_ops", "TMA for what it cannot describe", "or outer * size % 16 or", "or"),
-    ("library", "dA although not needed", "    if need_a:\n        da = triton_ops", "    if True:\n        da = triton_ops"),
-    ("library", "dX although not needed", "    if need_x:\n        dx = triton_ops", "    if True:\n        dx = triton_ops"),
-]  # fmt: skip
+FAULTS = ROOT / "bench" / "faults"
+COPIED = ("plopfast", "kernels", "tests", "bench", "docs", "README.md", "CHANGELOG.md", "SECURITY.md", "setup.cfg", "pyproject.toml")  # fmt: skip
+TIMEOUT = 300
+COPY: "Copy"  # of this process
+OPTIONS = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--tb=line", "-rfE"]
 
 
-MATRIX = ["tests/data/test_labels.py", "-k", "bos-eos"]  # two tokenizers of seven, for the time it takes
-CASES = {  # what rows must give, and the tests of it where they are not `test_case_NUMBER` in tests/data/test_label_cases.py
-    1: ("special tokens once", []), 2: ("what stands beside messages", []), 3: ("content in parts", []),
-    4: ("tool calls without content", []), 5: ("which turns are learned", []), 6: ("assistants alone", []),
-    7: ("prompts as at inference", []), 8: ("templates that refuse parts", []), 9: ("nothing to learn", []),
-    10: ("rows that cannot be read", ["tests/data/test_readers.py", "tests/support/test_strict_json.py"]), 11: ("string pairs", []),
-    12: ("tokens beyond the embedding", ["tests/models/test_models.py", "-k", "beyond_the_embedding"]),
-    13: ("long rows", []), 14: ("accuracy without closing markup", []),
-}  # fmt: skip
-# case, file, what is broken, text, its replacement
-ROW_MUTATIONS = [
-    (1, "data/labels", "BOS before a text that has it", "if (draft.tokens[0] or [])[: len(front)] != front:", "if True:"),
-    (1, "data/labels", "EOS behind a text that has it", "if end and tokens[-len(end) :] == end:", "if False:"),
-    (1, "data/labels", "special tokens around a rendered chat", "([], []) if draft.templated else (", "("),
-    (1, "data/encoding", "the tokenizer's own EOS is lost", "self.end = self.back or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])", "self.end = []"),
-    (2, "data/conversation", "tools are dropped", 'VARIABLES = ("tools", "documents")', 'VARIABLES = ("documents",)'),
-    (2, "data/conversation", "documents are dropped", 'VARIABLES = ("tools", "documents")', 'VARIABLES = ("tools",)'),
-    (2, "data/conversation", "chat_template_kwargs are dropped", "found[KWARGS] = more", "pass"),
-    (2, "data/template", "tools that a template does not show", "if lost := sorted(name for name in names if what in unseen or name not in text):", "if lost := []:"),
-    (3, "data/conversation", "the repr of a list of parts", "if isinstance(content, str):\n        return content", "if content is not None:\n        return str(content)"),
-    (3, "data/conversation", "parts of other kinds are dropped", "            raise DataError(\n                f\"{place}: a content part", "            continue\n            raise DataError(\n                f\"{place}: a content part"),
-    (4, "data/conversation", "a null content stays", "if value is not None and key !=", "if key !="),
-    (4, "data/template", "an absent content is refused", "in _with_content, _with_text_arguments:", "in [_with_text_arguments]:"),
-    (4, "data/conversation", "arguments stay JSON text", "if isinstance(arguments, str):", "if False:"),
-    (4, "data/conversation", "no content and no call", 'raise DataError(f"{place}: has no content and no tool_calls")', 'kept["content"] = ""'),
-    (5, "data/template", "the last turn alone", 'numbers[-1:] if learn == "last" else numbers', "numbers[-1:]"),
-    (5, "data/template", "all turns for the last one", 'numbers[-1:] if learn == "last" else numbers', "numbers"),
-    (5, "data/conversation", "weight 0 is learned", "may_learn.append(learned and not muted[-1])", "may_learn.append(learned)"),
-    (5, "data/turns", "the template's marks are not read", "spans = self.template.marked(self.messages, self.variables)", "spans = []"),
-    (6, "data/conversation", "users are learned", "learned = message[\"role\"] == ASSISTANT and number >= asked", "learned = number >= asked"),
-    (6, "data/turns", "the system prompt of the template is learned", "own = self._own(number)[0]\n        names", "own = 0\n        names"),
-    (7, "data/turns", "the prompt's last line break is learned", "return len(prompt)\n", "return len(prompt.rstrip())\n"),
-    (7, "data/encoding", "a blank before what follows", "if self._alone:", "if True:"),
-    (7, "data/turns", "a prompt that differs is taken", "if prompt is not None and number + 1 == len(self.messages):", "if False:"),
-    (8, "data/template", "parts must be accepted", "except Exception:  # many templates", "except ZeroDivisionError:  # many templates"),
-    (9, "data/template", "rows without an answer", "if not numbers:\n", "if False:\n"),
-    (9, "data/labels", "rows that are skipped are kept quiet", "self.skipped.append(str(made))\n", "pass\n"),
-    (10, "support/strict_json", "one of two equal keys is lost", "if len(value) != len(pairs):", "if False:"),
-    (10, "support/strict_json", "deep nesting", "if end - begin > 2 * DEEPEST and", "if False and"),
-    (10, "support/strict_json", "the parser's own limit of nesting", "except RecursionError:\n            raise ValueError(DEEP)", "except ZeroDivisionError:\n            raise ValueError(DEEP)"),
-    (10, "support/strict_json", "long integers", "if len(digits) > self._digits:", "if False:"),
-    (10, "support/strict_json", "lone surrogates", 'text.find("\\\\u", begin, end) >= 0 and', "False and"),
-    (10, "support/strict_json", "NaN is null", 'self._problem = f"{name} is not JSON; write null or leave the key out"', "pass"),
-    (11, "data/labels", "pairs without a word", "self.notices.add(AS_WRITTEN, where, once=True)", "pass"),
-    (12, "models/loading", "no check", "    _check_embedding(model, tokenizer)\n", ""),
-    (12, "models/loading", "one token too many", "if rows and number >= rows", "if rows and number > rows"),
-    (13, "data/lengths", "cut from the right", "return self._without_its_left(example, limit, notices)", "return example.truncated(limit)"),
-    (13, "data/lengths", "no error for a long row", "if limit is None or count <= limit:", "if True:"),
-    (13, "data/lengths", "skipped without a word", 'notices.add(f"longer than {limit} tokens, so left out (--long skip)", example.where)', "pass"),
-    (13, "data/lengths", "an answer is cut", "if limit < keep + 1 + last and", "if False and"),
-    (14, "data/labels", "the end of turn counts", "(turn.closing, True, last), (turn.end, True, False)", "(turn.end, True, last)"),
-    (14, "data/labels", "no answer to choose", "return Draft(where, _pieces(found), answer,", "return Draft(where, _pieces(found), None,"),
-]  # fmt: skip
+@dataclass(frozen=True)
+class Fault:
+    file: str
+    what: str
+    old: str
+    new: str
+    tests: tuple[str, ...]  # as for pytest
+    wing: str
+    interpreted: bool = False
+    equivalent: str = ""  # why nobody can see it
 
 
-def run_tests(root: Path, tests: list[str], **environment: str) -> tuple[bool, str]:
-    """(whether they pass, the first failure's name and message)"""
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(root), **environment}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=line", "-rf", *tests]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
-    said = re.findall(r"^(?:FAILED|ERROR) (tests.*?)(?: - (.*))?$", done.stdout, re.M)
-    name, message = said[0] if said else ("", "")
-    return done.returncode == 0, f"{re.sub('^tests/(gpu|data)/', '', name)} {message}"[:150]
+def read_faults() -> list[Fault]:
+    """The faults of bench/faults. Raises ValueError where a text does not stand in its file exactly once."""
+    faults = []
+    for path in sorted(FAULTS.glob("*.toml")):
+        found = tomllib.loads(path.read_text())
+        for entry in found.pop("fault"):
+            fault = Fault(**{**found, **entry, "tests": tuple(entry["tests"]), "wing": path.stem})
+            count = (ROOT / fault.file).read_text().count(fault.old)
+            if count != 1:
+                raise ValueError(f"{path.name}: {fault.what}: {fault.old!r} stands {count} times in {fault.file}")
+            faults.append(fault)
+    return faults
 
 
-def run_kernel_tests(root: Path, kernel: str) -> tuple[bool, str]:
-    return run_tests(
-        root, ["--confcutdir=tests/gpu", *(f"tests/gpu/{name}" for name in TESTS[kernel])], TRITON_INTERPRET="1"
-    )
+class Copy:
+    """A copy of the checkout, and the tests in it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(ROOT / name, root / name)
+
+    def run(self, tests: tuple[str, ...], interpreted: bool) -> tuple[bool, str]:
+        """(whether the tests pass, the first failure's name and message)"""
+        log = self.root / "log.txt"
+        pid = os.fork()
+        if pid == 0:
+            self._become_pytest(tests, interpreted, log)
+        ended, status = _wait(pid)
+        if not ended:
+            return False, f"{' '.join(tests)} did not end in {TIMEOUT} s"
+        text = log.read_text(errors="replace")
+        code = os.waitstatus_to_exitcode(status)
+        if code not in (0, 1, 2):  # 1: tests failed; 2: they could not be imported
+            raise RuntimeError(f"pytest {' '.join(tests)} ended with {code}:\n{text[-2000:]}")
+        said = re.findall(r"^(?:FAILED|ERROR) (tests.*?)(?: - (.*))?$", text, re.M)
+        name, message = said[0] if said else (text[-100:], "")
+        return code == 0, f"{name.removeprefix('tests/')} {message}"[:150]
+
+    def _become_pytest(self, tests: tuple[str, ...], interpreted: bool, log: Path) -> None:
+        """In a child process: runs the tests and ends."""
+        os.setsid()  # so that a hanging test goes with all that it started
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1), os.dup2(file, 2)
+        os.chdir(self.root)
+        os.environ |= {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1", "OPENBLAS_NUM_THREADS": "1"}
+        os.environ |= {"OMP_NUM_THREADS": "1", "TMPDIR": str(self.root)}
+        if interpreted:  # Triton looks at it when it is imported
+            os.environ["TRITON_INTERPRET"] = "1"
+            os.execv(sys.executable, [sys.executable, "-m", "pytest", *OPTIONS, "--confcutdir=tests/gpu", *tests])
+        try:
+            import pytest
+
+            sys.path[0], sys.dont_write_bytecode, tempfile.tempdir = str(self.root), True, None
+            code = int(pytest.main([*OPTIONS, *tests]))
+        except BaseException:
+            traceback.print_exc()
+            code = 3
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
-def tests_of(case: int) -> list[str]:
-    return CASES[case][1] or ["tests/data/test_label_cases.py", "-k", f"case_{case}_"]
+def _wait(pid: int) -> tuple[bool, int]:
+    """(whether the process ended in time, its status)"""
+    limit = time.monotonic() + TIMEOUT
+    while time.monotonic() < limit:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return True, status
+        time.sleep(0.05)
+    os.killpg(pid, signal.SIGKILL)
+    return False, os.waitpid(pid, 0)[1]
 
 
-@contextlib.contextmanager
-def broken(path: Path, old: str, new: str) -> Iterator[None]:
+def plant(fault: Fault) -> dict[str, Any]:
+    """Runs the tests with the fault, and mends it again."""
+    began, path = time.perf_counter(), COPY.root / fault.file
     text = path.read_text()
-    assert old in text, f"{path.stem}: {old!r} is not there (any more)"
-    path.write_text(text.replace(old, new, 1))
-    yield
-    path.write_text(text)
+    path.write_text(text.replace(fault.old, fault.new, 1))
+    try:
+        green, said = COPY.run(fault.tests, fault.interpreted)
+    finally:
+        path.write_text(text)
+    row = {"wing": fault.wing, "file": fault.file, "fault": fault.what, "caught": not green, "by": said}
+    return {**row, "equivalent": fault.equivalent, "seconds": round(time.perf_counter() - began, 1)}
 
 
-def break_kernels(root: Path, chosen: list[tuple[str, str, str, str]]) -> list[dict[str, Any]]:
-    for kernel in dict.fromkeys(m[0] for m in chosen):
-        passed, said = run_kernel_tests(root, kernel)
-        assert passed, f"{kernel}: its tests are red before any mutation: {said}"
-    rows = []
-    for kernel, what, old, new in chosen:
-        began = time.perf_counter()
-        with broken(root / "kernels" / f"{kernel}.py", old, new):
-            survived, said = run_kernel_tests(root, kernel)
-        row = f"{kernel:<11}{what:<40}{'SURVIVED' if survived else 'caught'}  {said}"
-        print(f"{row}  ({time.perf_counter() - began:.0f} s)", flush=True)
-        rows.append({"kernel": kernel, "broken": what, "caught": not survived, "by": said})
-    return rows
+def end_of(row: dict[str, Any]) -> str:
+    if row["equivalent"]:
+        return f"{'NOT EQUIVALENT, ' + row['by'] if row['caught'] else 'equivalent'}: {row['equivalent']}"
+    return row["by"] if row["caught"] else "SURVIVED"
 
 
-def break_rows(root: Path, chosen: list[tuple[int, str, str, str, str]]) -> list[dict[str, Any]]:
-    for tests in [MATRIX, *(tests_of(case) for case in dict.fromkeys(m[0] for m in chosen))]:
-        passed, said = run_tests(root, tests)
-        assert passed, f"{tests}: red before any mutation: {said}"
-    rows = []
-    for case, file, what, old, new in chosen:
-        began = time.perf_counter()
-        with broken(root / "plopfast" / f"{file}.py", old, new):
-            survived, said = run_tests(root, tests_of(case))
-            unseen, matrix = run_tests(root, MATRIX)
-        row = f"{case:>2} {file.split('/')[1]:<13}{what:<46}{'SURVIVED' if survived else 'caught'}  {said}"
-        print(f"{row}  matrix: {'green' if unseen else 'red'} ({time.perf_counter() - began:.0f} s)", flush=True)
-        found = {"caught": not survived, "by": said, "matrix": not unseen, "matrix_by": matrix}
-        rows.append({"case": case, "file": file, "broken": what, **found})
+def make_copy(scratch: str) -> None:
+    """Gives a worker the copy that it breaks."""
+    global COPY
+    root = Path(scratch) / str(os.getpid())
+    root.mkdir()
+    COPY = Copy(root)
+
+
+def check_green(group: tuple[tuple[str, ...], bool]) -> None:
+    green, said = COPY.run(*group)
+    if not green:
+        raise RuntimeError(f"{' '.join(group[0])}: red before any fault: {said}")
+
+
+def plant_all(pool: concurrent.futures.Executor, faults: list[Fault]) -> list[dict[str, Any]]:
+    began, rows = time.perf_counter(), []
+    for row in pool.map(plant, faults):
+        rows.append(row)
+        left = (time.perf_counter() - began) / len(rows) * (len(faults) - len(rows)) / 60
+        where = f"{Path(row['file']).stem:<14}{row['fault']:<46}"
+        print(f"{where}{end_of(row)}  ({row['seconds']:.0f} s; {left:.0f} min left)", flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a file's name, kernels or rows")
-    only = parser.parse_args().only
-    kernels = [m for m in MUTATIONS if only in (None, "kernels", m[0])]
-    rows = [m for m in ROW_MUTATIONS if only in (None, "rows", m[1].split("/")[1])]
-    with tempfile.TemporaryDirectory() as scratch:
-        root = Path(scratch) / "plopfast"
-        for part in ("plopfast", "kernels", "tests"):
-            shutil.copytree(ROOT / part, root / part, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-        for name in ("setup.cfg", "pyproject.toml"):
-            shutil.copy(ROOT / name, root / name)
-        of_kernels, of_rows = break_kernels(root, kernels), break_rows(root, rows) if rows else []
-    if len(kernels) == len(MUTATIONS):
-        lines = [f"{r['kernel']:<11}{r['broken']:<40}{r['by'].split(' ')[0] or 'SURVIVED'}" for r in of_kernels]
-        lines.append(f"{sum(r['caught'] for r in of_kernels)} of {len(of_kernels)} mutations caught")
-        measure.save("mutations", "\n".join(lines), {"mutations": of_kernels})
-    if len(rows) == len(ROW_MUTATIONS):
-        cases = [f"{r['case']:>2} {CASES[r['case']][0]}: {r['broken']}" for r in of_rows]
-        ends = [f"{r['by'].split(' ')[0] if r['caught'] else 'SURVIVED'}{', matrix' * r['matrix']}" for r in of_rows]
-        lines = [f"{case:<80}{end}" for case, end in zip(cases, ends, strict=True)]
-        lines.append(f"{sum(r['caught'] for r in of_rows)} of {len(of_rows)} mutations caught")
-        measure.save("mutations_rows", "\n".join(lines), {"mutations": of_rows})
-    sys.exit(not all(r["caught"] for r in [*of_kernels, *of_rows]))
+    parser.add_argument("--only", help="a file of bench/faults, or one that the faults are in, without its ending")
+    parser.add_argument(
+        "--sample", type=int, metavar="N", help="N faults, drawn by --seed; their tests are taken to be green"
+    )
+    parser.add_argument("--seed", default="0", help="what a sample is drawn by, such as a commit")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="copies that work at a time")
+    given = parser.parse_args()
+    every = read_faults()
+    faults = [f for f in every if given.only in (None, f.wing, Path(f.file).stem)]
+    if given.sample:
+        faults = random.Random(given.seed).sample([f for f in faults if not f.interpreted], given.sample)
+    if not faults:
+        parser.error(f"no fault is in {given.only}")
+
+    import peft  # noqa: F401  # what tests need, and what takes long to load
+    import pytest  # noqa: F401
+    import torch
+    import transformers
+    from torch._inductor import config  # noqa: F401
+
+    assert transformers.LlamaForCausalLM and transformers.AutoModelForCausalLM
+    torch.set_num_threads(1)
+    assert not any(name.split(".")[0] == "plopfast" for name in sys.modules), "tests must load their copy's own"
+    # processes and not threads, as each forks
+    forks = multiprocessing.get_context("fork")
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        concurrent.futures.ProcessPoolExecutor(given.jobs, forks, make_copy, (scratch,)) as pool,
+    ):
+        if not given.sample:
+            list(pool.map(check_green, dict.fromkeys((f.tests, f.interpreted) for f in faults)))
+        rows = plant_all(pool, faults)
+    wrong = [row for row in rows if row["caught"] == bool(row["equivalent"])]
+    red = sum(row["caught"] for row in rows)
+    equivalent = sum(not row["caught"] and bool(row["equivalent"]) for row in rows)
+    last = f"{red} of {len(rows)} faults caught, {equivalent} equivalent, {len(rows) - red - equivalent} survived"
+    print(last)
+    if len(rows) == len(every):
+        save(rows, last)
+    sys.exit(bool(wrong))
+
+
+def save(rows: list[dict[str, Any]], last: str) -> None:
+    import measure  # loads plopfast, which the tests' processes must not have
+
+    lines = [f"{Path(r['file']).stem:<14}{r['fault']:<50}{end_of(r).split(' ')[0]}" for r in rows]
+    measure.save("mutations", "\n".join([*lines, last]), {"mutations": rows})
 
 
 if __name__ == "__main__":
