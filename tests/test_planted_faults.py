@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 mutations = importlib.import_module("mutations")
 
+NAME = "test_of_nearest.py"
 TESTED = """
 from plopfast.support import errors
 
@@ -28,7 +29,7 @@ def test_every_fault_fits_the_code_and_names_tests():
 
 
 FAULTS = """
-tests = ["tests/test_of_nearest.py"]
+tests = ["tests/NAME"]
 file = "plopfast/support/errors.py"
 
 [[fault]]
@@ -53,13 +54,13 @@ def test_the_instrument_tells_red_from_green(tmp_path):
     mutations.Copy(tmp_path)
     for path in (tmp_path / "bench" / "faults").iterdir():
         path.unlink()
-    (tmp_path / "bench" / "faults" / "support.toml").write_text(FAULTS)
-    (tmp_path / "tests" / "test_of_nearest.py").write_text(TESTED)
+    (tmp_path / "bench" / "faults" / "support.toml").write_text(FAULTS.replace("NAME", NAME))
+    (tmp_path / "tests" / NAME).write_text(TESTED)
     before = (tmp_path / "plopfast/support/errors.py").read_bytes()
     command = [sys.executable, "bench/mutations.py", "--only", "errors", "--sample", "3", "--jobs", "1"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     ends = dict(re.findall(r"^errors +(.*?)  +(.*)", done.stdout, re.M))
-    assert ends["seen"].startswith("test_of_nearest.py::test_of_nearest"), done.stderr
+    assert ends["seen"].startswith(f"{NAME}::test_of_nearest"), done.stderr
     assert ends["not seen"].startswith("SURVIVED")
     assert ends["seen, though it is called equivalent"].startswith("NOT EQUIVALENT")
     assert done.returncode == 1
