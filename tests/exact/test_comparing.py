@@ -23,9 +23,7 @@ def runs_of(arms, seeds, rows, seed, row_noise=0.0, seed_noise=0.0, shared=0.0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    return (
-        0.5 + row_noise * normal(arms, 1, rows) + seed_noise * normal(arms, seeds, 1) + shared * normal(1, seeds, 1)
-    )
+    return 0.5 + row_noise * normal(arms, 1, rows) + seed_noise * normal(arms, seeds, 1) + shared * normal(1, seeds, 1)
 
 
 def seeds_error(right, paired):
@@ -266,7 +264,11 @@ def said_of(row):
     if "text" in row:
         return ("text", row["text"]), None, []
     if isinstance(row["prompt"] if "prompt" in row else None, str):
-        return ("pair", row["prompt"], row["completion"]), row["prompt"] or None, [row["prompt"]] if row["prompt"] else []
+        return (
+            ("pair", row["prompt"], row["completion"]),
+            row["prompt"] or None,
+            [row["prompt"]] if row["prompt"] else [],
+        )
     given = row["messages"] if "messages" in row else [*row["prompt"], *row["completion"]]
     talk = [(m["role"], m["content"]) for m in given]
     prompts = [("talk", *talk[:n]) for n, (role, _) in enumerate(talk) if role == "assistant"]

@@ -252,7 +252,9 @@ def test_order_of_prompts_and_of_modules_does_not_matter():
         names = [f"m{m}" for m in modules]
         assert intervals(stats[:, modules], names, kinds, confidence, seed).types == {
             kind: pytest.approx(bounds)
-            for kind, bounds in intervals(stats, [f"m{m}" for m in range(len(types))], types, confidence, seed).types.items()
+            for kind, bounds in intervals(
+                stats, [f"m{m}" for m in range(len(types))], types, confidence, seed
+            ).types.items()
         }
         report = report_of(stats, types)
         assert report.types == {kind: pytest.approx(value) for kind, value in values.items()}
