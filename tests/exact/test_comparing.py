@@ -7,7 +7,7 @@ from statistics import NormalDist
 
 import pytest
 import torch
-from exact.test_deciding import report_of, t_quantile, t_tail
+from oracle import report_of, t_quantile, t_tail
 
 from plopfast.data.overlap import overlaps
 from plopfast.placing.rules import ranked
@@ -263,7 +263,7 @@ def said_of(row):
     """(what a row is: what compares equal for equal rows; the prompt before its last answer; those before all answers)"""
     if "text" in row:
         return ("text", row["text"]), None, []
-    if isinstance(row["prompt"] if "prompt" in row else None, str):
+    if isinstance(row.get("prompt"), str):
         return (
             ("pair", row["prompt"], row["completion"]),
             row["prompt"] or None,

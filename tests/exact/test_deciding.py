@@ -4,36 +4,18 @@ A table has modules of several types and layers, with a head, with prompts that 
 of, and with tokens of other numbers. Each figure is checked from both sides: neither too wide nor too narrow.
 """
 
-import functools
 import math
 import random
 from statistics import NormalDist
 
 import pytest
 import torch
+from oracle import report_of, t_quantile, t_tail
 
 from plopfast.scoring.report import ModuleScore, NFNReport
 from plopfast.scoring.stopping import averages, decide, intervals, next_look, student_t
 
 EXACT = 0.012  # relative: what the approximate t-quantile may differ, at 7 degrees of freedom and far tails
-
-
-def t_tail(t, freedom):
-    """P(T > t) of Student's t, by Simpson's rule over an angle: sqrt(freedom) tan(angle) = t."""
-    steps, begin = 100, math.atan(t / math.sqrt(freedom))
-    width = (math.pi / 2 - begin) / steps
-    heights = [math.cos(begin + i * width) ** (freedom - 1) for i in range(steps)] + [0.0 if freedom > 1 else 1.0]
-    area = width / 3 * sum(h * (1 if i in (0, steps) else 4 if i % 2 else 2) for i, h in enumerate(heights))
-    return area * math.exp(math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)) / math.sqrt(math.pi)
-
-
-@functools.cache
-def t_quantile(tail, freedom):
-    low, high = 0.0, 1e3
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, freedom) > tail else (low, middle)
-    return low
 
 
 def table(rng, prompts=None):
@@ -224,15 +206,6 @@ def test_intervals_are_what_a_plain_loop_says():
         assert found.types[kind] == pytest.approx(plain_interval(*scaled.tolist(), draws, confidence)), number
         assert list(found.types) == list(dict.fromkeys(filter(None, types))) and list(found.modules) == names
         assert found.confidence == confidence
-
-
-def report_of(stats, types):
-    sums, counts = stats.sum(2).tolist()
-    scores = {
-        f"m{i}": ModuleScore(s / c, 0.1, int(c), t or "head", 0 if t else None, 8, 8)
-        for i, (s, c, t) in enumerate(zip(sums, counts, types, strict=True))
-    }
-    return NFNReport(scores, int(sum(counts)), stats.shape[2], 0.0, prompt_stats=stats)
 
 
 def test_order_of_prompts_and_of_modules_does_not_matter():
