@@ -1,9 +1,13 @@
-"""What the plain accounts of several files share: Student's t, and a report of a table of prompts."""
+"""What the plain accounts of several files share: Student's t, a report of a table of prompts, and random rows."""
 
 import functools
 import math
+import random
 
+from plopfast.data.example import Example
 from plopfast.scoring.report import ModuleScore, NFNReport
+
+BOS = 1
 
 
 def t_tail(t, freedom):
@@ -31,3 +35,28 @@ def report_of(stats, types):
         for i, (s, c, t) in enumerate(zip(sums, counts, types, strict=True))
     }
     return NFNReport(scores, int(sum(counts)), stats.shape[2], 0.0, prompt_stats=stats)
+
+
+def random_example(rng, longest=12, roles=False):
+    """A row of tokens with a few learned spans, apart from each other; plain text, or with an answer at the last one."""
+    count = rng.randint(2, longest)
+    tokens = [rng.choice((BOS, 7, 8)), *(rng.choice((BOS, 5, 6, 7, 8, 9)) for _ in range(count - 1))]
+    borders = sorted(rng.sample(range(1, count + 1), rng.choice([n for n in (2, 4) if n <= count])))
+    spans = tuple(zip(borders[::2], borders[1::2], strict=True))
+    kind = rng.choice(("text", "answer", "closed"))
+    if kind == "text":
+        spans, answer = ((1, count),), None
+    else:
+        begin, end = spans[-1]
+        answer = (begin, max(begin, end - (kind == "closed")))
+    names = tuple(rng.choice(("user", "assistant")) for _ in tokens) if roles else None
+    return Example(tuple(tokens), spans, answer, None if answer is None else "text", f"row {rng.random()}", names)
+
+
+def learned_of(example):
+    return {i for begin, end in example.learned for i in range(begin, end)}
+
+
+def examples(count, seed, **options):
+    rng = random.Random(seed)
+    return [random_example(rng, **options) for _ in range(count)]
