@@ -6,11 +6,13 @@ import statistics
 
 import pytest
 import torch
-from helpers import build
+import transformers
+from helpers import SMALL, build
 
 import plopfast as pf
-from plopfast.models.linears import linear_modules
+from plopfast.models.linears import LinearInfo, linear_modules
 from plopfast.scoring.baselines import closed_form, monte_carlo
+from plopfast.scoring.eva import InputSketch
 from plopfast.scoring.stopping import decide
 from plopfast.support.errors import ConfigError, DataError
 
@@ -258,11 +260,40 @@ def test_vectors_of_counted_inputs_at_every_rank():
         pf.score(model, few, eva_rank=4)
 
 
+@pytest.mark.parametrize("batch_tokens", [1, 7, 24, 400, None])
+def test_a_forward_pass_takes_as_many_tokens_as_it_may(batch_tokens):
+    """Padded tokens, as few passes as rows sorted by length allow; a longer row has a pass of its own."""
+    rng, shapes = random.Random(8), []
+    model = build("llama")
+    model.model.embed_tokens.register_forward_pre_hook(lambda _m, args: shapes.append(args[0].shape))
+    rows = [[rng.randint(3, 299) for _ in range(rng.randint(1, 60))] for _ in range(40)]
+    batches = [{"input_ids": torch.tensor([row])} for row in rows]
+    pf.score(model, batches, batch_tokens=batch_tokens)
+    most, lengths, passes, held = batch_tokens or 384, sorted(map(len, rows)), 0, 0
+    for length in lengths:
+        held, passes = (held + 1, passes) if passes and (held + 1) * length <= most else (1, passes + 1)
+    assert len(shapes) == passes and sum(count for count, _ in shapes) == len(rows)
+    assert all(count == 1 or count * longest <= most for count, longest in shapes)
+    shapes.clear()
+    wide = {"input_ids": torch.randint(3, 300, (10, 60)), "attention_mask": torch.ones(10, 60, dtype=torch.long)}
+    pf.score(model, [wide])
+    assert shapes == [(10, 60)], "as large as the largest batch that comes"
+
+
+def test_the_seed_reaches_the_sketch():
+    torch.manual_seed(0)
+    config = {**SMALL, "hidden_size": 128, "intermediate_size": 130, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).eval()
+    batches = [{"input_ids": torch.randint(3, 300, (8, 60))}]
+    one, again, other = (pf.score(model, batches, eva_rank=1, seed=seed) for seed in (0, 0, 1))
+    assert (one.settings["seed"], other.settings["seed"], one.settings["eva_rank"]) == (0, 1, 1)
+    for name, vectors in one.eva.items():
+        assert torch.equal(vectors, again.eva[name]) and not torch.equal(vectors, other.eva[name])
+        assert float((vectors @ other.eva[name].T).abs()) > 0.5, "of one direction"
+
+
 def test_a_sketch_depends_on_its_seed_where_it_is_an_approximation():
     """Inputs of more dimensions than the sketch has columns."""
-    from plopfast.models.linears import LinearInfo
-    from plopfast.scoring.eva import InputSketch
-
     info = LinearInfo("m", torch.nn.Linear(300, 2), "m", 0, 300, 2, False)
     x = torch.randn(400, 300, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 301) ** -0.5
     found = {}
