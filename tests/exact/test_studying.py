@@ -13,6 +13,7 @@ import pytest
 import torch
 from helpers import build
 from oracle import learned_of
+from tokenizers import AddedToken
 from torch import nn
 
 import plopfast as pf
@@ -67,6 +68,29 @@ def test_random_tokens_one_by_one(tokenizer):
     same = [rows[0]] * 20
     assert len({row.tokens for row in random_tokens(same, tokenizer)}) == 20, "each row is drawn anew"
     assert random_tokens(rows, tokenizer, seed=3) == found != random_tokens(rows, tokenizer, seed=4)
+
+
+def test_added_tokens_are_special_only_where_they_say_so(tokenizer):
+    """Reserved special tokens, which no setting of the tokenizer names, stay; added words are words."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens([AddedToken("<reserved>", special=True)], special_tokens=True)
+    tokenizer.add_tokens(["zebra"])
+    reserved, word = tokenizer.convert_tokens_to_ids(["<reserved>", "zebra"])
+    assert reserved not in tokenizer.all_special_ids and tokenizer.added_tokens_decoder[reserved].special
+    row = Example((1, *[reserved, word] * 400), ((1, 801),), None, None, "x")
+    (found,) = random_tokens([row], tokenizer)
+    assert set(found.tokens[1::2]) == {reserved} and reserved not in found.tokens[2::2]
+    assert word in found.tokens[2::2] and found.tokens[2::2].count(word) < 20, "it is replaced, and drawn"
+    mixed = Example(
+        (1, word, reserved, *tokenizer(" a b c d e f", add_special_tokens=False)["input_ids"]),
+        ((1, 4),),
+        None,
+        None,
+        "x",
+    )
+    for seed in range(5):
+        (moved,) = shuffled_words([mixed], tokenizer, seed=seed)
+        assert moved.tokens[:3] == (1, word, reserved)
 
 
 def parts_of(row):
