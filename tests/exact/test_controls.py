@@ -60,9 +60,9 @@ def test_random_tokens_one_by_one(tokenizer):
 def test_added_tokens_are_special_only_where_they_say_so(tokenizer):
     """Reserved special tokens, which no setting of the tokenizer names, stay; added words are words."""
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens([AddedToken("<reserved>", special=True)], special_tokens=True)
+    tokenizer.add_tokens([AddedToken("<the reserved one>", special=True)], special_tokens=True)
     tokenizer.add_tokens(["zebra"])
-    reserved, word = tokenizer.convert_tokens_to_ids(["<reserved>", "zebra"])
+    reserved, word = tokenizer.convert_tokens_to_ids(["<the reserved one>", "zebra"])
     assert reserved not in tokenizer.all_special_ids and tokenizer.added_tokens_decoder[reserved].special
     row = Example((1, *[reserved, word] * 4000), ((1, 8001),), None, None, "x")
     (found,) = random_tokens([row], tokenizer)
