@@ -105,6 +105,8 @@ def test_p_is_that_of_the_two_sided_t_test(arms, seeds):
         # twice a share of 10,000 draws
         assert versus.p == pytest.approx(exact, abs=5 * math.sqrt(exact / 2 / 10_000) + 4e-4)
         assert 2 / 10_001 <= versus.p <= 1
+        few = compare(right, seed=9, resamples=1500)[0].p  # no multiple of the draws that are made at a time
+        assert few == pytest.approx(exact, abs=5 * math.sqrt(exact / 2 / 1500) + 3e-3)
 
 
 def test_p_has_its_ends():
@@ -146,6 +148,12 @@ def test_seeds_of_the_resampling():
         few, many = ([made(right, seed=seed, resamples=n)[0].low for seed in range(12)] for n in (200, 3200))
         # the spread over seeds falls with the root of the resamples, also where they come in chunks
         assert 2 < float(torch.tensor(few).std() / torch.tensor(many).std()) < 8
+
+
+def test_what_holds_without_being_asked():
+    """95 %, the seed 0 and 10,000 resamples."""
+    right = runs_of(2, 3, 12, seed=12, row_noise=0.05, seed_noise=0.01)
+    assert compare(right) == compare(right, 0.95, 0, 10_000) and accuracies(right) == accuracies(right, 0.95, 0, 10_000)
 
 
 def test_accuracies_end_at_0_and_1():

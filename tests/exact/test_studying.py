@@ -1,6 +1,8 @@
 """Controls, criteria, the audit's parts and the choice of rates against slow, plain accounts of them."""
 
+import contextlib
 import copy
+import json
 import math
 import random
 import types
@@ -18,6 +20,7 @@ from plopfast.data.example import Example
 from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import linear_modules
+from plopfast.studies import audit as audits
 from plopfast.studies.agreement import pick, subset_rows, tau_of
 from plopfast.studies.arms import Arm, Training
 from plopfast.studies.audit import audit, verdict
@@ -155,6 +158,7 @@ def test_an_audit_is_what_its_parts_give(llama, tokenizer, settings):
         for e in pf.tokenize(read_jsonl(DEMO["train"])[:20], tokenizer)
     ]  # fmt: skip
     rows, sample = chats[:12], chats[12:]
+    context = llama.config.max_position_embeddings = max(len(row.tokens) for row in chats)
     found = audit(llama, tokenizer, rows, settings, others=[sample, rows[:9]])
     base, k, seed = plain_score(llama, rows, settings), settings.k, settings.seed
     assert found["types"] == pytest.approx(base) and found["pick"] == pick(base, k) and found["k"] == k
@@ -185,7 +189,7 @@ def test_an_audit_is_what_its_parts_give(llama, tokenizer, settings):
     }  # fmt: skip
     controls = {
         "random tokens": lambda: plain_score(llama, random_tokens(rows, tokenizer, seed), settings),
-        "shuffled words": lambda: plain_score(llama, shuffled_words(rows, tokenizer, seed, 128), settings),
+        "shuffled words": lambda: plain_score(llama, shuffled_words(rows, tokenizer, seed, context), settings),
         "random weights": lambda: plain_score(random_model(llama, seed), rows, settings),
     }
     assert [row["what"] for row in found["tokens"]] == list(masks)
@@ -281,3 +285,30 @@ def test_the_rate_of_the_lowest_loss_and_all_seeds_at_it(tmp_path, monkeypatch):
         assert len(found.folders) == len(set(found.folders)) == len(seeds)
         kept = sorted(path.parent for path in folder.glob("**/model.safetensors"))
         assert kept == sorted(found.folders), "the weights of the rates that lost are gone"
+
+
+@pytest.mark.parametrize("prompts, others", [(12, 0), (11, 3)])
+def test_other_samples_are_drawn_by_seeds_of_their_own(llama, tokenizer, tmp_path, monkeypatch, prompts, others):
+    """Where the rows hold more than the sample; otherwise there is no other sample."""
+    rows = pf.tokenize(read_jsonl(DEMO["train"])[:12], tokenizer)
+
+    def sample(seed=3):
+        return random.Random(seed).sample(rows, prompts)
+
+    @contextlib.contextmanager
+    def stage(_name):
+        yield {}
+
+    config = types.SimpleNamespace(compat=None, seed=3, scoring=ScoreSettings(k=2, rank=1, seed=3))
+    run = types.SimpleNamespace(
+        config=config, rows=lambda split: rows if split == "train" else [], stage=stage, sample=sample, model=llama,
+        tokenizer=tokenizer, progress=False, say=lambda text: None, file=lambda name: tmp_path / f"{name}.json",
+    )  # fmt: skip
+    given = []
+    audited = audits.audit
+    monkeypatch.setattr(audits, "audit", lambda *a, **k: given.append((a[2], k["others"])) or audited(*a, **k))
+    audits.run_audit(run)
+    assert given == [(sample(), [sample(seed) for seed in (4, 5, 6)][:others])]
+    assert any(row["kind"] == "seed" for row in json.loads((tmp_path / "audit.json").read_text())["stability"]) == bool(
+        others
+    )
