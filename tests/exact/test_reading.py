@@ -231,6 +231,8 @@ def test_several_sources_one_after_the_other_and_none_twice(tmp_path, monkeypatc
     for twice in ("../a.jsonl", "../sub/../a.jsonl", str(tmp_path / "a.jsonl"), "../link.jsonl"):
         with pytest.raises(DataError):
             pf.read_rows([tmp_path / "a.jsonl", twice])
+        with pytest.raises(DataError):
+            pf.read_rows([twice, tmp_path / "b.json", "../a.jsonl"])
     assert absolute("c.jsonl") == os.path.realpath("c.jsonl")
     assert absolute("..:train") == f"{os.path.realpath('..')}:train" and absolute("owner/name:x") == "owner/name:x"
 
