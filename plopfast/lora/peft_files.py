@@ -16,7 +16,7 @@ from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
 from .adapter_config import CONFIG, read_config
 from .layer import LoRALinear, adapters, inject, undone_on_error
-from .placement import Placement, ranks_and_patterns
+from .placement import Placement, ends_of, ranks_and_patterns
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
@@ -71,12 +71,14 @@ def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, 
     }
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The names' last components where these match only the adapted modules, else the full names."""
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names' last components, the full names, or a regular expression: the first that matches no other module."""
+    others = {end for name, _ in model.named_modules() if name not in names for end in (name, *ends_of(name))}
     lasts = {name.rpartition(".")[2] for name in names}
-    others = {n.removesuffix(".base") for n, m in model.named_modules() if is_linear(m)} - set(names)
-    exact = not any(name.rpartition(".")[2] in lasts for name in others)
-    return sorted(lasts) if exact else sorted(names)
+    for targets in (lasts, set(names)):
+        if not targets & others:
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:

@@ -437,13 +437,13 @@ def _an_adapted_model(w):
     return lambda: pf.score(w.model, w.batches), (w.batches,)
 
 
-@case("NFNReport", changes=[r"^folder scores\.(json|safetensors)$"])
+@case("NFNReport", changes=[r"^folder scores\.(json|safetensors)$"], halfway=[r"^folder scores\.safetensors$"])
 def _report_is_kept(w):
     report = w.report()
     return lambda: report.save(w.folder / "scores.json"), (report,)
 
 
-@case("NFNReport", changes=[r"^folder scores\.(json|safetensors)$"])
+@case("NFNReport", changes=[r"^folder scores\.(json|safetensors)$"], halfway=[r"^folder scores\.safetensors$"])
 def _report_replaces_another(w):
     report, path = w.report(), w.folder / "scores.json"
     pf.score(w.model, w.batches[:2]).save(path)
