@@ -74,7 +74,9 @@ def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, An
     """
     common = [Counter(column).most_common(1)[0][0] for column in zip(*modules.values(), strict=True)]
     ends = {end for name in modules for end in ends_of(name)}
-    pattern = {name: "^" * (name in ends) + re.escape(name) for name in modules}  # ^ as it would match those it ends too
+    pattern = {
+        name: "^" * (name in ends) + re.escape(name) for name in modules
+    }  # ^ as it would match those it ends too
     rank_pattern, alpha_pattern = (
         {pattern[name]: values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)
     )

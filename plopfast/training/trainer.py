@@ -124,18 +124,16 @@ class Trainer:
         return self.state.step
 
     def fit(self, resume: bool = False) -> TrainResult:
-        """Trains to the last step, or until the validation loss has not improved `patience` times.
-
-        Only the trained parameters change: the modules' modes and torch's generators are as before, gradients are freed.
+        """Trains to the last step, or until the validation loss has not improved `patience` times. All but the trained
+        parameters is as before, the modules' modes and torch's generators too; gradients are freed.
 
         Raises TrainingError for a loss that is not finite (the model then holds the best parameters so far), Interrupted
         after Ctrl-C.
         """
         if self.state.step:
             raise TrainingError("this trainer has been fitted already: make another one")
-        device = device_of(self.model)
-        generators = torch.random.fork_rng([device] if device.type == "cuda" else [])  # as the training seeds them
-        with locked(self.out) if self.out is not None and ranks.is_main() else contextlib.nullcontext(), generators:
+        lock = locked(self.out) if self.out is not None and ranks.is_main() else contextlib.nullcontext()
+        with lock, self.state.generators_kept():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> TrainResult:
@@ -185,7 +183,7 @@ class Trainer:
         mine = examples[ranks.rank() :: ranks.size()]
         with prepared(self.model):
             for number, group in enumerate(mine, 1):
-                batch = self._collate(group)
+                batch = self._collate(group, config.packing)
                 positions += batch["input_ids"].numel()
                 with parallel.held(self.parallel) if number < len(mine) else contextlib.nullcontext():
                     loss = self.parallel(batch) / (label_tokens / ranks.size())  # the ranks' mean is the loss
@@ -284,8 +282,7 @@ class Trainer:
             unmoved=self._census("in any step"),
         )
 
-    def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
-        packed = self.config.packing if packed is None else packed
+    def _collate(self, rows: list[Example], packed: bool) -> dict[str, torch.Tensor]:
         arrange = collate_packed if packed else collate
         return arrange(rows, device_of(self.model))
 

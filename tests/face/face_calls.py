@@ -590,10 +590,21 @@ def _too_long(w):
     return lambda: w.trainer(batch_tokens=4), ()
 
 
-@case("Trainer", "fits", changes=[*FIT, r"^folder out"], halfway=[*FIT, r"^folder out"], anew=True, dear=True, look=learned)
+@case(
+    "Trainer",
+    "fits",
+    changes=[*FIT, r"^folder out"],
+    halfway=[*FIT, r"^folder out"],
+    anew=True,
+    dear=True,
+    look=learned,
+)
 def _fits(w):
     w.adapted()
-    rows, config = w.examples(), pf.TrainConfig(max_steps=3, batch_rows=3, eval_every=2, neftune=1.0, ema=0.5, accumulate=2)
+    rows, config = (
+        w.examples(),
+        pf.TrainConfig(max_steps=3, batch_rows=3, eval_every=2, neftune=1.0, ema=0.5, accumulate=2),
+    )
 
     def fit():
         trainer = pf.Trainer(w.model, config, rows[:9], rows[9:], out=w.out)
@@ -603,7 +614,15 @@ def _fits(w):
     return fit, (rows, config)
 
 
-@case("Trainer", "fits with recomputed blocks and packed rows", changes=FIT, halfway=FIT, anew=True, dear=True, look=learned)
+@case(
+    "Trainer",
+    "fits with recomputed blocks and packed rows",
+    changes=FIT,
+    halfway=FIT,
+    anew=True,
+    dear=True,
+    look=learned,
+)
 def _fits_recomputed(w):
     w.adapted()
     return lambda: w.trainer(packing=True, checkpointing=True).fit(), ()

@@ -30,7 +30,9 @@ class PlantedInterrupt(KeyboardInterrupt):
 @functools.cache
 def _cleaning(file):
     """The lines of a file that are in a `finally`."""
-    tries = [node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Try) and node.finalbody]
+    tries = [
+        node for node in ast.walk(ast.parse(Path(file).read_text())) if isinstance(node, ast.Try) and node.finalbody
+    ]
     return {line for node in tries for line in range(node.finalbody[0].lineno, node.finalbody[-1].end_lineno + 1)}
 
 
@@ -45,7 +47,9 @@ def _is_step(frame):
         file, name = caller.f_code.co_filename, caller.f_code.co_name
         if caller is not frame and file.startswith(PACKAGE) and caller.f_lineno in _cleaning(file):
             return False
-        if name == "__torch_dispatch__":  # torch ends the process where one raises while it keeps tensors for the backward pass
+        if (
+            name == "__torch_dispatch__"
+        ):  # torch ends the process where one raises while it keeps tensors for the backward pass
             return False
         if file == contextlib.__file__ and "self" in caller.f_locals and name == "__exit__":
             if isinstance(caller.f_locals["self"], contextlib.ExitStack):

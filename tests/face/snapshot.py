@@ -164,7 +164,9 @@ def as_found(model=None, folder=None, arguments=(), changes=()):
         gc.collect()
         left = differences(before, snapshot(model, folder, arguments))
         undeclared = {place: what for place, what in left.items() if not any(re.search(c, place) for c in changes)}
-        assert not undeclared, f"{len(undeclared)} places are not as they were found: {dict(list(undeclared.items())[:8])}"
+        assert not undeclared, (
+            f"{len(undeclared)} places are not as they were found: {dict(list(undeclared.items())[:8])}"
+        )
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ Values are drawn at random, a few times each: fractional alphas, several ranks, 
 import dataclasses
 import math
 import random
+import warnings
 from types import UnionType
 from typing import get_args, get_origin
 
@@ -74,7 +75,10 @@ def placed_at_random(model, draw):
         chosen = [info for info in infos if info.type in types]
     else:
         chosen = draw.sample(infos, draw.randint(1, len(infos)))
-    ranks, alphas = [draw.randint(1, 6) for _ in range(2)], [draw.choice([8.0, 0.37, draw.uniform(0.01, 40)]) for _ in range(2)]
+    ranks, alphas = (
+        [draw.randint(1, 6) for _ in range(2)],
+        [draw.choice([8.0, 0.37, draw.uniform(0.01, 40)]) for _ in range(2)],
+    )
     return {info.name: (draw.choice(ranks), draw.choice(alphas)) for info in chosen}
 
 
@@ -106,22 +110,32 @@ def test_an_adapter_of_names_that_clash(clash, tmp_path):
 
 def adapter_comes_back(kind, model, modules, draw, tmp_path):
     dropout, rslora = draw.choice([0.0, 0.05, 0.31]), draw.random() < 0.5
-    pf.inject(model, pf.Placement(modules, [], "random", 0), dropout=dropout, rslora=rslora)
+    pf.inject(model, pf.Placement(modules, [], "random", 0), dropout=dropout, rslora=rslora, backend="torch")
     torch.manual_seed(1)
     for module in adapters(model).values():
         nn.init.normal_(module.lora_A), nn.init.normal_(module.lora_B, std=0.1)
     path = pf.save_adapter(model, tmp_path / "adapter")
     expected, was = lora_of(model), logits_of(model)
+    assert {name: values[:5] for name, values in expected.items()} == {
+        name: (rank, alpha, dropout, rslora, alpha / (rank**0.5 if rslora else rank))
+        for name, (rank, alpha) in modules.items()
+    }
+    assert all(module.backend == "torch" for module in adapters(model).values())
 
     again = MODELS[kind]()
     again.load_state_dict({k.replace(".base.", "."): v for k, v in model.state_dict().items() if ".lora_" not in k})
     theirs = MODELS[kind]()
     theirs.load_state_dict(again.state_dict())
-    assert set(pf.load_adapter(again, path)) == set(modules)
+    assert set(pf.load_adapter(again, path, backend="torch")) == set(modules)
+    assert all(module.backend == "torch" for module in adapters(again).values())
     assert lora_of(again) == expected and torch.equal(logits_of(again), was)
-    assert {n for n, p in again.named_parameters() if p.requires_grad} == {f"{m}.lora_{x}" for m in modules for x in "AB"}
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        f"{m}.lora_{x}" for m in modules for x in "AB"
+    }
 
-    wrapped = peft.PeftModel.from_pretrained(theirs, path).eval().base_model.model
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "fan_in_fan_out")  # PEFT mends a wrong one, and says so
+        wrapped = peft.PeftModel.from_pretrained(theirs, path).eval().base_model.model
     found = {
         name: (m.r["default"], m.scaling["default"], getattr(m.lora_dropout["default"], "p", 0.0),
                seen(m.lora_A["default"].weight), seen(m.lora_B["default"].weight))
@@ -166,7 +180,18 @@ def test_scores(seed, tmp_path):
     }  # fmt: skip
     scores["head"] = ModuleScore(draw.random(), 0.0, 1, "head", None, 8, 300)
     decision = Decision(
-        ["a", "ß"], 2, "plop", 0.9, seed % 2 > 0, 32, [16, 32], draw.random(), None, draw.random(), [["a", "two words"]], "it"
+        ["a", "ß"],
+        2,
+        "plop",
+        0.9,
+        seed % 2 > 0,
+        32,
+        [16, 32],
+        draw.random(),
+        None,
+        draw.random(),
+        [["a", "two words"]],
+        "it",
     )
     stats = torch.rand(2, len(scores), 16, generator=torch.Generator().manual_seed(seed)).double() if seed % 3 else None
     settings = {"baseline": "closed-form", "tokens": "all", "skip_bos": True, "confidence": 0.9, "k": 2}
@@ -204,7 +229,9 @@ def value_for(item, draw):
     if kind is int:
         return draw.randint(1, int(min(rules["below"], 2**63)) - 1)
     if kind is float:
-        return draw.choice([draw.uniform(1e-12, min(1.0, rules["below"])), 10 ** draw.uniform(-30, math.log10(rules["below"]) - 1)])
+        return draw.choice(
+            [draw.uniform(1e-12, min(1.0, rules["below"])), 10 ** draw.uniform(-30, math.log10(rules["below"]) - 1)]
+        )
     text = lambda: draw.choice(WORDS)  # noqa: E731
     return text() if kind is str else tuple(text() for _ in range(draw.randint(2, 4)))
 
@@ -249,7 +276,11 @@ def test_a_checkpoint(validated, averaged, steps, tmp_path):
     state.step = steps
     if validated:
         state.best = {name: torch.randn_like(value) for name, value in state.best.items()}
-    identity = {"placement": {name: [draw.randint(1, 9), draw.random(), 0.1] for name in WORDS}, "ranks": 1, "lr": 1e-30}
+    identity = {
+        "placement": {name: [draw.randint(1, 9), draw.random(), 0.1] for name in WORDS},
+        "ranks": 1,
+        "lr": 1e-30,
+    }
     save_state(tmp_path, identity, state.state_dict(), keep=1)
     expected = {key: seen(value) for key, value in state.state_dict().items()}
     torch.manual_seed(99)
@@ -265,7 +296,9 @@ def test_the_tuning_table(tmp_path):
     draw, rows = random.Random(0), {}
     for number in range(20):
         sizes = {name: 2 ** draw.randint(0, 10) for name in ("bm", "bn", "bk", "warps")}
-        tiles = dispatch.Tiles(**sizes, stages=draw.randint(1, 9), descriptor=draw.random() < 0.5, group=draw.randint(1, 99))
+        tiles = dispatch.Tiles(
+            **sizes, stages=draw.randint(1, 9), descriptor=draw.random() < 0.5, group=draw.randint(1, 99)
+        )
         strategy = draw.choice(dispatch.STRATEGIES)
         rows[f"GPU {number} bfloat16 1 2 3 4"] = tuning.row(strategy, tiles, {strategy: draw.random()}, "2026-01-01")
     first, second = dict(list(rows.items())[:12]), dict(list(rows.items())[8:])
