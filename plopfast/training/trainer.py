@@ -178,12 +178,11 @@ class Trainer:
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device_of(self.model))
-        positions = 0
+        total, positions = torch.zeros((), device=device_of(self.model)), 0
         mine = examples[ranks.rank() :: ranks.size()]
         with prepared(self.model):
             for number, group in enumerate(mine, 1):
-                batch = self._collate(group, config.packing)
+                batch = self._collate(group)
                 positions += batch["input_ids"].numel()
                 with parallel.held(self.parallel) if number < len(mine) else contextlib.nullcontext():
                     loss = self.parallel(batch) / (label_tokens / ranks.size())  # the ranks' mean is the loss
@@ -282,8 +281,8 @@ class Trainer:
             unmoved=self._census("in any step"),
         )
 
-    def _collate(self, rows: list[Example], packed: bool) -> dict[str, torch.Tensor]:
-        arrange = collate_packed if packed else collate
+    def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
+        arrange = collate_packed if (self.config.packing if packed is None else packed) else collate
         return arrange(rows, device_of(self.model))
 
     @contextlib.contextmanager

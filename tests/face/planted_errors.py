@@ -51,9 +51,8 @@ def _is_step(frame):
             name == "__torch_dispatch__"
         ):  # torch ends the process where one raises while it keeps tensors for the backward pass
             return False
-        if file == contextlib.__file__ and "self" in caller.f_locals and name == "__exit__":
-            if isinstance(caller.f_locals["self"], contextlib.ExitStack):
-                return False
+        if name == "__exit__" and isinstance(caller.f_locals.get("self"), contextlib.ExitStack):
+            return False
         if file.endswith(("/weakref.py", "/importlib/__init__.py")) or file.startswith("<frozen importlib"):
             return False
         caller = caller.f_back

@@ -115,7 +115,7 @@ def of_process():
 def _open_files():
     for entry in Path("/proc/self/fd").iterdir() if Path("/proc/self/fd").is_dir() else ():
         with contextlib.suppress(OSError):  # the listing's own is gone
-            if not (target := os.readlink(entry)).startswith(("/proc", "anon_inode")):
+            if not (target := str(entry.readlink())).startswith(("/proc", "anon_inode")):
                 yield entry.name, target
 
 
@@ -124,7 +124,7 @@ def of_folder(folder):
     for path in sorted(folder.rglob("*")):
         name = f"folder {path.relative_to(folder)}"
         what = path.read_bytes() if path.is_file() else "a folder"
-        found[name] = oct(path.lstat().st_mode), os.readlink(path) if path.is_symlink() else what
+        found[name] = oct(path.lstat().st_mode), path.readlink() if path.is_symlink() else what
     return found
 
 

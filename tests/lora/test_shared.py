@@ -38,10 +38,19 @@ def agree(one, two):
 
 
 MIXED = [
-    dict(self_attn__q_proj=(2, 3.0), self_attn__k_proj=(2, 12.0), self_attn__v_proj=(2, 3.0)),  # scalings
-    dict(self_attn__q_proj=(2, 3.0), self_attn__k_proj=(4, 6.0), self_attn__v_proj=(6, 9.0)),  # ranks of one scaling
-    dict(self_attn__q_proj=(2, 3.0), self_attn__k_proj=(4, 3.0), mlp__gate_proj=(3, 9.0), mlp__up_proj=(5, 15.0)),
-    dict(self_attn__q_proj=(4, 5.0), self_attn__v_proj=(4, 5.0), mlp__down_proj=(1, 5.0)),
+    {"self_attn__q_proj": (2, 3.0), "self_attn__k_proj": (2, 12.0), "self_attn__v_proj": (2, 3.0)},  # scalings
+    {
+        "self_attn__q_proj": (2, 3.0),
+        "self_attn__k_proj": (4, 6.0),
+        "self_attn__v_proj": (6, 9.0),
+    },  # ranks of one scaling
+    {
+        "self_attn__q_proj": (2, 3.0),
+        "self_attn__k_proj": (4, 3.0),
+        "mlp__gate_proj": (3, 9.0),
+        "mlp__up_proj": (5, 15.0),
+    },
+    {"self_attn__q_proj": (4, 5.0), "self_attn__v_proj": (4, 5.0), "mlp__down_proj": (1, 5.0)},
 ]
 
 
