@@ -39,7 +39,7 @@ class SharedInput:
         """This member's S [M, rank], or None where the member has to compute it."""
         if self._stacked_A is None or self._stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
+        if torch.compiler.is_compiling():
             return None
         if self._x() is not x or self._version != x._version or member not in self._parts:
             s_MR = shrink(x, weight_NK, self._stacked_A, member.scaling, member.backend)

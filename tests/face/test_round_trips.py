@@ -64,7 +64,7 @@ CLASHES = {  # of names that end others, and of modules of another kind
     "a whole name within another": {"model.layers.0.mlp.up_proj": (3, 1.5)},
     "both, of two ranks": {"model.layers.0.mlp.up_proj": (3, 1.5), LAYER: (2, 7.0), "model.layers.1.mlp.up_proj": (2, 7.0)},
     "a name that an embedding has too": {f"model.layers.{i}.self_attn.o_proj": (2, 1.5) for i in range(3)},
-    "letters of regular expressions": {"model.layers.1.mlp.up+proj(2)|[x]": (2, 1.5), LAYER: (3, 0.5)},
+    "letters of regular expressions": {"model.layers.1.mlp.up+proj(2)|[x]": (2, 1.5), LAYER: (3, 0.5), "lm_head": (3, 0.5)},
 }  # fmt: skip
 
 
@@ -239,7 +239,7 @@ def value_for(item, draw):
 @pytest.mark.parametrize("group", [RunConfig, TrainConfig], ids=lambda group: group.__name__)
 def test_settings(group, tmp_path):
     draw, made = random.Random(0), 0
-    for _ in range(400):
+    for _ in range(150):
         some = [item for item in dataclasses.fields(group) if draw.random() < 0.3]
         try:
             config = group(**{item.name: value_for(item, draw) for item in some})
@@ -249,7 +249,7 @@ def test_settings(group, tmp_path):
         files.write_json(tmp_path / "config.json", {"settings": dataclasses.asdict(config)})
         again = group(**load_settings(tmp_path / "config.json"))
         assert again == config and repr(again) == repr(config)
-    assert made > 20
+    assert made > 8
 
 
 def a_state(validated, averaged, steps, seed):
