@@ -36,12 +36,14 @@ def _cleaning(file):
     return {line for node in tries for line in range(node.finalbody[0].lineno, node.finalbody[-1].end_lineno + 1)}
 
 
-def _is_step(frame):
+def _is_step(frame, begun):
     code = frame.f_code
     if code is not MODULE_CALL and (not code.co_filename.startswith(PACKAGE) or code.co_name.startswith("<")):
         return False
-    if code.co_flags & inspect.CO_GENERATOR and frame.f_lineno != code.co_firstlineno:
-        return False  # it goes on after a `yield`
+    if code.co_flags & inspect.CO_GENERATOR:
+        if frame in begun or frame.f_lineno != code.co_firstlineno:
+            return False  # it goes on after a `yield`, or is closed
+        begun.append(frame)
     caller = frame
     while caller is not None:
         file, name = caller.f_code.co_filename, caller.f_code.co_name
@@ -62,10 +64,10 @@ def _is_step(frame):
 @contextlib.contextmanager
 def planted(number, error=PlantedError):
     """Raises `error` at step `number` (from 1) of what happens inside; yields the list of the steps' names."""
-    steps = []
+    steps, begun = [], []
 
     def trace(frame, event, _):
-        if event == "call" and _is_step(frame):
+        if event == "call" and _is_step(frame, begun):
             steps.append(f"{Path(frame.f_code.co_filename).stem}.{frame.f_code.co_qualname if sys.version_info >= (3, 11) else frame.f_code.co_name}")  # fmt: skip
             if len(steps) == number:
                 raise error(f"planted at {steps[-1]}")
