@@ -1,5 +1,6 @@
 """What a loaded model and tokenizer are: their dtype, mode, tokens, context; and what is refused, two-sided."""
 
+import json
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from safetensors.torch import load_file, save_file
 import plopfast as pf
 from plopfast.models.frozen import same_fingerprint
 from plopfast.models.loading import load_tokenizer, path_of
-from plopfast.models.running import check_packing
+from plopfast.models.running import check_packing, run_for_logits
+from plopfast.models.sources import checked_config, code_wanted
 from plopfast.models.weights import check_finite, check_loaded
 from plopfast.support.errors import ModelError
 
@@ -72,7 +74,9 @@ def test_whatever_differs_is_refused(kind):
         check_loaded("model", {kind: ["odd one"]})
 
 
-@pytest.mark.parametrize("value, finite", [(math.nan, False), (math.inf, False), (-math.inf, False), (1e38, True), (-1e38, True)])
+@pytest.mark.parametrize(
+    "value, finite", [(math.nan, False), (math.inf, False), (-math.inf, False), (1e38, True), (-1e38, True)]
+)
 @pytest.mark.parametrize("where", ["parameter", "buffer"])
 def test_every_stored_tensor_is_looked_at(value, finite, where):
     model = torch.nn.Linear(3, 2).requires_grad_(False)
@@ -119,3 +123,57 @@ def test_dropout_is_no_mixing():
     model = build("gpt2")
     model.train()
     check_packing(model)
+
+
+def test_no_hook_stays_on_the_head_of_a_model_that_raises():
+    model = build("llama")
+    hook = model.model.layers[2].register_forward_hook(lambda *_: 1 / 0)
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+    with pytest.raises(ZeroDivisionError):
+        run_for_logits(model, batch, torch.ones(1, 3, dtype=torch.bool))
+    hook.remove()
+    assert model(**batch).logits.shape == (1, 3, 300)
+
+
+@pytest.mark.parametrize("what", ["attn", "experts"])
+def test_kernels_of_the_hub_are_not_asked_for(model_folder, what):
+    file = model_folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), f"{what}_implementation": "owner/kernels"}))
+    with pytest.warns(UserWarning, match="'owner/kernels'"):
+        config = checked_config(str(model_folder))
+    assert getattr(config, f"_{what}_implementation") != "owner/kernels"
+
+
+def edited(folder, name="config.json", **values):
+    file = folder / name
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    return str(folder)
+
+
+HOW = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.mark.parametrize(
+    "values", [{"quantization_config": HOW}, {"text_config": {"quantization_config": HOW}}], ids=str
+)
+def test_quantised_weights_are_refused_wherever_it_says_so(model_folder, values):
+    with pytest.raises(ModelError, match="quantised"):
+        checked_config(edited(model_folder, **values))
+
+
+@pytest.mark.parametrize("name, size, fits", [
+    ("num_hidden_layers", 3, True), ("num_hidden_layers", 10**4, False), ("num_hidden_layers", 0, False),
+    ("vocab_size", 300, True), ("vocab_size", 10**7, False), ("vocab_size", 0, False), ("hidden_size", 10**6, False),
+])  # fmt: skip
+def test_sizes_are_those_that_the_weights_can_have(model_folder, name, size, fits):
+    source = edited(model_folder, **{name: size})
+    if fits:
+        return checked_config(source)
+    with pytest.raises(ModelError, match=name):
+        checked_config(source)
+
+
+def test_code_of_the_folders_own_is_seen_in_both_files(model_folder):
+    edited(model_folder, auto_map={"AutoConfig": "a.B"})
+    source = edited(model_folder, "tokenizer_config.json", auto_map={"AutoTokenizer": ["c.D", None]})
+    assert set(code_wanted(source)) == {"AutoConfig", "AutoTokenizer"}
