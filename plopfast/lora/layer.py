@@ -54,13 +54,14 @@ class LoRALinear(nn.Module):
         check_rank(rank, n_in, n_out)
         path(device, backend)
         self.backend = backend
-        self.base = base.requires_grad_(False)
+        self.base = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
         self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see prepared()
         self.shared: Any = None  # a SharedInput of shared.py, where it reads what others read too
         self.lora_A = nn.Parameter((draw_A("kaiming", rank, n_in) if lora_A is None else lora_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
+        base.requires_grad_(False)  # nothing above changes the base, in case it raises
 
     @property
     def weight(self) -> torch.Tensor:
@@ -162,14 +163,28 @@ def inject(
         )
     if on_gpu and (note := tuning.load()):
         warnings.warn(note, stacklevel=2)
-    model.requires_grad_(False)
-    for name, (rank, alpha) in placement.modules.items():
-        base = modules[name]
-        n_in = frozen_of(base).shape[1]
-        lora_A = draw_seeded_A(init, rank, n_in, seed, name) if eva is None else eva[name][:rank].float().clone()
-        wrapped = LoRALinear(base, rank, alpha, dropout=dropout, rslora=rslora, backend=backend, lora_A=lora_A)
-        replace_module(model, name, wrapped.train(base.training))
-    return list(adapters(model))
+    with undone_on_error(model):
+        model.requires_grad_(False)
+        for name, (rank, alpha) in placement.modules.items():
+            base = modules[name]
+            n_in = frozen_of(base).shape[1]
+            lora_A = draw_seeded_A(init, rank, n_in, seed, name) if eva is None else eva[name][:rank].float().clone()
+            wrapped = LoRALinear(base, rank, alpha, dropout=dropout, rslora=rslora, backend=backend, lora_A=lora_A)
+            replace_module(model, name, wrapped.train(base.training))
+        return list(adapters(model))
+
+
+@contextlib.contextmanager
+def undone_on_error(model: nn.Module) -> Iterator[None]:
+    """Takes adapters out again where an exception comes, Ctrl-C too, and gives parameters their `requires_grad` back."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        unload(model)
+        for parameter, trained in before:
+            parameter.requires_grad_(trained)
+        raise
 
 
 def adapters(model: nn.Module) -> dict[str, LoRALinear]:
@@ -179,11 +194,11 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switches the adapters off while the context lasts."""
-    modules = list(adapters(model).values())
-    for module in modules:
-        module.enabled = False
+    """Switches the adapters off while the context lasts; those that were off before stay off."""
+    modules = [module for module in adapters(model).values() if module.enabled]
     try:
+        for module in modules:
+            module.enabled = False
         yield
     finally:
         for module in modules:
@@ -194,12 +209,21 @@ def merge(model: nn.Module) -> list[str]:
     """Adds each update to its frozen weight and puts the plain modules back; returns their names.
 
     `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared.
+    After an exception half way, such as Ctrl-C, each module is either merged or as it was, so the model computes the same;
+    another call merges the rest.
     """
     for name, others in sharers(model, adapters(model)).items():
         raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
-    for module in adapters(model).values():
-        module.frozen.add_(module.delta_NK())
-    return unload(model)
+    merged = adapters(model)
+    for name, module in merged.items():
+        before = module.frozen.stored.detach().clone()
+        try:
+            module.frozen.add_(module.delta_NK())
+            replace_module(model, name, module.base)
+        except BaseException:
+            module.frozen.stored.detach().copy_(before)
+            raise
+    return list(merged)
 
 
 def unload(model: nn.Module) -> list[str]:

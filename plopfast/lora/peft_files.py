@@ -15,8 +15,8 @@ from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
 from .adapter_config import CONFIG, read_config
-from .layer import LoRALinear, adapters, inject, unload
-from .placement import Placement, ranks_and_patterns
+from .layer import LoRALinear, adapters, inject, undone_on_error
+from .placement import Placement, ends_of, ranks_and_patterns
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
@@ -71,18 +71,21 @@ def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, 
     }
 
 
-def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
-    """The names' last components where these match only the adapted modules, else the full names."""
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names' last components, the full names, or a regular expression: the first that matches no other module."""
+    others = {end for name, _ in model.named_modules() if name not in names for end in (name, *ends_of(name))}
     lasts = {name.rpartition(".")[2] for name in names}
-    others = {n.removesuffix(".base") for n, m in model.named_modules() if is_linear(m)} - set(names)
-    exact = not any(name.rpartition(".")[2] in lasts for name in others)
-    return sorted(lasts) if exact else sorted(names)
+    for targets in (lasts, set(names)):
+        if not targets & others:
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
     """Injects the LoRA adapter in the folder `path`, saved by plopfast or by PEFT, into `model`; returns the modules' names.
 
-    An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check.
+    An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check. If an error is
+    raised, the model is unchanged.
 
     Raises AdapterError for files that are missing, truncated or of another kind, for NaN and infinity, for PEFT features
     that plopfast does not have (see adapter_config.py), for modules or shapes that this model lacks, for modules that share
@@ -94,22 +97,20 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     _check_base(model, path, parts)
     placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
     saved = _fingerprint(path, metadata)
-    try:
-        names = inject(
-            model, Placement(placed, [], "adapter", 0), dropout=config.dropout, rslora=config.rslora, backend=backend
-        )
-    except PlacementError as error:
-        raise AdapterError(f"{path}: {error}") from error
-    if check_base and saved is not None and not same_fingerprint(saved, fingerprint(model, names)):
-        unload(model)
+    if check_base and saved is not None and not same_fingerprint(saved, fingerprint(model, list(placed))):
         raise AdapterError(
             f"{path}: trained on other base weights than this model's (same shapes, other values; dequantised GGUF "
             f"counts as other); its base was {config.base!r:.200}: load that, or pass --any-base"
         )
-    with torch.no_grad():
-        for name, module in adapters(model).items():
-            module.lora_A.copy_(parts[name]["A"])
-            module.lora_B.copy_(parts[name]["B"])
+    placement = Placement(placed, [], "adapter", 0)
+    try:
+        with torch.no_grad(), undone_on_error(model):
+            names = inject(model, placement, dropout=config.dropout, rslora=config.rslora, backend=backend)
+            for name, module in adapters(model).items():
+                module.lora_A.copy_(parts[name]["A"])
+                module.lora_B.copy_(parts[name]["B"])
+    except PlacementError as error:
+        raise AdapterError(f"{path}: {error}") from error
     return names
 
 

@@ -49,6 +49,7 @@ class Placement:
     def peft_config(self) -> dict[str, Any]:
         """Returns the arguments of `peft.LoraConfig` that adapt the same modules with the same ranks and alphas.
 
+        In a model within a model, PEFT adapts modules whose names end with one of these, too.
         Example: `peft.get_peft_model(model, peft.LoraConfig(**placement.peft_config()))`.
         """
         return {"task_type": "CAUSAL_LM", "target_modules": sorted(self.modules), **ranks_and_patterns(self.modules)}
@@ -72,10 +73,20 @@ def ranks_and_patterns(modules: Mapping[str, tuple[int, float]]) -> dict[str, An
     regular expressions.
     """
     common = [Counter(column).most_common(1)[0][0] for column in zip(*modules.values(), strict=True)]
+    ends = {end for name in modules for end in ends_of(name)}
+    pattern = {
+        name: "^" * (name in ends) + re.escape(name) for name in modules
+    }  # ^ as it would match those it ends too
     rank_pattern, alpha_pattern = (
-        {re.escape(name): values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)
+        {pattern[name]: values[i] for name, values in modules.items() if values[i] != common[i]} for i in (0, 1)
     )
     return {"r": common[0], "lora_alpha": common[1], "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+
+
+def ends_of(name: str) -> list[str]:
+    """Returns the parts of a module's name after each of its dots. PEFT takes a name for every module that it ends."""
+    parts = name.split(".")
+    return [".".join(parts[i:]) for i in range(1, len(parts))]
 
 
 def full_rank(n_in: int, n_out: int) -> int:

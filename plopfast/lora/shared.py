@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.running import body, device_of
+from ..models.running import body, device_of, evaluating
 from .layer import LoRALinear, adapters
 from .ops import shrink
 
@@ -39,7 +39,7 @@ class SharedInput:
         """This member's S [M, rank], or None where the member has to compute it."""
         if self._stacked_A is None or self._stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling() or any(not m.enabled for m in self.members):
+        if torch.compiler.is_compiling():
             return None
         if self._x() is not x or self._version != x._version or member not in self._parts:
             s_MR = shrink(x, weight_NK, self._stacked_A, member.scaling, member.backend)
@@ -59,12 +59,12 @@ def prepared(model: nn.Module) -> Iterator[None]:
     """
     modules = list(adapters(model).values())
     groups = {id(m.shared): m.shared for m in modules if m.shared}.values()
-    with torch.no_grad():
-        for module in modules:
-            module.low = module.lora_A.to(module.frozen.dtype), module.lora_B.to(module.frozen.dtype)
-        for group in groups:
-            group.stack()
     try:
+        with torch.no_grad():
+            for module in modules:
+                module.low = module.lora_A.to(module.frozen.dtype), module.lora_B.to(module.frozen.dtype)
+            for group in groups:
+                group.stack()
         yield
     finally:
         for module in modules:
@@ -89,12 +89,11 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
         else:
             seen.append((args[0], [module]))
 
-    handles = [module.register_forward_pre_hook(note) for module in names]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(evaluating(model))  # dropout would move torch's generator on
+        for module in names:
+            stack.enter_context(module.register_forward_pre_hook(note))
         body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     groups = [members for _, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
     for members in groups:
         shared = SharedInput(members)

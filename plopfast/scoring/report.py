@@ -14,6 +14,7 @@ from typing_extensions import TypedDict
 from ..support import files
 from ..support.errors import ConfigError, FileError
 from ..support.schema import Count, NotNegative, Share, Size, checked
+from ..support.strict_json import dumps
 from ..support.tables import Column, Table
 from .stopping import Decision, Intervals, decide, intervals
 
@@ -155,13 +156,16 @@ class NFNReport:
             raise FileError(
                 f"{beside}: in the way, and not the statistics of such scores: choose another name than {path}"
             )
+        value = {"plopfast": "scores", "types": self.types, **value}
         if self.prompt_stats is None:
+            files.write_json(path, value)
             beside.unlink(missing_ok=True)
-        else:
-            with files.replacing(beside) as scratch:
-                save_file({"prompt_stats": self.prompt_stats.float().contiguous()}, scratch)
-            value["prompt_stats_sha256"] = files.sha256(beside)
-        files.write_json(path, {"plopfast": "scores", "types": self.types, **value})
+            return
+        # both are complete before one takes its place, as earlier scores are lost with one of their files
+        with files.replacing(path) as scores, files.replacing(beside) as stats:
+            save_file({"prompt_stats": self.prompt_stats.float().contiguous()}, stats)
+            value["prompt_stats_sha256"] = files.sha256(stats)
+            scores.write_text(dumps(value, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "NFNReport":

@@ -36,8 +36,7 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
     with contextlib.ExitStack() as undo:
         if config.checkpointing:
-            _checkpointing(model, "enable")({"use_reentrant": False})
-            undo.callback(_checkpointing(model, "disable"))
+            undo.enter_context(recomputed(model))
             notes.append("each block's activations are computed again in the backward pass")
         if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
             undo.enter_context(liger(model))
@@ -48,8 +47,8 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
             notes.append(f"{len(found)} norms and gated MLPs in fewer operations that keep less for the backward pass")
         if config.compile:
             for block in blocks(model).values():
+                undo.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
                 block.compile(dynamic=True)
-                undo.callback(setattr, block, "_compiled_call_impl", None)
             notes.append("blocks compiled by torch.compile")
         if config.offload:
             undo.enter_context(offloaded(model))
@@ -85,9 +84,26 @@ def liger(model: nn.Module) -> Iterator[None]:
             vars(module).update({name: state[name] for name in ("forward", "extra_repr") if name in state})
 
 
-def _checkpointing(model: Any, what: str) -> Any:
-    """Returns transformers' switch, which 5.23 renamed."""
-    return getattr(model, f"activation_checkpointing_{what}", None) or getattr(model, f"gradient_checkpointing_{what}")
+@contextlib.contextmanager
+def recomputed(model: Any) -> Iterator[None]:
+    """Switches transformers' gradient checkpointing on while it lasts. Afterwards the model is as before: transformers' own
+    way to switch it off leaves a hook on the embeddings, and a checkpointing of the user's would be off too."""
+    hooks = ("_require_grads_hooks", "_require_grads_hook")
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", *hooks)
+    states = [(vars(m), {name: vars(m)[name] for name in names if name in vars(m)}) for m in model.modules()]
+    # 5.23 renamed it
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+        yield
+    finally:
+        for now, before in states:
+            for name in names:
+                if name in hooks and now.get(name) is not before.get(name):
+                    for hook in now[name] if isinstance(now[name], list) else [now[name]]:
+                        hook.remove()
+                now.pop(name, None)
+            now.update(before)
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -143,9 +159,10 @@ def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict
             if forward is None or "forward" in vars(module):
                 continue
             if name in known if known is not None else _agree(module, forward, width, like):
-                module.forward = forward
-                found[name] = module
-    return found
+                found[name] = module, forward
+    for module, forward in found.values():  # now that nothing more can raise
+        module.forward = forward
+    return {name: module for name, (module, _) in found.items()}
 
 
 def _agree(module: nn.Module, forward: Any, width: int, like: torch.Tensor) -> bool:

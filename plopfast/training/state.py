@@ -84,6 +84,10 @@ class TrainState:
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
 
+    def generators_kept(self) -> Any:
+        """Returns a context at whose end torch's generators are as before it."""
+        return torch.random.fork_rng([self.device] if self.device.type == "cuda" else [])
+
     def state_dict(self) -> dict[str, Any]:
         """Returns all of the state in one flat dict; every rank must call it.
 

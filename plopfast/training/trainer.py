@@ -21,7 +21,7 @@ from ..lora.layer import adapters
 from ..lora.shared import find_shared_inputs, prepared
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
-from ..models.running import check_packing, device_of
+from ..models.running import check_packing, device_of, evaluating, modes_kept
 from ..support import machine, ranks
 from ..support.config import FREE, TrainConfig
 from ..support.errors import Interrupted, TrainingError
@@ -124,14 +124,16 @@ class Trainer:
         return self.state.step
 
     def fit(self, resume: bool = False) -> TrainResult:
-        """Trains to the last step, or until the validation loss has not improved `patience` times.
+        """Trains to the last step, or until the validation loss has not improved `patience` times. All but the trained
+        parameters is as before, the modules' modes and torch's generators too; gradients are freed.
 
         Raises TrainingError for a loss that is not finite (the model then holds the best parameters so far), Interrupted
         after Ctrl-C.
         """
         if self.state.step:
             raise TrainingError("this trainer has been fitted already: make another one")
-        with locked(self.out) if self.out is not None and ranks.is_main() else contextlib.nullcontext():
+        lock = locked(self.out) if self.out is not None and ranks.is_main() else contextlib.nullcontext()
+        with lock, self.state.generators_kept():
             return self._fit(resume)
 
     def _fit(self, resume: bool) -> TrainResult:
@@ -176,8 +178,7 @@ class Trainer:
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device_of(self.model))
-        positions = 0
+        total, positions = torch.zeros((), device=device_of(self.model)), 0
         mine = examples[ranks.rank() :: ranks.size()]
         with prepared(self.model):
             for number, group in enumerate(mine, 1):
@@ -229,13 +230,12 @@ class Trainer:
     @torch.no_grad()
     def _valid_loss(self) -> float:
         """Returns the mean loss of a label token of the validation rows."""
-        self.model.eval()
         total, labels = 0.0, sum(e.label_tokens for e in self.valid)
         groups = group_by_length([len(e.tokens) for e in self.valid], self.plan.batch_tokens)
-        for index, counts in ranks.share(len(groups)):
-            rows = [self.valid[i] for i in groups[index]]
-            total += counts * float(self.objective(self._collate(rows, packed=False)))
-        self.model.train()
+        with evaluating(self.model):
+            for index, counts in ranks.share(len(groups)):
+                rows = [self.valid[i] for i in groups[index]]
+                total += counts * float(self.objective(self._collate(rows, packed=False)))
         return float(ranks.total([total])) / labels
 
     def _census(self, when: str) -> dict[str, int]:
@@ -282,8 +282,7 @@ class Trainer:
         )
 
     def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
-        packed = self.config.packing if packed is None else packed
-        arrange = collate_packed if packed else collate
+        arrange = collate_packed if (self.config.packing if packed is None else packed) else collate
         return arrange(rows, device_of(self.model))
 
     @contextlib.contextmanager
@@ -294,8 +293,9 @@ class Trainer:
                 name = self.out.name if self.out else None
                 self.records.log = open_log(self.out, self.config.log_to, name, self.state.step + 1)
             stack.callback(self.records.log.close)
+            stack.callback(self.optimizer.zero_grad)
+            stack.enter_context(modes_kept(self.model))
             self.model.train()
-            stack.callback(self.model.eval)
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
             stack.enter_context(neftune(self.model, self.config.neftune))
             yield

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import plopfast as pf
 from plopfast.lora import adapter_config
 from plopfast.lora.adapter_config import HONOURED, NEUTRAL, NO_EFFECT
+from plopfast.lora.layer import adapters
 from plopfast.support.errors import AdapterError, PlopfastError
 
 TABLES = (HONOURED, NEUTRAL, NO_EFFECT)
@@ -260,3 +261,31 @@ def test_nothing_but_plopfast_errors_for_values_of_any_kind(saved):
 
 def test_the_version_of_peft_is_one_that_was_looked_at():
     assert peft.__version__ >= "0.18"
+
+
+def test_an_alpha_that_is_not_said_is_pefts_own(saved):
+    """Whatever the rank is."""
+    edit(saved, lora_alpha=..., alpha_pattern=...)
+    model = build("llama")
+    pf.load_adapter(model, saved)
+    assert {(m.rank, m.alpha) for m in adapters(model).values()} == {(4, LoraConfig().lora_alpha)} != {(4, 4)}
+
+
+@pytest.mark.parametrize(
+    "layers, fits", [(0, False), ([0], False), ([0, 1, 2], True), ([], True), (None, True), ([0, 2], False)]
+)
+def test_layers_without_tensors_and_tensors_without_layers(saved, layers, fits):
+    edit(saved, layers_to_transform=layers)
+    if fits:
+        return pf.load_adapter(build("llama"), saved)
+    with pytest.raises(AdapterError, match="layers_to_transform"):
+        pf.load_adapter(build("llama"), saved)
+
+
+def test_matrices_that_do_not_multiply(saved):
+    weights = saved / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if key.endswith("lora_B.weight"))
+    save_file(tensors | {name: tensors[name][:, :-1].contiguous()}, weights)
+    with pytest.raises(AdapterError):
+        pf.load_adapter(build("llama"), saved)

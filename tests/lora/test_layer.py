@@ -141,3 +141,15 @@ def test_gpt2_weights_stay_as_they_are_stored():
     randomise(model)
     pf.merge(model)
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
+
+
+def test_eva_takes_the_first_vectors_and_leaves_them_alone(llama):
+    name = "model.layers.0.mlp.up_proj"
+    vectors = {name: torch.randn(6, 32)}
+    held = vectors[name].clone()
+    pf.inject(llama, pf.Placement({name: (4, 8.0)}, [], "", 0), init="eva", eva=vectors)
+    module = adapters(llama)[name]
+    assert torch.equal(module.lora_A, held[:4])
+    with torch.no_grad():
+        module.lora_A.add_(1)
+    assert torch.equal(vectors[name], held)

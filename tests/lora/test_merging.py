@@ -174,3 +174,18 @@ def test_a_merged_model_that_is_not_finite_is_not_written(model_folder, llama, t
     assert plopfast(*command) == 2
     assert "merged: not written: NaN or infinity in 1 of its weights (lm_head.weight)" in capsys.readouterr().err
     assert not (tmp_path / "run" / "merged").exists()
+
+
+def test_a_merged_weight_that_overflows_is_noticed(llama):
+    """The adapted model is finite, as nothing ever reaches the column whose update is infinite in float16."""
+    name = "model.layers.0.self_attn.q_proj"
+    llama.half()
+    llama.model.layers[0].input_layernorm.weight.data[0] = 0
+    pf.inject(llama, placement(name))
+    module = adapters(llama)[name]
+    with torch.no_grad():
+        module.lora_A.zero_(), module.lora_B.fill_(1e3)
+        module.lora_A[:, 0] = 1e3
+    assert logits(llama).isfinite().all()
+    with pytest.raises(AdapterError):
+        merge_checked(llama)

@@ -248,3 +248,26 @@ def test_bad_arguments(message):
     positional = [arguments.pop(name) for name in ("x", "weight", "lora_A", "lora_B")]
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("?", r"\?").replace("...", r"\.\.\.")):
         pf.lora_linear(*positional, **arguments)
+
+
+def test_every_bit_of_a_seed_counts():
+    x, w, a, b = torch.randn(40, 16), torch.randn(8, 16), torch.randn(2, 16), torch.randn(8, 2)
+    found = [
+        pf.lora_linear(x, w, a, b, scaling=1.0, dropout_p=0.5, seed=5 + more)
+        for more in (0, 8, 1 << 31, 1 << 32, 1 << 62, 1 << 63)
+    ]
+    assert all(not torch.equal(one, two) for one, two in itertools.combinations(found, 2))
+    signed = pf.lora_linear(x, w, a, b, scaling=1.0, dropout_p=0.5, seed=5 - (1 << 63))
+    torch.testing.assert_close(signed, found[-1], rtol=0, atol=0)
+
+
+def test_a_gradient_whose_rows_lie_apart():
+    x, w, a, b = (torch.randn(*s).bfloat16() for s in ((40, 64), (48, 64), (8, 64), (48, 8)))
+    wide = torch.randn(40, 96).bfloat16()
+    found = []
+    for dy in (wide[:, :48], wide[:, :48].contiguous()):
+        leaves = [t.clone().requires_grad_(t is not w) for t in (x, w, a, b)]
+        pf.lora_linear(*leaves, scaling=0.5).backward(dy)
+        found.append([leaf.grad for leaf in leaves if leaf.requires_grad])
+    for one, two in zip(*found, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)

@@ -49,3 +49,15 @@ def test_a_placement_of_a_model_of_another_width(llama):
     with pytest.raises(PlacementError, match=f"{NAME}: the placement was made for a 48 x 32 weight"):
         pf.inject(llama, placement)
     assert not any("lora" in name for name, _ in llama.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj", NAME])
+def test_the_highest_rank_is_the_smaller_side(llama, name):
+    smaller = min(llama.get_submodule(name).weight.shape)
+    for rank, fits in ((0, False), (1, True), (smaller, True), (smaller + 1, False)):
+        placement = pf.Placement({name: (rank, 1.0)}, [], "explicit", 0)
+        if fits:
+            assert pf.inject(llama, placement) == [name] and pf.unload(llama)
+        else:
+            with pytest.raises(PlacementError):
+                pf.inject(llama, placement)

@@ -141,3 +141,8 @@ def test_unwritable_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("PLOPFAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(FileError, match="PLOPFAST_CACHE"):
         tuning.save(rows(GPU))
+
+
+def test_the_versions_are_those_installed():
+    triton = pytest.importorskip("triton")
+    assert tuning.version() == {"kernels": dispatch.VERSION, "torch": torch.__version__, "triton": triton.__version__}

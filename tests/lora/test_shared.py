@@ -1,0 +1,135 @@
+"""Modules that share an input share a product: each still gets its own scaling, rank, dropout and values."""
+
+import pytest
+import torch
+from helpers import build, logits, random_batches, randomise
+
+import plopfast as pf
+from plopfast.lora.layer import adapters
+from plopfast.lora.ops import lora_linear
+from plopfast.lora.shared import MAX_RANKS, find_shared_inputs, prepared
+
+Q, K, V, GATE, UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+
+
+def model_with(dropout=0.0, rslora=False, **of):
+    """A Llama of which some modules are adapted: name -> (rank, alpha), dots written as __."""
+    model = build("llama")
+    modules = {f"model.layers.{i}.{name.replace('__', '.')}": pair for i in range(3) for name, pair in of.items()}
+    pf.inject(model, pf.Placement(modules, [], "explicit", 0), dropout=dropout, rslora=rslora)
+    randomise(model)
+    return model
+
+
+def gradients_of(model, seed=0):
+    torch.manual_seed(seed)
+    batch = random_batches(count=1)[0]
+    out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    out.square().mean().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {"logits": out.detach(), **found}
+
+
+def agree(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-5, atol=1e-6, msg=name)
+
+
+MIXED = [
+    {"self_attn__q_proj": (2, 3.0), "self_attn__k_proj": (2, 12.0), "self_attn__v_proj": (2, 3.0)},  # scalings
+    {
+        "self_attn__q_proj": (2, 3.0),
+        "self_attn__k_proj": (4, 6.0),
+        "self_attn__v_proj": (6, 9.0),
+    },  # ranks of one scaling
+    {
+        "self_attn__q_proj": (2, 3.0),
+        "self_attn__k_proj": (4, 3.0),
+        "mlp__gate_proj": (3, 9.0),
+        "mlp__up_proj": (5, 15.0),
+    },
+    {"self_attn__q_proj": (4, 5.0), "self_attn__v_proj": (4, 5.0), "mlp__down_proj": (1, 5.0)},
+]
+
+
+@pytest.mark.parametrize("of", MIXED, ids=str)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_prepared_step_is_an_unprepared_one(of, dropout, rslora):
+    model = model_with(dropout, rslora, **of).train()
+    plain = gradients_of(model)
+    groups = find_shared_inputs(model)
+    with prepared(model):
+        agree(plain, gradients_of(model))
+        agree(plain, gradients_of(model))  # what was kept of the first step is not used in the second
+    assert any(len(group) > 1 for group in groups) or of is MIXED[0] or rslora
+    assert all(module.low is None for module in adapters(model).values())
+
+
+def test_groups_have_one_input_and_one_scaling():
+    found = lambda **of: [[name.removeprefix("model.layers.0.") for name in group] for group in find_shared_inputs(model_with(**of)) if "layers.0." in group[0]]  # noqa: E731  # fmt: skip
+    assert found(**MIXED[1]) == [[Q, K, V]]
+    assert found(**MIXED[0]) == []
+    assert found(**MIXED[2]) == [[GATE, UP]]
+    assert found(self_attn__k_proj=(2, 1.0), self_attn__v_proj=(4, 2.0), self_attn__o_proj=(2, 1.0)) == [[K, V]]
+
+
+def test_after_a_step_changed_adapters_are_used():
+    """What a step kept is gone when it ends."""
+    model = model_with(**MIXED[1])
+    find_shared_inputs(model)
+    for _ in range(2):
+        with prepared(model):
+            gradients_of(model)
+        with torch.no_grad():
+            for module in adapters(model).values():
+                module.lora_A.mul_(1.5), module.lora_B.add_(0.1)
+    after = logits(model)
+    for module in adapters(model).values():
+        module.shared = None
+    torch.testing.assert_close(logits(model), after)
+
+
+def test_switched_off_in_a_step():
+    model = model_with(**MIXED[1])
+    find_shared_inputs(model)
+    first = adapters(model)[f"model.layers.0.{K}"]
+    first.enabled = False
+    alone = gradients_of(model)
+    with prepared(model):
+        agree(alone, gradients_of(model))
+
+
+def test_an_input_changed_in_place():
+    model = model_with(**MIXED[1])
+    find_shared_inputs(model)
+    one, two = (adapters(model)[f"model.layers.0.{name}"] for name in (K, V))
+    x = torch.randn(2, 3, 32)
+    with prepared(model), torch.no_grad():
+        one(x)
+        x.mul_(2)
+        got = two(x)
+    torch.testing.assert_close(got, two(x))
+
+
+@pytest.mark.parametrize("more, shared", [(0, True), (1, False)])
+def test_the_most_ranks_of_a_group(more, shared):
+    torch.manual_seed(0)
+    import transformers
+    from helpers import SMALL
+
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 1}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**{**SMALL, **sizes})).eval()
+    half = MAX_RANKS // 2
+    modules = {f"model.layers.0.{Q}": (half, float(half)), f"model.layers.0.{K}": (half + more, float(half + more))}
+    pf.inject(model, pf.Placement(modules, [], "explicit", 0))
+    assert bool(find_shared_inputs(model)) == shared
+
+
+def test_copies_of_another_dtype_are_left_aside():
+    x, w, a, b = torch.randn(5, 8), torch.randn(6, 8), torch.randn(2, 8), torch.randn(6, 2)
+    plain = lora_linear(x, w, a, b, scaling=0.5)
+    rounded = lora_linear(x, w, a, b, scaling=0.5, low=(a.bfloat16(), b.bfloat16()))
+    torch.testing.assert_close(rounded, plain, rtol=0, atol=0)
