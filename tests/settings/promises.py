@@ -18,7 +18,11 @@ from workshop import REFUSED
 
 LEARNED = "adapter metrics training"
 CHECKED = dict.fromkeys(("data", "score", "audit", "estimate", "train", "eval"), REFUSED)
-STAGES = {"run": ("score", "place", "train", "eval"), "trial": ("score", "place", "train"), "search": ("score", "place", "train")}
+STAGES = {
+    "run": ("score", "place", "train", "eval"),
+    "trial": ("score", "place", "train"),
+    "search": ("score", "place", "train"),
+}
 FILE = "{shop.root}/"
 
 
@@ -47,13 +51,27 @@ SCORES = "scores prompts"
 
 # model and device
 option(
-    "model", "--model={shop.other_model}",
-    data="data said", score=SCORES, audit="audit", estimate="estimate", train=f"{LEARNED} adapter_config",
-    eval=REFUSED, merge=REFUSED, info="said",
+    "model",
+    "--model={shop.other_model}",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=f"{LEARNED} adapter_config",
+    eval=REFUSED,
+    merge=REFUSED,
+    info="said",
 )  # an adapter belongs to its base weights; the other model has another chat template
 option(
-    "dtype", "--dtype=bfloat16",
-    score=SCORES, audit="audit", estimate="estimate", train=LEARNED, eval="eval", merge="merged", info="",
+    "dtype",
+    "--dtype=bfloat16",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval",
+    merge="merged",
+    info="",
 )
 for command in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
     option("device", "--device=cuda", **{command: REFUSED})
@@ -66,23 +84,51 @@ option("timeout", "--timeout=60", score="", train="", eval="")  # nor anyone to 
 
 # data
 option(
-    "train", f"--train={FILE}more.jsonl",
-    data="data said", score=SCORES, audit="audit", estimate="estimate", train=LEARNED, eval="",
+    "train",
+    f"--train={FILE}more.jsonl",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="",
 )
-option("valid", f"--valid={FILE}more.jsonl", data="data said", score="", audit="", estimate="", train="metrics training", eval="")
+option(
+    "valid",
+    f"--valid={FILE}more.jsonl",
+    data="data said",
+    score="",
+    audit="",
+    estimate="",
+    train="metrics training",
+    eval="",
+)
 option("test", f"--test={FILE}more.jsonl", data="data said", score="", audit="", estimate="", train="", eval="eval")
-option("unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=9", data="data said", estimate="estimate", train=LEARNED)
+option(
+    "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
+)
 columns = [f"--{split}={FILE}columns{more}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))]
 option("columns", "--columns=prompt=q,completion=a", " ".join(columns), **CHECKED)
 option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", **CHECKED)
 option("allow_overlap", "--allow-overlap", f"--train={FILE}shared.jsonl", **CHECKED)
-option("learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval")
+option(
+    "learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval"
+)
 option("learn", "--learn=last", "--score-tokens=completion", score=SCORES)
 option(
-    "max_length", "--max-length=40", "--long=cut",
-    data="data said", score=SCORES, audit="audit", estimate="estimate", train=LEARNED, eval="eval",
+    "max_length",
+    "--max-length=40",
+    "--long=cut",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval",
 )
-option("long", "--long=cut", "--max-length=60", "--long=skip", data="data said", score=SCORES, train=LEARNED, eval="eval")
+option(
+    "long", "--long=cut", "--max-length=60", "--long=skip", data="data said", score=SCORES, train=LEARNED, eval="eval"
+)
 option("long", "--long=cut", "--max-length=40", "--long=error", **CHECKED)
 
 # what is chosen, and how it is scored
@@ -133,7 +179,7 @@ option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoi
 option("eval_every", "--eval-every=2", train="metrics training checkpoints")
 option("eval_rows", "--eval-rows=2", train="metrics training")
 option("patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints")
-option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=9", train=LEARNED)
+option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=REFUSED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")

@@ -15,16 +15,7 @@ CASES = [
     for promise in promises
     for command, reaches in promise.reaches.items()
 ]
-QUICK = {  # of the commands that take half a second and more, what is their own; the rest is slow
-    "audit": ("k", "rank", "score_prompts", "score_tokens", "skip_first", "baseline"),
-    "estimate": ("batch_tokens", "accumulate", "packing", "budget"),
-    "trial": (),
-    "search": (),
-}
-
-
-def slow(command: str, name: str) -> list:
-    return [pytest.mark.slow] if name not in QUICK.get(command, (name,)) else []
+SLOW = ("audit", "estimate", "trial", "search")  # half a second and more; test_handed_on.py covers them quickly
 
 
 def test_every_option_has_a_promise():
@@ -52,7 +43,13 @@ def outcome(shop):
 @pytest.mark.parametrize(
     ("command", "promise", "reaches"),
     [
-        pytest.param(command, promise, reaches, id=f"{command}-{promise.other}-{promise.also}", marks=slow(command, name))
+        pytest.param(
+            command,
+            promise,
+            reaches,
+            id=f"{command}-{promise.other}-{promise.also}",
+            marks=[pytest.mark.slow] * (command in SLOW),
+        )
         for command, name, promise, reaches in CASES
     ],
 )
@@ -73,5 +70,7 @@ def test_a_whole_promises_what_its_stages_do(outcome, command: str, name: str):
     for promise in PROMISES[name]:
         reached = set().union(*(promise.reaches.get(stage, "").split() for stage in STAGES[command]))
         also = _with_only_its_own(command, promise.also)
-        found = differences(outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split()))
+        found = differences(
+            outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split())
+        )
         assert (found & {command, *reached} != set()) if reached else not found

@@ -4,9 +4,8 @@ import os
 import signal
 
 import pytest
-from promises import PROMISES, flag
+from promises import PROMISES
 from torch.optim import optimizer
-from workshop import differences
 
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.options import names_of
@@ -15,7 +14,7 @@ FREE = {  # nothing that is learned depends on them
     "device", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to",
     "search_trials",
 }  # fmt: skip
-HERE = {"device", "offload"} # free, but this machine has none other
+HERE = {"device", "offload"}  # free, but this machine has none other
 RESULTS = ("adapter", "adapter_config", "metrics")
 TRAINED = names_of(COMMANDS["train"])
 

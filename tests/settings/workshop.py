@@ -5,21 +5,26 @@ command made, artefact by artefact, without times and memory; `differences` name
 """
 
 import contextlib
+import importlib
 import io
 import json
+import pkgutil
 import random
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import torch
-from helpers import build, plopfast
+from helpers import build
 from safetensors import safe_open
 from torch import nn
 
+import plopfast
+from plopfast.cli.main import main
 from plopfast.support.files import SCRATCH
 from plopfast.support.ledger import HISTORY
 from plopfast.support.lock import LOCK
@@ -33,6 +38,7 @@ VARYING = {  # what no setting promises: times, memory, places, versions
     "datetime_start", "datetime_complete",
 }  # fmt: skip
 BEFORE = {"place": "scored", "estimate": "placed", "train": "placed", "eval": "trained", "merge": "trained"}
+STAGES = {"scored": ("score", ""), "placed": ("place", "scored"), "trained": ("train", "placed")}
 ROLES = ("system", "user", "assistant", "user", "assistant")
 REFUSED = "refused"  # the artefact of a command that ends with 2
 Outcome = dict[str, object]
@@ -49,7 +55,9 @@ class Shop:
         self.poison_id = known[self.poison]
         for path, seed in ((self.model, 0), (self.other_model, 1)):
             build("llama", seed).save_pretrained(path)
-            tokenizer.chat_template = TEMPLATE.replace("role }}<", "role }}:<").replace("tant<", "tant:<") if seed else TEMPLATE
+            tokenizer.chat_template = (
+                TEMPLATE.replace("role }}<", "role }}:<").replace("tant<", "tant:<") if seed else TEMPLATE
+            )
             tokenizer.save_pretrained(path)
         self._write_data()
         self.data = [f"--{split}={root / split}.jsonl" for split in ("train", "valid", "test")]
@@ -60,16 +68,21 @@ class Shop:
             "place": ["--rank=2", "--alpha=3.5", "--k=2"],
             "train": steps,
         }
-        for stage, made in (("score", "scored"), ("place", "placed"), ("train", "trained")):
-            folder = root / made
-            if (root / "scored").exists() and stage != "score":
-                shutil.copytree(root / {"place": "scored", "train": "placed"}[stage], folder)
-            words = self.settings["data"] * (stage == "score") + self.settings[stage]
-            assert quietly(stage, *words, "--out", folder)[0] == 0
+
+    def made(self, start: str) -> Path:
+        """The folder in which the stages up to this one are done."""
+        path = self.root / start
+        if start in STAGES and not path.exists():
+            stage, before = STAGES[start]
+            if before:
+                shutil.copytree(self.made(before), path)
+            words = self.settings["data"] * (not before) + self.settings[stage]
+            assert quietly(stage, *words, "--out", path)[0] == 0
+        return path
 
     def _write_data(self) -> None:
         rng = random.Random(0)
-        words = "finch larch oak wren pine lark birch robin tree bird elm swift".split()
+        words = ["finch", "larch", "oak", "wren", "pine", "lark", "birch", "robin", "tree", "bird", "elm", "swift"]
 
         def row(number: int) -> dict:
             texts = [" ".join(rng.choices(words, k=rng.randint(1, 5))) for _ in ROLES]
@@ -81,12 +94,13 @@ class Shop:
         rows = self.read("train")
         self.write("bad", [*rows, {"messages": 3}])
         self.write("shared", [*rows[:2], *self.read("test")])
-        self.write("nan", [*rows, {"messages": [{"role": "user", "content": f"oak{self.poison}"}, {"role": "assistant", "content": "oak"}]}])
+        poisoned = [("user", f"oak{self.poison}"), ("assistant", "oak")]
+        self.write("nan", [*rows, {"messages": [{"role": role, "content": text} for role, text in poisoned]}])
         for name, of in (("columns", words[:6]), ("columns-2", words[6:])):
             self.write(name, [{"q": f"{one} {two}", "a": two} for one in of for two in of])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
             rng = random.Random(number)
-            text = "\n\n".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(60))
+            text = "\n\n".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(16))
             (self.root / f"{name}.txt").write_text(text)
 
     def write(self, name: str, rows: list[dict]) -> None:
@@ -100,7 +114,7 @@ class Shop:
         self.count += 1
         path = self.root / f"out-{self.count}"
         if start:
-            shutil.copytree(self.root / start, path)
+            shutil.copytree(self.made(start), path)
         return path
 
     def words(self, command: str) -> list[str]:
@@ -108,7 +122,9 @@ class Shop:
         if command in BEFORE:
             return self.settings.get(command, [])
         needed = {"data": ("data",), "score": ("data", "score"), "audit": ("data", "score")}
-        return [w for name in needed.get(command, self.settings) for w in self.settings[name] if self._is_of(command, w)]
+        return [
+            w for name in needed.get(command, self.settings) for w in self.settings[name] if self._is_of(command, w)
+        ]
 
     @staticmethod
     def _is_of(command: str, word: str) -> bool:
@@ -135,20 +151,26 @@ class Shop:
         return found | ({"said": said.replace(str(folder), "OUT")} if command in ("info", "doctor", "data") else {})
 
 
+def modules() -> list[ModuleType]:
+    """Every module of plopfast's, imported; without the kernels, which need Triton."""
+    names = [entry.name for entry in pkgutil.walk_packages(plopfast.__path__, "plopfast.")]
+    return [importlib.import_module(name) for name in names if not {"kernels", "__main__"} & {*name.split(".")}]
+
+
 def quietly(*words: object) -> tuple[int, str]:
-    """(exit code, what was printed) of a command."""
-    out, threads, busy = io.StringIO(), torch.get_num_threads(), psutil.cpu_percent
+    """(exit code, what was printed) of a command; of one that fails, its error."""
+    out, errors, threads, busy = io.StringIO(), io.StringIO(), torch.get_num_threads(), psutil.cpu_percent
     psutil.cpu_percent = lambda *_, **__: []  # which would watch the machine for 0.2 s
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
-            code = plopfast(*words)
+            code = main([str(word) for word in words])
         except SystemExit as ended:
             code = int(ended.code or 0)
         finally:
             psutil.cpu_percent = busy
             if torch.get_num_threads() != threads:
                 torch.set_num_threads(threads)
-    return code, out.getvalue()
+    return code, out.getvalue() if code == 0 else errors.getvalue()
 
 
 @contextlib.contextmanager
@@ -182,7 +204,11 @@ def watched(folder: Path, poison: int) -> Iterator[Outcome]:
     nn.Module.compile = lambda self, *_args, **_more: passes.update(compiled=1)
 
     def spoil(module: nn.Module, given: tuple, made: torch.Tensor) -> torch.Tensor | None:
-        if isinstance(module, nn.Embedding) and type(made) is torch.Tensor and bool((found := given[0] == poison).any()):
+        if (
+            isinstance(module, nn.Embedding)
+            and type(made) is torch.Tensor
+            and bool((found := given[0] == poison).any())
+        ):
             return made.masked_fill(found[..., None], torch.nan)
         return None
 
@@ -233,7 +259,10 @@ def content(path: Path) -> object:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return {key: (str(t.dtype), list(t.shape), hash(t.contiguous().view(torch.uint8).numpy().tobytes())) for key, t in tensors.items()}
+        return {
+            key: (str(t.dtype), list(t.shape), hash(t.contiguous().view(torch.uint8).numpy().tobytes()))
+            for key, t in tensors.items()
+        }
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     return [steady(json.loads(line)) for line in lines]
 
