@@ -154,6 +154,7 @@ option("alpha", "--alpha=5.25", place="placement")
 option("budget", "--budget=2000", place="placement", estimate="estimate")
 option("ranks", "--ranks=proportional", "--budget=6000", place="placement", estimate="estimate")
 option("granularity", "--granularity=module", "--budget=700", place="placement")
+option("cap", "--cap=0", "--granularity=module --budget=700", place="")  # any number
 option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
 
 # adapters and training

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from plopfast.cli.options import FIELDS, names_of, parse, settings_of
 from plopfast.cli.commands import COMMANDS
+from plopfast.cli.options import FIELDS, names_of, parse, settings_of
 from plopfast.run.run import resolve
 from plopfast.support.config import FREE, RunConfig
 from plopfast.support.devices import device_for, dtype_for
@@ -68,7 +68,11 @@ def test_every_setting_is_here():
 @pytest.mark.parametrize("name", FIELDS)
 def test_defaults(name):
     of_choice = CHOICES.get(name, "").split()[:1]
-    expected = NUMBERS[name][0] if name in NUMBERS else ({**TEXTS, **SWITCHES, **{n: v for n in [name] for v in of_choice}, **FIRST})[name]
+    expected = (
+        NUMBERS[name][0]
+        if name in NUMBERS
+        else ({**TEXTS, **SWITCHES, **{n: v for n in [name] for v in of_choice}, **FIRST})[name]
+    )
     found = getattr(RunConfig(), name)
     assert found == expected and type(found) is type(expected)
 
@@ -162,7 +166,11 @@ def test_what_may_change_at_resume():
 @pytest.mark.parametrize("group", ["scoring", "placing", "training"])
 def test_a_group_holds_the_settings_of_its_names(group):
     other = {name: low + 1 if isinstance(low, int) and high > 1 else 0.5 for name, (_, low, _, high) in NUMBERS.items()}
-    config = RunConfig(**{k: v for k, v in other.items() if k not in ("epochs", "cap", "unlabeled_share")}, init="gaussian", backend="torch")
+    config = RunConfig(
+        **{k: v for k, v in other.items() if k not in ("epochs", "cap", "unlabeled_share")},
+        init="gaussian",
+        backend="torch",
+    )
     part = getattr(config, group)
     assert len(dataclasses.fields(part)) > 5
     for item in dataclasses.fields(part):
@@ -174,7 +182,15 @@ def test_a_file_of_settings(tmp_path):
     for value in ({"train": ["a", "b"], "rank": 3}, {"settings": {"train": ["a", "b"], "rank": 3}}):
         file.write_text(json.dumps(value))
         assert load_settings(file) == {"train": ("a", "b"), "rank": 3}
-    for value in ({"rnak": 3}, {"settings": {"rank": 3, "odd": 1}}, {"rank": "3"}, {"rslora": 1}, {"train": ["a", 3]}, [1], 3):
+    for value in (
+        {"rnak": 3},
+        {"settings": {"rank": 3, "odd": 1}},
+        {"rank": "3"},
+        {"rslora": 1},
+        {"train": ["a", 3]},
+        [1],
+        3,
+    ):
         file.write_text(json.dumps(value))
         with pytest.raises(ConfigError, match="a.json"):
             load_settings(file)
@@ -210,7 +226,12 @@ def test_devices_and_dtypes():
             device_for(odd)
     for name in ("float32", "bfloat16", "float16"):
         assert dtype_for(name, cpu) == getattr(torch, name)
-    assert dtype_for("auto", cpu) == dtype_for("auto", cpu, full=True) == dtype_for("float32", cpu, full=True) == torch.float32
+    assert (
+        dtype_for("auto", cpu)
+        == dtype_for("auto", cpu, full=True)
+        == dtype_for("float32", cpu, full=True)
+        == torch.float32
+    )
     for name in ("bfloat16", "float16"):
         with pytest.raises(ConfigError, match=name):
             dtype_for(name, cpu, full=True)

@@ -15,7 +15,7 @@ from plopfast.support.errors import DataError, FileError
 
 def contents(folder: Path) -> dict:
     return {
-        path.relative_to(folder).as_posix(): os.readlink(path) if path.is_symlink() else path.read_bytes()
+        path.relative_to(folder).as_posix(): path.readlink() if path.is_symlink() else path.read_bytes()
         for path in folder.rglob("*")
         if path.is_symlink() or path.is_file()
     }
@@ -41,7 +41,7 @@ def test_the_old_or_the_new_one_is_there_and_nothing_else(tmp_path, kind, fault)
     except (ValueError, KeyboardInterrupt, FileError):
         assert fault and contents(tmp_path) == before
     else:
-        assert not fault and contents(tmp_path) == {name: b"new" for name in before}
+        assert not fault and contents(tmp_path) == dict.fromkeys(before, b"new")
     assert [entry.name for entry in tmp_path.iterdir()] == ["result"], "no temporary folder is left"
 
 
