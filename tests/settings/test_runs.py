@@ -184,6 +184,13 @@ def test_scores_say_how_they_were_made(opened):
         assert (kept["tokens"], kept["skip_first"]) == (tokens, first)
 
 
+@pytest.mark.parametrize(("given", "early"), [({}, True), ({"init": "eva"}, False), ({"compat": "official"}, False)])
+def test_scoring_ends_early_only_where_it_can(opened, given, early):
+    run = opened(confidence=0.01, k=1, rank=2, **given)
+    assert (stages.run_score(run).prompts < 40) == early
+    run.at.close()
+
+
 def test_k_matters_only_where_a_rule_takes_it(opened):
     run = opened(score_prompts=9, k=50, rule="attn")
     assert stages.run_score(run).prompts
