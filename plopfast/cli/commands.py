@@ -174,8 +174,8 @@ COMMANDS = {
     ),
     "estimate": Command(
         "estimate memory and FLOPs of training on each placement, before any training: estimate.json",
-        _stage("run.costs.run_estimate"), (MODEL, DATA, "k", "rank", "alpha", "budget", "ranks", "seed", STEP),
-        needs_out=True,
+        _stage("run.costs.run_estimate"), (MODEL, DATA, "k", "rank", "budget", "ranks", "seed", STEP),
+        without=("backend",), needs_out=True,
     ),
     "train": Command(
         "train adapters on the placement: adapter/",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..lora.peft_files import FILES as ADAPTER
 from ..support import files, machine, memory, ranks
-from ..support.errors import FileError
+from ..support.errors import ConfigError, FileError
 from ..support.ledger import HISTORY, Ledger
 from ..support.lock import LOCK, locked
 from ..support.previous import Previous
@@ -144,6 +144,8 @@ class Folder:
 
         Raises FileError where the stage's result exists and may not be replaced.
         """
+        path = self.path / CONFIG
+        kept = files.read_text(path, "gone") if stage in ARTEFACTS and path.is_file() else ""
         ranks.on_main(lambda: self._begin(stage))
         noted: dict[str, Any] = {}
         memory.reset_peak()
@@ -156,6 +158,8 @@ class Folder:
                     self._add("failed", {"stage": stage, "error": str(error) or type(error).__name__})
                     if self._opened:
                         self.previous.bring_back(stage)
+                    if kept and isinstance(error, ConfigError):  # settings that cannot be are not kept
+                        files.write_text(path, kept)
             raise
         seconds = time.perf_counter() - began
         noted = {"seconds": round(seconds - self._inner, 3), "peak_mib": round(memory.peak_mib(), 1)} | noted

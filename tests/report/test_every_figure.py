@@ -1,0 +1,389 @@
+"""Every figure is shown where it belongs: in tables cell by cell, in pictures mark by mark. No two figures are alike."""
+
+import csv
+import io
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from full_folder import audit, estimate, make, scores, trial
+from matplotlib.figure import Figure
+
+import plopfast as pf
+from plopfast.report import pictures
+from plopfast.report.folder import RunFolder
+from plopfast.report.page import write_report
+from plopfast.report.sections import cost
+from plopfast.report.tables import audit_tables, estimate_table, trial_table
+from plopfast.report.words import interval_of, listed, points_of, range_of, ties_of
+from plopfast.scoring.report import ModuleScore
+
+
+def distinct(value, numbers=None):
+    """The value with another number in each place, so that none can stand for another."""
+    numbers = numbers or itertools.count(3)
+    if isinstance(value, dict):
+        return {key: distinct(item, numbers) for key, item in value.items()}
+    if isinstance(value, list):
+        return [distinct(item, numbers) for item in value]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return next(numbers) if isinstance(value, int) else next(numbers) / 7
+
+
+def cells(table):
+    """Row by row: heading -> cell; headings that come twice are numbered."""
+    headings: list[str] = []
+    for column in table.columns:
+        headings.append(column.heading + " again" * (column.heading in headings))
+    return [dict(zip(headings, row, strict=True)) for row in table.cells()]
+
+
+def test_the_table_of_an_estimate():
+    found = distinct(estimate())
+    found["choices"][1]["types"] = []
+    rows = cells(estimate_table(found))
+    for row, c in zip(rows, found["choices"], strict=True):
+        assert row == {
+            "placement": c["name"], "trained parameters": f"{c['parameters']:,}", "peak MiB": f"{c['total_mib']:,.0f}",
+            "of full": f"{c['memory_of_full']:.1%}", "weights MiB": f"{c['weights_mib']:,.1f}",
+            "adapters MiB": f"{c['adapters_mib']:,.1f}", "activations MiB": f"{c['activations_mib']:,.1f}",
+            "logits MiB": f"{c['logits_mib']:,.1f}", "TFLOPs a step": f"{c['tflops_per_step']:.4g}",
+            "of full again": f"{c['flops_of_full']:.1%}", "module types": ", ".join(c["types"]) or "all weights",
+        }  # fmt: skip
+    caption = estimate_table(found).caption
+    assert f"{found['accumulate']} x {found['rows']} rows of {found['row_tokens']} tokens" in caption
+
+
+def test_the_table_of_a_trial():
+    found = distinct(trial({}, {}))
+    found["arms"][2] |= {"rank_low": None, "rank_high": None, "types": []}
+    base, *rows = cells(trial_table(found))
+    assert base["accuracy"] == f"{found['base']['accuracy']:.4f}" and base["loss"] == f"{found['base']['loss']:.4f}"
+    level, reference = f"{100 * found['confidence']:g}% interval", f"accuracy minus {found['reference']}'s"
+    for row, arm in zip(rows, found["arms"], strict=True):
+        versus = arm["versus"]
+        assert row == {
+            "placement": arm["name"], "accuracy": f"{arm['accuracy']:.4f}",
+            level: f"{arm['accuracy_low']:.4f} to {arm['accuracy_high']:.4f}", "loss": f"{arm['loss']:.4f}",
+            reference: f"{versus['difference']:+.4f}" if versus else "",
+            f"{level} again": f"{versus['low']:+.4f} to {versus['high']:+.4f}" if versus else "",
+            "corrected p": f"{versus['p_corrected']:.4f}" if versus else "", "verdict": versus["verdict"] if versus else "reference",
+            "forgetting": f"{arm['forgetting']:+.4f}", "parameters": f"{arm['parameters']:,}",
+            "ranks": "unmatched" if arm["rank_low"] is None else f"{arm['rank_low']} to {arm['rank_high']}",
+            "learning rate": f"{arm['lr']:g}", "seconds": f"{arm['seconds']:.0f}", "peak MiB": f"{arm['peak_mib']:.0f}",
+            "module types": ", ".join(arm["types"]) or "all weights",
+        }  # fmt: skip
+
+
+def test_the_tables_of_an_audit():
+    found = distinct(audit(scores()))
+    criteria, controls, stability, tokens = map(cells, audit_tables(found))
+    for row, c in zip(criteria, found["criteria"], strict=True):
+        assert row.pop("picks").removeprefix("* ") == ", ".join(c["pick"])
+        assert row == {
+            "criterion": c["name"], "chooses the": c["chooses"], "tau": f"{c['tau']:.2f}", "seconds": f"{c['seconds']:.2f}",
+            "time (NFN = 1)": f"{c['cost']:.1f}", "extra MiB": f"{c['extra_mib']:.0f}", "needs": c["needs"], "source": c["source"],
+        }  # fmt: skip
+    for shown, part in ((controls, "controls"), (tokens, "tokens")):
+        for row, c in zip(shown, found[part], strict=True):
+            assert row["scored"] == c["what"] and row["tau"] == f"{c['tau']:.2f}"
+            assert all(row[name] == f"{c['types'][name]:.3f}" for name in found["types"])
+    for row, s in zip(stability, found["stability"], strict=True):
+        assert (row["scored"], row["repeats"]) == (s["what"], str(s["repeats"]))
+        assert (row["mean tau"], row["lowest tau"]) == (f"{s['tau']:.2f}", f"{s['tau_low']:.2f}")
+    assert len(audit_tables(found | {"controls": [], "tokens": []})) == 2, "tables without a row are left out"
+
+
+@pytest.mark.parametrize(
+    ("change", "marked"),
+    [
+        ({"pick": ["down_proj", "v_proj", "o_proj"]}, False),  # the same in another order
+        ({"pick": ["down_proj", "v_proj", "up_proj"]}, True),
+        ({"pick": ["up_proj"], "what": "random weights"}, False),  # chance
+        ({"pick": ["up_proj"], "what": "shuffled words"}, True),
+    ],
+)
+def test_rows_that_disagree_are_marked(change, marked):
+    found = audit(scores())
+    found |= {"controls": [found["controls"][1] | change]}
+    assert cells(audit_tables(found)[1])[0]["picks"].startswith("* ") == marked
+
+
+@pytest.mark.parametrize(("share", "marked"), [(0.949, True), (0.95, False), (1.0, False)])
+def test_unstable_rows_are_marked(share, marked):
+    found = audit(scores())
+    found["stability"][0]["same_pick"] = share
+    assert cells(audit_tables(found)[2])[0]["same pick"].startswith("* ") == marked
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that was drawn last."""
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    return figures
+
+
+def marks(axes):
+    """(x, y, filled) of each single mark."""
+    single = [line for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() in ("s", "o")]
+    return [
+        (line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "s" and line.get_markerfacecolor() != "white")
+        for line in single
+    ]
+
+
+def spans(axes):
+    """(low, high, y) of each interval."""
+    return [(*line.get_xdata(), line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "|"]
+
+
+TYPES = [("down", 0.9, 0.85, 0.95, True), ("up", 1.0, 0.97, 1.04, False), ("gate", 1.2, 1.1, 1.3, True)]
+
+
+def test_dots_of_types(drawn):
+    pictures.by_type(TYPES)
+    axes = drawn[0].axes[0]
+    assert marks(axes) == [(value, at, chosen) for at, (_, value, _, _, chosen) in enumerate(TYPES)]
+    assert spans(axes) == [(low, high, at) for at, (_, _, low, high, _) in enumerate(TYPES)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [row[0] for row in TYPES]
+    pictures.by_type([(name, value, None, None, chosen) for name, value, *_, chosen in TYPES])
+    assert spans(drawn[1].axes[0]) == []
+
+
+def test_a_forest(drawn):
+    rows = [
+        ("a", 0.1, 0.05, 0.2, 0.01, "better"),
+        ("b", -0.2, -0.3, -0.1, 0.4, "worse"),
+        ("c", 0.0, -0.1, 0.1, 0.9, "none"),
+    ]
+    pictures.forest(rows, ["+", "-", "0"], [True, True, False], "accuracy")
+    axes = drawn[0].axes[0]
+    assert marks(axes) == [(0.1, 0, True), (-0.2, 1, True), (0.0, 2, False)]
+    assert spans(axes) == [(low, high, at) for at, (_, _, low, high, *_) in enumerate(rows)]
+    assert axes.get_xlabel() == "accuracy" and [text.get_text() for text in axes.texts] == ["+", "-", "0"]
+
+
+def test_a_heat_map(drawn):
+    rows = [
+        ("l0.a", "a", 0, 1.0, 0, False),
+        ("l0.b", "b", 0, 2.0, 0, False),
+        ("l2.a", "a", 2, 3.0, 4, True),
+        ("l2.a2", "a", 2, 5.0, 0, False),
+    ]
+    pictures.heat_map(rows)
+    axes = drawn[0].axes[0]
+    grid = axes.images[0].get_array().filled(-1).tolist()
+    assert grid == [[1.0, fmean([3.0, 5.0])], [2.0, -1]], "types down, layers across; the mean of a cell"
+    crosses = {tuple(point) for line in axes.lines for point in zip(line.get_xdata(), line.get_ydata(), strict=True)}
+    assert crosses == {(1, 0)}
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
+
+
+def test_bars_of_memory(drawn):
+    pictures.memory([("plop", 640.0, 1), ("full", 2800.0, 2)])
+    plop, full = drawn[0].axes[0].patches
+    assert (plop.get_width(), full.get_width()) == (640.0, 2800.0) and (plop.get_hatch(), full.get_hatch()) == (
+        "",
+        "////",
+    )
+
+
+def test_bars_of_lengths(drawn):
+    rows = [("train", 0, 5), ("train", 4, 7), ("test", 0, 2), ("test", 4, 0)]
+    pictures.lengths(rows)
+    for axes, split in zip(drawn[0].axes, ("train", "test"), strict=True):
+        assert [(bar.get_x(), bar.get_height(), bar.get_width()) for bar in axes.patches] == [
+            (begin, count, 4) for name, begin, count in rows if name == split
+        ]
+
+
+def test_lines_of_losses(drawn):
+    pictures.curve([(1, 5.0, None), (2, 4.0, 4.5), (3, None, 4.25)])
+    lines = {
+        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn[0].axes[0].lines
+    }
+    assert lines == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5), (3, 4.25)]}
+
+
+def test_bars_before_and_after(drawn):
+    pictures.before_after([("base", 0.5, 0.4, 0.6, 12.0, 9), ("tuned", 0.8, 0.7, 0.85, 0.2, 9)])
+    accuracy, loss = drawn[0].axes
+    assert [bar.get_height() for bar in accuracy.patches] == [0.5, 0.8] and [
+        bar.get_height() for bar in loss.patches
+    ] == [12.0, 0.2]
+    assert [tuple(line.get_ydata()) for line in accuracy.lines] == [(0.4, 0.6), (0.7, 0.85)]
+
+
+def test_words():
+    assert [listed(words) for words in ([], ["a"], ["a", "b"], ["a", "b", "c"])] == [
+        "all weights",
+        "a",
+        "a and b",
+        "a, b and c",
+    ]
+    assert [range_of(values) for values in ([], [4], [4, 4], [8, 4, 6])] == ["-", "4", "4", "4 to 8"]
+    assert points_of({"difference": 0.012, "low": -0.005, "high": 0.03}) == "+1.2 (-0.5 to +3.0)"
+    bounds = {"accuracy_low": 0.25, "accuracy_high": 0.75}
+    assert interval_of(bounds, ".2f") == "0.25 to 0.75"
+    assert [interval_of({key: value}, ".2f") for key, value in bounds.items()] == ["", ""], "half an interval is none"
+    decision = scores().decide(3)
+    for count, end in ((2, "b from y"), (3, "c from y"), (4, "(and 1 more pairs)")):
+        decision.near_ties[:] = [[name, "y"] for name in "abcd"[:count]]
+        assert ties_of(decision).endswith(end)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures") / "full"
+    make(folder)
+    return folder
+
+
+@pytest.fixture
+def full(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "full")
+
+
+def put(folder: Path, name: str, change):
+    path = folder / name
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def page(folder: Path) -> str:
+    return re.sub(r"\s+", " ", re.sub("<[^>]*>", "|", write_report(folder).read_text()).replace("&#39;", "'"))
+
+
+def rows_of(folder: Path, name: str) -> list[dict]:
+    return list(csv.DictReader(io.StringIO((folder / "report" / f"{name}.csv").read_text())))
+
+
+@pytest.mark.parametrize("winner", ["attn", "all"])
+def test_the_best_of_several_better_arms_is_recommended(full, winner):
+    def better(trial):
+        for arm in trial["arms"]:
+            if arm["name"] in ("attn", "all"):
+                arm["versus"] |= {"difference": 0.09 if arm["name"] == winner else 0.05, "verdict": "better"}
+            if arm["name"] == "mlp":  # better still, but of all weights
+                arm["versus"] |= {"difference": 0.2, "verdict": "better"}
+                arm["types"] = []
+
+    put(full, "trial.json", better)
+    assert f"Use the placement {winner} (" in page(full)
+
+
+def test_all_weights_that_did_better_are_no_placement_to_recommend(full):
+    def better(trial):
+        trial["arms"][3]["versus"] |= {"difference": 0.2, "verdict": "better"}
+        trial["arms"][3]["types"] = []
+
+    put(full, "trial.json", better)
+    assert "Use the placement" not in page(full)
+
+
+def test_each_figure_of_the_head(full):
+    def other(estimate):
+        for number, row in enumerate(estimate["choices"]):
+            row["memory_of_full"] = (number + 2) / 10
+
+    put(full, "estimate.json", other)
+    text = page(full)
+    assert "51.9% → 88.0% (85.6% to 90.2%)" in text and "Accuracy on 770 test rows" in text
+    assert "20% (estimated)" in text and "30% (estimated)" not in text, "of the folder's own placement"
+    assert "24 in 1.5 s" in text and f"{RunFolder(full).placement.parameters:,}" in text
+
+
+def test_steps_are_in_order_however_they_were_logged(full):
+    lines = (full / "metrics.jsonl").read_text().splitlines()
+    (full / "metrics.jsonl").write_text("\n".join(reversed(lines)) + "\n")
+    page(full)
+    rows = rows_of(full, "training")
+    assert [int(row["step"]) for row in rows] == list(range(1, 61))
+    assert [row["step"] for row in rows if row["valid_loss"]] == ["30", "60"] and rows[29]["loss"]
+
+
+def test_the_time_and_memory_of_stages(full):
+    def peaks(trial):
+        for number, arm in enumerate(trial["arms"]):
+            arm["peak_mib"] = 100.0 + (number + 1) % 5
+
+    put(full, "trial.json", peaks)
+    run = RunFolder(full)
+    rows = {row[0]: row[1:] for row in cost(run).tables[0].rows}
+    tokens = {"score": run.scores.tokens, "train": 9000, "eval": 2 * 1540, "audit": run.scores.tokens, "estimate": None}
+    assert {name: row[:3] for name, row in rows.items() if name != "trial"} == {
+        name: (3.25, count, 812.5) for name, count in tokens.items()
+    }
+    assert rows["trial"][:3] == (1900.0, None, 104.0), "the highest of the arms"
+
+
+def test_the_lowest_and_highest_module_are_named(full):
+    text = write_report(full).read_text()
+    rows = sorted((float(row["nfn"]), row["type"], row["layer"]) for row in rows_of(full, "nfn_by_layer"))
+    for value, type_, layer in (rows[0], rows[-1]):
+        assert f"{value:.2f} ({type_}, layer {layer})" in text
+    assert {row["layer"] for row in rows_of(full, "nfn_by_layer")} == {str(n) for n in range(12)}
+
+
+def test_what_has_no_layer_is_not_in_the_heat_map(full):
+    report = pf.NFNReport.load(full / "scores.json")
+    report.scores["lm_head"] = ModuleScore(1.0, 0.1, 9, "", None, 64, 64)
+    report.prompt_stats = None
+    report.save(full / "scores.json")
+    page(full)
+    assert "lm_head" not in {row["module"] for row in rows_of(full, "nfn_by_layer")}
+    assert RunFolder(full).whole_types
+
+
+def test_files_of_a_split_are_all_named(full):
+    put(
+        full,
+        "config.json",
+        lambda config: config["data"].update(
+            train=[{"file": f"/data/{n}.jsonl", "sha256": f"{n:064x}"} for n in (1, 2)]
+        ),
+    )
+    text = page(full)
+    assert "/data/1.jsonl" in text and "/data/2.jsonl" in text
+
+
+def test_settings_that_are_zero_are_settings(full):
+    text = page(full)
+    assert "weight_decay 0.0" in text and "packing False" in text and "max_length" not in text
+
+
+def test_a_choice_by_the_highest_is_judged_by_the_highest(full):
+    pf.place(scores(), "plop-inverse", k=2, rank=8).save(full / "placement.json")
+    decision = RunFolder(full).decision
+    assert decision.types == ["q_proj", "k_proj"] and decision.rule == "plop-inverse" and decision.k == 2
+    assert "higher than every other module type's" in page(full)
+
+
+def test_types_that_the_scores_do_not_choose_have_no_decision(full):
+    placement = pf.place(scores(), "attn", rank=8)
+    placement.rule = "plop"
+    placement.save(full / "placement.json")
+    assert RunFolder(full).decision is None and RunFolder(full).types == placement.types
+    assert "do not say how sure" in page(full)
+
+
+def test_single_modules_are_not_whole_types(full):
+    placement = pf.place(scores(), "plop", k=3, rank=8)
+    placement.modules.pop(next(iter(placement.modules)))
+    placement.save(full / "placement.json")
+    assert not RunFolder(full).whole_types and RunFolder(full).decision is None
+
+
+def test_a_link_that_leads_nowhere_is_there(full):
+    (full / "placement.json").unlink()
+    (full / "placement.json").symlink_to(full / "gone.json")
+    with pytest.raises(pf.PlopfastError, match="placement.json"):
+        write_report(full)

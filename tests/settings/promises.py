@@ -1,0 +1,197 @@
+"""What each option promises: which artefacts it changes, command by command, and that it changes no other.
+
+A row gives the option's other value, and what a command then makes differently ("" is nothing: the result is the same, bit
+for bit). `also` goes with both runs, `base` with the first one alone. Beside the files of a run folder there are:
+
+    passes       how often the model runs                    threads      what torch was told
+    checkpoints  which were written and removed, in order    compiled     how many blocks
+    said         what the command printed                    refused      it ends with 2, or no longer does
+
+How often the model runs may change where a result does, and is named only where it must.
+
+`run`, `trial` and `search` have no column: they promise what their stages do (see `STAGES`).
+"""
+
+from dataclasses import dataclass, field
+
+from workshop import REFUSED
+
+LEARNED = "adapter metrics training"
+CHECKED = dict.fromkeys(("data", "score", "audit", "estimate", "train", "eval"), REFUSED)
+STAGES = {
+    "run": ("score", "place", "train", "eval"),
+    "trial": ("score", "place", "train"),
+    "search": ("score", "place", "train"),
+}
+FILE = "{shop.root}/"
+
+
+@dataclass(frozen=True)
+class Promise:
+    """`other` are the words of the option's other value; `reaches`: command -> the artefacts that change."""
+
+    other: str
+    also: str = ""
+    base: str = ""
+    reaches: dict[str, str] = field(default_factory=dict)
+
+
+PROMISES: dict[str, list[Promise]] = {}
+
+
+def option(name: str, other: str, also: str = "", base: str = "", /, **reaches: str) -> None:
+    PROMISES.setdefault(name, []).append(Promise(other, also, base, reaches))
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+SCORES = "scores prompts"
+
+# model and device
+option(
+    "model",
+    "--model={shop.other_model}",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=f"{LEARNED} adapter_config",
+    eval=REFUSED,
+    merge=REFUSED,
+    info="said",
+)  # an adapter belongs to its base weights; the other model has another chat template
+option(
+    "dtype",
+    "--dtype=bfloat16",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval",
+    merge="merged",
+    info="",
+)
+for command in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
+    option("device", "--device=cuda", **{command: REFUSED})
+    if command != "info":
+        option("threads", "--threads=2", **{command: "threads"})
+option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
+option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
+option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
+option("timeout", "--timeout=60", score="", train="", eval="")  # nor anyone to wait for
+
+# data
+option(
+    "train",
+    f"--train={FILE}more.jsonl",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="",
+)
+option(
+    "valid",
+    f"--valid={FILE}more.jsonl",
+    data="data said",
+    score="",
+    audit="",
+    estimate="",
+    train="metrics training",
+    eval="",
+)
+option("test", f"--test={FILE}more.jsonl", data="data said", score="", audit="", estimate="", train="", eval="eval")
+option(
+    "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
+)
+columns = [f"--{split}={FILE}columns{more}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))]
+option("columns", "--columns=prompt=q,completion=a", " ".join(columns), **CHECKED)
+option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", **CHECKED)
+option("allow_overlap", "--allow-overlap", f"--train={FILE}shared.jsonl", **CHECKED)
+option(
+    "learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval"
+)
+option("learn", "--learn=last", "--score-tokens=completion", score=SCORES)
+option(
+    "max_length",
+    "--max-length=40",
+    "--long=cut",
+    data="data said",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval",
+)
+option(
+    "long", "--long=cut", "--max-length=60", "--long=skip", data="data said", score=SCORES, train=LEARNED, eval="eval"
+)
+option("long", "--long=cut", "--max-length=40", "--long=error", **CHECKED)
+
+# what is chosen, and how it is scored
+SURE = "--confidence=0.5"
+option("rule", "--rule=plop-inverse", SURE, score="scores", place="placement")
+option("rule", "--rule=attn", place="placement")
+option("k", "--k=1", SURE, score="scores", place="placement", audit="audit", estimate="")
+option("k", "--k=1", "--budget=match:plop:r2", estimate="estimate", place="placement")
+option("rank", "--rank=3", score="", place="placement", audit="audit", estimate="estimate", info="said")
+option("rank", "--rank=3", "--init=eva", score="eva scores")
+option("init", "--init=eva", score="eva scores", place="")
+option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
+option("init", "--init=gaussian", train=LEARNED)
+option("seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED)
+option("seed", "--seed=1", "--rule=random", place="placement")
+option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
+option("confidence", "--confidence=0.5", score="scores")
+option("score_tokens", "--score-tokens=user", score=SCORES, audit="audit")
+option("skip_first", "--skip-first", score="scores", audit="audit")
+option("baseline", "--baseline=monte-carlo", score=SCORES, audit="audit")
+option("compat", "--compat=official", score=SCORES)
+option("alpha", "--alpha=5.25", place="placement")
+option("budget", "--budget=2000", place="placement", estimate="estimate")
+option("ranks", "--ranks=proportional", "--budget=6000", place="placement", estimate="estimate")
+option("granularity", "--granularity=module", "--budget=700", place="placement")
+option("cap", "--cap=0", "--granularity=module --budget=700", place="")  # any number
+option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
+
+# adapters and training
+option("rslora", "--rslora", train=f"{LEARNED} adapter_config")
+option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED)
+option("batch_tokens", "--batch-tokens=400", train=LEARNED, estimate="estimate")
+option("batch_rows", "--batch-rows=2", train=LEARNED, estimate="estimate")
+option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate")
+option("packing", "--packing", train=LEARNED, estimate="estimate")
+option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
+option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
+option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes")
+option("lr", "--lr=0.01", train=LEARNED)
+option("schedule", "--schedule=linear", train=LEARNED)
+option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
+option("warmup", "--warmup=0.7", train=LEARNED)
+option("lora_plus", "--lora-plus=4", train=LEARNED)
+option("weight_decay", "--weight-decay=0.5", train=LEARNED)
+option("clip", "--clip=0.01", train=LEARNED)
+option("neftune", "--neftune=5", train=LEARNED)
+option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints")
+option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoints")
+option("eval_every", "--eval-every=2", train="metrics training checkpoints")
+option("eval_rows", "--eval-rows=2", train="metrics training")
+option("patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints")
+option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
+option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=REFUSED)
+option("save_every", "--save-every=2", train="checkpoints")
+option("keep", "--keep=1", train="checkpoints")
+option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
+option("compile", "--compile", train="adapter metrics training compiled")  # rounding
+option("liger", "--no-liger", train="")  # it needs a GPU
+option("log_to", "--log-to=tensorboard", train="tensorboard")
+
+# studies
+option("arms", "--arms=plop,mlp", trial="trial")
+option("lrs", "--lrs=0.01", trial="trial")
+option("seeds", "--seeds=1,2,3", trial="trial")
+option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial")
+option("search_trials", "--search-trials=2", "", "--search-trials=1", search="search")

@@ -1,0 +1,76 @@
+"""Settings that reach their target: every option of every command changes what it promises, and nothing else."""
+
+from functools import cache
+
+import pytest
+from promises import PROMISES, STAGES, Promise, flag
+from workshop import differences
+
+from plopfast.cli.commands import COMMANDS
+from plopfast.cli.options import names_of
+
+CASES = [
+    (command, name, promise, set(reaches.split()))
+    for name, promises in PROMISES.items()
+    for promise in promises
+    for command, reaches in promise.reaches.items()
+]
+SLOW = ("audit", "estimate", "trial", "search")  # half a second and more; test_handed_on.py covers them quickly
+
+
+def test_every_option_has_a_promise():
+    offered = {(command, name) for command, entry in COMMANDS.items() for name in names_of(entry)}
+    promised = {(command, name) for command, name, *_ in CASES}
+    derived = {(command, name) for command, name in offered if command in (*STAGES, "doctor")}
+    assert offered - promised - derived == set(), "say in promises.py what these options change"
+    assert promised - offered == set(), "promised of no option"
+    of_stages = {name for command, name in promised if command in ("score", "place", "train", "eval")}
+    own = {name for command, name in promised if command in STAGES}
+    assert {name for command, name in derived if command in STAGES} <= of_stages | own
+
+
+def _with_only_its_own(command: str, words: str) -> tuple[str, ...]:
+    """The words whose options the command has: a promise's `also` serves several commands."""
+    own = {flag(name) for name in names_of(COMMANDS[command])}
+    return tuple(word for word in words.split() if word.partition("=")[0].replace("--no-", "--") in own)
+
+
+@pytest.fixture(scope="module")
+def outcome(shop):
+    return cache(lambda command, *words: shop.outcome(command, *words))
+
+
+@pytest.mark.parametrize(
+    ("command", "promise", "reaches"),
+    [
+        pytest.param(
+            command,
+            promise,
+            reaches,
+            id=f"{command}-{promise.other}-{promise.also}",
+            marks=[pytest.mark.slow] * (command in SLOW),
+        )
+        for command, name, promise, reaches in CASES
+    ],
+)
+def test_an_option_changes_what_it_promises(outcome, command: str, promise: Promise, reaches: set[str]):
+    also = _with_only_its_own(command, promise.also)
+    one = outcome(command, *also, *promise.base.split())
+    other = outcome(command, *also, *promise.other.split())
+    found = differences(one, other)
+    assert (found if "passes" in reaches or not reaches else found - {"passes"}) == reaches
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "name"), [(command, name) for command in STAGES for name in names_of(COMMANDS[command])]
+)
+def test_a_whole_promises_what_its_stages_do(outcome, command: str, name: str):
+    """Where an option changes a stage's files, it changes what the stages make together."""
+    for promise in PROMISES[name]:
+        reached = set().union(*(promise.reaches.get(stage, "").split() for stage in STAGES[command]))
+        also = _with_only_its_own(command, promise.also)
+        found = differences(
+            outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split())
+        )
+        assert (found & {command, *reached} != set()) if reached else not found
