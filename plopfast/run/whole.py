@@ -2,7 +2,6 @@
 
 from functools import partial
 
-from ..data.rows import DEMO
 from ..lora.placement import Placement
 from ..report import kinds
 from ..scoring.report import NFNReport
@@ -13,7 +12,7 @@ from .costs import try_estimate
 from .run import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
-ORDER = {
+ORDER = {  # data comes first, and reads every split: a row that cannot be used stops the run there
     "data": run_data, "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
     "report": run_report,
 }  # fmt: skip
@@ -32,8 +31,6 @@ def run_all(run: Run) -> str:
     if not run.config.full:
         check_rule(run)  # before invalid settings are kept
     with run.stage("run"):  # from here on an interrupted run can be resumed
-        for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the run now, not after the training
-            run.examples(split)
         for stage, do in ORDER.items():
             if run.config.full and stage not in ("data", "train", "eval"):
                 continue

@@ -325,6 +325,17 @@ def test_the_time_and_memory_of_stages(full):
     assert rows["trial"][:3] == (1900.0, None, 104.0), "the highest of the arms"
 
 
+def test_each_section_names_the_command_that_made_it(full):
+    text = re.sub(r".*?<h2", "<h2", write_report(full).read_text(), count=1, flags=re.S)
+    sections = {re.sub("<.*?>", "", part.split("</h2>")[0].split(">", 1)[1]): part for part in text.split("<h2")[1:]}
+    for title, stage in {
+        "Which modules, and how sure": "score", "Layer by layer": "score", "Before and after": "eval",
+        "Can the scores be trusted?": "audit", "What training would take": "estimate", "Training": "train",
+        "Placements compared": "trial", "Forgetting": "trial",
+    }.items():  # fmt: skip
+        assert f"Made by <code>plopfast {stage} --out full" in sections[title], title
+
+
 def test_the_lowest_and_highest_module_are_named(full):
     text = write_report(full).read_text()
     rows = sorted((float(row["nfn"]), row["type"], row["layer"]) for row in rows_of(full, "nfn_by_layer"))
