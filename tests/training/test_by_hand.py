@@ -180,7 +180,8 @@ def test_other_adapters_are_another_run(dropout, alpha, tmp_path):
 
     trainer(0.2, 8.0).fit()
     if (dropout, alpha) == (0.2, 8.0):
-        return trainer(dropout, alpha).fit(resume=True)
+        trainer(dropout, alpha).fit(resume=True)
+        return
     with pytest.raises(TrainingError):
         trainer(dropout, alpha).fit(resume=True)
 
