@@ -103,7 +103,7 @@ def of_process():
         "working folder": Path.cwd(),
         "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "garbage collection": gc.isenabled(),
-        "threads": {thread.ident for thread in threading.enumerate()},
+        "threads": {t.ident for t in threading.enumerate() if type(t).__name__ != "TMonitor"},
         "streams": (id(sys.stdin), id(sys.stdout), id(sys.stderr), sys.excepthook),
         "sys.path": list(sys.path),
     }  # fmt: skip

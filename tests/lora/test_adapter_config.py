@@ -277,7 +277,8 @@ def test_an_alpha_that_is_not_said_is_pefts_own(saved):
 def test_layers_without_tensors_and_tensors_without_layers(saved, layers, fits):
     edit(saved, layers_to_transform=layers)
     if fits:
-        return pf.load_adapter(build("llama"), saved)
+        pf.load_adapter(build("llama"), saved)
+        return
     with pytest.raises(AdapterError, match="layers_to_transform"):
         pf.load_adapter(build("llama"), saved)
 

@@ -202,3 +202,14 @@ def test_liger_is_asked_for_its_operations_alone_and_undone(monkeypatch):
     asked.clear()
     with prepared_blocks(model, pf.TrainConfig(liger=False)):
         assert not asked
+
+
+def test_a_tensor_that_changes_between_two_uses_is_kept_twice():
+    weight = torch.randn(600, 600, dtype=torch.float64, requires_grad=True)
+    assert weight.nbytes > OFFLOADED_BYTES
+    with offloaded(torch.nn.Linear(1, 1)):
+        x = weight * 2
+        one = x.sin()
+        x.mul_(3)
+        (one.sum() + x.cos().sum()).backward()
+    torch.testing.assert_close(weight.grad, 2 * (2 * weight).cos().detach() - 6 * (6 * weight).sin().detach())

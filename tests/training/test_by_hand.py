@@ -12,7 +12,7 @@ from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.support.errors import TrainingError
 from plopfast.training.evaluate import choices_of, evaluate
-from plopfast.training.intervals import of_shares
+from plopfast.training.intervals import of_shares, wilson
 from plopfast.training.plan import Plan
 from plopfast.training.state import CHECKPOINTS, TrainState
 
@@ -180,7 +180,8 @@ def test_other_adapters_are_another_run(dropout, alpha, tmp_path):
 
     trainer(0.2, 8.0).fit()
     if (dropout, alpha) == (0.2, 8.0):
-        return trainer(dropout, alpha).fit(resume=True)
+        trainer(dropout, alpha).fit(resume=True)
+        return
     with pytest.raises(TrainingError):
         trainer(dropout, alpha).fit(resume=True)
 
@@ -323,6 +324,7 @@ def test_a_row_is_right_where_all_of_it_is():
     found = evaluate(model, rows, batch_tokens=20)
     assert found.metric == "exact-match" and found.right == [float(all(row)) for row in expected]
     assert found.accuracy == sum(map(all, expected)) / len(rows)
+    assert (found.accuracy_low, found.accuracy_high) == wilson(found.accuracy, len(rows))
     total, count = losses_of(model, rows)
     assert found.loss == pytest.approx(float(total) / count, rel=1e-5) and found.tokens == count == 18
 
@@ -339,6 +341,17 @@ def test_tokens_of_plain_text():
         sum(map(sum, expected)) / sum(map(len, expected))
     )
     assert sum(found.right) / len(rows) == pytest.approx(found.accuracy)
+    hits, counts = [sum(row) for row in expected], [len(row) for row in expected]
+    assert (found.accuracy_low, found.accuracy_high) == of_shares(hits, counts)
+
+
+def test_of_several_parts_the_last_one_counts():
+    model = build("llama")
+    tokens = partly_right(model)[1].tokens
+    best = greedy(model, [Example.after_prompt(tokens, 1)])[0]
+    rows = [Example(tokens, ((1, 3), (3, 6)), None, None, ""), Example(tokens, ((1, 4), (4, 6)), None, None, "")]
+    found = evaluate(model, rows)
+    assert found.accuracy == pytest.approx((sum(best[2:]) + sum(best[3:])) / 5) != sum(best[:2]) / 2
 
 
 @pytest.mark.parametrize("answers", [[(7,), (9,), (11,)], [(7, 8), (7, 9), (10, 11, 12)]], ids=str)

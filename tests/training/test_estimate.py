@@ -249,3 +249,10 @@ def test_rows():
     rows = as_rows([small, dataclasses.replace(full, name="full")])
     assert rows[0]["memory_of_full"] == pytest.approx(small.total_mib / full.total_mib)
     assert rows[0]["flops_of_full"] < 1 == rows[1]["memory_of_full"] == rows[1]["flops_of_full"]
+
+
+def test_dropout_keeps_a_seed_for_each_module():
+    model = build("llama")
+    choice = placement_on(model)
+    got, plain = (estimated(model, choice, config_of(dropout=p)) for p in (0.5, 0.0))
+    assert (got.activations_mib - plain.activations_mib) * 2**20 == pytest.approx(8 * len(choice.modules))
