@@ -14,7 +14,7 @@ from plopfast.training.trainer import Trainer
 def test_trainings_end_alone_and_at_their_end(base, tmp_path, monkeypatch):
     """Where the only look is the last, every training is complete, however high its loss; one that runs out of memory
     ends for itself. The settings that are saved are the best one's, and score every row, as the search did."""
-    out, options = tmp_path / "run", [*base, "--eval-every", "4", "--search-trials", "5", "--confidence", "0.9"]
+    out, options = tmp_path / "run", [*base, "--eval-every", "4", "--search-trials", "5"]
     fit, calls = Trainer.fit, []
 
     def fit_or_not(trainer, *arguments, **more):
