@@ -3,6 +3,7 @@
 import bisect
 import copy
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from oracle import BOS, examples, learned_of, random_example
 from tokenizers import processors
 
-from plopfast.data.describe import BINS, facts_of
+import plopfast as pf
+from plopfast.data.describe import BINS, DataFacts, facts_of
 from plopfast.data.example import Example
 from plopfast.data.lengths import Limit, merged
 from plopfast.data.notices import Notices
@@ -128,6 +130,31 @@ def random_text(rng, paragraphs, longest=12):
             rng.choice(("\n\n", "\n \n", "\n\n\n", "\n")),
         ]
     return "".join(parts)
+
+
+def test_bars_show_every_row(tokenizer):
+    """A bin with one row of thousands has a bar, an empty one none, and the fullest is the highest."""
+    many = [Example((1, *range(3, 3 + n)), ((1, 1 + n),), None, None, "x") for n in [1] * 900 + [40] * 90 + [80]]
+    facts = facts_of("train", many, tokenizer)
+    (line,) = DataFacts([facts, replace(facts, split="t")], []).picture().splitlines()[:1]
+    bars = line.split(" 0 ", 1)[1][: len(facts.histogram)]
+    heights = [" ▁▂▃▄▅▆▇█".index(bar) for bar in bars]
+    for height, (_, count) in zip(heights, facts.histogram, strict=True):
+        assert (height > 0) == (count > 0) and (height == 8) == (count == 900)
+    assert facts.histogram[-1][1] == 1
+
+
+@pytest.mark.parametrize("learn", ["assistant", "last", "all"])
+def test_a_description_is_of_what_is_learned(tokenizer, learn):
+    rows = [(f"x:{i}", {"prompt": "a b" * i, "completion": " c"}) for i in range(1, 9)]
+    (facts,) = pf.describe_data({"train": rows}, tokenizer, learn=learn).splits
+    found = pf.tokenize(rows, tokenizer, learn=learn)
+    assert facts.learned == sum(len(learned_of(row)) for row in found) and facts.tokens == sum(
+        len(r.tokens) for r in found
+    )
+    limit = sorted(len(row.tokens) for row in found)[4]
+    (cut,) = pf.describe_data({"train": rows}, tokenizer, limit, learn=learn, long="skip").splits
+    assert (cut.rows, cut.longest) == (5, limit)
 
 
 def paragraph_ends(text):

@@ -131,24 +131,40 @@ def test_more_rows_than_a_window_in_any_order():
 
 
 def test_looks_are_taken_at_their_numbers_and_at_the_end():
-    model, rng = build("llama"), random.Random(2)
+    plain, model, rng, early = build("llama"), build("llama"), random.Random(2), 0
+    with torch.no_grad():  # inputs lie along one direction, which two types hardly see and two see alone
+        along = 3 * torch.ones(32)
+        model.model.embed_tokens.weight.add_(along)
+        for layer in model.model.layers:
+            for norm, few, many in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj), (layer.self_attn.v_proj,)),
+                (layer.post_attention_layernorm, (), (layer.mlp.gate_proj,)),
+            ):
+                unit = torch.nn.functional.normalize(along * norm.weight, dim=0)
+                for module in few:
+                    module.weight.sub_(module.weight @ unit[:, None] * unit)
+                for module in many:
+                    module.weight.add_(unit)
     rows = [([rng.randint(3, 299) for _ in range(rng.randint(2, 6))], [0], [1]) for _ in range(70)]
     for count in (1, 15, 16, 17, 31, 32, 33, 64, 70):
         batches = [{"input_ids": torch.tensor([row])} for row, _, _ in rows[:count]]
         sure = 1 - 1e-12  # so that no look ends it
-        report = pf.score(model, batches, confidence=sure, k=3)
+        report = pf.score(plain, batches, confidence=sure, k=3)
         assert report.decision.looks == sorted({*(look for look in (16, 32, 64) if look <= count), count})
         assert report.prompts == count and report.settings["confidence"] == sure and report.settings["k"] == 3
         types = [score.type for score in report.scores.values()]
-        for inverse in (False, True):
-            found = pf.score(model, batches, confidence=0.6, k=2, inverse=inverse)
+        stats = pf.score(model, batches).prompt_stats
+        for inverse, confidence in ((False, 0.6), (True, 0.6), (False, 0.01), (True, 0.01)):
+            found = pf.score(model, batches, confidence=confidence, k=2, inverse=inverse)
             for look in [look for look in (16, 32, 64) if look < count] + [count]:
                 looks = sorted({*(n for n in (16, 32, 64) if n <= look), look})
-                expected = decide(report.prompt_stats[:, :, :look], types, 2, 0.6, looks, inverse)
+                expected = decide(stats[:, :, :look], types, 2, confidence, looks, inverse)
                 if expected.decided:
                     break
             assert (found.decision.types, found.decision.looks) == (expected.types, expected.looks)
             assert found.prompts == look and found.decision.decided == expected.decided
+            early += look < count
+    assert early > 3, "some ended before their rows did"
 
 
 @pytest.mark.parametrize("seed", [0, 3])
@@ -326,3 +342,12 @@ def test_inputs_that_cannot_be_matched_with_the_tokens_are_refused():
         state.close()
         sums, squares, counts = state.table(rows)[:, 0].tolist()
         assert counts == [4 * parts, parts] and sums == [8 * parts, 2 * parts] and squares == [16 * parts, 4 * parts]
+
+
+@pytest.mark.parametrize("options", [{}, {"compat": "official"}, {"confidence": 0.9, "k": 1}])
+def test_a_module_that_sees_nothing_has_no_score(llama, options):
+    batches = [{"input_ids": torch.tensor([[5, 6, 7]])}]
+    pf.score(llama, batches, **options)
+    llama.model.layers[1].mlp.add_module("spare_proj", torch.nn.Linear(32, 8))
+    with pytest.raises(ModelError):
+        pf.score(llama, batches, **options)

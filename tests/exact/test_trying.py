@@ -68,6 +68,24 @@ def test_a_trial_is_what_its_files_say(base, tmp_path):
     assert left == {"adapter_model.safetensors"}
 
 
+def test_arms_are_matched_to_one_percent(base, tmp_path, capsys):
+    """A budget that leaves an arm a little more than that below the others is refused, before anything is trained."""
+    out = tmp_path / "run"
+    assert plopfast("score", *base[:8], "--score-prompts", 12, "--out", out) == 0
+    report = NFNReport.load(out / "scores.json")
+    gaps = {}
+    for budget in range(1500, 6000, 7):
+        plop = pf.place(report, "plop", budget=budget).parameters
+        gaps[budget] = pf.place(report, "attn", budget=plop).parameters / plop - 1
+    refused = [budget for budget, gap in gaps.items() if -0.03 < gap < -0.0101]
+    assert refused and max(gaps.values()) <= 0, "an arm is never above the budget"
+    capsys.readouterr()
+    for budget in (refused[0], refused[-1]):
+        assert plopfast("trial", *base, "--arms", "plop,attn", "--budget", budget, "--out", out) == 2
+        assert f"{gaps[budget]:+.1%}" in capsys.readouterr().err
+        assert not list(out.glob("trial/**/result.json"))
+
+
 def pretended_run(tokenizer, path, train, unlabeled=(), max_length=None):
     splits = {"train": train, "unlabeled": list(unlabeled)}
     return SimpleNamespace(
