@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from helpers import build
+import transformers
+from helpers import SMALL as SIDES, build
 
 import plopfast as pf
 from plopfast.cli import doctor
@@ -156,6 +157,14 @@ def test_time_limit(examine):
     assert not failed and text.count(f": {doctor.LEAST} of {len(tiny)} cases") == 2, "so many, whatever the limit"
     text, failed = examine(cases=tiny, seconds=600)
     assert not failed and text.count(f": {len(tiny)} of {len(tiny)} cases") == 2
+
+
+def test_modules_smaller_than_the_rank(examine, tmp_path, tokenizer):
+    config = transformers.LlamaConfig(**SIDES | {"num_key_value_heads": 1})  # keys and values of 8
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "narrow")
+    tokenizer.save_pretrained(tmp_path / "narrow")
+    text, failed = examine(model=str(tmp_path / "narrow"))
+    assert not failed and "32 -> 8" in text, text
 
 
 def test_no_such_model(examine, tmp_path):

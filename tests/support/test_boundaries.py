@@ -15,13 +15,16 @@ import pytest
 import torch
 from torch import distributed
 
-from plopfast.support import machine, memory, ranks, tables
+from plopfast.support import machine, memory, ranks, tables, threads
 from plopfast.support.errors import FileError, RankError, nearest, shown
 from plopfast.support.inputs import check_same, differences
+from plopfast.support.ledger import Ledger
 from plopfast.support.lock import locked
 from plopfast.support.machine import Launch
+from plopfast.support.previous import Previous
 from plopfast.support.progress import Work, shows_color
 from plopfast.support.schema import Count, NotNegative, Positive, Share, Size, checked
+from plopfast.support.secrets import masked
 from plopfast.support.strict_json import DEEPEST, LONGEST_INTEGER, StrictJSON, dumps
 
 
@@ -212,6 +215,91 @@ def test_a_file_of_that_name_stays(tmp_path, text):
     with pytest.raises(FileError), locked(tmp_path):
         pass
     assert (tmp_path / ".lock").read_text() == text
+
+
+@pytest.mark.parametrize("to", ["file", "folder", "nothing"])
+def test_a_link_is_nobodys(tmp_path, to):
+    """Whatever it leads to, under a claimed name or inside a claimed folder."""
+    target = tmp_path / "own"
+    if to == "folder":
+        target.mkdir()
+    elif to == "file":
+        target.write_text("mine")
+    ledger = Ledger(tmp_path / "run")
+    ledger.claim({"a.json": (), "steps": ("*",)})
+    (ledger.folder / "a.json").symlink_to(target)
+    (ledger.folder / "steps").mkdir()
+    (ledger.folder / "steps" / "b").symlink_to(target)
+    assert ledger.foreign("a.json") == [ledger.folder / "a.json"]
+    assert ledger.foreign("steps") == [ledger.folder / "steps" / "b"]
+    for names in (["a.json"], ["steps"]):
+        with pytest.raises(FileError):
+            ledger.remove(names)
+    assert target.exists() == (to != "nothing")
+
+
+@pytest.mark.parametrize("text", ["mine\n", "{}\n", "[1]"])
+def test_no_line_goes_to_a_file_of_the_users(tmp_path, text):
+    (tmp_path / "history.jsonl").write_text(text)
+    for act in (
+        lambda ledger: ledger.add("begin", stage="score"),
+        lambda ledger: ledger.claim({"a": ()}),
+        Ledger.claims,
+    ):
+        with pytest.raises(FileError):
+            act(Ledger(tmp_path))
+    assert (tmp_path / "history.jsonl").read_text() == text
+
+
+def test_results_that_wait_do_not_come_back_over_new_ones(tmp_path):
+    for made_anew in (False, True):
+        ledger = Ledger(tmp_path / f"run-{made_anew}")
+        ledger.claim({"a.json": (), "steps": ("*",)}, stage="train", command="c")
+        (ledger.folder / "steps").mkdir()
+        for name in ("a.json", "steps/b[1]*.bin"):  # no pattern
+            (ledger.folder / name).write_text("old")
+        waiting = Previous(ledger)
+        assert waiting.set_aside("train", {"train": ["a.json", "steps"]}) and not (ledger.folder / "a.json").exists()
+        if made_anew:
+            (ledger.folder / "a.json").write_text("new")
+        waiting.bring_back("train")
+        assert (ledger.folder / "a.json").read_text() == ("new" if made_anew else "old")
+        assert (ledger.folder / "steps").exists() != made_anew
+        waiting.complete("train")
+        assert not (ledger.folder / "previous").exists(), "names with brackets go, too"
+
+
+def test_one_word_after_a_secrets_name_is_hidden():
+    assert masked(["x", "--token", "a", "b", "--k", "3"]) == "x --token '***' b --k 3"
+    assert masked(["x", "--token", "--k", "3"]) == "x --token --k 3"
+
+
+def test_the_timeout_reaches_torch(monkeypatch):
+    given = []
+
+    def meet(url, timeout):
+        given.append(timeout.total_seconds())
+        return iter([(None, 0, 2)])
+
+    def begin(*_, timeout, **__):
+        given.append(timeout.total_seconds())
+
+    monkeypatch.setattr(machine, "launch", lambda: Launch(0, 0, 2))
+    monkeypatch.setattr(ranks, "Peers", lambda *_: None)
+    monkeypatch.setattr(sys.modules["torch.distributed.rendezvous"], "rendezvous", meet)
+    monkeypatch.setattr(distributed, "init_process_group", begin)
+    ranks.init(torch.device("cpu"), 77)
+    assert given == [77, 77]
+
+
+@pytest.mark.parametrize("chosen", [None, "ACTIVE", "PASSIVE"])
+def test_a_users_waiting_policy_stays(monkeypatch, chosen):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+        if chosen:
+            monkeypatch.setenv(name, chosen)
+    threads.set_waiting_policy()
+    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE") and os.environ["GOMP_SPINCOUNT"] == (chosen or "1000")
 
 
 def test_one_process_is_the_main_one():
