@@ -94,6 +94,8 @@ class Copy:
             return False, f"{' '.join(tests)} did not end in {TIMEOUT} s"
         text = log.read_text(errors="replace")
         code = os.waitstatus_to_exitcode(status)
+        if code < 0:
+            return False, f"{' '.join(tests)} were ended by signal {-code}"
         unloaded = code == 2 or "while loading conftest" in text
         if code not in (0, 1) and not unloaded:
             raise RuntimeError(f"pytest {' '.join(tests)} ended with {code}:\n{text[-2000:]}")

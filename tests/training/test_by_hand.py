@@ -1,6 +1,7 @@
 """A training is what its settings say: each step is taken again in plain torch, and the results are the same."""
 
 import math
+from itertools import islice
 
 import pytest
 import torch
@@ -188,12 +189,21 @@ def test_other_adapters_are_another_run(dropout, alpha, tmp_path):
 
 @pytest.mark.parametrize("settings", [{"accumulate": 2}, {"batch_rows": 3}, {"packing": True}, {"seed": 4}], ids=str)
 def test_a_resumed_plan_goes_on(settings):
-    from itertools import islice
-
     plan = Plan(rows_of(20), [], pf.TrainConfig(max_steps=5, batch_tokens=40, **settings))
     groups = list(islice(plan.groups(), 40))
     for step in (0, 1, 3):
         assert list(islice(plan.groups(step), 10)) == groups[step * plan.groups_in_step :][:10]
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}, {"batch_rows": 2}], ids=str)
+def test_an_epoch_has_every_row_once(settings):
+    rows, orders = rows_of(23), []
+    for seed in (0, 1):
+        plan = Plan(rows, [], pf.TrainConfig(epochs=2.0, batch_tokens=25, seed=seed, **settings))
+        groups = list(islice(plan.groups(), plan.max_steps))
+        assert sorted(i for group in groups for i in group) == sorted([*range(23)] * 2)
+        orders.append(groups)
+    assert orders[0] != orders[1]
 
 
 def test_the_longest_row_just_fits():
