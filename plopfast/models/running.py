@@ -29,12 +29,20 @@ def device_of(model: nn.Module) -> torch.device:
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts the model into evaluation mode, without dropout, while it lasts."""
-    training = model.training
-    model.eval()
+    with modes_kept(model):
+        model.eval()
+        yield
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Gives each module its own mode back at the end: some of a training model may be in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def context_length(model: nn.Module) -> int | None:
