@@ -14,8 +14,7 @@ from plopfast.models.linears import LinearInfo, linear_modules
 from plopfast.scoring.baselines import closed_form, monte_carlo
 from plopfast.scoring.eva import InputSketch
 from plopfast.scoring.stopping import decide
-from plopfast.scoring.sums import NFNState
-from plopfast.support.errors import ConfigError, DataError, ModelError
+from plopfast.support.errors import ConfigError, DataError
 
 BOS = 1
 
@@ -220,11 +219,12 @@ def test_random_denominators_are_means_of_norms_of_unit_vectors():
         norms = (g / g.norm(dim=1, keepdim=True) @ w.T).norm(dim=1)
         error = float(norms.std()) / math.sqrt(30 * samples)
         assert float(draws[:, 0].mean()) == pytest.approx(float(norms.mean()), abs=4 * error)
-        # modules of one shape in one seed are as far apart in their own draws as in other seeds'
-        same = torch.corrcoef((draws / draws.mean(0)).T)
-        assert float(same.fill_diagonal_(0).abs().mean()) < 0.3
     assert float((spread[16] / spread[256]).mean()) == pytest.approx(4, rel=0.2)
     assert torch.equal(monte_carlo(infos, 16, 5), monte_carlo(infos, 16, 5))
+    with torch.no_grad():  # one weight in two modules: each draws for itself
+        infos[7].module.weight.copy_(infos[0].module.weight)
+    pairs = torch.stack([monte_carlo(infos, 16, seed)[[0, 7]] for seed in range(60)])
+    assert abs(float(torch.corrcoef(pairs.T)[0, 1])) < 0.45
 
 
 def test_options_reach_the_random_denominators():
@@ -322,32 +322,3 @@ def test_a_sketch_depends_on_its_seed_where_it_is_an_approximation():
         best = torch.linalg.svdvals(x.double())[:2].square() / x.double().square().sum()
         assert ((ratios["m"] <= best + 1e-5) & (ratios["m"] > 0.8 * best)).all(), "a lower bound, and a near one"
     assert torch.equal(*found[0]) and not torch.equal(found[0][0], found[1][0])
-
-
-def test_inputs_that_cannot_be_matched_with_the_tokens_are_refused():
-    """[rows, tokens, ...], [rows x tokens] and [rows, heads, tokens] are known; any other shape would mix up the padding."""
-    rows, module = 2, torch.nn.Linear(3, 3)
-    for shape, parts in {
-        (2, 5): 1, (2, 5, 4): 4, (10,): 1, (2, 4, 5): 4, (2, 3): 0, (3, 5): 0, (2, 4, 3): 0, (1, 4, 5): 0, (2, 4, 6): 0,
-        (2, 4, 5, 1): 0, (9,): 0, (11,): 0, (5, 2): 0, (2, 2, 2, 5): 0,
-    }.items():  # fmt: skip
-        state = NFNState(torch.ones(1))
-        state.open(torch.tensor([[True, True, False, True, True], [True, False, False, False, False]]))
-        x = torch.ones(*shape, 3)
-        if not parts:
-            with pytest.raises(ModelError):
-                state.hook(0, "m", None)(module, (x,), 2 * x)
-            continue
-        state.hook(0, "m", None)(module, (x,), 2 * x)
-        state.close()
-        sums, squares, counts = state.table(rows)[:, 0].tolist()
-        assert counts == [4 * parts, parts] and sums == [8 * parts, 2 * parts] and squares == [16 * parts, 4 * parts]
-
-
-@pytest.mark.parametrize("options", [{}, {"compat": "official"}, {"confidence": 0.9, "k": 1}])
-def test_a_module_that_sees_nothing_has_no_score(llama, options):
-    batches = [{"input_ids": torch.tensor([[5, 6, 7]])}]
-    pf.score(llama, batches, **options)
-    llama.model.layers[1].mlp.add_module("spare_proj", torch.nn.Linear(32, 8))
-    with pytest.raises(ModelError):
-        pf.score(llama, batches, **options)
