@@ -169,7 +169,10 @@ READ = {  # options that a command offers, and some that it does not read
     ),
     "audit": (MODEL | DATA | {"--k", "--rank", "--seed"}, {"--max-steps", "--alpha", "--parallel"}),
     "place": ({"--rule", "--budget", "--cap", "--seed"}, {"--model", "--train", "--lr", "--max-steps"}),
-    "estimate": (MODEL | DATA | {"--batch-tokens", "--rank", "--unlabeled"}, {"--max-steps", "--lr", "--rule"}),
+    "estimate": (
+        MODEL - {"--backend"} | DATA | {"--batch-tokens", "--rank", "--unlabeled"},
+        {"--max-steps", "--lr", "--rule", "--alpha", "--backend"},
+    ),
     "train": (MODEL | DATA | {"--lr", "--max-steps", "--full", "--resume"}, {"--rule", "--budget", "--score-prompts"}),
     "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank"}),
     "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
