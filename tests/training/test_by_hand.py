@@ -395,3 +395,34 @@ def test_evaluating_keeps_nothing_for_gradients():
 def test_the_bootstraps_seed():
     hits, counts = [1, 2, 0, 3, 1], [2, 4, 1, 3, 5]
     assert of_shares(hits, counts, seed=1) == of_shares(hits, counts, seed=1) != of_shares(hits, counts, seed=2)
+
+
+def test_no_dropout_in_validation():
+    """The learning rate is too low to change a loss."""
+    model, rows, valid = build("llama"), rows_of(9), rows_of(4, 1)
+    pf.inject(model, everywhere(model), dropout=0.5)
+    torch.manual_seed(0)
+    randomise(model)
+    total, count = losses_of(model, valid)
+    trainer = pf.Trainer(
+        model, pf.TrainConfig(**{**DEFAULT, "max_steps": 2, "eval_every": 1, "lr": 1e-12}), rows, valid
+    )
+    trainer.fit()
+    validated = [record["valid_loss"] for record in trainer.history if "valid_loss" in record]
+    assert validated == [pytest.approx(float(total.detach()) / count, rel=1e-5)] * 2
+    losses = [record["loss"] for record in trainer.history if "loss" in record]
+    plain = [losses_of(model, [rows[i] for i in group])[0] for group in islice(trainer.plan.groups(), 2)]
+    assert losses[0] != pytest.approx(float(plain[0].detach()), rel=1e-3)
+
+
+def test_the_best_so_far_ends_the_waiting():
+    parameters = {"a": nn.Parameter(torch.zeros(3))}
+    state = TrainState(parameters, torch.optim.AdamW(parameters.values()), validated=True, averaged=False)
+    state.step, state.worse = 7, 2
+    with torch.no_grad():
+        parameters["a"].add_(1)
+    state.keep_best(0.5)
+    assert (state.best_loss, state.best_step, state.worse) == (0.5, 7, 0) and state.best["a"].tolist() == [1.0] * 3
+    with torch.no_grad():
+        parameters["a"].add_(1)
+    assert state.best["a"].tolist() == [1.0] * 3
