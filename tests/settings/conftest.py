@@ -8,9 +8,11 @@ from plopfast.support.config import RunConfig
 @pytest.fixture(scope="session")
 def shop(tmp_path_factory, tokenizer):
     """Models, rows and folders on which every command takes a fraction of a second."""
-    kept = tokenizer.chat_template
-    yield Shop(tmp_path_factory.mktemp("shop"), tokenizer)
-    tokenizer.chat_template = kept
+    kept = tokenizer.chat_template  # other tests have this tokenizer, too
+    try:
+        return Shop(tmp_path_factory.mktemp("shop"), tokenizer)
+    finally:
+        tokenizer.chat_template = kept
 
 
 @pytest.fixture

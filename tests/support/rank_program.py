@@ -108,6 +108,14 @@ class Signalled(Trainer):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Noting(Trainer):
+    """Keeps torch's generator as the last step left it, as `fit` gives the caller's back."""
+
+    def _train_step(self, groups):
+        super()._train_step(groups)
+        self.generator = torch.get_rng_state()
+
+
 def resume(folder):
     """With dropout, so that each rank's generator matters."""
     whole = trainer(adapted(dropout=0.2))
@@ -117,12 +125,12 @@ def resume(folder):
         stopped.fit()
     except Interrupted as error:
         write(folder / "resume" / "message", str(error))
-    resumed = trainer(adapted(dropout=0.2), folder / "resume")
+    resumed = trainer(adapted(dropout=0.2), folder / "resume", Noting)
     resumed.fit(resume=True)
     same = all(torch.equal(p, resumed.parameters[name]) for name, p in whole.parameters.items())
     losses = [record.get("loss") for record in resumed.history]
     write(folder / "resume" / "found", [same, losses == [record.get("loss") for record in whole.history]])
-    masks = ranks.gather(torch.get_rng_state())
+    masks = ranks.gather(resumed.generator)
     write(folder / "resume" / "own masks", [not torch.equal(masks[0], mask) for mask in masks[1:]])
 
 
