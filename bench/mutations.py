@@ -7,7 +7,7 @@
 Works on copies of the checkout. Each fault of bench/faults/WING.toml replaces one text of one file once, and names the
 tests that should see it; they run up to the first failure, within TIMEOUT seconds (a fault that makes them hang is seen).
 A fault marked `equivalent` changes nothing that anyone can see, for the reason given: it must stay green. Before any
-fault, all those tests must be green (a sample leaves that out: the gate has just run them). Prints each fault with the
+fault, all those tests must be green (a sample leaves that out). Prints each fault with the
 test that caught it, and exits with 1 if one survives.
 
 Tests start in a process that has torch and transformers loaded, but nothing of plopfast: that saves 6 s a fault.

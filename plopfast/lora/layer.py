@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..models.frozen import frozen_of, is_linear, sharers
+from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
 from . import tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
@@ -177,13 +178,12 @@ def inject(
 @contextlib.contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
     """Takes adapters out again where an exception comes, Ctrl-C too, and gives parameters their `requires_grad` back."""
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    put_back = remember_requires_grad(model)
     try:
         yield
     except BaseException:
         unload(model)
-        for parameter, trained in before:
-            parameter.requires_grad_(trained)
+        put_back()
         raise
 
 

@@ -1,7 +1,7 @@
 """Running a model: its body and head, logits only where they are asked for, and a check of packed batches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -43,6 +43,17 @@ def modes_kept(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that gives each of today's parameters its present `requires_grad` back."""
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        for parameter, needed in before:
+            parameter.requires_grad_(needed)
+
+    return put_back
 
 
 def context_length(model: nn.Module) -> int | None:

@@ -22,7 +22,7 @@ from ..data.example import Example
 from ..lora.layer import adapters, inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
-from ..models.running import device_of
+from ..models.running import device_of, evaluating, remember_requires_grad
 from ..placing.rules import RULES, Rule
 from ..scoring.report import NFNReport
 from ..support.errors import DataError, ModelError
@@ -127,20 +127,16 @@ def random_ranks(model: nn.Module, seed: int = 0) -> dict[str, float]:
 @contextlib.contextmanager
 def _injected(model: nn.Module, placement: Placement, seed: int) -> Iterator[None]:
     """Puts adapters into `model` and sets evaluation mode; afterwards modules, modes and `requires_grad` are as before."""
-    needed = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
+    put_back = remember_requires_grad(model)
     mine = not adapters(model)  # otherwise inject refuses, and these adapters must stay
-    model.eval()
-    try:
-        inject(model, placement, seed=seed, init="gaussian")
-        yield
-    finally:
-        if mine:
-            unload(model)
-        for parameter, value in needed:
-            parameter.requires_grad_(value)
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model):
+        try:
+            inject(model, placement, seed=seed, init="gaussian")
+            yield
+        finally:
+            if mine:
+                unload(model)
+            put_back()
 
 
 @dataclass(frozen=True)

@@ -178,11 +178,12 @@ class Trainer:
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total, positions = torch.zeros((), device=device_of(self.model)), 0
+        total = torch.zeros((), device=device_of(self.model))
+        positions = 0
         mine = examples[ranks.rank() :: ranks.size()]
         with prepared(self.model):
             for number, group in enumerate(mine, 1):
-                batch = self._collate(group)
+                batch = self._collate(group, self.config.packing)
                 positions += batch["input_ids"].numel()
                 with parallel.held(self.parallel) if number < len(mine) else contextlib.nullcontext():
                     loss = self.parallel(batch) / (label_tokens / ranks.size())  # the ranks' mean is the loss
@@ -281,9 +282,8 @@ class Trainer:
             unmoved=self._census("in any step"),
         )
 
-    def _collate(self, rows: list[Example], packed: bool | None = None) -> dict[str, torch.Tensor]:
-        arrange = collate_packed if (self.config.packing if packed is None else packed) else collate
-        return arrange(rows, device_of(self.model))
+    def _collate(self, rows: list[Example], packed: bool) -> dict[str, torch.Tensor]:
+        return (collate_packed if packed else collate)(rows, device_of(self.model))
 
     @contextlib.contextmanager
     def _training(self) -> Iterator[None]:

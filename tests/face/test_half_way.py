@@ -1,6 +1,6 @@
 """An error at any step of a public function leaves everything as it was found, and the same call can be made again.
 
-What may be otherwise is declared in face_calls.py (`halfway`). Some steps of each call are tried here, drawn by a seed, with
+What may be otherwise is declared in calls_of_*.py (`halfway`). Some steps of each call are tried here, drawn by a seed, with
 an error that no code expects and with Ctrl-C; `-m slow` tries them all.
 """
 

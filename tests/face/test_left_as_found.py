@@ -1,6 +1,6 @@
 """Every public function leaves what it was given, the process and the folder as it found them, returning or raising.
 
-What a function is there to change is declared beside its call in face_calls.py, and nothing else may differ.
+What a function is there to change is declared beside its call in calls_of_*.py, and nothing else may differ.
 """
 
 import contextlib
@@ -18,8 +18,8 @@ VALUES = {"PlopfastError", "BackendError", "TrainResult"}  # nothing that they a
 
 def test_the_whole_public_face_is_called():
     returning, raising = ({c.name for c in CASES if bool(c.raises) == wanted} for wanted in (False, True))
-    assert set(pf.__all__) - returning == set(), "add a call to face_calls.py"
-    assert set(pf.__all__) - VALUES - raising - {"unload"} == set(), "add a call that raises to face_calls.py"
+    assert set(pf.__all__) - returning == set(), "add a call to calls_of_*.py"
+    assert set(pf.__all__) - VALUES - raising - {"unload"} == set(), "add a call that raises to calls_of_*.py"
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
