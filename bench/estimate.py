@@ -44,6 +44,7 @@ def measured(choice, rows, tokens):
     from torch.utils.flop_counter import FlopCounterMode
 
     import plopfast as pf
+    from plopfast.data.batches import collate
     from plopfast.data.example import Example
     from plopfast.lora.layer import inject
     from plopfast.lora.shared import prepared
@@ -72,7 +73,7 @@ def measured(choice, rows, tokens):
     memory.reset_peak()
     trainer.fit()
     mib = memory.peak_mib() - before
-    batch, config = trainer._collate(trainer.rows[:rows]), trainer.config
+    batch, config = collate(trainer.rows[:rows]), trainer.config
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with prepared_blocks(model, config), prepared(model), flops:

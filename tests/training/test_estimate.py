@@ -8,6 +8,7 @@ from helpers import CONFIGS, build
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.lora.layer import adapters, inject
 from plopfast.lora.placement import Placement
@@ -54,7 +55,7 @@ def measured(model, placement, config):
             inject(model, placement, dropout=config.dropout)
         trainer = Trainer(model, config, rows, rows[:1])
         trainer.fit()
-    batch = trainer._collate(rows[:ROWS])
+    batch = collate(rows[:ROWS])
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with prepared_blocks(model, config), prepared(model), flops:
