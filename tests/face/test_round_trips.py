@@ -44,6 +44,7 @@ def with_odd_names():
     layers[1].mlp.add_module("проекция 1", nn.Linear(8, 6))
     layers[1].mlp.add_module("o_proj", nn.Embedding(7, 6))
     layers[1].add_module("lm_head", nn.Linear(8, 6))
+    layers[1].add_module("mlp_up_proj", nn.Linear(8, 6))
     layers[2].add_module("model", nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"mlp": nn.ModuleDict({"up_proj": nn.Linear(8, 6)})})])}))  # fmt: skip
     return model.requires_grad_(False)
 
@@ -64,6 +65,7 @@ CLASHES = {  # of names that end others, and of modules of another kind
     "a whole name within another": {"model.layers.0.mlp.up_proj": (3, 1.5)},
     "both, of two ranks": {"model.layers.0.mlp.up_proj": (3, 1.5), LAYER: (2, 7.0), "model.layers.1.mlp.up_proj": (2, 7.0)},
     "a name that an embedding has too": {f"model.layers.{i}.self_attn.o_proj": (2, 1.5) for i in range(3)},
+    "a dot that is any letter": {"model.layers.1.mlp.up_proj": (3, 1.5), "model.layers.1.mlp_up_proj": (2, 7.0), "model.layers.0.mlp.up_proj": (2, 7.0)},
     "letters of regular expressions": {"model.layers.1.mlp.up+proj(2)|[x]": (2, 1.5), LAYER: (3, 0.5), "lm_head": (3, 0.5)},
 }  # fmt: skip
 
