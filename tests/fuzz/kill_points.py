@@ -1,12 +1,16 @@
-"""Kills a command at each file that it opens for writing, renames, makes or deletes; or lets the disk be full from there on.
+"""Kills a command at each file that it opens for writing, renames, makes or deletes; or lets the disk be full from there on;
+or raises an error where it enters a function.
 
 A child counts these events by an audit hook, and at its n-th one ends by SIGKILL (kill), or gets ENOSPC for it and all
-later ones (full). Then the documented way of going on is taken, and what is there at the end must equal the result of
+later ones (full). Or an error that no code expects, or Ctrl-C, comes at its n-th entry of a function (error), and the same
+process goes on. Then the documented way of going on is taken, and what is there at the end must equal the result of
 the command that nothing had stopped. Writers that are not Python's (safetensors, SQLite) are seen where their files are
 renamed.
 """
 
+import contextlib
 import errno
+import io
 import json
 import os
 import random
@@ -14,12 +18,15 @@ import shutil
 import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calling import HANG_S, Outcome
 from corpus import BASE, QUICK, STUDY, copy
+from planted_errors import PlantedError, PlantedInterrupt, planted
 from safetensors.torch import load_file
 
 # These differ between two runs; a training's tokens and padding are those since it was resumed.
@@ -28,6 +35,7 @@ KNOWN = {".lock"}
 LEFT_OUT = ("previous", "checkpoints", "history.jsonl")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 DELETES = ("os.remove", "os.rmdir")
+ERRORS = 80  # points of each scenario, of some thousands
 EVENTS = ("open", "os.rename", "os.mkdir", "os.truncate", "os.link", "os.symlink", *DELETES)
 
 
@@ -101,14 +109,31 @@ def points(folder: Path, quick: bool = False) -> list[tuple[str, str, int]]:
         code, told = child(scenario.argv, place, "count", 0)
         assert code == 0, told
         kinds = (place / "events").read_text().split("\n")[:-1]
-        full = [n for n, kind in enumerate(kinds, 1) if kind.split()[0] not in DELETES]
-        found[name == "trial"] += [(name, "kill", n) for n in range(1, len(kinds) + 1)] + [
-            (name, "full", n) for n in full
-        ]
+        steps = _steps(scenario, folder, place)
+        numbers = {
+            "kill": range(1, len(kinds) + 1),
+            "full": [n for n, kind in enumerate(kinds, 1) if kind.split()[0] not in DELETES],
+            "error": sorted(random.Random(name).sample(range(1, steps + 1), ERRORS)),
+        }
+        found[name == "trial"] += [(name, mode, number) for mode, some in numbers.items() for number in some]
     for some in found.values():
         random.Random(0).shuffle(some)
     (folder / "points.json").write_text(json.dumps(found[False] + found[True]))
     return found[False] + found[True]
+
+
+def _steps(scenario: Scenario, folder: Path, whole: Path) -> int:
+    """How many functions of plopfast's and calls of modules a scenario enters; the names go to `steps` of `whole`."""
+
+    def count() -> None:
+        copy(folder / "corpus", folder / "counted", scenario.argv)
+        with planted(0) as steps:
+            assert _here(scenario.argv, folder / "counted", "plain", 0)[0] == 0
+        (whole / "steps").write_text("\n".join(steps))
+
+    _in_a_child(count)
+    shutil.rmtree(folder / "counted")
+    return len((whole / "steps").read_text().split("\n"))
 
 
 def run(point: tuple[str, str, int], folder: Path, place: Path) -> Outcome:
@@ -117,8 +142,17 @@ def run(point: tuple[str, str, int], folder: Path, place: Path) -> Outcome:
     scenario, began = SCENARIOS[name], time.perf_counter()
     copy(folder / "corpus", place, scenario.argv)
     try:
-        fault, told = _stopped_and_gone_on(scenario, mode, number, place, folder / "whole" / name)
-        events = (folder / "whole" / name / "events").read_text().split("\n")
+        if mode == "error":
+            told_at = place.parent / f"{place.name}.json"
+            _in_a_child(
+                lambda: told_at.write_text(
+                    json.dumps(_stopped_and_gone_on(scenario, mode, number, place, folder / "whole" / name))
+                )
+            )
+            fault, told = json.loads(told_at.read_text())
+        else:
+            fault, told = _stopped_and_gone_on(scenario, mode, number, place, folder / "whole" / name)
+        events = (folder / "whole" / name / ("steps" if mode == "error" else "events")).read_text().split("\n")
         detail = f"{name}, {mode} at event {number}: {events[number - 1]}\n{told}"
         short = f"{mode}: {name}: {fault}" if fault else ""
         return Outcome(scenario.argv, 0, "", short, detail, time.perf_counter() - began)
@@ -130,7 +164,8 @@ def _stopped_and_gone_on(scenario: Scenario, mode: str, number: int, place: Path
     """Returns what is wrong, and what was said."""
     out, want = place / scenario.out, results(whole / scenario.out, whole)
     before = results(out, place) if scenario.kept else {}
-    code, told = child(scenario.argv, place, mode, number)
+    call = _here if mode == "error" else child
+    code, told = call(scenario.argv, place, mode, number)
     if mode == "kill" and code != -signal.SIGKILL:
         return f"exit code {code} instead of the kill", told
     if mode == "full" and (fault := _not_one_error(code, told)):
@@ -141,7 +176,7 @@ def _stopped_and_gone_on(scenario: Scenario, mode: str, number: int, place: Path
     if mode == "full" and code == 0:
         return _differences(want, results(out, place)), told
     for way in scenario.ways:
-        code, more = child(way, place, "plain", 0)
+        code, more = call(way, place, "plain", 0)
         told += f"\n$ plopfast {' '.join(way)}\n{more}"
         if code == 0:
             break
@@ -195,6 +230,40 @@ def _timeless(value: Any) -> Any:
     return [_timeless(inner) for inner in value] if isinstance(value, list) else value
 
 
+def _in_a_child(do: Callable[[], object]) -> None:
+    """Runs `do` in a copy of this process. Raises AssertionError where it fails."""
+    if not (pid := os.fork()):
+        try:
+            do()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(70)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def _error(number: int) -> contextlib.AbstractContextManager:
+    return planted(number, PlantedInterrupt if number % 2 else PlantedError)
+
+
+def _here(argv: list[str], place: Path, mode: str, number: int) -> tuple[int, str]:
+    """Runs `plopfast ARGV...` in this process, with an error at its step `number` (mode error); returns as `child` does."""
+    from plopfast.cli import main
+
+    os.chdir(place)
+    code, said = 70, io.StringIO()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            with _error(number) if mode == "error" else contextlib.nullcontext():
+                code = main.main(argv)
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+    return code, said.getvalue()
+
+
 def child(argv: list[str], place: Path, mode: str, number: int) -> tuple[int, str]:
     """Runs `plopfast ARGV...` in a child; returns its exit code (below 0: the signal) and what it printed on stderr."""
     log = place.parent / f"{place.name}.err"
@@ -227,8 +296,6 @@ def _be_child(argv: list[str], place: Path, mode: str, number: int, log: Path) -
     except SystemExit as error:
         code = error.code
     except BaseException:
-        import traceback
-
         traceback.print_exc()
         code = 70
     sys.stderr.flush()
