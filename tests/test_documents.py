@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import pkgutil
 import re
 from pathlib import Path
 
@@ -67,6 +68,13 @@ def test_commands_options_and_public_names_exist(document):
         elif script:
             assert all(option in script.read_text() for option in given), words
     assert set(re.findall(r"\bpf\.([A-Za-z]\w*)", text)) <= set(plopfast.__all__)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_dotted_names_exist(document):
+    """Such as `plopfast.models.loading.load_model()`."""
+    for name in re.findall(r"`(plopfast(?:\.\w+)+)(?:\(\))?`", document.read_text()):
+        assert pkgutil.resolve_name(name) is not None
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())

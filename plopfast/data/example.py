@@ -1,7 +1,8 @@
 """A tokenised row: its tokens, and which of them the model learns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 
 Span = tuple[int, int]  # tokens [begin, end) of a row
 
@@ -70,3 +71,11 @@ class Example:
         answer = self.answer and (min(self.answer[0], length), min(self.answer[1], length))
         roles = self.roles and self.roles[:length]
         return Example(self.tokens[:length], learned, answer, self.completion, self.where, roles)
+
+
+def digest(examples: Iterable[Example]) -> str:
+    """Returns the SHA-256 of the rows' tokens and of what is learned of them, in order."""
+    data = sha256()
+    for example in examples:
+        data.update(repr((example.tokens, example.learned)).encode())
+    return data.hexdigest()

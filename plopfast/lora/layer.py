@@ -221,7 +221,8 @@ def merge(model: nn.Module) -> list[str]:
             module.frozen.add_(module.delta_NK())
             replace_module(model, name, module.base)
         except BaseException:
-            module.frozen.stored.detach().copy_(before)
+            if model.get_submodule(name) is module:
+                module.frozen.stored.detach().copy_(before)
             raise
     return list(merged)
 

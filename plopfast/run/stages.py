@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..data.describe import DataFacts
-from ..lora.layer import adapters, disabled
+from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
@@ -159,6 +159,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             base = measure(load(config.model), "base")
             tuned = measure(load(run.file("train")), "tuned")
         else:
+            if adapter:
+                unload(run.model)
             if not adapters(run.model):
                 load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=config.backend)
             with disabled(run.model):

@@ -39,7 +39,8 @@ def census(model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: 
     moved: dict[str, bool] = {}
     for name, parameter in parameters.items():
         module = _parent(name)
-        moved[module] = moved.get(module, False) or (parameter in optimizer.state and next(largest) != 0)
+        moves = parameter in optimizer.state and next(largest) != 0
+        moved[module] = moved.get(module, False) or moves
     return _by_type(model, moved)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..data.batches import collate, group_by_length
 from ..data.example import Example
 from ..models.running import device_of, evaluating, run_for_logits
-from ..support.errors import TrainingError
+from ..support.errors import DataError, TrainingError
 from ..support.progress import bar
 from .intervals import of_shares, wilson
 from .loss import inputs_of, positions
@@ -94,8 +94,10 @@ def evaluate(
     the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
     every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
     last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none. Raises
-    TrainingError for a loss that is not finite.
+    TrainingError for a loss that is not finite, and DataError where there is no row.
     """
+    if not examples:
+        raise DataError("no rows to evaluate on: give at least one")
     began = time.perf_counter()
     sequences = _sequences(examples, choices or [])
     loss, count = 0.0, 0

@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ..data.batches import collate, collate_packed, group_by_length
-from ..data.example import Example
+from ..data.example import Example, digest
 from ..lora.layer import adapters
 from ..lora.shared import find_shared_inputs, prepared
 from ..models.frozen import fingerprint
@@ -270,12 +269,11 @@ class Trainer:
         state.take(state.best if self.valid else state.average)
         if not self.valid:
             state.best_step = state.step
-        early = "early: the validation loss stopped improving"
         return TrainResult(
             steps=state.step,
             best_step=state.best_step,
             valid_loss=state.best_loss if self.valid else None,
-            stopped=early if state.worse >= self.config.patience else "max_steps",
+            stopped="max_steps" if state.step >= self.max_steps else "early: the validation loss stopped improving",
             tokens=tokens,
             padding=1 - tokens / positions if positions else 0.0,
             seconds=seconds,
@@ -332,9 +330,6 @@ class Trainer:
         """Returns what must be the same when a run is resumed: settings, data, base model, placement, ranks."""
         model, plan, lora = self.model, self.plan, adapters(self.model)
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
-        data = sha256()
-        for example in plan.rows:
-            data.update(repr((example.tokens, example.learned)).encode())
         return {
             **settings,
             "max_steps": plan.max_steps,
@@ -343,7 +338,8 @@ class Trainer:
             "eval_every": plan.eval_every,
             "examples": plan.labelled,
             "unlabeled": len(plan.rows) - plan.labelled,
-            "data": data.hexdigest(),
+            "data": digest(plan.rows),
+            "validation data": digest(self.valid),
             "ranks": ranks.size(),
             "placement": {name: [m.rank, m.scaling, m.dropout] for name, m in lora.items()},
             "base model": fingerprint(model, list(lora) or [info.name for info in linear_modules(model)][:8]),

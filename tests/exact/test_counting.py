@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import build
+from helpers import build, random_batches
 
 import plopfast as pf
 from plopfast.scoring.sums import NFNState
@@ -62,7 +62,7 @@ def test_sums_of_zeros_of_several_calls_and_of_one_tensor_in_two_batches():
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 def test_a_model_in_training_scores_as_at_inference(architecture):
     """gpt2 has dropout; the modes are as before, module by module."""
-    model, batches = build(architecture), [{"input_ids": torch.randint(3, 300, (3, 9))}]
+    model, batches = build(architecture), random_batches()
     expected = pf.score(model, batches, eva_rank=2).modules
     model.train()
     model.get_submodule("transformer.h.1" if architecture == "gpt2" else "model.layers.1").eval()

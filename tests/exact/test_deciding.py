@@ -144,7 +144,9 @@ def test_equal_types_are_never_told_apart():
 
 @pytest.mark.parametrize("prompts, decided", [(7, False), (8, True)])
 def test_the_fewest_prompts(prompts, decided):
-    values = torch.tensor([[1.0], [9.0]], dtype=torch.float64) + 0.01 * torch.rand(2, prompts, dtype=torch.float64)
+    values = torch.tensor([[1.0], [9.0]], dtype=torch.float64) + 0.01 * torch.rand(
+        2, prompts, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     stats = torch.stack([values * 3, torch.full_like(values, 3)])
     empty = torch.zeros(2, 2, 5, dtype=torch.float64)  # prompts without a token do not make up for them
     for given in (stats, torch.cat([stats, empty], 2)):

@@ -3,11 +3,13 @@
 import copy
 import random
 import signal
+import types
 
 import pytest
 from tokenizers import processors
 
 import plopfast as pf
+from plopfast.data import deadline
 from plopfast.data.conversation import conversation_of
 from plopfast.data.deadline import LARGEST, Watch, check_template
 from plopfast.data.encoding import Encoder
@@ -139,38 +141,36 @@ def test_templates_may_count_to_a_million():
             check_template(source, "it")
 
 
-def spin(until):
-    import time
-
-    end = time.monotonic() + until
-    while time.monotonic() < end:
-        pass
-    return until
-
-
-def test_a_watch_leaves_the_timer_and_the_handler_as_they_were():
+def test_a_watch_leaves_the_timer_and_the_handler_as_they_were(monkeypatch):
     """Returning and raising; the time runs within a call alone."""
+    clock = {"now": 100.0}
+    monkeypatch.setattr(deadline, "time", types.SimpleNamespace(monotonic=lambda: clock["now"]))
+
+    def spin(seconds):
+        clock["now"] += seconds
+        signal.raise_signal(signal.SIGALRM)  # as the timer does
+        return seconds
 
     def ours(number, frame):
         raise AssertionError("the alarm of a watch that is over")
 
     before = signal.signal(signal.SIGALRM, ours)
     try:
-        watch = Watch("it", seconds=0.05)
+        watch = Watch("it", seconds=2.0)
         for _ in range(2):
             with watch:
-                assert watch.timed(spin, 0.0) == 0.0
-                spin(0.3)  # between calls
+                assert 0 < signal.getitimer(signal.ITIMER_REAL)[0] <= 2.0, "it looks often enough"
+                assert watch.timed(spin, 2.0) == 2.0
+                spin(9.0)  # between calls
                 with pytest.raises(ModelError):
-                    watch.timed(spin, 5.0)
-                spin(0.3)
+                    watch.timed(spin, 2.1)
+                spin(9.0)
             assert signal.getsignal(signal.SIGALRM) is ours and signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
-            spin(0.25)
         signal.signal(signal.SIGALRM, before)
         signal.setitimer(signal.ITIMER_REAL, 100)
         with watch:  # somebody's alarm goes on, and nothing is watched
             assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
-            assert watch.timed(spin, 0.3) == 0.3
+            assert watch.timed(lambda: 0.3) == 0.3
         assert 90 < signal.getitimer(signal.ITIMER_REAL)[0] <= 100
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -69,12 +70,12 @@ def test_nothing_of_others_is_lost(tmp_path):
     for name in ("a", "notes"):
         (path / name).write_text("old")
     (path / "link").symlink_to(outside)
-    for mine, fits in ((lambda name: False, False), (lambda name: name == "notes", False)):
+    for mine in (lambda name: False, lambda name: name == "notes"):
         with pytest.raises(FileError), files.replacing(path, mine=mine) as scratch:
             scratch.mkdir()
             for name in ("a", "link"):  # a file of the link's name would not be its successor
                 (scratch / name).write_text("new")
-        assert (path / "a").read_text() == "old" and outside.read_text() == "mine", fits
+        assert (path / "a").read_text() == "old" and outside.read_text() == "mine"
     (path / "link").unlink()
     with files.replacing(path, mine=lambda name: name == "notes") as scratch:
         scratch.mkdir()
@@ -130,7 +131,7 @@ def test_what_may_be_in_the_way(tmp_path):
         files.refuse_existing(path, overwrite=False)
     for path in (full, file):
         files.refuse_existing(path, overwrite=True)
-        with pytest.raises(FileError, match="exists already"):
+        with pytest.raises(FileError, match=re.escape(str(path))):
             files.refuse_existing(path, overwrite=False)
 
 

@@ -56,6 +56,19 @@ def test_a_gradient_of_zeros_is_none_and_a_later_one_counts(examples):
     ]
 
 
+def test_modules_that_move_do_not_stand_for_others(examples):
+    """Where all parameters of the modules before had a gradient, and these had zeros."""
+    trainer = made(examples, max_steps=3)
+    randomise(trainer.model)
+    for n in (0, 2):
+        module = adapters(trainer.model)[f"model.layers.{n}.self_attn.v_proj"]
+        for parameter in (module.lora_A, module.lora_B):
+            parameter.register_hook(torch.zeros_like)
+    with pytest.warns(UserWarning, match=r"2 of 3 v_proj adapters \(layers 0, 2\)") as caught:
+        assert trainer.fit().unmoved == {"v_proj": 2}
+    assert len(caught) == 2
+
+
 def test_only_a_is_zero_at_first(examples):
     """A's gradient is zero while B is: that alone is no finding."""
     trainer = made(examples)

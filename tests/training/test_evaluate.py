@@ -5,7 +5,7 @@ import torch
 from helpers import build
 
 from plopfast.data.example import Example
-from plopfast.support.errors import TrainingError
+from plopfast.support.errors import DataError, TrainingError
 from plopfast.training.evaluate import choices_of, evaluate, label_loss
 
 
@@ -115,6 +115,11 @@ def test_damaged_weights(llama):
         llama.model.norm.weight.fill_(float("nan"))
     with pytest.raises(TrainingError, match="NaN or infinite"):
         evaluate(llama, some_examples([(5,)]))
+
+
+def test_no_rows(llama):
+    with pytest.raises(DataError):
+        evaluate(llama, [])
 
 
 def test_the_last_turn_is_the_answer(llama):

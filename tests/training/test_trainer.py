@@ -118,6 +118,8 @@ def test_resume_refuses_another_run(examples, tmp_path):
     shuffled = [*examples[1:48], examples[0], *examples[48:]]
     with pytest.raises(TrainingError, match="other inputs: data"):
         made(shuffled, tmp_path).fit(resume=True)
+    with pytest.raises(TrainingError, match="other inputs: validation data"):
+        made([*examples[:48], *examples[49:]], tmp_path).fit(resume=True)
     trainer = made(examples)
     trainer.fit()
     with pytest.raises(TrainingError, match="fitted already"):
@@ -146,9 +148,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(examples, tmp_
 
 
 def test_early_stopping(examples):
-    trainer = made(examples, max_steps=400, lr=1.0, clip=0.0, schedule="constant", eval_every=1, patience=2)
-    result = trainer.fit()
-    assert result.stopped.startswith("early") and result.steps == result.best_step + 2 < 400
+    how = {"lr": 1.0, "clip": 0.0, "schedule": "constant", "warmup": 0.0, "eval_every": 1, "patience": 2}
+    result = made(examples, max_steps=400, **how).fit()
+    assert result.stopped != "max_steps" and result.steps == result.best_step + 2 < 400
+    again = made(examples, max_steps=result.steps, **how).fit()
+    assert (again.stopped, again.best_step) == ("max_steps", result.best_step), "all steps were done"
 
 
 def test_one_epoch(examples):
