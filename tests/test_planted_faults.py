@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from _pytest.mark.expression import Expression
+
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT / "bench"))
 mutations = importlib.import_module("mutations")
@@ -25,6 +27,8 @@ def test_every_fault_fits_the_code_and_names_tests():
         files = [t for t in fault.tests if t.startswith("tests/")]
         assert files and all((ROOT / t.split("::")[0]).exists() for t in files), fault
         assert fault.old != fault.new, fault
+        if "-k" in fault.tests:
+            Expression.compile(fault.tests[fault.tests.index("-k") + 1])
     assert len({(f.file, f.old, f.new) for f in faults}) == len(faults)
 
 
