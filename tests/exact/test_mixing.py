@@ -18,8 +18,9 @@ from torch import nn
 import plopfast as pf
 from plopfast.data.batches import collate
 from plopfast.data.example import Example
+from plopfast.kernels import philox
 from plopfast.lora import shared
-from plopfast.lora.layer import adapters, disabled, merge
+from plopfast.lora.layer import adapters, disabled, merge, replace_module
 from plopfast.lora.shared import find_shared_inputs, prepared
 from plopfast.models.linears import linear_modules
 from plopfast.training.blocks import prepared_blocks
@@ -130,3 +131,46 @@ def test_one_adapter_changes_only_its_own_part(llama):
             with prepared(llama):
                 near(llama(input_ids=ids).logits, expected.double(), off)
         adapters(llama)[off].enabled = True
+
+
+class PlainLoRA(nn.Module):
+    """y = W x + b + scaling B A (mask x) / (1 - p) in plain autograd; its seeds are drawn as LoRALinear draws them."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.base, self.scaling, self.p = module.base, module.scaling, module.dropout
+        self.lora_A, self.lora_B = nn.Parameter(module.lora_A.data.double()), nn.Parameter(module.lora_B.data.double())
+
+    def forward(self, x):
+        seed = int(torch.randint(1 << 62, ()))
+        rows = x.reshape(-1, x.shape[-1])
+        kept = rows * philox.keep_mask(seed, *rows.shape, self.p) * philox.inverse_keep(self.p)
+        low = (kept @ self.lora_A.T @ self.lora_B.T).view(*x.shape[:-1], -1)
+        return self.base(x) + self.scaling * low
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_each_adapter_drops_elements_of_its_own(p, grouped):
+    """Those of one input (q, k, v) too, which share no product then."""
+    model = build("llama")
+    pf.inject(model, mixed_placement(random.Random(p), model, False), dropout=p)
+    for module in adapters(model).values():
+        module.lora_B.data.normal_(std=0.2, generator=torch.Generator().manual_seed(7))
+    find_shared_inputs(model)
+    plain = copy.deepcopy(model).double()
+    for name, module in adapters(plain).items():
+        replace_module(plain, name, PlainLoRA(module))
+    batch = batch_of(random.Random(4))
+    found = []
+    for objective in [Objective(one.train()) for one in (model, plain)]:  # which run the models once
+        torch.manual_seed(11)
+        with prepared(model) if grouped else contextlib.nullcontext():
+            loss = objective(batch)
+            loss.backward()
+        found.append(float(loss.detach()))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    for name, module in adapters(model).items():
+        other = plain.get_submodule(name)
+        near(module.lora_A.grad, other.lora_A.grad, (name, "A"))
+        near(module.lora_B.grad, other.lora_B.grad, (name, "B"))
