@@ -61,3 +61,14 @@ def test_the_highest_rank_is_the_smaller_side(llama, name):
         else:
             with pytest.raises(PlacementError):
                 pf.inject(llama, placement)
+
+
+@pytest.mark.parametrize("values", [((2, 4.0), (2, 8.0), (3, 8.0)), ((3, 1.0), (2, 8.0), (2, 1.0), (2, 8.0), (2, 8.0))])
+def test_patterns_hold_what_is_not_the_commonest(values):
+    found = pf.Placement({f"m{i}": pair for i, pair in enumerate(values)}, [], "explicit", 0).peft_config()
+    for key, pattern, common, column in (
+        ("r", "rank_pattern", 2, [rank for rank, _ in values]),
+        ("lora_alpha", "alpha_pattern", 8.0, [alpha for _, alpha in values]),
+    ):
+        assert found[key] == common
+        assert found[pattern] == {f"m{i}": value for i, value in enumerate(column) if value != common}
