@@ -195,7 +195,8 @@ def main() -> None:
     every = read_faults()
     faults = [f for f in every if given.only in (None, f.wing, Path(f.file).stem)]
     if given.sample:
-        faults = random.Random(given.seed).sample([f for f in faults if not f.interpreted], given.sample)
+        faults = [f for f in faults if not f.interpreted]
+        faults = random.Random(given.seed).sample(faults, min(given.sample, len(faults)))
     if not faults:
         parser.error(f"no fault is in {given.only}")
 
