@@ -64,7 +64,7 @@ def _sections_of(source: Source, run: RunFolder) -> list[Section]:
         for section in sections:
             section.command = run.noted(source.stage)
         return sections
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise FileError(
             f"{run.path / source.file}: not what plopfast {source.stage} writes ({type(error).__name__}: {error}); make it "
             f"anew with plopfast {source.stage} --overwrite"

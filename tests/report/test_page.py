@@ -187,3 +187,10 @@ def test_a_link_that_leads_nowhere_is_there(full):
     (full / "placement.json").symlink_to(full / "gone.json")
     with pytest.raises(pf.PlopfastError, match="placement.json"):
         write_report(full)
+
+
+@pytest.mark.parametrize("broken", [{"runs": [{}]}, {"rank_high": None}], ids=str)
+def test_what_a_section_misses_is_said_with_the_file(full, broken):
+    put(full, "trial.json", lambda trial: trial["arms"][0].update(broken))
+    with pytest.raises(pf.PlopfastError, match="trial.json"):
+        write_report(full)
