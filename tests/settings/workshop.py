@@ -74,10 +74,14 @@ class Shop:
         path = self.root / start
         if start in STAGES and not path.exists():
             stage, before = STAGES[start]
+            making = self.root / f"{start}-in-the-making"  # a stage that fails must not pass for one that is done
+            shutil.rmtree(making, ignore_errors=True)
             if before:
-                shutil.copytree(self.made(before), path)
+                shutil.copytree(self.made(before), making)
             words = self.settings["data"] * (not before) + self.settings[stage]
-            assert quietly(stage, *words, "--out", path)[0] == 0
+            code, said = quietly(stage, *words, "--out", making)
+            assert code == 0, said
+            making.rename(path)
         return path
 
     def _write_data(self) -> None:
