@@ -5,7 +5,10 @@ for bit). `also` goes with both runs, `base` with the first one alone. Beside th
 
     passes       how often the model runs                    threads      what torch was told
     checkpoints  which were written and removed, in order    compiled     how many blocks
-    said         what the command printed                    refused      it ends with 2, or no longer does
+    said         what the command printed
+    refused      it ends with 2, but not with the first      accepted     it ends with 0, but with 2 with the first
+
+Two runs that are both refused show nothing: that is an error here. `like` are words that give the very same artefacts.
 
 How often the model runs may change where a result does, and is named only where it must.
 
@@ -14,10 +17,11 @@ How often the model runs may change where a result does, and is named only where
 
 from dataclasses import dataclass, field
 
-from workshop import REFUSED
+from workshop import ACCEPTED, REFUSED
 
 LEARNED = "adapter metrics training"
-CHECKED = dict.fromkeys(("data", "score", "audit", "estimate", "train", "eval"), REFUSED)
+USED = ("score", "audit", "estimate", "train", "eval")
+CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
     "run": ("score", "place", "train", "eval"),
     "trial": ("score", "place", "train"),
@@ -33,14 +37,15 @@ class Promise:
     other: str
     also: str = ""
     base: str = ""
+    like: str | None = None
     reaches: dict[str, str] = field(default_factory=dict)
 
 
 PROMISES: dict[str, list[Promise]] = {}
 
 
-def option(name: str, other: str, also: str = "", base: str = "", /, **reaches: str) -> None:
-    PROMISES.setdefault(name, []).append(Promise(other, also, base, reaches))
+def option(name: str, other: str, also: str = "", base: str = "", like: str | None = None, /, **reaches: str) -> None:
+    PROMISES.setdefault(name, []).append(Promise(other, also, base, like, reaches))
 
 
 def flag(name: str) -> str:
@@ -107,10 +112,27 @@ option("test", f"--test={FILE}more.jsonl", data="data said", score="", audit="",
 option(
     "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
 )
-columns = [f"--{split}={FILE}columns{more}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))]
-option("columns", "--columns=prompt=q,completion=a", " ".join(columns), **CHECKED)
+columns, plain = (
+    " ".join(
+        f"--{split}={FILE}columns{more}{kind}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))
+    )
+    for kind in ("", "-plain")
+)
+option("columns", "--columns=prompt=q,completion=a", columns, **CHECKED)
+option("columns", "--columns=prompt=q,completion=a", columns, "", plain, **dict.fromkeys(USED, ACCEPTED))
 option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", **CHECKED)
-option("allow_overlap", "--allow-overlap", f"--train={FILE}shared.jsonl", **CHECKED)
+option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", "", "", **dict.fromkeys(USED, ACCEPTED))
+shared = f"--train={FILE}shared.jsonl"
+option("allow_overlap", "--allow-overlap", shared, **CHECKED)
+option(
+    "allow_overlap",
+    "--allow-overlap",
+    shared,
+    "",
+    f"{shared} --test={FILE}more.jsonl",
+    **dict.fromkeys(USED[:-1], ACCEPTED),
+)
+option("allow_overlap", "--allow-overlap", shared, "", "", eval=ACCEPTED)
 option(
     "learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval"
 )
@@ -181,7 +203,7 @@ option("eval_every", "--eval-every=2", train="metrics training checkpoints")
 option("eval_rows", "--eval-rows=2", train="metrics training")
 option("patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints")
 option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
-option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=REFUSED)
+option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
 option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go

@@ -1,7 +1,5 @@
 """Settings that reach their target: every option of every command changes what it promises, and nothing else."""
 
-from functools import cache
-
 import pytest
 from promises import PROMISES, STAGES, Promise, flag
 from workshop import differences
@@ -35,11 +33,6 @@ def _with_only_its_own(command: str, words: str) -> tuple[str, ...]:
     return tuple(word for word in words.split() if word.partition("=")[0].replace("--no-", "--") in own)
 
 
-@pytest.fixture(scope="module")
-def outcome(shop):
-    return cache(lambda command, *words: shop.outcome(command, *words))
-
-
 @pytest.mark.parametrize(
     ("command", "promise", "reaches"),
     [
@@ -59,6 +52,34 @@ def test_an_option_changes_what_it_promises(outcome, command: str, promise: Prom
     other = outcome(command, *also, *promise.other.split())
     found = differences(one, other)
     assert (found if "passes" in reaches or not reaches else found - {"passes"}) == reaches
+
+
+@pytest.mark.parametrize(
+    ("command", "promise"),
+    [
+        pytest.param(command, promise, id=f"{command}-{promise.other}", marks=[pytest.mark.slow] * (command in SLOW))
+        for command, _, promise, _ in CASES
+        if promise.like is not None
+    ],
+)
+def test_an_option_does_what_other_words_do(outcome, command: str, promise: Promise):
+    """Such as skipping a bad row: the same artefacts are made of a file without it."""
+    one = outcome(command, *_with_only_its_own(command, promise.also), *promise.other.split())
+    assert not differences(one, outcome(command, *_with_only_its_own(command, promise.like)))
+
+
+def test_a_step_that_is_skipped_teaches_nothing(shop):
+    """A training that ends with the spoiled row is the one that ends before that row, where it is sound."""
+
+    def trained(name: str, steps: int):
+        file = shop.root / f"{name}.jsonl"
+        words = (f"--train={file}", "--nonfinite=skip", "--schedule=constant", "--warmup=0", "--batch-rows=3")
+        return shop.outcome("train", *words, f"--max-steps={steps}", f"--eval-every={steps}")
+
+    (skipped,) = [record["step"] for record in trained("nan", 15)["metrics"] if record.get("skipped")]
+    with_it, without = trained("nan", skipped), trained("sound", skipped - 1)
+    assert skipped > 1 and with_it["adapter"] == without["adapter"]
+    assert trained("sound", skipped)["adapter"] != without["adapter"]
 
 
 @pytest.mark.slow
