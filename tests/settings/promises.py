@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 
 from workshop import ACCEPTED, REFUSED
 
+from plopfast.cli.commands import COMMANDS
+from plopfast.cli.options import names_of
+
 LEARNED = "adapter metrics training"
 USED = ("score", "audit", "estimate", "train", "eval")
 CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
@@ -52,6 +55,17 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def name_of(word: str) -> str:
+    """The setting that an option gives, as --no-liger and --batch-rows=2 do."""
+    return word.partition("=")[0].replace("--no-", "--").removeprefix("--").replace("-", "_")
+
+
+def words_of(command: str, words: str) -> tuple[str, ...]:
+    """The words whose options the command has: a promise's `also` serves several commands."""
+    own = names_of(COMMANDS[command])
+    return tuple(word for word in words.split() if name_of(word) in own)
+
+
 SCORES = "scores prompts"
 
 # model and device
@@ -78,10 +92,10 @@ option(
     merge="merged",
     info="",
 )
-for command in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
-    option("device", "--device=cuda", **{command: REFUSED})
-    if command != "info":
-        option("threads", "--threads=2", **{command: "threads"})
+for name in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
+    option("device", "--device=cuda", **{name: REFUSED})
+    if name != "info":
+        option("threads", "--threads=2", **{name: "threads"})
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
 option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
@@ -212,7 +226,7 @@ option("liger", "--no-liger", train="")  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")
 
 # studies
-option("arms", "--arms=plop,mlp", trial="trial")
+option("arms", "--arms=plop,attn", trial="trial")
 option("lrs", "--lrs=0.01", trial="trial")
 option("seeds", "--seeds=1,2,3", trial="trial")
 option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial")

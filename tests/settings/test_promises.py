@@ -1,7 +1,7 @@
 """Settings that reach their target: every option of every command changes what it promises, and nothing else."""
 
 import pytest
-from promises import PROMISES, STAGES, Promise, flag
+from promises import PROMISES, STAGES, Promise, words_of
 from workshop import differences
 
 from plopfast.cli.commands import COMMANDS
@@ -27,12 +27,6 @@ def test_every_option_has_a_promise():
     assert {name for command, name in derived if command in STAGES} <= of_stages | own
 
 
-def _with_only_its_own(command: str, words: str) -> tuple[str, ...]:
-    """The words whose options the command has: a promise's `also` serves several commands."""
-    own = {flag(name) for name in names_of(COMMANDS[command])}
-    return tuple(word for word in words.split() if word.partition("=")[0].replace("--no-", "--") in own)
-
-
 @pytest.mark.parametrize(
     ("command", "promise", "reaches"),
     [
@@ -47,7 +41,7 @@ def _with_only_its_own(command: str, words: str) -> tuple[str, ...]:
     ],
 )
 def test_an_option_changes_what_it_promises(outcome, command: str, promise: Promise, reaches: set[str]):
-    also = _with_only_its_own(command, promise.also)
+    also = words_of(command, promise.also)
     one = outcome(command, *also, *promise.base.split())
     other = outcome(command, *also, *promise.other.split())
     found = differences(one, other)
@@ -64,8 +58,8 @@ def test_an_option_changes_what_it_promises(outcome, command: str, promise: Prom
 )
 def test_an_option_does_what_other_words_do(outcome, command: str, promise: Promise):
     """Such as skipping a bad row: the same artefacts are made of a file without it."""
-    one = outcome(command, *_with_only_its_own(command, promise.also), *promise.other.split())
-    assert not differences(one, outcome(command, *_with_only_its_own(command, promise.like)))
+    one = outcome(command, *words_of(command, promise.also), *promise.other.split())
+    assert not differences(one, outcome(command, *words_of(command, promise.like)))
 
 
 def test_a_step_that_is_skipped_teaches_nothing(shop):
@@ -90,7 +84,7 @@ def test_a_whole_promises_what_its_stages_do(outcome, command: str, name: str):
     """Where an option changes a stage's files, it changes what the stages make together."""
     for promise in PROMISES[name]:
         reached = set().union(*(promise.reaches.get(stage, "").split() for stage in STAGES[command]))
-        also = _with_only_its_own(command, promise.also)
+        also = words_of(command, promise.also)
         found = differences(
             outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split())
         )

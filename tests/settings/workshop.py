@@ -99,7 +99,7 @@ class Shop:
         for split, count in (("train", 40), ("valid", 8), ("test", 8), ("more", 30)):
             self.write(split, [row(number) for number in range(count)])
         rows = self.read("train")
-        self.write("bad", [*rows, {"messages": 3}])
+        self.write("bad", [*rows[:9], {"messages": 3}, *rows[9:]])
         self.write("shared", [*rows[:2], *self.read("test")])
         for name, letter in last.items():
             turns = [{"role": role, "content": text} for role, text in (("user", f"oak{letter}"), ("assistant", "oak"))]
@@ -273,7 +273,7 @@ def content(path: Path) -> object:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return {
-            key: (str(t.dtype), list(t.shape), hash(t.contiguous().view(torch.uint8).numpy().tobytes()))
+            key: (str(t.dtype), list(t.shape), hash(t.flatten().view(torch.uint8).numpy().tobytes()))
             for key, t in tensors.items()
         }
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
