@@ -26,10 +26,15 @@ LEARNED = "adapter metrics training"
 USED = ("score", "audit", "estimate", "train", "eval")
 CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
-    "run": ("score", "place", "train", "eval"),
+    "run": ("data", "score", "place", "train", "eval"),
     "trial": ("score", "place", "train"),
     "search": ("score", "place", "train"),
 }
+MADE = {  # by each stage; what a stage makes may change what later ones make
+    "data": "data", "score": "scores prompts eva", "place": "placement", "estimate": "estimate",
+    "train": f"{LEARNED} adapter_config model checkpoints compiled tensorboard", "eval": "eval",
+}  # fmt: skip
+AROUND = {"passes", "threads", "checkpoints", "compiled"}  # of a process, not of a stage's files
 FILE = "{shop.root}/"
 
 
@@ -92,10 +97,9 @@ option(
     merge="merged",
     info="",
 )
-for name in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
-    option("device", "--device=cuda", **{name: REFUSED})
-    if name != "info":
-        option("threads", "--threads=2", **{name: "threads"})
+WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
+option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
+option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
 option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
@@ -122,13 +126,23 @@ option(
     train="metrics training",
     eval="",
 )
-option("test", f"--test={FILE}more.jsonl", data="data said", score="", audit="", estimate="", train="", eval="eval")
+option(
+    "test",
+    f"--test={FILE}more.jsonl",
+    data="data said",
+    score="",
+    audit="",
+    estimate="",
+    train="",
+    eval="eval",
+    trial="trial",
+)
 option(
     "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
 )
 columns, plain = (
     " ".join(
-        f"--{split}={FILE}columns{more}{kind}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))
+        f"--{split}={FILE}columns{more}{kind}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-3"))
     )
     for kind in ("", "-plain")
 )
@@ -178,7 +192,9 @@ option("rank", "--rank=3", "--init=eva", score="eva scores")
 option("init", "--init=eva", score="eva scores", place="")
 option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
 option("init", "--init=gaussian", train=LEARNED)
-option("seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED)
+option(
+    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, trial=SCORES
+)  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
 option("confidence", "--confidence=0.5", score="scores")
@@ -187,7 +203,7 @@ option("skip_first", "--skip-first", score="scores", audit="audit")
 option("baseline", "--baseline=monte-carlo", score=SCORES, audit="audit")
 option("compat", "--compat=official", score=SCORES)
 option("alpha", "--alpha=5.25", place="placement")
-option("budget", "--budget=2000", place="placement", estimate="estimate")
+option("budget", "--budget=2000", place="placement", estimate="estimate", search=REFUSED)
 option("ranks", "--ranks=proportional", "--budget=6000", place="placement", estimate="estimate")
 option("granularity", "--granularity=module", "--budget=700", place="placement")
 option("cap", "--cap=0", "--granularity=module --budget=700", place="")  # any number
@@ -195,14 +211,17 @@ option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
 
 # adapters and training
 option("rslora", "--rslora", train=f"{LEARNED} adapter_config")
-option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED)
+option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED, search=REFUSED)
+option(
+    "full", "--full", run=f"{SCORES} placement estimate {LEARNED} adapter_config model eval report passes"
+)  # it places nothing
 option("batch_tokens", "--batch-tokens=400", train=LEARNED, estimate="estimate")
 option("batch_rows", "--batch-rows=2", train=LEARNED, estimate="estimate")
 option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate")
 option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
-option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes")
+option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
 option("lr", "--lr=0.01", train=LEARNED)
 option("schedule", "--schedule=linear", train=LEARNED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
@@ -215,7 +234,9 @@ option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints")
 option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoints")
 option("eval_every", "--eval-every=2", train="metrics training checkpoints")
 option("eval_rows", "--eval-rows=2", train="metrics training")
-option("patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints")
+option(
+    "patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints", trial=""
+)  # which has rates of its own
 option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
@@ -226,7 +247,7 @@ option("liger", "--no-liger", train="")  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")
 
 # studies
-option("arms", "--arms=plop,attn", trial="trial")
+option("arms", "--arms=plop,plop-inverse,full", "--rank=10", trial="trial checkpoints")
 option("lrs", "--lrs=0.01", trial="trial")
 option("seeds", "--seeds=1,2,3", trial="trial")
 option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial")

@@ -55,7 +55,7 @@ def other(name, command):
 def refused_for(name, found):
     """Whether the command says that the folder's own settings have another value of this one."""
     where, _, why = found.get(REFUSED, "").partition(f"{found['folder']}/config.json")
-    return where and re.search(rf"\b{name}\b", why)
+    return where and re.search(rf"[:;] {name}\b", why)  # not as part of a file's name
 
 
 def test_resumed_as_it_is(shop, stopped, whole):

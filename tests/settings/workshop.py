@@ -104,7 +104,7 @@ class Shop:
         for name, letter in last.items():
             turns = [{"role": role, "content": text} for role, text in (("user", f"oak{letter}"), ("assistant", "oak"))]
             self.write(name, [*rows, {"messages": turns}])
-        for name, of in (("columns", words[:6]), ("columns-2", words[6:])):
+        for name, of in (("columns", words[:6]), ("columns-2", words[6:9]), ("columns-3", words[9:])):
             for more, (q, a) in (("", ("q", "a")), ("-plain", ("prompt", "completion"))):
                 self.write(f"{name}{more}", [{q: f"{one} {two}", a: two} for one in of for two in of])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
