@@ -166,6 +166,14 @@ def test_a_seed_is_all_that_a_draw_depends_on(name, given):
         assert tensors(SEEDED[name](6, given)) != one
 
 
+def test_no_draw_moves_another(given):
+    """Whichever of them drew before, with the same seed: forwards, each comes after those above it, backwards after the rest."""
+    with torch.random.fork_rng(devices=[]):
+        forwards = {name: tensors(SEEDED[name](5, given)) for name in SEEDED}
+        backwards = {name: tensors(SEEDED[name](5, given)) for name in reversed(SEEDED)}
+    assert [name for name in SEEDED if forwards[name] != backwards[name]] == []
+
+
 def losses(trainer):
     return [record["loss"] for record in trainer.history if "loss" in record]
 
