@@ -1,3 +1,5 @@
+from functools import cache
+
 import pytest
 from workshop import Shop
 
@@ -15,13 +17,28 @@ def shop(tmp_path_factory, tokenizer):
         tokenizer.chat_template = kept
 
 
+@pytest.fixture(scope="session")
+def outcome(shop):
+    """What a command makes with these words; asked again, it is not made again."""
+    return cache(shop.outcome)
+
+
 @pytest.fixture
 def opened(shop):
-    """Opens a run of the shop's model, in a new folder or where the stages up to `start` are done."""
+    """Opens a run of the shop's model: in a new folder, where the stages up to `start` are done, or in `folder`.
 
-    def open_run(start=None, resume=False, overwrite=False, **settings):
+    It is closed at the end of the test, however that ends.
+    """
+    runs = []
+
+    def open_run(start=None, folder=None, resume=False, overwrite=False, **settings):
         given = {split: str(shop.root / f"{split}.jsonl") for split in ("train", "valid", "test")} | settings
-        given = {name: value for name, value in given.items() if value}
-        return Run(shop.folder(start), RunConfig(model=str(shop.model), **given), resume=resume, overwrite=overwrite)
+        config = RunConfig(
+            **{"model": str(shop.model)} | {name: value for name, value in given.items() if value is not None}
+        )
+        runs.append(Run(folder or shop.folder(start), config, resume=resume, overwrite=overwrite))
+        return runs[-1]
 
-    return open_run
+    yield open_run
+    for run in runs:
+        run.at.close()

@@ -5,7 +5,10 @@ for bit). `also` goes with both runs, `base` with the first one alone. Beside th
 
     passes       how often the model runs                    threads      what torch was told
     checkpoints  which were written and removed, in order    compiled     how many blocks
-    said         what the command printed                    refused      it ends with 2, or no longer does
+    said         what the command printed
+    refused      it ends with 2, but not with the first      accepted     it ends with 0, but with 2 with the first
+
+Two runs that are both refused show nothing: that is an error here. `like` are words that give the very same artefacts.
 
 How often the model runs may change where a result does, and is named only where it must.
 
@@ -14,15 +17,24 @@ How often the model runs may change where a result does, and is named only where
 
 from dataclasses import dataclass, field
 
-from workshop import REFUSED
+from workshop import ACCEPTED, REFUSED
+
+from plopfast.cli.commands import COMMANDS
+from plopfast.cli.options import names_of
 
 LEARNED = "adapter metrics training"
-CHECKED = dict.fromkeys(("data", "score", "audit", "estimate", "train", "eval"), REFUSED)
+USED = ("score", "audit", "estimate", "train", "eval")
+CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
-    "run": ("score", "place", "train", "eval"),
+    "run": ("data", "score", "place", "train", "eval"),
     "trial": ("score", "place", "train"),
     "search": ("score", "place", "train"),
 }
+MADE = {  # by each stage; what a stage makes may change what later ones make
+    "data": "data", "score": "scores prompts eva", "place": "placement", "estimate": "estimate",
+    "train": f"{LEARNED} adapter_config model checkpoints compiled tensorboard", "eval": "eval",
+}  # fmt: skip
+AROUND = {"passes", "threads", "checkpoints", "compiled"}  # of a process, not of a stage's files
 FILE = "{shop.root}/"
 
 
@@ -33,18 +45,30 @@ class Promise:
     other: str
     also: str = ""
     base: str = ""
+    like: str | None = None
     reaches: dict[str, str] = field(default_factory=dict)
 
 
 PROMISES: dict[str, list[Promise]] = {}
 
 
-def option(name: str, other: str, also: str = "", base: str = "", /, **reaches: str) -> None:
-    PROMISES.setdefault(name, []).append(Promise(other, also, base, reaches))
+def option(name: str, other: str, also: str = "", base: str = "", like: str | None = None, /, **reaches: str) -> None:
+    PROMISES.setdefault(name, []).append(Promise(other, also, base, like, reaches))
 
 
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
+
+
+def name_of(word: str) -> str:
+    """The setting that an option gives, as --no-liger and --batch-rows=2 do."""
+    return word.partition("=")[0].replace("--no-", "--").removeprefix("--").replace("-", "_")
+
+
+def words_of(command: str, words: str) -> tuple[str, ...]:
+    """The words whose options the command has: a promise's `also` serves several commands."""
+    own = names_of(COMMANDS[command])
+    return tuple(word for word in words.split() if name_of(word) in own)
 
 
 SCORES = "scores prompts"
@@ -73,10 +97,9 @@ option(
     merge="merged",
     info="",
 )
-for command in ("score", "audit", "estimate", "train", "eval", "merge", "info"):
-    option("device", "--device=cuda", **{command: REFUSED})
-    if command != "info":
-        option("threads", "--threads=2", **{command: "threads"})
+WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
+option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
+option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
 option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
@@ -103,14 +126,41 @@ option(
     train="metrics training",
     eval="",
 )
-option("test", f"--test={FILE}more.jsonl", data="data said", score="", audit="", estimate="", train="", eval="eval")
+option(
+    "test",
+    f"--test={FILE}more.jsonl",
+    data="data said",
+    score="",
+    audit="",
+    estimate="",
+    train="",
+    eval="eval",
+    trial="trial",
+)
 option(
     "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
 )
-columns = [f"--{split}={FILE}columns{more}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-2"))]
-option("columns", "--columns=prompt=q,completion=a", " ".join(columns), **CHECKED)
+columns, plain = (
+    " ".join(
+        f"--{split}={FILE}columns{more}{kind}.jsonl" for split, more in (("train", ""), ("valid", "-2"), ("test", "-3"))
+    )
+    for kind in ("", "-plain")
+)
+option("columns", "--columns=prompt=q,completion=a", columns, **CHECKED)
+option("columns", "--columns=prompt=q,completion=a", columns, "", plain, **dict.fromkeys(USED, ACCEPTED))
 option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", **CHECKED)
-option("allow_overlap", "--allow-overlap", f"--train={FILE}shared.jsonl", **CHECKED)
+option("bad_rows", "--bad-rows=skip", f"--train={FILE}bad.jsonl", "", "", **dict.fromkeys(USED, ACCEPTED))
+shared = f"--train={FILE}shared.jsonl"
+option("allow_overlap", "--allow-overlap", shared, **CHECKED)
+option(
+    "allow_overlap",
+    "--allow-overlap",
+    shared,
+    "",
+    f"{shared} --test={FILE}more.jsonl",
+    **dict.fromkeys(USED[:-1], ACCEPTED),
+)
+option("allow_overlap", "--allow-overlap", shared, "", "", eval=ACCEPTED)
 option(
     "learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval"
 )
@@ -142,7 +192,9 @@ option("rank", "--rank=3", "--init=eva", score="eva scores")
 option("init", "--init=eva", score="eva scores", place="")
 option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
 option("init", "--init=gaussian", train=LEARNED)
-option("seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED)
+option(
+    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, trial=SCORES
+)  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
 option("confidence", "--confidence=0.5", score="scores")
@@ -151,7 +203,7 @@ option("skip_first", "--skip-first", score="scores", audit="audit")
 option("baseline", "--baseline=monte-carlo", score=SCORES, audit="audit")
 option("compat", "--compat=official", score=SCORES)
 option("alpha", "--alpha=5.25", place="placement")
-option("budget", "--budget=2000", place="placement", estimate="estimate")
+option("budget", "--budget=2000", place="placement", estimate="estimate", search=REFUSED)
 option("ranks", "--ranks=proportional", "--budget=6000", place="placement", estimate="estimate")
 option("granularity", "--granularity=module", "--budget=700", place="placement")
 option("cap", "--cap=0", "--granularity=module --budget=700", place="")  # any number
@@ -159,14 +211,17 @@ option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
 
 # adapters and training
 option("rslora", "--rslora", train=f"{LEARNED} adapter_config")
-option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED)
+option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED, search=REFUSED)
+option(
+    "full", "--full", run=f"{SCORES} placement estimate {LEARNED} adapter_config model eval report passes"
+)  # it places nothing
 option("batch_tokens", "--batch-tokens=400", train=LEARNED, estimate="estimate")
 option("batch_rows", "--batch-rows=2", train=LEARNED, estimate="estimate")
 option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate")
 option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
-option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes")
+option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
 option("lr", "--lr=0.01", train=LEARNED)
 option("schedule", "--schedule=linear", train=LEARNED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
@@ -179,9 +234,11 @@ option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints")
 option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoints")
 option("eval_every", "--eval-every=2", train="metrics training checkpoints")
 option("eval_rows", "--eval-rows=2", train="metrics training")
-option("patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints")
+option(
+    "patience", "--patience=1", "--lr=1e-30 --max-steps=6", train="metrics training checkpoints", trial=""
+)  # which has rates of its own
 option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
-option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=REFUSED)
+option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
 option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
@@ -190,7 +247,7 @@ option("liger", "--no-liger", train="")  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")
 
 # studies
-option("arms", "--arms=plop,mlp", trial="trial")
+option("arms", "--arms=plop,plop-inverse,full", "--rank=10", trial="trial checkpoints")
 option("lrs", "--lrs=0.01", trial="trial")
 option("seeds", "--seeds=1,2,3", trial="trial")
 option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial")

@@ -1,10 +1,8 @@
 """Settings that reach their target: every option of every command changes what it promises, and nothing else."""
 
-from functools import cache
-
 import pytest
-from promises import PROMISES, STAGES, Promise, flag
-from workshop import differences
+from promises import AROUND, MADE, PROMISES, STAGES, Promise, words_of
+from workshop import ACCEPTED, REFUSED, differences
 
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.options import names_of
@@ -15,7 +13,7 @@ CASES = [
     for promise in promises
     for command, reaches in promise.reaches.items()
 ]
-SLOW = ("audit", "estimate", "trial", "search")  # half a second and more; test_handed_on.py covers them quickly
+SLOW = ("audit", "estimate", "run", "trial", "search")  # half a second and more; test_handed_on.py covers them quickly
 
 
 def test_every_option_has_a_promise():
@@ -27,17 +25,6 @@ def test_every_option_has_a_promise():
     of_stages = {name for command, name in promised if command in ("score", "place", "train", "eval")}
     own = {name for command, name in promised if command in STAGES}
     assert {name for command, name in derived if command in STAGES} <= of_stages | own
-
-
-def _with_only_its_own(command: str, words: str) -> tuple[str, ...]:
-    """The words whose options the command has: a promise's `also` serves several commands."""
-    own = {flag(name) for name in names_of(COMMANDS[command])}
-    return tuple(word for word in words.split() if word.partition("=")[0].replace("--no-", "--") in own)
-
-
-@pytest.fixture(scope="module")
-def outcome(shop):
-    return cache(lambda command, *words: shop.outcome(command, *words))
 
 
 @pytest.mark.parametrize(
@@ -54,11 +41,58 @@ def outcome(shop):
     ],
 )
 def test_an_option_changes_what_it_promises(outcome, command: str, promise: Promise, reaches: set[str]):
-    also = _with_only_its_own(command, promise.also)
+    also = words_of(command, promise.also)
     one = outcome(command, *also, *promise.base.split())
     other = outcome(command, *also, *promise.other.split())
     found = differences(one, other)
     assert (found if "passes" in reaches or not reaches else found - {"passes"}) == reaches
+
+
+@pytest.mark.parametrize(
+    ("command", "promise"),
+    [
+        pytest.param(command, promise, id=f"{command}-{promise.other}", marks=[pytest.mark.slow] * (command in SLOW))
+        for command, _, promise, _ in CASES
+        if promise.like is not None
+    ],
+)
+def test_an_option_does_what_other_words_do(outcome, command: str, promise: Promise):
+    """Such as skipping a bad row: the same artefacts are made of a file without it."""
+    one = outcome(command, *words_of(command, promise.also), *promise.other.split())
+    assert not differences(one, outcome(command, *words_of(command, promise.like)))
+
+
+def test_a_step_that_is_skipped_teaches_nothing(shop):
+    """A training that ends with the spoiled row is the one that ends before that row, where it is sound."""
+
+    def trained(name: str, steps: int):
+        file = shop.root / f"{name}.jsonl"
+        words = (f"--train={file}", "--nonfinite=skip", "--schedule=constant", "--warmup=0", "--batch-rows=3")
+        return shop.outcome("train", *words, f"--max-steps={steps}", f"--eval-every={steps}")
+
+    (skipped,) = [record["step"] for record in trained("nan", 15)["metrics"] if record.get("skipped")]
+    with_it, without = trained("nan", skipped), trained("sound", skipped - 1)
+    assert skipped > 1 and with_it["adapter"] == without["adapter"]
+    assert trained("sound", skipped)["adapter"] != without["adapter"]
+
+
+def reached(command: str, promise: Promise) -> tuple[set[str], set[str]]:
+    """What a whole must change by what its stages promise, and what else it may, as later stages rest on earlier ones."""
+    by_stage = {stage: {*promise.reaches.get(stage, "").split()} - {"said"} for stage in STAGES[command]}
+    touched = [stage for stage, of in by_stage.items() if of]
+    if not touched:
+        return set(), set()
+    if ends := by_stage[touched[0]] & {REFUSED, ACCEPTED}:
+        return ends, set()
+    must = set().union(*by_stage.values()) - {REFUSED}  # eval alone is refused: for an adapter that is not this run's
+    if command == "run":
+        order = list(MADE)
+        later = order[order.index(touched[0]) + 1 :]
+        may = {"passes", *promise.reaches.get("estimate", "").split()}  # of what the run has, not of the defaults
+        return must, may.union(*(MADE[stage].split() for stage in later))
+    own = {*MADE["score"].split()} & must if command == "trial" else set()
+    inside = {command} if must - own - AROUND else set()  # the files of its trainings
+    return own | inside | (must & AROUND if command == "trial" else set()), {"passes", *[command] * bool(own)}
 
 
 @pytest.mark.slow
@@ -66,11 +100,18 @@ def test_an_option_changes_what_it_promises(outcome, command: str, promise: Prom
     ("command", "name"), [(command, name) for command in STAGES for name in names_of(COMMANDS[command])]
 )
 def test_a_whole_promises_what_its_stages_do(outcome, command: str, name: str):
-    """Where an option changes a stage's files, it changes what the stages make together."""
-    for promise in PROMISES[name]:
-        reached = set().union(*(promise.reaches.get(stage, "").split() for stage in STAGES[command]))
-        also = _with_only_its_own(command, promise.also)
-        found = differences(
-            outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split())
-        )
-        assert (found & {command, *reached} != set()) if reached else not found
+    """An option changes what the stages make together where it changes what they make, and what rests on that."""
+    promises = [promise for promise in PROMISES[name] if promise.like is None]
+    if any(command in promise.reaches for promise in promises):
+        return  # said there, and tested above
+    others = [reached(command, promise)[0] for promise in promises]  # without what goes with them
+    for promise in promises:
+        also = words_of(command, promise.also)
+        if command == "search" and any(word.startswith("--budget") for word in also):
+            continue  # it refuses one
+        must, may = reached(command, promise)
+        one, other = outcome(command, *also, *promise.base.split()), outcome(command, *also, *promise.other.split())
+        found = differences(one, other)
+        if command == "search" and not found & {REFUSED, ACCEPTED}:
+            must, may = must | {"search"}, may | AROUND  # search.json keeps the settings
+        assert must <= found <= may.union(must, *others)

@@ -1,19 +1,18 @@
 """What may change when work is resumed: either the result is that of work which was never interrupted, or it is refused."""
 
 import os
+import re
 import signal
 
 import pytest
-from promises import PROMISES
+from promises import PROMISES, words_of
 from torch.optim import optimizer
+from workshop import REFUSED, artefacts, differences
 
 from plopfast.cli.commands import COMMANDS
-from plopfast.cli.options import names_of
+from plopfast.cli.options import names_of, parse, settings_of
+from plopfast.support.config import FREE
 
-FREE = {  # nothing that is learned depends on them
-    "device", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to",
-    "search_trials",
-}  # fmt: skip
 HERE = {"device", "offload"}  # free, but this machine has none other
 RESULTS = ("adapter", "adapter_config", "metrics")
 TRAINED = names_of(COMMANDS["train"])
@@ -44,14 +43,19 @@ def stopped(shop):
 
 
 @pytest.fixture(scope="module")
-def whole(shop):
-    return shop.outcome("train")
+def whole(outcome):
+    return outcome("train")
 
 
-def other(name, command="train"):
-    """A value of an option that the work did not begin with."""
-    promises = [promise for promise in PROMISES[name] if command in promise.reaches]
-    return (promises or PROMISES[name])[-1].other
+def other(name, command):
+    """The last promise of an option, for such a command if there is one."""
+    return ([promise for promise in PROMISES[name] if command in promise.reaches] or PROMISES[name])[-1]
+
+
+def refused_for(name, found):
+    """Whether the command says that the folder's own settings have another value of this one."""
+    where, _, why = found.get(REFUSED, "").partition(f"{found['folder']}/config.json")
+    return where and re.search(rf"[:;] {name}\b", why)  # not as part of a file's name
 
 
 def test_resumed_as_it_is(shop, stopped, whole):
@@ -60,14 +64,19 @@ def test_resumed_as_it_is(shop, stopped, whole):
 
 
 @pytest.mark.parametrize("name", TRAINED)
-def test_a_training_goes_on_as_it_began(shop, stopped, whole, name):
-    found = shop.outcome("train", other(name), "--resume", start=stopped, bare=True)
+def test_a_training_goes_on_as_it_began(shop, outcome, stopped, whole, name):
+    promise = other(name, "train")
     if name in FREE - HERE:
+        found = shop.outcome("train", promise.other, "--resume", start=stopped, bare=True)
         assert not {key for key in RESULTS if found[key] != whole[key]}
-    else:
-        assert "refused" in found
-        again = shop.outcome("train", "--resume", start=found["folder"], bare=True)
-        assert not {key for key in RESULTS if again[key] != whole[key]}, "the refusal has changed the folder"
+        return
+    words = (*words_of("train", promise.also), promise.other)
+    found = shop.outcome("train", *words, "--resume", start=stopped, bare=True)
+    impossible = promise.reaches.get("train") == REFUSED  # here
+    assert REFUSED in found and (impossible or REFUSED not in outcome("train", *words))
+    assert name in FREE or refused_for(name, found)
+    again = shop.outcome("train", "--resume", start=found["folder"], bare=True)
+    assert not {key for key in RESULTS if again[key] != whole[key]}, "the refusal has changed the folder"
 
 
 @pytest.fixture(scope="module")
@@ -77,4 +86,9 @@ def stopped_run(shop):
 
 @pytest.mark.parametrize("name", sorted({*names_of(COMMANDS["run"])} - FREE))
 def test_a_run_refuses_other_settings(shop, stopped_run, name):
-    assert "refused" in shop.outcome("run", other(name, "place"), "--resume", start=stopped_run, bare=True)
+    promise = other(name, "place")
+    words = [word.format(shop=shop) for word in (*words_of("run", promise.also), promise.other)]
+    assert settings_of(parse(["run", *words])), "it could begin so"
+    found = shop.outcome("run", *words, "--resume", start=stopped_run, bare=True)
+    assert refused_for(name, found)
+    assert not differences(*(artefacts(shop.root / folder) for folder in (stopped_run, found["folder"])))

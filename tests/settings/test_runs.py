@@ -8,7 +8,6 @@ from plopfast.data.labels import tokenize
 from plopfast.lora.layer import adapters
 from plopfast.run import stages, whole
 from plopfast.run.apply import trainer_for
-from plopfast.run.run import Run
 from plopfast.run.splits import HOLD_OUT
 from plopfast.scoring import eva
 from plopfast.support.config import RunConfig
@@ -155,7 +154,6 @@ def test_scores_say_how_they_were_made(opened):
     for tokens, first in (("all", False), ("user", True)):
         run = opened(score_prompts=9, score_tokens=tokens, skip_first=first)
         kept = stages.run_score(run).settings
-        run.at.close()
         assert (kept["tokens"], kept["skip_first"]) == (tokens, first)
 
 
@@ -163,13 +161,11 @@ def test_scores_say_how_they_were_made(opened):
 def test_scoring_ends_early_only_where_it_can(opened, given, early):
     run = opened(confidence=0.01, k=1, rank=2, **given)
     assert (stages.run_score(run).prompts < 40) == early
-    run.at.close()
 
 
 def test_k_matters_only_where_a_rule_takes_it(opened):
     run = opened(score_prompts=9, k=50, rule="attn")
     assert stages.run_score(run).prompts
-    run.at.close()
     with pytest.raises(ConfigError, match="k = 50"):
         stages.run_score(opened(score_prompts=9, k=50))
 
@@ -179,10 +175,8 @@ def test_eva_vectors_are_those_of_the_scores(opened):
     stages.run_score(run)
     assert (run.folder / "eva.safetensors").exists()
     run.at.close()
-    later = Run(run.folder, RunConfig(**{**vars(run.config), "init": "kaiming"}), overwrite=True)
-    stages.run_score(later)
+    stages.run_score(opened(folder=run.folder, overwrite=True, score_prompts=9, rank=2))
     assert not (run.folder / "eva.safetensors").exists()
-    later.at.close()
 
 
 def test_adapters_begin_with_evas_vectors(shop):
@@ -209,7 +203,6 @@ def test_weights_that_are_not_finite_are_not_written(opened, monkeypatch, stage)
     with pytest.raises(pf.PlopfastError):
         getattr(stages, f"run_{stage}")(run)
     assert not (run.folder / ("merged" if stage == "merge" else "model")).exists()
-    run.at.close()
 
 
 @pytest.mark.parametrize("rule", ["nonsense", "q_prj", "gradient-energy"])

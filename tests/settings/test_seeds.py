@@ -56,7 +56,7 @@ def given(examples, tokenizer):
     }
 
 
-def injected(seed, given, init="kaiming", placement=None):
+def begun(seed, given, init="kaiming", placement=None):
     model = copy.deepcopy(given["model"])
     pf.inject(model, placement or everywhere(model, rank=3), seed=seed, init=init)
     return {name: module.lora_A for name, module in adapters(model).items()}
@@ -82,7 +82,7 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "data.batches.micro_batches": lambda seed, _: take(rows_in_order.micro_batches(LENGTHS, 9, 18, seed, 0.3)),
     "data.batches.groups_in_epoch": lambda seed, _: take(rows_in_order.micro_batches(LENGTHS, 12, 18, seed)),
     "lora.init.draw_seeded_A": lambda seed, _: draw_seeded_A("gaussian", 2, 6, seed, "some.module"),
-    "lora.layer.inject": injected,
+    "lora.layer.inject": begun,
     "lora.ops.lora_linear": low_rank,
     "placing.choose.by_type": lambda seed, given: by_type(given["report"], "random", 3, seed, {}),
     "placing.place.place": lambda seed, given: pf.place(given["report"], "random", k=3, rank=2, seed=seed).modules,
@@ -166,6 +166,14 @@ def test_a_seed_is_all_that_a_draw_depends_on(name, given):
         assert tensors(SEEDED[name](6, given)) != one
 
 
+def test_no_draw_moves_another(given):
+    """Whichever of them drew before, with the same seed: forwards, each comes after those above it, backwards after the rest."""
+    with torch.random.fork_rng(devices=[]):
+        forwards = {name: tensors(SEEDED[name](5, given)) for name in SEEDED}
+        backwards = {name: tensors(SEEDED[name](5, given)) for name in reversed(SEEDED)}
+    assert [name for name in SEEDED if forwards[name] != backwards[name]] == []
+
+
 def losses(trainer):
     return [record["loss"] for record in trainer.history if "loss" in record]
 
@@ -182,7 +190,7 @@ def fitted(examples, before=0, **config):
     return trainer
 
 
-def alike(count):
+def equal_rows(count):
     """Rows that are all the same, so that their order does not matter."""
     return [Example.after_prompt(tuple(range(5, 25)), 6) for _ in range(count)]
 
@@ -200,7 +208,7 @@ def test_noise_draws_by_the_trainings_seed(noise):
         pf.inject(model, everywhere(model), dropout=amount if noise == "dropout" else 0.0)
         for module in adapters(model).values():
             module.lora_B.data.fill_(0.1)
-        return losses(fitted(alike(64), model=model, seed=seed, **({noise: amount} if noise == "neftune" else {})))
+        return losses(fitted(equal_rows(64), model=model, seed=seed, **({noise: amount} if noise == "neftune" else {})))
 
     assert run(0, 0.5) == run(0, 0.5) != run(1, 0.5)
     assert run(0, 0.0) == run(1, 0.0), "only the noise differs"
@@ -246,16 +254,16 @@ def test_noise_does_not_change_the_order_of_the_rows(examples, change):
 
 
 def test_an_adapter_begins_the_same_whoever_else_has_one(given):
-    whole = injected(0, given)
+    whole = begun(0, given)
     name = next(iter(reversed(whole)))
     others = pf.Placement({name: (3, 8.0)}, [], "all", 0)
-    assert torch.equal(injected(0, given, placement=others)[name], whole[name])
+    assert torch.equal(begun(0, given, placement=others)[name], whole[name])
     assert len({tuple(a.flatten()[:6].tolist()) for a in whole.values()}) == len(whole), "each module draws its own"
 
 
 @pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthogonal"])
 def test_each_init_draws_by_the_seed(given, init):
-    assert tensors(injected(0, given, init)) == tensors(injected(0, given, init)) != tensors(injected(1, given, init))
+    assert tensors(begun(0, given, init)) == tensors(begun(0, given, init)) != tensors(begun(1, given, init))
 
 
 def test_epochs_and_seeds_do_not_repeat_each_other():

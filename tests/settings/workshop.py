@@ -39,8 +39,11 @@ VARYING = {  # what no setting promises: times, memory, places, versions
 }  # fmt: skip
 BEFORE = {"place": "scored", "estimate": "placed", "train": "placed", "eval": "trained", "merge": "trained"}
 STAGES = {"scored": ("score", ""), "placed": ("place", "scored"), "trained": ("train", "placed")}
+OF_STUDIES = {  # all weights need no placement of equal size, which few settings leave room for
+    "trial": ["--arms=plop,full", "--lrs=0.02"], "search": ["--search-trials=2"],
+}  # fmt: skip
 ROLES = ("system", "user", "assistant", "user", "assistant")
-REFUSED = "refused"  # the artefact of a command that ends with 2
+REFUSED, ACCEPTED = "refused", "accepted"  # what differs where only the second, or only the first, ended with 2
 Outcome = dict[str, object]
 
 
@@ -51,7 +54,7 @@ class Shop:
         self.root, self.count = root, 0
         self.model, self.other_model = root / "model", root / "other-model"
         known = tokenizer.get_vocab()
-        self.poison = next(letter for letter in "MNVXYZ" if letter in known)  # in no row but one of nan.jsonl
+        self.poison, sound = [letter for letter in "MNVXYZ" if letter in known][:2]  # in no row but one of nan.jsonl
         self.poison_id = known[self.poison]
         for path, seed in ((self.model, 0), (self.other_model, 1)):
             build("llama", seed).save_pretrained(path)
@@ -59,7 +62,7 @@ class Shop:
                 TEMPLATE.replace("role }}<", "role }}:<").replace("tant<", "tant:<") if seed else TEMPLATE
             )
             tokenizer.save_pretrained(path)
-        self._write_data()
+        self._write_data({"nan": self.poison, "sound": sound})
         self.data = [f"--{split}={root / split}.jsonl" for split in ("train", "valid", "test")]
         steps = ["--max-steps=3", "--eval-every=1", "--batch-tokens=256", "--eval-rows=6", "--lr=0.02"]
         self.settings = {
@@ -74,13 +77,17 @@ class Shop:
         path = self.root / start
         if start in STAGES and not path.exists():
             stage, before = STAGES[start]
+            making = self.root / f"{start}-in-the-making"  # a stage that fails must not pass for one that is done
+            shutil.rmtree(making, ignore_errors=True)
             if before:
-                shutil.copytree(self.made(before), path)
+                shutil.copytree(self.made(before), making)
             words = self.settings["data"] * (not before) + self.settings[stage]
-            assert quietly(stage, *words, "--out", path)[0] == 0
+            code, said = quietly(stage, *words, "--out", making)
+            assert code == 0, said
+            making.rename(path)
         return path
 
-    def _write_data(self) -> None:
+    def _write_data(self, last: dict[str, str]) -> None:
         rng = random.Random(0)
         words = ["finch", "larch", "oak", "wren", "pine", "lark", "birch", "robin", "tree", "bird", "elm", "swift"]
 
@@ -92,12 +99,14 @@ class Shop:
         for split, count in (("train", 40), ("valid", 8), ("test", 8), ("more", 30)):
             self.write(split, [row(number) for number in range(count)])
         rows = self.read("train")
-        self.write("bad", [*rows, {"messages": 3}])
+        self.write("bad", [*rows[:9], {"messages": 3}, *rows[9:]])
         self.write("shared", [*rows[:2], *self.read("test")])
-        poisoned = [("user", f"oak{self.poison}"), ("assistant", "oak")]
-        self.write("nan", [*rows, {"messages": [{"role": role, "content": text} for role, text in poisoned]}])
-        for name, of in (("columns", words[:6]), ("columns-2", words[6:])):
-            self.write(name, [{"q": f"{one} {two}", "a": two} for one in of for two in of])
+        for name, letter in last.items():
+            turns = [{"role": role, "content": text} for role, text in (("user", f"oak{letter}"), ("assistant", "oak"))]
+            self.write(name, [*rows, {"messages": turns}])
+        for name, of in (("columns", words[:6]), ("columns-2", words[6:9]), ("columns-3", words[9:])):
+            for more, (q, a) in (("", ("q", "a")), ("-plain", ("prompt", "completion"))):
+                self.write(f"{name}{more}", [{q: f"{one} {two}", a: two} for one in of for two in of])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
             rng = random.Random(number)
             text = "\n\n".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(16))
@@ -122,9 +131,9 @@ class Shop:
         if command in BEFORE:
             return self.settings.get(command, [])
         needed = {"data": ("data",), "score": ("data", "score"), "audit": ("data", "score")}
-        return [
-            w for name in needed.get(command, self.settings) for w in self.settings[name] if self._is_of(command, w)
-        ]
+        named = needed.get(command, self.settings)
+        own = OF_STUDIES.get(command, [])
+        return [w for name in named for w in self.settings[name] if self._is_of(command, w)] + own
 
     @staticmethod
     def _is_of(command: str, word: str) -> bool:
@@ -145,8 +154,9 @@ class Shop:
             if any(str(word).startswith("--epochs") for word in options):  # one of them says how long
                 needed = [word for word in needed if not word.startswith("--max-steps")]
             code, said = quietly(command, *needed, *options, *out)
+        assert code in (0, 2), f"{command} ended with {code}: {said}"
         if code == 2:
-            return {REFUSED: True, "folder": folder.name}
+            return {REFUSED: said, "folder": folder.name}
         found = artefacts(folder) | seen
         return found | ({"said": said.replace(str(folder), "OUT")} if command in ("info", "doctor", "data") else {})
 
@@ -237,7 +247,8 @@ def artefacts(folder: Path) -> Outcome:
     found: dict = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in (HISTORY, LOCK, "config.json") or path.suffix in (".db", ".png", ".html"):
+        unsteady = name == "config.json" or path.name in (HISTORY, LOCK) or path.suffix in (".db", ".png", ".html")
+        if unsteady or not path.is_file():
             continue
         key, inside = name.partition(".")[0], "/" in name
         if name == "adapter/adapter_config.json":
@@ -247,9 +258,11 @@ def artefacts(folder: Path) -> Outcome:
         elif name == "scores.safetensors":
             key = "prompts"
         known = path.suffix in (".json", ".jsonl", ".safetensors")
-        value = content(path) if known and key != "tensorboard" else True
+        value = content(path) if known and "tensorboard" not in name else True
         if inside:
-            found.setdefault(key, {})[name if key != "tensorboard" else "events"] = value
+            found.setdefault(key, {})[name if "tensorboard" not in name else "events"] = value
+        elif isinstance(found.get(key), dict):  # beside a folder of its name
+            found[key][name] = value
         else:
             found[key] = value
     return found
@@ -260,7 +273,7 @@ def content(path: Path) -> object:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         return {
-            key: (str(t.dtype), list(t.shape), hash(t.contiguous().view(torch.uint8).numpy().tobytes()))
+            key: (str(t.dtype), list(t.shape), hash(t.flatten().view(torch.uint8).numpy().tobytes()))
             for key, t in tensors.items()
         }
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
@@ -275,7 +288,8 @@ def steady(value: object) -> object:
 
 
 def differences(one: Outcome, two: Outcome) -> set[str]:
-    """The artefacts that are not the same; of a command that was refused once, only that."""
+    """The artefacts that are not the same. Of a command that was refused once, only that; never may it be refused twice."""
+    assert not (REFUSED in one and REFUSED in two), f"nothing to compare: {one[REFUSED]}"
     if REFUSED in one or REFUSED in two:
-        return {REFUSED} & (one.keys() ^ two.keys())
+        return {REFUSED if REFUSED in two else ACCEPTED}
     return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
