@@ -110,7 +110,7 @@ def micro_batches(config, train, unlabeled):
 
 
 def by_hand(model, config, train, valid, unlabeled=()):
-    """(the trained parameters, step -> loss, step -> validation loss)"""
+    """(the trained parameters, step -> what is recorded of it, step -> validation loss)"""
     torch.manual_seed(config.seed)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     groups, (first, _, steps) = micro_batches(config, train, unlabeled), stages(config, train, unlabeled)
@@ -119,17 +119,25 @@ def by_hand(model, config, train, valid, unlabeled=()):
     both = [{"params": a}, {"params": b}] if b else [{"params": a}]
     optimizer = torch.optim.AdamW(both, lr=config.lr, weight_decay=config.weight_decay)
     average = {name: p.detach().clone() for name, p in trained.items()}
-    best, best_loss, worse, losses, valid_losses = average, math.inf, 0, {}, {}
+    best, best_loss, worse, records, valid_losses = average, math.inf, 0, {}, {}
     for step in range(1, steps + 1):
         for group, ratio in zip(optimizer.param_groups, (1, config.lora_plus), strict=False):
             group["lr"] = rate(config, step - 1, steps) * ratio
         optimizer.zero_grad()
         model.train()
-        parts = [losses_of(model, next(groups), config.neftune) for _ in range(config.accumulate)]
+        rows = [next(groups) for _ in range(config.accumulate)]
+        parts = [losses_of(model, group, config.neftune) for group in rows]
         loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
         loss.backward()
-        losses[step] = float(loss.detach())
         norm = torch.stack([p.grad.norm() for p in trained.values()]).norm()
+        lengths = [[len(row.tokens) for row in group] for group in rows]
+        records[step] = {
+            "loss": float(loss.detach()),
+            "lr": rate(config, step - 1, steps),
+            "grad_norm": float(norm),
+            "tokens": sum(map(sum, lengths)),
+            "positions": sum(sum(group) if config.packing else len(group) * max(group) for group in lengths),
+        }
         if config.clip and norm > config.clip:
             for p in trained.values():
                 p.grad.mul_(config.clip / norm)
@@ -152,4 +160,4 @@ def by_hand(model, config, train, valid, unlabeled=()):
             worse += 1
         if worse >= config.patience:
             break
-    return best, losses, valid_losses
+    return best, records, valid_losses
