@@ -7,6 +7,8 @@ import torch
 from helpers import build, random_batches
 
 import plopfast as pf
+from plopfast.models.linears import linear_modules
+from plopfast.scoring.baselines import closed_form, denominators, monte_carlo
 from plopfast.scoring.sums import NFNState
 from plopfast.support.errors import ConfigError, ModelError
 
@@ -48,9 +50,10 @@ def test_sums_of_zeros_of_several_calls_and_of_one_tensor_in_two_batches():
     for batch, factor in enumerate((1.0, 5.0)):
         x.mul_(factor)
         state.open(torch.tensor([[True, True, True, False]]), batch)
-        for output in (2 * torch.ones_like(x), 3 * torch.ones_like(x)):
-            state.hook(0, "m", None)(module, (x,), output)
-        state.hook(1, "other", torch.ones(3))(module, (x.clone(),), output + 1)
+        calls = [(0, "m", None, x, output * torch.ones_like(x)) for output in (2, 3)]
+        calls.insert(2 * batch, (1, "other", torch.ones(3), x.clone(), 4 * torch.ones_like(x)))  # x is last, then first
+        for index, name, bias, seen, output in calls:
+            state.hook(index, name, bias)(module, (seen,), output)
         state.close()
     sums, squares, counts = state.table(2).tolist()
     assert (
@@ -73,3 +76,15 @@ def test_a_model_in_training_scores_as_at_inference(architecture):
         with pytest.raises(ConfigError):
             pf.score(model, batches, confidence=confidence)
     assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("how", [closed_form, lambda infos: monte_carlo(infos, 8, 0)])
+def test_weights_of_zeros_have_no_norm_to_divide_by(llama, how):
+    name = "model.layers.1.mlp.up_proj"
+    with torch.no_grad():
+        llama.get_submodule(name).weight.zero_()
+    infos = linear_modules(llama)
+    assert [info.name for info, value in zip(infos, how(infos).tolist(), strict=True) if not value] == [name]
+    for baseline in ("closed-form", "monte-carlo"):
+        with pytest.raises(ModelError, match=name):
+            denominators(infos, baseline, 8, 0)

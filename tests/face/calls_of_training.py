@@ -3,7 +3,7 @@
 import math
 
 import torch
-from face_world import DOWN, LEARNED, PLACEMENT, case, learned
+from face_world import DOWN, LEARNED, PLACEMENT, World, case, learned
 
 import plopfast as pf
 from plopfast.support.errors import (
@@ -16,6 +16,7 @@ from plopfast.support.errors import (
 )
 from plopfast.training.estimate import estimate
 from plopfast.training.evaluate import evaluate
+from plopfast.training.state import CHECKPOINTS
 
 # scoring and placing
 
@@ -243,6 +244,36 @@ def _fits_recomputed(w):
 def _fits_all(w):
     w.model.requires_grad_(True)
     return lambda: w.trainer(weight_decay=0.1).fit(), ()
+
+
+@case("Trainer", "goes on", changes=[*FIT, r"^folder out"], halfway=[*FIT, r"^folder out"], dear=True, look=learned)
+def _goes_on(w):
+    """From the checkpoint before the last one. After a failure half way, another call goes on too."""
+    world = World(w.folder, w.tokenizer)
+    world.adapted()
+    world.trainer(w.out).fit()
+    max((w.out / CHECKPOINTS).iterdir()).unlink()
+    w.adapted()
+
+    def fit():
+        trainer = w.trainer(w.out)
+        result = trainer.fit(resume=True)
+        return result.steps, result.best_step, result.valid_loss, [r.get("loss") for r in trainer.history]
+
+    return fit, ()
+
+
+class HadEnoughError(Exception):
+    """The caller's own."""
+
+
+@case("Trainer", "is ended by the caller", changes=[*FIT, r"^folder out"], raises=HadEnoughError)
+def _is_ended(w):
+    def on_valid(step, loss):
+        raise HadEnoughError
+
+    w.adapted()
+    return lambda: w.trainer(w.out, on_valid).fit(), ()
 
 
 @case("Trainer", "has a loss that is not finite", changes=FIT, raises=TrainingError)

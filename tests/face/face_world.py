@@ -89,9 +89,9 @@ class World:
         self.tokenizer.save_pretrained(path)
         return path
 
-    def trainer(self, out=None, **settings):
+    def trainer(self, out=None, on_valid=None, **settings):
         rows, config = self.examples(), {"max_steps": 3, "batch_rows": 3, "eval_every": 2, **settings}
-        return pf.Trainer(self.model, pf.TrainConfig(**config), rows[:9], rows[9:], out=out)
+        return pf.Trainer(self.model, pf.TrainConfig(**config), rows[:9], rows[9:], out=out, on_valid=on_valid)
 
     def report(self):
         return pf.score(self.model, self.batches)

@@ -5,6 +5,7 @@ them differ, so a test says which of them a function is for, and everything else
 """
 
 import contextlib
+import csv
 import gc
 import hashlib
 import json
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
+
+from plopfast.kernels import dispatch
 
 TIMES = ("seconds", "tokens_per_s")  # what differs from call to call
 
@@ -86,6 +89,7 @@ def of_process():
     modules = {name: value for name, value in vars(nn_module).items() if name.startswith("_global_")}
     found = {
         "default dtype": torch.get_default_dtype(),
+        "default device": str(torch.get_default_device()),
         "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_anomaly_enabled()),
         "deterministic": (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark),
         "precision": (torch.get_float32_matmul_precision(), matmul.allow_tf32, cudnn.allow_tf32),
@@ -103,7 +107,12 @@ def of_process():
         "working folder": Path.cwd(),
         "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "garbage collection": gc.isenabled(),
-        "threads": {t.ident for t in threading.enumerate() if type(t).__name__ != "TMonitor"},
+        "interval timer": [left > 0 for left in signal.getitimer(signal.ITIMER_REAL)],
+        "csv limit": csv.field_size_limit(),
+        "longest integer": sys.get_int_max_str_digits(),
+        "recursion limit": sys.getrecursionlimit(),
+        "tuning table": dict(dispatch.TABLE),
+        "threads": {t for t in threading.enumerate() if type(t).__name__ != "TMonitor"},
         "streams": (id(sys.stdin), id(sys.stdout), id(sys.stderr), sys.excepthook),
         "sys.path": list(sys.path),
     }  # fmt: skip
@@ -128,7 +137,13 @@ def of_folder(folder):
     return found
 
 
-def snapshot(model=None, folder=None, arguments=()):
+def snapshot(model=None, folder=None, arguments=(), since=None):
+    """`since`: the snapshot before, whose threads are known; new ones of a pool that was left to end get time to do so."""
+    gc.collect()  # garbage with an open file must not go between two snapshots
+    if since is not None:
+        for thread in set(threading.enumerate()) - since["threads"]:
+            if thread.name.startswith("ThreadPoolExecutor"):  # transformers leaves one when it has read the weights
+                thread.join(10)
     found = of_process()
     if model is not None:
         found |= of_model(model)
@@ -161,8 +176,7 @@ def as_found(model=None, folder=None, arguments=(), changes=()):
     try:
         yield
     finally:
-        gc.collect()
-        left = differences(before, snapshot(model, folder, arguments))
+        left = differences(before, snapshot(model, folder, arguments, since=before))
         undeclared = {place: what for place, what in left.items() if not any(re.search(c, place) for c in changes)}
         assert not undeclared, (
             f"{len(undeclared)} places are not as they were found: {dict(list(undeclared.items())[:8])}"

@@ -19,7 +19,7 @@ from plopfast.run import costs, folder as run_folder, stages, whole
 from plopfast.run.verify import verify
 from plopfast.support import memory
 from plopfast.support.config import TrainConfig
-from plopfast.support.errors import AdapterError, ConfigError, FileError
+from plopfast.support.errors import AdapterError, ConfigError, FileError, PlacementError
 from plopfast.support.files import read_tensors
 from plopfast.support.ledger import Ledger
 from plopfast.support.settings_file import load_settings
@@ -48,6 +48,35 @@ def test_what_chose_the_step_is_no_test(shop, opened):
     for given in ({"test": None}, {"test": str(shop.root / "copy.jsonl")}):
         run = opened("trained", **given)
         assert stages.run_eval(run)["rows"] == "validation"
+
+
+def test_an_adapter_that_is_named_takes_the_place_of_the_one_in_the_model(shop, opened):
+    """From Python, where the model of a run may have adapters already."""
+    other = shop.folder("trained") / "adapter"
+    weights = other / "adapter_model.safetensors"
+    tensors, facts = read_tensors(weights, "plopfast train")
+    save_file({key: value * 3 for key, value in tensors.items()}, weights, facts)
+    expected = stages.run_eval(opened("trained"), other)["tuned"]["loss"]
+    run = opened("trained")
+    pf.load_adapter(run.model, run.file("train"))
+    assert stages.run_eval(run, other)["tuned"]["loss"] == expected
+
+
+def test_a_training_that_never_began_is_resumed_from_its_start(shop):
+    folder = shop.folder("placed")
+    code, said = shop.quietly("train", "--resume", "--out", folder)
+    assert code == 0, said
+    assert (folder / "adapter").exists()
+
+
+def test_ranks_above_those_of_evas_vectors(shop, opened):
+    """They are refused when modules are placed, and not when they are trained; the placement stays as it was."""
+    run = opened("placed", overwrite=True, init="eva", rank=1, budget="9000")
+    before = run.file("place").read_bytes()
+    with pytest.raises(PlacementError):
+        stages.run_place(run)
+    assert run.file("place").read_bytes() == before
+    assert stages.run_place(opened(folder=run.folder, overwrite=True, rank=1, budget="9000"))
 
 
 @pytest.mark.parametrize("stage", ["eval", "merge"])

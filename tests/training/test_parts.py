@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from helpers import build, randomise
-from test_by_hand import losses_of, rows_of
+from plain_training import losses_of, rows_of
 from torch import nn
 
 import plopfast as pf
