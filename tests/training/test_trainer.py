@@ -77,7 +77,7 @@ def test_interrupted_and_resumed_is_as_uninterrupted(examples, tmp_path, number)
         )
 
     whole = build_one(pf.Trainer, tmp_path / "whole")
-    whole.fit()
+    unbroken = whole.fit()
     stopped = build_one(Signalled, tmp_path / "parts")
     stopped.number = number
     before = signal.getsignal(signal.SIGINT)
@@ -87,6 +87,8 @@ def test_interrupted_and_resumed_is_as_uninterrupted(examples, tmp_path, number)
     resumed = build_one(pf.Trainer, tmp_path / "parts")
     result = resumed.fit(resume=True)
     assert result.steps == 12
+    learned = sum(record["tokens"] for record in stopped.history if "tokens" in record)
+    assert 0 < result.tokens == unbroken.tokens - learned, "those since it was resumed, as the seconds are"
     assert same(parameters(whole), parameters(resumed))
     strip = lambda trainer: [{k: v for k, v in h.items() if k != "seconds"} for h in trainer.history]  # noqa: E731
     assert strip(whole) == strip(resumed)
