@@ -72,6 +72,15 @@ def test_of_several_parts_the_last_one_counts():
     assert found.accuracy == pytest.approx((sum(best[2:]) + sum(best[3:])) / 5) != sum(best[:2]) / 2
 
 
+@pytest.mark.parametrize("learned", [((1, 6),), ((2, 6),), ((1, 2), (3, 6)), ((1, 2), (2, 6)), ((1, 3), (3, 6))])
+def test_what_is_learned_before_the_answer_is_no_part_of_it(learned):
+    """Also where it touches the answer, as with every word of a row learned."""
+    model = build("llama")
+    rows = [Example(row.tokens, learned, (3, 6), "x", row.where) for row in partly_right(model)]
+    expected = [all(best) for best in greedy(model, rows)]
+    assert 0 < sum(expected) < len(rows) and evaluate(model, rows).right == [float(right) for right in expected]
+
+
 @pytest.mark.parametrize("answers", [[(7,), (9,), (11,)], [(7, 8), (7, 9), (10, 11, 12)]], ids=str)
 def test_the_likeliest_choice(answers):
     model = build("llama")
