@@ -16,13 +16,14 @@ import json
 import shutil
 import sys
 import tempfile
-import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1]), *(str(HERE.parent / name) for name in ("", "data", "report"))]
+
+from calling import fork  # noqa: E402
+
 AREAS = ("files", "options", "kills")
 STUCK_S = 90  # a case that not even the alarm ends
 
@@ -123,20 +124,6 @@ def work(area: str, seeds: range, folder: Path, results: Path, log: Path) -> Non
             print(json.dumps({"begun": seed}), file=file, flush=True)
             print(json.dumps(one(area, seed, folder)), file=file)
         faulthandler.cancel_dump_traceback_later()
-
-
-def fork(do: Callable[[], None]) -> int:
-    """Runs `do` in a copy of this process, which has imported all that is needed; returns its process id."""
-    sys.stdout.flush()
-    if pid := os.fork():
-        return pid
-    try:
-        do()
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(70)
 
 
 def report(results: dict[str, list[dict]], path: Path | None) -> int:

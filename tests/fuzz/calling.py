@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,3 +114,17 @@ def _limit(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def fork(do: Callable[[], None]) -> int:
+    """Runs `do` in a copy of this process, which has imported all that is needed; returns its process id."""
+    sys.stdout.flush()
+    if pid := os.fork():
+        return pid
+    try:
+        do()
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(70)

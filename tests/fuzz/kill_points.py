@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calling import HANG_S, Outcome
+from calling import HANG_S, Outcome, fork
 from corpus import BASE, QUICK, STUDY, copy
 from planted_errors import PlantedError, PlantedInterrupt, planted
 from safetensors.torch import load_file
@@ -232,15 +232,7 @@ def _timeless(value: Any) -> Any:
 
 def _in_a_child(do: Callable[[], object]) -> None:
     """Runs `do` in a copy of this process. Raises AssertionError where it fails."""
-    if not (pid := os.fork()):
-        try:
-            do()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(70)
-    assert os.waitpid(pid, 0)[1] == 0
+    assert os.waitpid(fork(do), 0)[1] == 0
 
 
 def _error(number: int) -> contextlib.AbstractContextManager:
