@@ -138,12 +138,11 @@ def of_folder(folder):
 
 
 def snapshot(model=None, folder=None, arguments=(), since=None):
-    """`since`: the snapshot before, whose threads are known; new ones of a pool that was left to end get time to do so."""
+    """`since`: the snapshot before, whose threads are known. Those of pools that were left to end get time to do so."""
     gc.collect()  # garbage with an open file must not go between two snapshots
-    if since is not None:
-        for thread in set(threading.enumerate()) - since["threads"]:
-            if thread.name.startswith("ThreadPoolExecutor"):  # transformers leaves one when it has read the weights
-                thread.join(10)
+    for thread in set(threading.enumerate()) - (since["threads"] if since else set()):
+        if thread.name.startswith("ThreadPoolExecutor"):  # transformers leaves one when it has read the weights
+            thread.join(10)
     found = of_process()
     if model is not None:
         found |= of_model(model)

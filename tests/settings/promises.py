@@ -204,7 +204,7 @@ option("baseline", "--baseline=monte-carlo", score=SCORES, audit="audit")
 option("compat", "--compat=official", score=SCORES)
 option("alpha", "--alpha=5.25", place="placement")
 option("budget", "--budget=2000", place="placement", estimate="estimate", search=REFUSED)
-option("ranks", "--ranks=proportional", "--budget=6000", place="placement", estimate="estimate")
+option("ranks", "--ranks=proportional", "--budget=5700", place="placement", estimate="estimate")
 option("granularity", "--granularity=module", "--budget=700", place="placement")
 option("cap", "--cap=0", "--granularity=module --budget=700", place="")  # any number
 option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
