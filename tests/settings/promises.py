@@ -116,27 +116,9 @@ option(
     train=LEARNED,
     eval="",
 )
-option(
-    "valid",
-    f"--valid={FILE}more.jsonl",
-    data="data said",
-    score="",
-    audit="",
-    estimate="",
-    train="metrics training",
-    eval="",
-)
-option(
-    "test",
-    f"--test={FILE}more.jsonl",
-    data="data said",
-    score="",
-    audit="",
-    estimate="",
-    train="",
-    eval="eval",
-    trial="trial",
-)
+HELD_OUT = {"data": "data said", "score": "", "audit": "", "estimate": ""}  # rows that nothing is learned of
+option("valid", f"--valid={FILE}more.jsonl", **HELD_OUT, train="metrics training", eval="")
+option("test", f"--test={FILE}more.jsonl", **HELD_OUT, train="", eval="eval", trial="trial")
 option(
     "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
 )
