@@ -47,7 +47,7 @@ def measured(choice, rows, tokens):
     from plopfast.data.batches import collate
     from plopfast.data.example import Example
     from plopfast.lora.layer import inject
-    from plopfast.lora.shared import prepared
+    from plopfast.lora.shared import Prepared
     from plopfast.support.config import RunConfig
     from plopfast.training.blocks import prepared_blocks
     from plopfast.training.meter import FORMULAS
@@ -76,7 +76,7 @@ def measured(choice, rows, tokens):
     batch, config = collate(trainer.rows[:rows]), trainer.config
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    with prepared_blocks(model, config), prepared(model), flops:
+    with prepared_blocks(model, config), Prepared(model), flops:
         trainer.objective(batch).backward()
     print(json.dumps({"mib": mib, "tflops": flops.get_total_flops() / 1e12}))
 

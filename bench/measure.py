@@ -49,8 +49,8 @@ def peak_mib(run: Callable[[], Any]) -> float:
     return memory.peak_mib()
 
 
-def save(name: str, table: str, figures: dict[str, Any]) -> None:
-    """Prints the table and writes bench/results/NAME.json with command, machine, versions and commit."""
+def save(name: str | Path, table: str, figures: dict[str, Any]) -> None:
+    """Prints the table and writes it, with command, machine, versions and commit: to bench/results/NAME.json, or a path."""
     value = {
         "command": "python " + " ".join(sys.argv),
         "date": datetime.date.today().isoformat(),
@@ -60,7 +60,8 @@ def save(name: str, table: str, figures: dict[str, Any]) -> None:
         "table": table.splitlines(),
         **figures,
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
+    path = name if isinstance(name, Path) else RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=2) + "\n")
     print(table)
-    print(f"written: {RESULTS / name}.json")
+    print(f"written: {path}")

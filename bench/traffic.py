@@ -2,11 +2,11 @@
 
     python bench/traffic.py
 
-Bytes are each launch's compulsory ones, by the formulas of tests/gpu/traffic.py, which tests compare with the checked
+Bytes are each launch's compulsory ones, by tests/gpu/formulas.py, which tests compare with the checked
 interpreter's exact count. Grids are what the launchers choose for the GPU named. "outside" leaves out the operands of the
 frozen product, which the bare GEMM moves too, and the L that LoRA-first's GEMM adds to; "all / GEMM" has everything.
-Adapters are float32; PEFT's have the base's dtype, which moves least. The library's GEMM in LoRA-first is written down, not
-counted.
+Adapters are float32; PEFT's have the base's dtype, which moves least. What torch itself computes (LoRA-first's GEMM) is
+written down, not counted. "augmented" is no strategy of plopfast's; docs/kernels.md says why.
 
 Times are a roofline model, not measured: for every launch, the longer of FLOPs / peak and bytes / bandwidth by the data
 sheet, without a cache between launches and without launch overhead.
@@ -27,6 +27,7 @@ threads.set_waiting_policy()
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))
 
+import formulas  # tests/gpu/formulas.py
 import interpreter
 import measure
 import traffic  # tests/gpu/traffic.py, which comes before this file's folder
@@ -44,7 +45,7 @@ class Gpu:
     peak_tflops: float
     bandwidth_tb_s: float
 
-    def model_ms(self, costs: list[traffic.Cost]) -> float:
+    def model_ms(self, costs: list[formulas.Cost]) -> float:
         """The roofline's milliseconds."""
         return sum(max(c.useful / (self.peak_tflops * 1e9), c.bytes / (self.bandwidth_tb_s * 1e9)) for c in costs)
 
@@ -61,9 +62,9 @@ MODELS = {  # linears of one layer by shape: (K in, N out)
 }
 DETAILED = ("H100 SXM", "A100 80GB SXM")  # of which every linear is saved
 RUNS = [("Llama-3-8B", 16384), ("Llama-3-8B", 8192), ("SmolLM2-135M", 16384)]
-PATHS = {  # label -> path and dropout rate; the bytes of fused and lora-first are the same with dropout
+PATHS = {  # label -> path and dropout rate; without dropout the vendor makes some of fused's and lora-first's products
     "fused": ("fused", DROPOUT), "lora-first": ("lora-first", DROPOUT), "PEFT": ("peft", 0.0),
-    "PEFT, dropout": ("peft", DROPOUT), "bare GEMM": ("bare", 0.0),
+    "PEFT, dropout": ("peft", DROPOUT), "augmented": ("augmented", 0.0), "bare GEMM": ("bare", 0.0),
 }  # fmt: skip
 COUNTED, L2_MIB = (1024, 512, 512), 50  # M, N, K
 
@@ -72,7 +73,7 @@ def figures(o: SimpleNamespace, label: str, gpu: Gpu) -> dict[str, float]:
     """One linear by one path: bytes, FLOPs, milliseconds."""
     path, p = PATHS[label]
     step, table = traffic.launches_of(path, o, p, gpu.target), traffic.table_bytes(path, o, p)
-    halves = [[traffic.cost(launch) for launch in half] for half in (step.forward, step.backward)]
+    halves = [[formulas.cost(launch) for launch in half] for half in (step.forward, step.backward)]
     costs = halves[0] + halves[1]
     return {
         "forward": sum(c.outside for c in halves[0]), "backward": sum(c.outside for c in halves[1]),
@@ -87,8 +88,10 @@ def parts_of(o: SimpleNamespace, step: traffic.Step) -> dict[str, int]:
     moved = {"parts of S": 0, "parts of dS": 0, "parts of dB": 0, "parts of dA": 0}
     of_shape = {(1, o.m, RANK): "S", (o.m, RANK): "dS", (o.n, RANK): "dB", (RANK, o.k): "dA"}
     for launch in step.forward + step.backward:
-        if launch.kernel == "sum_partials":
-            moved[f"parts of {of_shape[tuple(launch.out.shape)]}"] += 2 * traffic.cost(launch).loads["partials"]
+        for parts, out in (("partials", "out"), ("other_partials", "other_out")):
+            if launch.kernel.startswith("sum_") and out in launch.arguments:
+                what = of_shape[tuple(launch.arguments[out].shape)]
+                moved[f"parts of {what}"] += 2 * formulas.cost(launch).loads[parts]
     return moved
 
 
@@ -139,12 +142,12 @@ def counted() -> tuple[list[str], dict[str, Any]]:
         f"{l2_bytes / MIB:.2f} MiB, as small beside X as {L2_MIB} MiB are at 16384 x 4096",
         f"{'path':<15}{'formula':>9}{'counted':>9}{'asked for':>11}{'behind L2: read':>17}{'written':>9}",
     ]
-    for label in ("fused", "PEFT", "bare GEMM"):  # LoRA-first's GEMM cannot be run here
-        began = time.perf_counter()
+    for label in ("fused", "PEFT", "bare GEMM"):  # LoRA-first's GEMM is the vendor's
+        began, (path, p) = time.perf_counter(), PATHS[label]
         o = traffic.operands(m, n, k, RANK)
         with interpreter.checked(race=False, compute=False, trace=True) as check:
-            step = traffic.launches_of(PATHS[label][0], o, 0.0, GPUS["H100 SXM"].target)
-        formula = sum(traffic.cost(launch).bytes for launch in step.forward + step.backward)
+            step = traffic.launches_of(path, o, p, GPUS["H100 SXM"].target)
+        formula = sum(formulas.cost(launch).bytes for launch in step.forward + step.backward)
         total = sum(check.counts().values(), interpreter.Traffic())
         row = {
             "formula": formula, "counted": check.compulsory(), "asked_for": total.load.bytes + total.store.bytes,

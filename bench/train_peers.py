@@ -31,7 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pydoc_data.topics import topics
 from typing import Any
@@ -52,9 +52,9 @@ except ImportError as error:
     raise SystemExit(f"{error}: the trainers to compare with come with pip install 'plopfast[hf,bench]'") from None
 
 import plopfast as pf
+from plopfast.cli import bench_arms
 from plopfast.data.example import Example
 from plopfast.data.rows import DEMO, IGNORE
-from plopfast.lora.layer import adapters
 from plopfast.training.evaluate import choices_of, evaluate
 
 PEERS = ("peft", "transformers", "accelerate", "datasets", "trl")
@@ -70,7 +70,7 @@ COLUMNS = {**RATIOS, "padding": "padding", "steps": "steps", "accuracy": "accura
 
 @dataclass
 class Case:
-    """A model and its data; `initial`: module name -> the lora_A from which every arm starts."""
+    """A model and its data."""
 
     title: str
     model: Any
@@ -81,12 +81,10 @@ class Case:
     choices: list[list[int]] | None = None
     accumulate: int = 1
     batch_tokens: int = 0
-    initial: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         scratch = copy.deepcopy(self.model)
         pf.inject(scratch, placement(scratch))
-        self.initial = {name: module.lora_A.detach().clone() for name, module in adapters(scratch).items()}
         self.batch_tokens = max(len(e.tokens) for e in self.train)
         while pf.Trainer(scratch, train_config(self), self.train).max_steps > math.ceil(len(self.train) / ROWS):
             self.batch_tokens = math.ceil(self.batch_tokens * 1.02)
@@ -161,15 +159,13 @@ def plopfast(job: Job) -> Callable[[], int]:
 
 
 def peft_hf(job: Job, order: str = "random") -> Callable[[], int]:
-    wrapped = replace(job, model=peft.get_peft_model(job.model, peft.LoraConfig(**LORA)))
-    same_start(job)
-    return hf(wrapped, LORA_LR, order)
+    return hf(replace(job, model=bench_arms.peft_model(job.model, placement(job.model))), LORA_LR, order)
 
 
 def peft_trl(job: Job) -> Callable[[], int]:
     arguments = trl.SFTConfig(**hf_settings(job, LORA_LR))
     trainer = trl.SFTTrainer(job.model, arguments, **hf_data(job), peft_config=peft.LoraConfig(**LORA))
-    same_start(job)
+    bench_arms.start_alike(job.model, placement(job.model))
     return starter(trainer)
 
 
@@ -191,13 +187,8 @@ def starter(trainer: Any) -> Callable[[], int]:
 
 
 def hf_settings(job: Job, lr: float) -> dict[str, Any]:
-    return {
-        "output_dir": job.folder, "per_device_train_batch_size": ROWS, "num_train_epochs": 1, "learning_rate": lr,
-        "lr_scheduler_type": "cosine", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": job.seed,
-        "use_cpu": True, "bf16": job.model.dtype == torch.bfloat16, "gradient_checkpointing": False,
-        "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no", "report_to": "none",
-        "disable_tqdm": True, "dataloader_num_workers": 0, "dataloader_pin_memory": False,
-    }  # fmt: skip
+    settings = bench_arms.hf_settings(job.folder, ROWS, lr, job.seed, job.model)
+    return settings | {"num_train_epochs": 1, "gradient_checkpointing": False}
 
 
 def hf_data(job: Job) -> dict[str, Any]:
@@ -207,12 +198,6 @@ def hf_data(job: Job) -> dict[str, Any]:
     ]
     rows = datasets.Dataset.from_dict({"input_ids": [e.tokens for e in job.examples], "labels": labels})
     return {"train_dataset": rows, "processing_class": job.case.tokenizer}
-
-
-def same_start(job: Job) -> None:
-    """Gives PEFT's adapters the values from which plopfast's start (B is zero in both)."""
-    for name, lora_A in job.case.initial.items():
-        job.model.get_submodule(name).lora_A["default"].weight.data.copy_(lora_A)
 
 
 def sft_differences(case: Case) -> dict[str, list[str]]:

@@ -2,9 +2,9 @@
 
 Two exact strategies compete on a GPU. `fused` (lora_gemm) beats `lora-first` (lora_expand, then the vendor's GEMM) only
 if Triton's GEMM reaches 0.94 to 0.98 of the vendor's speed; the limit depends on shape and card (bytes saved against
-FLOPs). So the choice rests on a measurement on the user's own card: rows of `TABLE`, made by `plopfast bench --tune`.
-Without a row the safe default is lora-first: it is never slower than the vendor's GEMM plus one read and one write of
-Y.
+FLOPs). Plain torch has no launches but the vendor's. So the choice rests on a measurement on the user's own card: rows of
+`TABLE`, made by `plopfast bench --tune`. Without a row the default is plain torch, which was the fastest of the three on an
+H100 for all shapes tried (docs/gpu.md). With dropout it is lora-first, because plain torch would make the mask in memory.
 
 M tokens, K in, N out, R rank.
 """
@@ -19,8 +19,14 @@ import torch
 
 VERSION = 1  # of kernels and tiles; rows measured under another version are ignored
 BACKENDS = ("auto", "torch", "triton", "fused", "lora-first")
-STRATEGIES = ("fused", "lora-first")
+STRATEGIES = ("fused", "lora-first")  # of the Triton backend
+CHOICES = (*STRATEGIES, "torch")  # of a measured row
+NEAR = 2  # doublings of the number of tokens over which a measured row counts
 MAX_RANK = 256
+# of a product that gives norms too: on an H200 lora_gemm took 1.04 of the vendor's time at 7e10 and more, 2.6 to 3.3 at 1e10
+EPILOGUE_FLOPS = 5e10
+MOST_DS_RANK = 32  # of lora_grads; above it two products of the vendor's took 0.6 to 1.0 of its time on an H200
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedError(RuntimeError):
@@ -74,18 +80,19 @@ class Plan:
 _WIDE = (Tiles(128, 128, 32, 4, 4), Tiles(128, 128, 64, 8, 3))
 _NARROW = (Tiles(128, 128, 32, 4, 3), Tiles(128, 128, 32, 8, 3))  # 99 KiB of shared memory
 _AMD = (Tiles(128, 128, 32, 8, 2), Tiles(64, 128, 32, 4, 2))  # 64 KiB
+_AMD_WIDE = (*_AMD, Tiles(128, 128, 64, 8, 3))  # 160 KiB
 _HOPPER = (Tiles(128, 256, 64, 8, 4, descriptor=True),)  # pointers and 8 warps: ptxas may serialise wgmma
 GEMM_TILES: dict[str, tuple[Tiles, ...]] = {
-    "sm_80": _WIDE, "sm_86": _NARROW, "sm_89": _NARROW, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_120": _NARROW[1:],
-    "gfx90a": _AMD, "gfx942": _AMD, "gfx1100": _AMD,
+    "sm_80": _WIDE, "sm_86": _NARROW, "sm_89": _NARROW, "sm_90": _HOPPER, "sm_100": _HOPPER, "sm_103": _HOPPER,
+    "sm_120": _NARROW[1:], "gfx90a": _AMD, "gfx942": _AMD, "gfx950": _AMD_WIDE, "gfx1100": _AMD,
     "interpreter": (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1, descriptor=True)),
 }  # fmt: skip
 SAFE_TILES = (Tiles(64, 64, 32, 4, 2),)  # 16 KiB in 16-bit types: fits every GPU, known or not
 FLOAT32_TILES = Tiles(64, 64, 16, 4, 2)  # no matrix instruction in full float32, so registers bound the tile
-FEW_TOKENS = {16: Tiles(16, 64, 64, 4, 3), 64: Tiles(64, 64, 64, 4, 3)}  # by the most rows they are used for
-WIDE_SHARED_MEMORY = ("sm_80", "sm_90", "sm_100")
 
-TABLE: dict[str, tuple[str, Tiles]] = {}  # `key` -> the faster strategy on that card, and the best tiles of lora_gemm
+TABLE: dict[
+    str, tuple[str, Tiles]
+] = {}  # `key` -> the fastest of CHOICES on that card, and the best tiles of lora_gemm
 
 
 def interpreting() -> bool:
@@ -153,15 +160,20 @@ def _gpu_target(index: int) -> Target:
         )
 
 
-def candidates(target: Target, dtype: torch.dtype, rows: int, aligned: bool = True) -> tuple[Tiles, ...]:
-    """The tiles of lora_gemm for `rows` rows, the default first. `aligned`: TMA descriptors can hold the operands."""
+def runs_kernels(device: torch.device, dtype: torch.dtype, backend: str = "auto") -> bool:
+    """Whether the kernels that have no rival (norms) take this. Raises UnsupportedError if `backend` cannot run."""
+    if resolve(device, backend) == "torch":
+        return False
+    if dtype not in DTYPES and backend != "auto":
+        raise UnsupportedError(f"backend {backend!r}: {dtype} has no Triton kernels; choose 'torch', or 'auto'")
+    return dtype in DTYPES
+
+
+def candidates(target: Target, dtype: torch.dtype, aligned: bool = True) -> tuple[Tiles, ...]:
+    """The tiles of lora_gemm, the default first. `aligned`: TMA descriptors can hold the operands."""
     if dtype == torch.float32:
         return (FLOAT32_TILES,)
     every = GEMM_TILES.get(target.name, SAFE_TILES)
-    if target.name != "interpreter":
-        for limit, tiles in FEW_TOKENS.items():
-            if rows <= limit:
-                return (tiles,)
     return tuple(tiles for tiles in every if aligned or not tiles.descriptor) or SAFE_TILES
 
 
@@ -181,35 +193,41 @@ def _up(value: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def plan(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int, rank: int, backend: str = "auto",
-         aligned: bool = True) -> Plan:  # fmt: skip
-    """The path of a linear of this shape. Raises UnsupportedError if `backend` cannot run."""
+         aligned: bool = True, drop: bool = False) -> Plan:  # fmt: skip
+    """The path of a linear of this shape, with dropout if `drop`. Raises UnsupportedError if `backend` cannot run."""
     chosen = resolve(device, backend)
     if chosen == "torch":
         return Plan(
             "torch", "lora-first", None, "chosen" if backend == "torch" else cannot_run(device) or "interpreter"
         )
     beyond = f"rank {rank} is above {MAX_RANK}" if rank > MAX_RANK else f"{dtype} has no Triton kernels"
-    if rank > MAX_RANK or dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    if rank > MAX_RANK or dtype not in DTYPES:
         if backend == "auto":
             return Plan("torch", "lora-first", None, beyond)
         raise UnsupportedError(f"backend {backend!r}: {beyond}; choose 'torch', or 'auto'")
     target = target_of(device)
-    tiles, expand = candidates(target, dtype, m, aligned)[0], expand_tiles(dtype)
+    tiles, expand = candidates(target, dtype, aligned)[0], expand_tiles(dtype)
     row = measured(target, dtype, m, n, k, rank)
     if row and (aligned or not row[1].descriptor):
         tiles = row[1]
     if chosen in STRATEGIES:
         return Plan("triton", chosen, tiles, "chosen", expand)
-    if row:
+    if row and row[0] in STRATEGIES:
         return Plan("triton", row[0], tiles, "measured on this GPU", expand)
+    if backend == "auto" and not drop:
+        return Plan(
+            "torch", "lora-first", None, "measured on this GPU" if row else "default: not measured for this shape"
+        )
     known = "" if target.name in GEMM_TILES else f"; {target.name} is unknown: safe tiles"
-    return Plan("triton", "lora-first", tiles, f"default: not measured for this shape{known}", expand)
+    why = "dropout makes no mask" if drop and backend == "auto" else "default: not measured for this shape"
+    return Plan("triton", "lora-first", tiles, f"{why}{known}", expand)
 
 
 def measured(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> tuple[str, Tiles] | None:
-    """The measured row of this shape, or of the nearest number of tokens that was measured."""
+    """The measured row of this shape, or of the nearest number of tokens that was measured: four times more or fewer at most,
+    because a row for 512 tokens says nothing about one."""
     at = _up(m)
-    for step in range(25):
+    for step in range(NEAR + 1):
         for tokens in (at << step, at >> step):
             if row := TABLE.get(key(target, dtype, tokens, n, k, rank)):
                 return row

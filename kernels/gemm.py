@@ -67,7 +67,7 @@ def finish(
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
 def lora_gemm(
-    x, w, s, b, bias, y, norms, M, N, K, seed, threshold, sxm, sxk, swn, swk, ssm, sbn, sbr, sym,
+    x, w, s, b, bias, y, norms, M, seed, N, K, threshold, sxm, sxk, swn, swk, ssm, sbn, sbr, sym,
     RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr,
     NORMS: tl.constexpr, STORE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,

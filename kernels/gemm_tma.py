@@ -1,4 +1,4 @@
-"""`lora_gemm` for sm_90 and sm_100: tiles come through tensor descriptors (TMA), and programs take them in turn.
+"""`lora_gemm` for sm_90, sm_100 and sm_103: tiles come through tensor descriptors (TMA), and programs take them in turn.
 
 The epilogue is gemm.py's. Other targets never get this version, because descriptors become 2-byte loads below sm_90 and
 on AMD. `flatten` overflows tensor memory on sm_100, and `warp_specialize` fails or overflows, so both are off.

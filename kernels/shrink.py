@@ -1,8 +1,7 @@
-"""S = c drop(X) A^T for up to three adapters that share X (q|k|v, gate|up), and ||x||^2, in one read of X.
+"""S = c drop(X) A^T for up to three adapters that share X (q|k|v, gate|up), in one read of X.
 
-c holds the scaling and 1 / (1 - p), and is applied in float32 before S is rounded once. Each adapter has a dropout seed
-of its own. If M alone would leave most of the GPU idle, K is split over several programs; `reduce.sum_partials` adds up
-their parts in a fixed order.
+K is split over several programs, as many as the GPU needs to be busy. `reduce.sum_partials` adds up their parts in a fixed
+order, and applies c = scaling / (1 - p) in float32 before S is rounded once.
 
 M tokens, K in, R rank, G adapters.
 """
@@ -25,11 +24,11 @@ def _one(acc, x_MK, a, rank, rk, K, sar, sak, seed, rm, k0, threshold, dtype: tl
 
 @triton.jit(do_not_specialize=["M", "seed0", "seed1", "seed2", "threshold"])
 def lora_shrink(
-    x, a0, a1, a2, s, norms, M, K, k_chunk, scale, seed0, seed1, seed2, threshold, sxm, sxk, sar, sak,
-    RANK: tl.constexpr, RP: tl.constexpr, ADAPTERS: tl.constexpr, DROP: tl.constexpr, NORMS: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    x, a0, a1, a2, s, M, seed0, seed1, seed2, K, k_chunk, threshold, sxm, sxk, sar, sak,
+    RANK: tl.constexpr, RP: tl.constexpr, ADAPTERS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """s [parts, G, M, R] and norms [parts, M]; program (i, part) reads BM rows and k_chunk columns (a multiple of BK)."""
+    """s [parts, G, M, R] in float32; program (i, part) reads BM rows and k_chunk columns (a multiple of BK)."""
     dtype: tl.constexpr = x.dtype.element_ty
     part = tl.program_id(1)
     rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
@@ -37,14 +36,10 @@ def lora_shrink(
     acc0 = tl.zeros((BM, RP), tl.float32)
     acc1 = tl.zeros((BM, RP), tl.float32)
     acc2 = tl.zeros((BM, RP), tl.float32)
-    squares = tl.zeros((BM,), tl.float32)
     inside_M = rm < M
     for k0 in range(part * k_chunk, min(K, (part + 1) * k_chunk), BK):
         rk = k0 + tl.arange(0, BK).to(tl.int64)
         x_MK = tl.load(x + rm[:, None] * sxm + rk[None, :] * sxk, mask=inside_M[:, None] & (rk < K)[None, :], other=0.0)
-        if NORMS:
-            x_float = x_MK.to(tl.float32)
-            squares += tl.sum(x_float * x_float, axis=1)
         acc0 = _one(
             acc0, x_MK, a0, rank, rk, K, sar, sak, seed0, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
         )
@@ -59,10 +54,8 @@ def lora_shrink(
     base = s + part.to(tl.int64) * ADAPTERS * M * RANK + rm[:, None] * RANK + rank[None, :]
     mask = inside_M[:, None] & (rank < RANK)[None, :]
     group = tl.full((), RANK, tl.int64) * M
-    tl.store(base, (acc0 * scale).to(s.dtype.element_ty), mask=mask)
+    tl.store(base, acc0, mask=mask)
     if ADAPTERS > 1:
-        tl.store(base + group, (acc1 * scale).to(s.dtype.element_ty), mask=mask)
+        tl.store(base + group, acc1, mask=mask)
     if ADAPTERS > 2:
-        tl.store(base + 2 * group, (acc2 * scale).to(s.dtype.element_ty), mask=mask)
-    if NORMS:
-        tl.store(norms + part.to(tl.int64) * M + rm, squares, mask=inside_M)
+        tl.store(base + 2 * group, acc2, mask=mask)

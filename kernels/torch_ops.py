@@ -15,7 +15,7 @@ from . import philox
 def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float, seed: int) -> torch.Tensor:
     """S = c drop(X) A^T; `drop` zeroes elements and does not rescale"""
     s_MR = x_MK.new_empty(x_MK.shape[0], a_RK.shape[0])
-    return s_MR.addmm_(_drop(x_MK, p, seed), a_RK.to(x_MK.dtype).T, beta=0, alpha=c)
+    return s_MR.addmm_(_drop(x_MK, p, seed) if p else x_MK, a_RK.to(x_MK.dtype).T, beta=0, alpha=c)
 
 
 def forward(
@@ -35,10 +35,13 @@ def grad_x(
     dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int
 ) -> torch.Tensor:
     """dX = mask (dS A) + dY W"""
-    dx_MK = ds_MR @ a_RK.to(dy_MN.dtype)
-    if p:
-        dx_MK.mul_(philox.keep_mask(seed, dx_MK.shape[0], dx_MK.shape[1], p, dx_MK.device))
-    return dx_MK.addmm_(dy_MN, w_NK)
+    return low_rank(ds_MR, a_RK, seed, p).addmm_(dy_MN, w_NK)
+
+
+def low_rank(ds_MR: torch.Tensor, a_RK: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+    """mask (dS A)"""
+    dx_MK = ds_MR @ a_RK.to(ds_MR.dtype)
+    return dx_MK.mul_(philox.keep_mask(seed, dx_MK.shape[0], dx_MK.shape[1], p, dx_MK.device)) if p else dx_MK
 
 
 def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: int) -> torch.Tensor:

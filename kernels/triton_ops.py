@@ -1,12 +1,16 @@
 """Launchers: they take torch tensors, launch Triton kernels and return torch tensors. Callers check shapes and dtypes.
 
 c = scaling / (1 - p) is folded into S and dS, as in torch_ops.py. Every launch goes to the current stream of the
-tensors' device, which Triton reads at each call. Empty outputs are returned without a launch, and empty sums are zeros.
+tensors' device, which is read at each call. Empty outputs are returned without a launch, and empty sums are zeros.
+
+Each launcher comes in two parts. The second takes shapes, strides and dtypes, and makes the plan: tiles, grids, constants.
+The first looks the plan up and gives it the tensors.
 
 M tokens, K in, N out, R rank, G adapters that share an input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +22,8 @@ from .expand import lora_expand
 from .gemm import lora_gemm
 from .gemm_tma import lora_gemm_tma
 from .grads import lora_grads
-from .grads_grid import grads_grid, stripe_widths
-from .launch import near, on_device, padded_rank, precision, rank_chunk, sum_parts
+from .grids import STAGES, grads_grid, shrink_grid
+from .launch import Planned, is_near, on_device, padded_rank, plan, precision, rank_chunk, summing, summing_both
 from .reduce import row_norms as row_norms_kernel
 from .shrink import lora_shrink
 
@@ -28,50 +32,51 @@ MAX_STACKED = 3
 
 def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float = 0.0, seed: int = 0) -> torch.Tensor:
     """S = c drop(X) A^T, [M, R] in X's dtype; `drop` zeroes elements and does not rescale."""
-    return shrink_stacked(x_MK, (a_RK,), c, p, (seed,))[0][0]
+    return shrink_stacked(x_MK, (a_RK,), c, p, (seed,))[0]
 
 
 def shrink_stacked(
-    x_MK: torch.Tensor,
-    adapters: Sequence[torch.Tensor],
-    c: float,
-    p: float = 0.0,
-    seeds: Sequence[int] = (0, 0, 0),
-    *,
-    norms: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout, and ||x|| [M] in float32; reads X once."""
-    (m, k), rank, count = x_MK.shape, adapters[0].shape[0], len(adapters)
-    assert count <= MAX_STACKED and all(a.shape == adapters[0].shape for a in adapters)
-    assert all(a.stride() == adapters[0].stride() for a in adapters)
+    x_MK: torch.Tensor, adapters: Sequence[torch.Tensor], c: float, p: float = 0.0, seeds: Sequence[int] = (0, 0, 0)
+) -> torch.Tensor:
+    """S [G, M, R] of up to three adapters A [R, K] of one rank and layout; reads X once."""
+    first = adapters[0]
+    for a in adapters[1:]:
+        assert a.shape == first.shape and a.stride() == first.stride()
+    run = plan(
+        _shrink, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), first.dtype, first.shape, first.stride(),
+        len(adapters), c, p, "ieee" if x_MK.dtype is not torch.float32 else precision(x_MK),
+    )  # fmt: skip
+    return run(x_MK, adapters, seeds)
+
+
+def _shrink(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], a_dtype: torch.dtype,
+    a_shape: torch.Size, a_strides: tuple[int, ...], count: int, c: float, p: float, exact: str,
+) -> Callable[..., torch.Tensor]:  # fmt: skip
+    (m, k), rank = shape, a_shape[0]
+    assert count <= MAX_STACKED
     if not m:
-        return x_MK.new_empty(count, m, rank), x_MK.new_empty(m, dtype=torch.float32) if norms else None
+        return lambda x, adapters, seeds: x.new_empty(count, m, rank)
     padded = padded_rank(rank)
     if padded * count > 128 and count > 1:  # together their accumulators would spill, so X is read once for each
-        parts = [shrink_stacked(x_MK, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
-        return torch.cat([s for s, _ in parts]), row_norms(x_MK) if norms else None
-    units = dispatch.target_of(x_MK.device).units
-    bm = next((b for b in (64, 32) if triton.cdiv(m, b) >= units), 16)
-    bk = 32 if x_MK.dtype == torch.float32 or padded * count > (32 if p else 64) else 64
-    rows = triton.cdiv(m, bm)
-    steps = max(1, triton.cdiv(k, bk))
-    # as many parts as fill the GPU with programs, each with at least four steps
-    splits = min(max(1, units // rows), max(1, steps // 4))
-    chunk = triton.cdiv(steps, splits) * bk
-    splits = max(1, triton.cdiv(k, chunk))
-    s = x_MK.new_empty(splits, count, m, rank, dtype=x_MK.dtype if splits == 1 else torch.float32)
-    squares = x_MK.new_empty(splits, m, dtype=torch.float32) if norms else None
-    a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
-    seed0, seed1, seed2 = (*seeds, 0, 0)[:3]
-    with on_device(x_MK):
-        lora_shrink[(rows, splits)](
-            x_MK, a0, a1, a2, s, squares if norms else s, m, k, chunk, c if splits == 1 else 1.0, seed0, seed1, seed2,
-            philox.threshold(p), *x_MK.stride(), *a0.stride(),
-            RANK=rank, RP=padded, ADAPTERS=count, DROP=p > 0, NORMS=norms, PRECISION=precision(x_MK), BM=bm, BK=bk,
-            num_warps=8 if padded * count > 128 else 4, num_stages=3 if padded <= 128 else 2,
-        )  # fmt: skip
-        s = s[0] if splits == 1 else sum_parts(s, c, x_MK.dtype)
-        return s, sum_parts(squares, 1.0, torch.float32, root=True) if squares is not None else None
+        return lambda x, adapters, seeds: torch.cat(
+            [shrink_stacked(x, (a,), c, p, (seed,)) for a, seed in zip(adapters, seeds, strict=False)]
+        )
+    bm, bk, rows, splits, chunk, warps = shrink_grid(dispatch.target_of(device), dtype, m, k, padded * count, p > 0)
+    launch = Planned(
+        lora_shrink, (rows, splits), (k, chunk, philox.threshold(p), *strides, *a_strides),
+        {"RANK": rank, "RP": padded, "ADAPTERS": count, "DROP": p > 0, "PRECISION": exact, "BM": bm, "BK": bk},
+        device, num_warps=warps, num_stages=STAGES if padded <= 128 else 2,
+    )  # fmt: skip
+    gather = summing(device, splits, (count, m, rank), dtype, c)
+
+    def run(x: torch.Tensor, adapters: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+        a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
+        s = x.new_empty(splits, count, m, rank, dtype=torch.float32)
+        launch((x, a0, a1, a2, s), (m, *(*seeds, 0, 0)[:3]))
+        return gather(s)
+
+    return run
 
 
 def forward(
@@ -100,23 +105,11 @@ def grad_x(
 def grad_s_and_b(
     dy_MN: torch.Tensor, s_MR: torch.Tensor, b_NR: torch.Tensor, c: float, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (default: B's); reads dY once, or twice for a high rank."""
-    dtype = dtype or b_NR.dtype
-    if not stripe_widths(dispatch.target_of(dy_MN.device), dy_MN.dtype, s_MR.shape[1], with_ds=True):
-        return grad_s(dy_MN, b_NR, c), grad_b(dy_MN, s_MR, dtype)
-    db_NR, ds_MR = _grads(dy_MN, s_MR, dtype, u=b_NR, c=c)
+    """dS = c dY B in dY's dtype and dB = dY^T S in `dtype` (default: B's), from one read of dY. Up to rank MOST_DS_RANK."""
+    assert s_MR.shape[1] <= dispatch.MOST_DS_RANK
+    db_NR, ds_MR = _grads(dy_MN, s_MR, dtype or b_NR.dtype, u=b_NR, c=c)
     assert ds_MR is not None
     return ds_MR, db_NR
-
-
-def grad_s(dy_MN: torch.Tensor, b_NR: torch.Tensor, c: float) -> torch.Tensor:
-    """dS = c dY B, a shrink whose A is B^T."""
-    return shrink(dy_MN, b_NR.T, c)
-
-
-def grad_b(dy_MN: torch.Tensor, s_MR: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """dB = dY^T S"""
-    return _grads(dy_MN, s_MR, dtype)[0]
 
 
 def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -138,43 +131,72 @@ def gemm(
     tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Y = X W^T + mask (S B^T) + bias, and ||x W^T|| [M] if `norms`. A mask if p > 0; Y is empty unless `store`."""
-    (m, k), n = x_MK.shape, w_NK.shape[0]
     assert not p or (s_MR is not None and not norms)
-    y_MN = x_MK.new_empty(m, n) if store else x_MK.new_empty(0, 1)
+    if x_MK.shape[0] and w_NK.shape[0]:
+        target = dispatch.target_of(x_MK.device)
+        tiles = tiles or dispatch.candidates(target, x_MK.dtype)[0]
+        if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
+            tiles = dispatch.unaligned(target)
+    lora: tuple[Any, ...] = (1, (), (), None)
+    if s_MR is not None and b_NR is not None:
+        if not is_near(b_NR.shape, b_NR.stride()):
+            b_NR = b_NR.contiguous()
+        lora = s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype
+    run = plan(
+        _gemm, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), w_NK.shape[0], w_NK.stride(), lora, bias_N is not None,
+        p, norms, store, tiles, precision(x_MK),
+    )  # fmt: skip
+    return run(x_MK, w_NK, s_MR, b_NR, bias_N, seed)
+
+
+def _gemm(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, x_strides: tuple[int, ...], n: int,
+    w_strides: tuple[int, ...], lora: tuple[Any, ...], biased: bool, p: float, norms: bool, store: bool, tiles: Tiles,
+    exact: str,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:  # fmt: skip
+    (m, k), (rank, s_strides, b_strides, _) = shape, lora
+    y_shape = (m, n) if store else (0, 1)
     if not m or not n:
-        return y_MN, x_MK.new_zeros(m, dtype=torch.float32) if norms else None
-    target = dispatch.target_of(x_MK.device)
-    tiles = tiles or dispatch.candidates(target, x_MK.dtype, m)[0]
-    if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
-        tiles = dispatch.unaligned(target)
-    lora, rank = s_MR is not None, 1 if s_MR is None else s_MR.shape[1]
+        return lambda x, *_: (x.new_empty(y_shape), x.new_zeros(m, dtype=torch.float32) if norms else None)
     bn = min(tiles.bn, 128) if p else tiles.bn  # the random words of the mask need registers
     tiles_n = triton.cdiv(n, bn)
-    parts = x_MK.new_empty(tiles_n, m, dtype=torch.float32) if norms else y_MN
-    s, b = (s_MR, near(b_NR)) if s_MR is not None and b_NR is not None else (x_MK, x_MK)
-    bias = x_MK if bias_N is None else bias_N.contiguous()
-    options = {
-        "RANK": rank, "BR": rank_chunk(rank), "LORA": lora, "MASK": p > 0, "BIAS": bias_N is not None,
-        "NORMS": norms, "STORE": store, "PRECISION": precision(x_MK), "BM": tiles.bm, "BN": bn, "BK": tiles.bk,
-        "GROUP": tiles.group, "num_warps": tiles.warps, "num_stages": tiles.stages,
-    }  # fmt: skip
-    strides = (*(s.stride()[:1] if lora else (0,)), *(b.stride() if lora else (0, 0)), y_MN.stride(0))
-    drop = (seed, philox.threshold(p))
     count = triton.cdiv(m, tiles.bm) * tiles_n
-    with on_device(x_MK):
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    constants = {"RANK": rank, "BR": rank_chunk(rank), "LORA": bool(s_strides), "MASK": p > 0, "BIAS": biased, "NORMS": norms,
+                 "STORE": store}  # fmt: skip
+    sizes = {"PRECISION": exact, "BM": tiles.bm, "BN": bn, "BK": tiles.bk, "GROUP": tiles.group}
+    strides = (*(s_strides or (0,)), *(b_strides or (0, 0)), y_shape[1])
+    threshold, units = philox.threshold(p), dispatch.target_of(device).units
+    launch = Planned(
+        lora_gemm, (count,), (n, k, threshold, *x_strides, *w_strides, *strides),
+        {**constants, "EVEN_K": k % tiles.bk == 0, **sizes}, device, **options,
+    )  # fmt: skip
+    root = summing(device, tiles_n, (m,), torch.float32, 1.0, root=True)
+
+    def run(
+        x: torch.Tensor,
+        w: torch.Tensor,
+        s: torch.Tensor | None,
+        b: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        seed: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        y = x.new_empty(y_shape)
+        parts = x.new_empty(tiles_n, m, dtype=torch.float32) if norms else y
+        others = x if s is None else s, x if b is None else b, x if bias is None else bias.contiguous(), y, parts
         if tiles.descriptor:
-            nk = w_NK.stride(1) == 1
-            x_desc = TensorDescriptor.from_tensor(x_MK, [tiles.bm, tiles.bk])
-            w_desc = TensorDescriptor.from_tensor(*((w_NK, [bn, tiles.bk]) if nk else (w_NK.T, [tiles.bk, bn])))
-            lora_gemm_tma[(min(count, target.units),)](
-                x_desc, w_desc, s, b, bias, y_MN, parts, m, n, k, *drop, *strides, W_IS_NK=nk, **options
-            )  # fmt: skip
+            nk = w.stride(1) == 1
+            x_desc = TensorDescriptor.from_tensor(x, [tiles.bm, tiles.bk])
+            w_desc = TensorDescriptor.from_tensor(*((w, [bn, tiles.bk]) if nk else (w.T, [tiles.bk, bn])))
+            with on_device(x):
+                lora_gemm_tma[(min(count, units),)](
+                    x_desc, w_desc, *others, m, n, k, seed, threshold, *strides, W_IS_NK=nk, **constants, **sizes, **options
+                )  # fmt: skip
         else:
-            lora_gemm[(count,)](
-                x_MK, w_NK, s, b, bias, y_MN, parts, m, n, k, *drop, *x_MK.stride(), *w_NK.stride(), *strides,
-                EVEN_K=k % tiles.bk == 0, **options,
-            )  # fmt: skip
-        return y_MN, sum_parts(parts, 1.0, torch.float32, root=True) if norms else None
+            launch((x, w, *others), (m, seed))
+        return y, root(parts) if norms else None
+
+    return run
 
 
 def describable(*matrices: torch.Tensor) -> bool:
@@ -195,20 +217,34 @@ def low_rank(
     s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: int = 0
 ) -> torch.Tensor:
     """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
-    (m, rank), n = s_MR.shape, b_NR.shape[0]
-    y_MN = s_MR.new_empty(m, n)
-    if not m or not n:
-        return y_MN
-    bm, bn = dispatch.expand_tiles(s_MR.dtype)
-    b_NR = near(b_NR)
-    with on_device(s_MR):
-        lora_expand[(triton.cdiv(m, bm), triton.cdiv(n, bn))](
-            s_MR, b_NR, s_MR if bias_N is None else bias_N.contiguous(), y_MN, m, n, seed, philox.threshold(p),
-            s_MR.stride(0), *b_NR.stride(), n,
-            RANK=rank, BR=rank_chunk(rank), MASK=p > 0, BIAS=bias_N is not None, PRECISION=precision(s_MR),
-            BM=bm, BN=bn, num_warps=4, num_stages=2,
-        )  # fmt: skip
-    return y_MN
+    exact = "ieee" if s_MR.dtype is not torch.float32 else precision(s_MR)
+    run = plan(
+        _low_rank, s_MR.device, s_MR.dtype, s_MR.shape, s_MR.stride(0), b_NR.dtype, b_NR.shape, b_NR.stride(),
+        bias_N is not None, p, exact,
+    )  # fmt: skip
+    return run(s_MR, b_NR, bias_N, seed)
+
+
+def _low_rank(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, row: int, b_dtype: torch.dtype, b_shape: torch.Size,
+    b_strides: tuple[int, ...], biased: bool, p: float, exact: str,
+) -> Callable[..., torch.Tensor]:  # fmt: skip
+    (m, rank), n, (bm, bn), near = shape, b_shape[0], dispatch.expand_tiles(dtype), is_near(b_shape, b_strides)
+    launch = Planned(
+        lora_expand, (triton.cdiv(m, bm), triton.cdiv(n, bn)),
+        (n, philox.threshold(p), row, *(b_strides if near else (rank, 1)), n),
+        {"RANK": rank, "BR": rank_chunk(rank), "MASK": p > 0, "BIAS": biased, "PRECISION": exact, "BM": bm, "BN": bn},
+        device, num_warps=8 if exact == "tf32" else 4, num_stages=2,
+    )  # fmt: skip
+
+    def run(s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, seed: int) -> torch.Tensor:
+        y = s.new_empty(m, n)
+        if m and n:
+            b = b if near else b.contiguous()
+            launch((s, b, s if bias is None else bias.contiguous(), y), (m, seed))
+        return y
+
+    return run
 
 
 def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor, tiles: Tiles | None = None) -> torch.Tensor:
@@ -220,17 +256,28 @@ def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor, tiles: Tiles | None = N
 
 def row_norms(y_MN: torch.Tensor, bias_N: torch.Tensor | None = None) -> torch.Tensor:
     """||y - bias|| [M] in float32, from one read of Y."""
-    m, n = y_MN.shape
-    norms = y_MN.new_empty(m, dtype=torch.float32)
-    if m:
-        bn = min(1024, max(64, triton.next_power_of_2(n)))
-        bm = max(1, 2048 // bn)
-        with on_device(y_MN):
-            row_norms_kernel[(triton.cdiv(m, bm),)](
-                y_MN, y_MN if bias_N is None else bias_N.contiguous(), norms, m, n, *y_MN.stride(), BIAS=bias_N is not None,
-                BM=bm, BN=bn, num_warps=4,
-            )  # fmt: skip
-    return norms
+    run = plan(_row_norms, y_MN.device, y_MN.dtype, y_MN.shape, y_MN.stride(), None if bias_N is None else bias_N.dtype)
+    return run(y_MN, bias_N)
+
+
+def _row_norms(
+    device: torch.device, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...], bias: torch.dtype | None
+) -> Callable[..., torch.Tensor]:
+    m, n = shape
+    bn = min(1024, max(64, triton.next_power_of_2(n)))
+    bm = max(1, 2048 // bn)
+    launch = Planned(
+        row_norms_kernel, (triton.cdiv(m, bm),), (n, *strides), {"BIAS": bias is not None, "BM": bm, "BN": bn}, device,
+        num_warps=4,
+    )  # fmt: skip
+
+    def run(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        norms = y.new_empty(m, dtype=torch.float32)
+        if m:
+            launch((y, y if bias is None else bias.contiguous(), norms), (m,))
+        return norms
+
+    return run
 
 
 def _grads(
@@ -238,29 +285,47 @@ def _grads(
     p: float = 0.0, seed: int = 0, transposed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given. See grads.py."""
-    (m, columns), rank = t_MC.shape, v_MR.shape[1]
+    run = plan(
+        _grads_plan, t_MC.device, t_MC.dtype, t_MC.shape, t_MC.stride(), v_MR.shape[1], v_MR.stride(0), v_MR.dtype, dtype,
+        None if u is None else (u.dtype, u.stride()), c, p, transposed,
+        "ieee" if t_MC.dtype is not torch.float32 else precision(t_MC),
+    )  # fmt: skip
+    return run(t_MC, v_MR, u, seed)
+
+
+def _grads_plan(
+    device: torch.device, t_dtype: torch.dtype, t_shape: torch.Size, t_strides: tuple[int, ...], rank: int, row: int,
+    v_dtype: torch.dtype, dtype: torch.dtype, u: tuple[Any, ...] | None, c: float, p: float, transposed: bool, exact: str,
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:  # fmt: skip
+    m, columns = t_shape
     shape = (rank, columns) if transposed else (columns, rank)
     if not m or not columns:
-        return v_MR.new_zeros(shape, dtype=dtype), None if u is None else v_MR.new_zeros(m, rank)
-    target = dispatch.target_of(t_MC.device)
-    bm, bc, tiles, parts, stripes = grads_grid(target, t_MC.dtype, m, columns, rank, u is not None)
-    g = v_MR.new_empty(parts, *shape, dtype=dtype if parts == 1 else torch.float32)
-    shape_ds = (stripes, m, rank) if u is not None else (0,)
-    ds = v_MR.new_empty(shape_ds, dtype=v_MR.dtype if stripes == 1 else torch.float32)
-    warps = 8 if bc * tiles * padded_rank(rank) >= 4096 or (u is not None and t_MC.dtype == torch.float32) else 4
-    stages = 3 if u is None and rank <= 64 else 2
-    if target.name == "sm_90" and bc * tiles > 512:
-        stages = 1  # it would spill with copies in flight
-    with on_device(t_MC):
-        lora_grads[(stripes, parts)](
-            t_MC, v_MR, t_MC if u is None else u, g, ds, m, columns, triton.cdiv(triton.cdiv(m, bm), parts) * bm,
-            c if stripes == 1 else 1.0, seed, philox.threshold(p), *t_MC.stride(), v_MR.stride(0),
-            *((0, 0) if u is None else u.stride()), columns * rank, *((1, columns) if transposed else (rank, 1)), m * rank,
-            RANK=rank, RP=padded_rank(rank), WITH_DS=u is not None, DROP=p > 0, PRECISION=precision(t_MC),
-            BM=bm, BC=bc, TILES=tiles, num_warps=warps,
-            num_stages=stages,
-        )  # fmt: skip
-        g = g[0] if parts == 1 else sum_parts(g, 1.0, dtype)
+        return lambda t, v, u, seed: (v.new_zeros(shape, dtype=dtype), None if u is None else v.new_zeros(m, rank))
+    target = dispatch.target_of(device)
+    bm, bc, warps, parts, stripes = grads_grid(target, t_dtype, m, columns, rank, u is not None, p > 0)
+    order = (columns * rank, *((1, columns) if transposed else (rank, 1)))
+    launch = Planned(
+        lora_grads, (stripes, parts),
+        (columns, c if stripes == 1 else 1.0, philox.threshold(p), *t_strides, row, *(u[1] if u else (0, 0)), *order),
+        {"RANK": rank, "RP": padded_rank(rank), "WITH_DS": u is not None, "DROP": p > 0, "PRECISION": exact, "BM": bm,
+         "BC": bc}, device, num_warps=warps, num_stages=STAGES,
+    )  # fmt: skip
+    chunk, part = triton.cdiv(triton.cdiv(m, bm), parts) * bm, m * rank
+    g_dtype, ds_dtype = dtype if parts == 1 else torch.float32, v_dtype if stripes == 1 else torch.float32
+    ds_shape = (stripes, m, rank) if u is not None else (0,)
+    gather, gather_ds = summing(device, parts, shape, dtype, 1.0), summing(device, stripes, (m, rank), v_dtype, c)
+    both = summing_both(device, (parts, shape, dtype, 1.0), (stripes, (m, rank), v_dtype, c))
+
+    def run(
+        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, seed: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        g, ds = v.new_empty(parts, *shape, dtype=g_dtype), v.new_empty(ds_shape, dtype=ds_dtype)
+        launch((t, v, t if u is None else u, g, ds), (m, chunk, seed, part))
+        if u is not None and parts > 1 and stripes > 1:
+            return both(g, ds)
+        g = g[0] if parts == 1 else gather(g)
         if u is None:
             return g, None
-        return g, ds[0] if stripes == 1 else sum_parts(ds, c, v_MR.dtype)
+        return g, ds[0] if stripes == 1 else gather_ds(ds)
+
+    return run

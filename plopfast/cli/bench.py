@@ -7,7 +7,8 @@ only as far as it takes longer. A dry run does the same on the CPU in seconds; i
 nothing.
 
 M tokens, K in, N out, R rank. Variants: fused and lora-first (kernels/dispatch.py), torch (lora-first in plain torch),
-peft (its own layer with the same adapters in the base's dtype, its fastest way), frozen (the GEMM or layer alone).
+peft (its own layer with the same adapters in the base's dtype, its fastest way), liger (that in a layer whose norms,
+SwiGLU and rotary positions are liger-kernel's), frozen (the GEMM or layer alone). A rival that fails is left out.
 """
 
 import copy
@@ -40,6 +41,7 @@ from .bench_timing import NONE, Calls
 
 TUNE_TOKENS, TUNE_RANKS = (512, 1024, 2048, 4096, 8192), (16, 32, 64)
 CHECKED = 256  # tokens of a layer's first sequence that are checked
+RIVALS = {"peft": "peft", "liger": "liger_kernel"}  # variant -> package
 UNITS = {"tflops": "TFLOP/s", "gbytes_per_s": "GB/s", "peak_mib": "MiB at its peak"}
 
 
@@ -119,8 +121,11 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self.lines = ["DRY RUN on the CPU: these times mean nothing" if dry else machine.describe()]
         self.note(f"fused and lora-first left out: {reason}" if reason else "")
-        for package, what in (("peft", "variant peft"), ("transformers", "whole layers")):
-            self.note("" if importlib.util.find_spec(package) else f"{what} left out: {package} is not installed")
+        self.missing = {name for name in (*RIVALS.values(), "transformers") if not importlib.util.find_spec(name)}
+        self.rivals = [name for name, package in RIVALS.items() if not self.missing & {"peft", package}]
+        for package in sorted(self.missing):
+            what = {"peft": "variants peft and liger", "liger_kernel": "variant liger"}.get(package, "whole layers")
+            self.note(f"{what} left out: {package} is not installed")
         self.origin = {
             "dry": dry, "gpu": "" if dry else torch.cuda.get_device_name(),
             "target": self.target.name if self.kernels else "", "commit": machine.commit(),
@@ -152,8 +157,9 @@ class Bench:
         if case.kind == "ops":
             return self.measure_ops(case, budget_s, x.detach(), dy, frozen_of(base).weight_NK)
         modules = {name: adapted(base, LoRALinear, case.rank, to) for name, to in self.backends.items()}
-        if importlib.util.find_spec("peft"):
-            modules["peft"] = adapted(base, "peft", case.rank)
+        for name in self.rivals:
+            if name == "peft" or case.kind == "layer":
+                modules[name] = adapted(base, name, case.rank)
         modules = {**self.verified(case, base, x, dy, modules), "frozen": base}
         flops = 2.0 * case.m * case.n * case.k * (case.kind == "linear")
         fused = flops and self.kernels
@@ -168,7 +174,7 @@ class Bench:
 
     def measure_ops(self, case: Case, budget_s: float, x: torch.Tensor, dy: torch.Tensor, w: torch.Tensor) -> None:
         """Adds the rows of each kernel on its own."""
-        m, n, k, r = case.sizes
+        _, n, k, r = case.sizes
         a, b = (t.detach() for t in adapters(adapted(nn.Linear(k, n, device=self.device), LoRALinear, r)))
         tensors = (x, dy, w, a, b, C * (x @ a.to(x.dtype).T), C * (dy @ b.to(x.dtype)))
         if self.kernels:
@@ -178,7 +184,7 @@ class Bench:
             both = {"torch": plain, "triton": kernel} if self.kernels else {"torch": plain}
             calls = self.right(f"{op} of {case}", both, plain(), exact[op][0]())
             flops, moved = op_work(op, case, x.element_size())
-            tiles = str(dispatch.candidates(self.target, self.dtype, m)[0]) if flops else ""
+            tiles = str(dispatch.candidates(self.target, self.dtype)[0]) if flops else ""
             self.record(case, op, calls, budget_s / len(exact), flops, moved, tiles)
 
     def tune(self, case: Case, budget_s: float) -> dict[str, dict[str, Any]]:
@@ -186,9 +192,9 @@ class Bench:
         base, x, dy = operands(case, self.dtype, self.device)
         key = dispatch.key(self.target, self.dtype, *case.sizes)
         aligned = case.n % 8 == 0 and case.k % 8 == 0
-        every = {f"fused {t}": t for t in dispatch.candidates(self.target, self.dtype, case.m, aligned)}
+        every = {f"fused {t}": t for t in dispatch.candidates(self.target, self.dtype, aligned)}
         prepare = {name: partial(dispatch.use_table, {key: ("fused", t)}) for name, t in every.items()}
-        backends = {name: "torch" if self.dry else name.split()[0] for name in ("lora-first", *every)}
+        backends = {name: "torch" if self.dry else name.split()[0] for name in ("lora-first", "torch", *every)}
         modules = {name: adapted(base, LoRALinear, case.rank, to) for name, to in backends.items()}
         modules = self.verified(case, base, x, dy, modules, prepare)
         if not modules:
@@ -220,17 +226,20 @@ class Bench:
             try:
                 got = _listed(call())
             except Exception as failure:
-                if not type(failure).__module__.startswith("triton."):  # which need not be installed
+                if not (type(failure).__module__.startswith("triton.") or name in RIVALS):  # it need not be installed
                     raise
                 self.note(f"{where}: {name} left out, it does not compile or launch here ({failure})")
                 continue
-            for number, tensors in enumerate(zip(got, _listed(plain), _listed(exact), strict=True), 1):
-                if not (found := accuracy.compare(*tensors)).passes:
-                    raise BackendError(
-                        f"{where}: {name} is wrong: tensor {number} of {len(got)} is {found}; nothing was written. "
-                        "Please report it, with the output of `plopfast info`"
-                    )
-            kept[name] = call
+            wrong = _first_wrong(got, _listed(plain), _listed(exact))
+            if wrong and name not in RIVALS:
+                raise BackendError(
+                    f"{where}: {name} is wrong: {wrong}; nothing was written. Please report it, with the output of "
+                    "`plopfast info`"
+                )
+            if wrong:
+                self.note(f"{where}: {name} left out, it is wrong: {wrong}")
+            else:
+                kept[name] = call
         return kept
 
     def time_ms(self, calls: Calls, budget_s: float, prepare: Calls = NONE) -> dict[str, list[float]]:
@@ -260,6 +269,14 @@ class Bench:
             units = ", ".join(f"{row[key]:.1f} {unit}" for key, unit in UNITS.items() if row[key] is not None)
             spread = f"{median:9.3f} ms ({low:.3f} to {high:.3f})"
             self.note(f"{case!s:<44} {op:<16} {name:<11}{spread}, {row['relative']:.2f} of {base}, {units}")
+
+
+def _first_wrong(got: list[torch.Tensor], plain: list[torch.Tensor], exact: list[torch.Tensor]) -> str:
+    """Says which tensor breaks the rule of errors, and by how much; "" where none does."""
+    for number, tensors in enumerate(zip(got, plain, exact, strict=True), 1):
+        if not (found := accuracy.compare(*tensors)).passes:
+            return f"tensor {number} of {len(got)} is {found}"
+    return ""
 
 
 def _listed(value: Any) -> list[torch.Tensor]:

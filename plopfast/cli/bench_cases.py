@@ -7,6 +7,7 @@ import copy
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -124,8 +125,34 @@ class Layer(nn.Module):
         return self.layer(x, position_embeddings=tuple(self.angles[:, :, : x.shape[1]]))
 
 
+class LigerLayer(nn.Module):
+    """A `Layer`, adapted or not, with liger-kernel's norms, SwiGLU and rotary positions in place of transformers'."""
+
+    def __init__(self, inner: Layer) -> None:
+        super().__init__()
+        from liger_kernel.transformers import apply_liger_kernel_to_llama, liger_rotary_pos_emb
+        from transformers.models.llama import modeling_llama
+
+        layer, self.source = inner.layer, vars(modeling_llama)
+        before = dict(self.source)
+        model: Any = SimpleNamespace(base_model_prefix="", layers=[layer], norm=layer.input_layernorm)
+        apply_liger_kernel_to_llama(rope=False, fused_linear_cross_entropy=False, model=model)
+        self.source.update(before)  # other layers stay as they are
+        self.inner, self.rotate = inner, liger_rotary_pos_emb
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = self.source["apply_rotary_pos_emb"]
+        self.source["apply_rotary_pos_emb"] = self.rotate  # it is a name in a file of transformers', and no module's
+        try:
+            return self.inner(x)
+        finally:
+            self.source["apply_rotary_pos_emb"] = before
+
+
 def adapted(base: nn.Module, kind: type[LoRALinear] | str, rank: int, backend: str = "torch") -> nn.Module:
-    """`base` with adapters on every linear, its weights shared; `kind` "peft" is PEFT's, in the base's dtype.
+    """`base` with adapters on every linear, its weights shared.
+
+    `kind` "peft" is PEFT's, in the base's dtype; "liger" is that with liger-kernel in the rest of a layer.
 
     All variants have the same A and B, whatever order a library makes them in. bfloat16 holds these numbers exactly, so
     every other dtype does too.
@@ -143,7 +170,7 @@ def adapted(base: nn.Module, kind: type[LoRALinear] | str, rank: int, backend: s
     generator = torch.Generator().manual_seed(0)
     for p in adapters(root):
         p.data.copy_((torch.randn(p.shape, generator=generator) / p.shape[1] ** 0.5).bfloat16())
-    return root[0]
+    return LigerLayer(root[0]) if kind == "liger" else root[0]  # type: ignore[arg-type]
 
 
 def adapters(module: nn.Module) -> list[torch.Tensor]:

@@ -33,18 +33,26 @@ def interleaved(
 
 
 def time_ms(call: Callable[[], Any], flush: torch.Tensor | None) -> float:
-    """Milliseconds of one call by the GPU's events, after `flush` was overwritten; without it, by the CPU's clock."""
-    if flush is None:  # the CPU of a dry run
-        began = time.perf_counter()
-        call()
-        return (time.perf_counter() - began) * 1e3
+    """Milliseconds of one call, after `flush` was overwritten: by the GPU's events or by the host's clock, whichever says more.
+
+    While the GPU overwrites `flush`, the host is ahead, so the events alone would hide what launching costs. Without
+    `flush` (the CPU of a dry run) the clock alone is asked.
+    """
+    if flush is None:
+        return _host_ms(call)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
     start.record()
-    call()
+    host_ms = _host_ms(call)
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return max(start.elapsed_time(end), host_ms)
+
+
+def _host_ms(call: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    call()
+    return (time.perf_counter() - began) * 1e3
 
 
 def peak_mib(call: Callable[[], Any]) -> float:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..kernels import accuracy, dispatch, philox, reference
+from ..kernels import accuracy, compile_time, dispatch, philox, reference
 from ..lora.layer import LoRALinear
 from ..lora.ops import linear_norms, lora_linear, path, row_norms
 from ..lora.placement import full_rank
@@ -99,12 +99,12 @@ class _Checks:
             self.failed.append(name)
             self.out(f"FAILED  {name}: {_reason(error)}")
 
-    def verdict(self) -> bool:
+    def verdict(self, compiling: compile_time.Compiling) -> bool:
         """Writes the last line; True if no check failed."""
         text = f"healthy: {self.count} checks passed"
         if self.failed:
             text = f"NOT healthy: {len(self.failed)} of {self.count} checks failed: {'; '.join(self.failed)}"
-        self.out(f"{text} ({time.monotonic() - self.start:.0f} s)")
+        self.out(f"{text} ({time.monotonic() - self.start:.0f} s{_of_which(compiling)})")
         return not self.failed
 
 
@@ -115,19 +115,29 @@ def examine(
     """Checks this machine and this model: one line to `out` for each check, then a verdict. True if healthy.
 
     `model` is as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine
-    kernel cases, one of each shape, and more while `seconds` last. On a GPU the first visit takes longer, because those
-    nine compile first. Adapters have `rank`. Whatever goes wrong is a failed check, except that ConfigError is raised
-    for a device that this machine does not have.
+    kernel cases, one of each shape, and more while `seconds` last. The time that Triton compiles does not count, so the
+    first visit on a GPU checks as much as later ones, and takes longer. Adapters have `rank`. Whatever goes wrong is a
+    failed check, except that ConfigError is raised for a device that this machine does not have.
     """
-    where, checks = device_for(device), _Checks(out)
+    with compile_time.watched() as compiling:
+        checks = _Checks(out)
+        _examine(checks, compiling, model, device_for(device), backend, dtype, seconds, rank)
+        return checks.verdict(compiling)
+
+
+def _examine(
+    checks: _Checks, compiling: compile_time.Compiling, model: str | None, where: torch.device, backend: str,
+    dtype: torch.dtype, seconds: float, rank: int,
+) -> None:  # fmt: skip
     checks.run("versions", lambda: " ".join(f"{name} {version}" for name, version in machine.versions().items()))
     checks.run("machine", _machine)
     if not checks.run("backend", lambda: _resolved(where, backend)):
         backend = "auto"
-        out(f"        the checks below use backend {_resolved(where, backend)}")
+        checks.out(f"        the checks below use backend {_resolved(where, backend)}")
     kinds = _kinds(where, backend, dtype)
     for i, (strategy, kind) in enumerate(kinds):  # each has its share of the time that is left
-        share_s = (checks.start + seconds - time.monotonic()) / (len(kinds) - i)
+        spent_s = time.monotonic() - checks.start - compiling.seconds
+        share_s = (seconds - spent_s) / (len(kinds) - i)
         checks.run(f"{strategy} kernels in {kind}", partial(kernels, where, strategy, kind, share_s))
     loaded = checks.run(
         "model", lambda: load_model(model, dtype=dtype, device=where)[0], lambda found: found.name_or_path
@@ -138,7 +148,6 @@ def examine(
         listed = lambda rows: "".join("\n{:>12} x {:<16} {:<14} {}".format(*row) for row in rows)  # noqa: E731
         paths = partial(module_paths, loaded, where, dtype, rank, backend)
         checks.run("paths", paths, lambda rows: f"for {TOKENS} tokens and rank {rank}{listed(rows)}")
-    return checks.verdict()
 
 
 def _machine() -> str:
@@ -167,29 +176,47 @@ def _middle_layer(model: nn.Module) -> list[LinearInfo]:
 
 
 def kernels(device: torch.device, strategy: str, dtype: torch.dtype, seconds: float) -> str:
-    """Runs LEAST cases, and more until `seconds` are over; says how many, and which came out worst.
+    """Runs LEAST cases, and more until `seconds` are over, without the time that Triton compiles; says how many of how
+    many ran, how long it compiled, and which came out worst.
 
     Raises ArithmeticError if a case is wrong or does not run.
     """
-    deadline, found = time.monotonic() + seconds, list[tuple[float, str]]()
-    for case in CASES:
-        if len(found) >= LEAST and time.monotonic() > deadline:
-            break
-        try:
-            share, name = max((measure.share, name) for name, measure in _case(device, strategy, dtype, case).items())
-            found.append((share, f"{name} has {share:.2g} of the allowed error at {case}"))
-        except Exception as error:  # a crash is one wrong case; the others still run
-            found.append((math.inf, f"{_reason(error)} at {case}"))
-    figures = f"{len(found)} of {len(CASES)} cases; the worst: {max(found)[1]}"
+    start, found = time.monotonic(), list[tuple[float, str]]()
+    with compile_time.watched() as compiling:
+        for case in CASES:
+            if len(found) >= LEAST and time.monotonic() - start - compiling.seconds > seconds:
+                break
+            try:
+                measures = _case(device, strategy, dtype, case)
+                share, name = max((measure.share, name) for name, measure in measures.items())
+                found.append((share, f"{name} has {share:.2g} of the allowed error at {case}"))
+            except Exception as error:  # a crash is one wrong case; the others still run
+                found.append((math.inf, f"{_reason(error)} at {case}"))
+    figures = f"{len(found)} of {len(CASES)} cases{_of_which(compiling)}; the worst: {max(found)[1]}"
     if wrong := sum(share > 1 for share, _ in found):
         raise ArithmeticError(f"{wrong} wrong in {figures}")
     return figures
 
 
+def _of_which(compiling: compile_time.Compiling) -> str:
+    if not compiling.kernels:
+        return ""
+    return f", and {compiling.seconds:.0f} s for compiling {compiling.kernels} kernels"
+
+
 def _case(device: torch.device, strategy: str, dtype: torch.dtype, case: Case) -> dict[str, Measure]:
-    """Every result of one case: the output, the gradients, and both kinds of norms."""
+    """Every result of one case: the output, the gradients, and both kinds of norms.
+
+    Where the operands are dense the kernels get copies of the adapters in x's dtype, as in training.
+    """
     given = _operands(device, dtype, case)
-    linear = partial(lora_linear, scaling=SCALING, dropout_p=case.dropout, seed=SEED, backend=strategy)
+
+    def linear(x: Tensor, w: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+        low = None if case.views else (a.detach().to(x.dtype), b.detach().to(x.dtype))
+        return lora_linear(
+            x, w, a, b, scaling=SCALING, bias=bias, dropout_p=case.dropout, seed=SEED, backend=strategy, low=low
+        )
+
     found = _compare(lambda x, a, b: linear(x, given.w, a, b, bias=given.bias), None, given)
     shift_N = given.dy.new_zeros(()) if given.bias is None else given.bias
     norms, exact_norms = linear_norms(given.x, given.w, backend=strategy), (_f64(given.x) @ _f64(given.w).T).norm(dim=1)

@@ -20,7 +20,7 @@ from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
 from . import tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
-from .ops import lora_linear, path
+from .ops import lora_linear, new_seed, path
 from .placement import Placement, check_rank
 
 
@@ -58,7 +58,7 @@ class LoRALinear(nn.Module):
         self.base = base
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         self.enabled = True
-        self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see prepared()
+        self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # see Prepared()
         self.shared: Any = None  # a SharedInput of shared.py, where it reads what others read too
         self.lora_A = nn.Parameter((draw_A("kaiming", rank, n_in) if lora_A is None else lora_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
@@ -83,21 +83,19 @@ class LoRALinear(nn.Module):
         if not self.enabled:
             return base(x)
         p = self.dropout if self.training else 0.0
-        # a torch draw, not a counter of our own: checkpointing restores the generator before it recomputes
-        seed = torch.randint(1 << 62, (), device="cpu") if p else None
-        weight_NK = self.frozen.weight_NK
+        if self.shared is not None and (y := self.shared.y_of(self, x, p)) is not None:
+            return y
         return lora_linear(
             x,
-            weight_NK,
+            self.frozen.weight_NK,
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
             bias=base.bias,  # type: ignore[arg-type]
             dropout_p=p,
-            seed=seed,
+            seed=new_seed() if p else None,
             backend=self.backend,
             low=self.low,
-            s=self.shared.s_of(self, x, weight_NK) if self.shared and not p else None,
         )
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ M tokens, K in, N out, R rank; scaling = alpha / rank (Hu et al., LoRA, arXiv 21
 zeroes elements. The factor 1 / (1 - p) is part of c, which is applied in float32 before S and dS are rounded.
 """
 
-import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +30,6 @@ def lora_linear(
     seed: int | torch.Tensor | None = None,
     backend: str = "auto",
     low: tuple[torch.Tensor, torch.Tensor] | None = None,
-    s: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Applies a frozen linear layer and its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
 
@@ -42,11 +40,10 @@ def lora_linear(
     The backward pass keeps only x and S = drop(x) A^T. The dropout mask is a function of (seed, row, column) and is never
     stored. `seed` is a 64-bit integer, or a 0-d int64 tensor on the CPU, which torch.compile can trace.
 
-    `backend`: "auto" (Triton where it runs, else torch), "torch", "triton" (strategy from the tuning table), or
-    "fused" or "lora-first" for one strategy.
+    `backend`: "auto" (what the tuning table says; where it says nothing torch, and with dropout Triton if it runs), "torch",
+    "triton" (strategy from the tuning table), or "fused" or "lora-first" for one strategy.
 
-    In eager mode, a caller can pass what it has computed already: `low`, copies of lora_A and lora_B in x's dtype, which
-    saves a cast in each call; and `s` [M, R], scaling * x lora_A^T, as `shrink` computes it for modules that share x.
+    In eager mode, a caller can pass `low`, copies of lora_A and lora_B in x's dtype, which saves a cast in each call.
 
     Raises ValueError for shapes, dtypes, devices and dropout rates that cannot work and for a missing seed, and
     BackendError where `backend` cannot run.
@@ -58,19 +55,20 @@ def lora_linear(
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
-    if backend != "auto" and not torch.compiler.is_compiling():
-        rows = x.numel() // max(x.shape[-1], 1)
-        or_backend_error(dispatch.plan, x.device, x.dtype, rows, *weight.shape, lora_A.shape[0], backend)
+    check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     if isinstance(seed, int):
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
     # torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly (its own nn.Linear too)
     x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    arguments = (
-        x_MK, weight, lora_A, lora_B, bias, float(scaling), dropout_p, seed if dropout_p else None, backend, low, s,
-    )  # fmt: skip
-    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
-        y_MN = _LoRALinear.apply(*arguments)
+    how = float(scaling), dropout_p, backend, low
+    try:
+        if autocast:
+            with torch.autocast(kind, enabled=False):
+                y_MN = _LoRALinear.apply(x_MK, weight, lora_A, lora_B, bias, seed if dropout_p else None, how)
+        else:
+            y_MN = _LoRALinear.apply(x_MK, weight, lora_A, lora_B, bias, seed if dropout_p else None, how)
+    except dispatch.UnsupportedError as error:
+        raise BackendError(str(error)) from None
     return y_MN if x.dim() == 2 else y_MN.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -104,6 +102,29 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
         return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
 
+def new_seed() -> torch.Tensor:
+    """Draws the seed of one call's dropout, a 0-d int64 tensor on the CPU, from torch's generator.
+
+    A draw, not a counter of our own: activation checkpointing restores the generator before it recomputes.
+    """
+    return torch.randint(1 << 62, (), device="cpu")
+
+
+def linear_and_norms(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *, store: bool = True, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Computes W x + bias and ||W x||: x [..., K], weight [N, K], bias [N] -> [..., N] and [...] in float32.
+
+    Where Triton runs and it moves fewer bytes, the norms come from the product itself, and its result is not read again.
+    Without `store` the first value is empty. It has no gradient. Raises BackendError where `backend` cannot run.
+    """
+    or_backend_error(dispatch.runs_kernels, x.device, x.dtype, backend)
+    with torch.no_grad():
+        x_MK = x.reshape(-1, x.shape[-1]).contiguous()
+        y, norms = torch.ops.plopfast.linear_and_norms(x_MK, weight, bias, store, backend)
+        return y.view(*x.shape[:-1], -1) if store else y, norms.view(x.shape[:-1])
+
+
 def path(device: torch.device, backend: str) -> str:
     """Returns what "auto" or another backend stands for on `device`. Raises BackendError with the reason if it can't run."""
     return or_backend_error(dispatch.resolve, device, backend)
@@ -120,55 +141,57 @@ def or_backend_error(function: Callable[..., Any], *arguments: Any) -> Any:
 class _LoRALinear(torch.autograd.Function):
     # an autograd function around the op, not torch.library.register_autograd: half the overhead in eager mode
     @staticmethod
-    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend, low, s_MR):
-        ctx.settings = scaling, p, backend
-        ctx.dtypes = a_RK.dtype, b_NR.dtype
-        if not _direct(x_MK):
+    def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, seed, how):
+        scaling, p, backend, low = how
+        dtypes, ctx.settings = (a_RK.dtype, b_NR.dtype), (scaling, p, backend)
+        if not is_direct(x_MK):
             op = torch.ops.plopfast.lora_forward.default
             y_MN, s_MR = op(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
+            ctx.direct = None
         else:
+            plan, (c, number) = (
+                library.plan_of(x_MK, w_NK, a_RK.shape[0], backend, p > 0),
+                library.factors(scaling, p, seed),
+            )
             if low is not None and low[0].dtype == x_MK.dtype:
                 a_RK, b_NR = low
-            if s_MR is None:
-                s_MR = library.shrink(x_MK, w_NK, a_RK, scaling, p, seed, backend)
-            y_MN = library.forward(x_MK, s_MR, w_NK, b_NR, bias_N, backend)
+            s_MR = library.shrink(x_MK, a_RK, c, p, number, plan)
+            y_MN = library.forward(x_MK, s_MR, w_NK, b_NR, bias_N, plan)
+            seed, ctx.direct = None, (c, p, number, plan, dtypes)
         ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
         return y_MN
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy_MN):
-        x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+        # the decorator's context alone takes 14 calls of the host
+        return _gradients_once(ctx, dy_MN) if torch.is_grad_enabled() else _gradients(ctx, dy_MN)
+
+
+def _gradients(ctx: Any, dy_MN: torch.Tensor) -> tuple[Any, ...]:
+    x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+    need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+    dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
+    if ctx.direct:
+        c, p, number, plan, dtypes = ctx.direct
+        needed = need_x, need_a, need_b
+        found = library.backward(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, c, p, number, plan, needed, dtypes)
+    else:
         scaling, p, backend = ctx.settings
-        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
-        dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
-        arguments = (dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
-        if _direct(dy_MN):
-            dx_MK, da_RK, db_NR = library.lora_backward(*arguments, *ctx.dtypes)
-        else:
-            dx_MK, da_RK, db_NR = torch.ops.plopfast.lora_backward.default(*arguments)
-        return (
-            dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, *(None,) * 7,
-        )  # fmt: skip
+        op = torch.ops.plopfast.lora_backward.default
+        found = op(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+    dx_MK, da_RK, db_NR = found
+    return dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, None, None, None
 
 
-def shrink(
-    x: torch.Tensor, weight: torch.Tensor, stacked_A: torch.Tensor, scaling: float, backend: str
-) -> torch.Tensor:
-    """Computes scaling * x A^T for the stacked lora_A of modules that share x: [..., K] and [R, K] -> [M, R].
-
-    It has no gradient of its own, because the modules' backward passes compute it.
-    """
-    with torch.no_grad():
-        return library.shrink(x.reshape(-1, x.shape[-1]).contiguous(), weight, stacked_A, scaling, 0.0, None, backend)
+_gradients_once = once_differentiable(_gradients)
 
 
-def _direct(x: torch.Tensor) -> bool:
+def is_direct(x: torch.Tensor) -> bool:
     """Whether to call an op's implementation directly: torch's dispatcher takes a tenth of a small eager call."""
-    return type(x) is torch.Tensor and not torch.compiler.is_compiling()
+    return type(x) is torch.Tensor and x.device.type != "meta" and not torch.compiler.is_compiling()
 
 
-def _check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+def check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
     """One fast check, because small models feel each call; `_explain` builds the error."""
     dtype, device, n_in = x.dtype, x.device, x.shape[-1] if x.dim() else -1
     a_shape, b_shape, w_shape = lora_A.shape, lora_B.shape, weight.shape
@@ -201,7 +224,7 @@ def _is_seed(seed) -> bool:
 
 
 def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
-    """Raises the ValueError that says which of `_check`'s conditions failed."""
+    """Raises the ValueError that says which of `check`'s conditions failed."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "

@@ -1,90 +1,142 @@
-"""One product for the modules that read the same input, and one cast of the adapters for a whole training step."""
+"""Modules that read the same input compute together, and adapters are cast once for a whole training step."""
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..kernels import library
+from ..kernels.groups import Group
 from ..models.running import body, device_of, evaluating
+from .grouped import LoRAGroup
 from .layer import LoRALinear, adapters
-from .ops import shrink
+from .ops import check, is_direct, new_seed, or_backend_error
 
-MAX_RANKS = 256  # together, in a group: the limit of the shrink kernel
+MAX_RANKS = 256  # together, in a group: the limit of the kernels
+MAX_MEMBERS = 3  # likewise
 
 
 class SharedInput:
-    """Modules that read one input (query, key and value; gate and up): their S = c x A^T come from one product.
+    """Modules that read one input (query, key and value; gate and up): the first that is called computes for all.
 
-    It works between `stack` and `clear`; at other times each module computes its own S.
+    It works while `stacked_A` is set, by `Prepared`; at other times each module computes by itself.
     """
 
     def __init__(self, members: list[LoRALinear]) -> None:
         self.members = members
-        self._stacked_A: torch.Tensor | None = None
+        self.stacked_A: torch.Tensor | None = None  # the members' `low` copies of A, one below the other
         self._x: Callable[[], torch.Tensor | None] = lambda: None
-        self._version = 0  # of x, which could be changed in place
-        self._parts: dict[LoRALinear, torch.Tensor] = {}
-
-    def stack(self) -> None:
-        """Puts the members' `low` copies of A into one matrix."""
-        self._stacked_A = torch.cat([m.low[0] for m in self.members if m.low])
+        self._key: tuple[Any, ...] = ()
+        self._outputs: dict[LoRALinear, torch.Tensor] = {}
 
     def clear(self) -> None:
-        self._stacked_A, self._parts = None, {}
+        """Forgets outputs that nobody fetched, and switches off."""
+        self.stacked_A, self._outputs, self._x = None, {}, lambda: None
 
-    def s_of(self, member: LoRALinear, x: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor | None:
-        """This member's S [M, rank], or None where the member has to compute it."""
-        if self._stacked_A is None or self._stacked_A.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+    def y_of(self, member: LoRALinear, x: torch.Tensor, p: float) -> torch.Tensor | None:
+        """This member's output [..., N], or None where the member has to compute it: elsewhere than in an eager training
+        step, and under autocast."""
+        if self.stacked_A is None or not is_direct(x) or torch.is_autocast_enabled(x.device.type):
             return None
-        if torch.compiler.is_compiling():
-            return None
-        if self._x() is not x or self._version != x._version or member not in self._parts:
-            s_MR = shrink(x, weight_NK, self._stacked_A, member.scaling, member.backend)
-            parts = s_MR.split([m.rank for m in self.members], dim=1)
-            # contiguous: torch 2.13's bfloat16 product on the CPU reads row-strided left operands wrongly
-            self._parts = {m: part.contiguous() for m, part in zip(self.members, parts, strict=True)}
-            self._x, self._version = weakref.ref(x), x._version
-        return self._parts.pop(member)
+        key = (x._version, torch.is_grad_enabled(), p)  # x could be changed in place
+        if self._x() is not x or self._key != key or member not in self._outputs:
+            self._outputs = self._together(x, p)
+            self._x, self._key = weakref.ref(x), key
+        return self._outputs.pop(member)
+
+    def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
+        members, first = self.members, self.members[0]
+        seeds = [new_seed() if p else None for _ in members]
+        weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
+        for m, w, bias, seed in zip(members, weights, biases, seeds, strict=True):
+            check(x, w, m.lora_A, m.lora_B, bias, m.scaling, p, seed)
+        x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+        widest = max(weights, key=len)
+        plan = or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
+        c, _ = library.factors(first.scaling, p, seeds[0])
+        group = Group(c, p, tuple(int(s) if s is not None else 0 for s in seeds), tuple(m.rank for m in members), plan)
+        low = [m.low[0] for m in members if m.low], [m.low[1] for m in members if m.low]
+        trained = [m.lora_A for m in members] + [m.lora_B for m in members]
+        outputs = LoRAGroup.apply(x_MK, weights, biases, low, self.stacked_A, group, *trained)
+        shape = x.shape[:-1]
+        return {m: y if x.dim() == 2 else y.view(*shape, -1) for m, y in zip(members, outputs, strict=True)}
 
 
-@contextlib.contextmanager
-def prepared(model: nn.Module) -> Iterator[None]:
-    """Saves work in a training step: the adapters are cast to the weights' dtype once instead of in every call, and
-    modules that share an input (see `find_shared_inputs`) shrink it in one product.
+class Prepared(contextlib.AbstractContextManager["Prepared"]):
+    """Saves work in a training step, while its context lasts: the adapters are cast to the weights' dtype once instead of
+    in every call, by one operation and into buffers that are kept, and modules that share an input (see
+    `find_shared_inputs`) compute together.
 
-    The adapters must not change while the context lasts.
+    The adapters must not change while the context lasts. Adapters that are put in later are not known to it.
     """
-    modules = list(adapters(model).values())
-    groups = {id(m.shared): m.shared for m in modules if m.shared}.values()
-    try:
-        with torch.no_grad():
-            for module in modules:
-                module.low = module.lora_A.to(module.frozen.dtype), module.lora_B.to(module.frozen.dtype)
-            for group in groups:
-                group.stack()
-        yield
-    finally:
-        for module in modules:
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = list(adapters(model).values())
+        self.groups = list({id(m.shared): m.shared for m in self.modules if m.shared}.values())
+        self._stacks: list[torch.Tensor] = []
+        self._low: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._made_for: list[tuple[Any, ...]] = []
+
+    @torch.no_grad()
+    def __enter__(self) -> "Prepared":
+        kinds = [(m.frozen.dtype, m.lora_A.device, m.lora_A.dtype, m.lora_B.dtype) for m in self.modules]
+        if kinds != self._made_for:
+            self._allocate()
+            self._made_for = kinds
+        copies: list[torch.Tensor] = []
+        values: list[torch.Tensor] = []
+        for module, low in zip(self.modules, self._low, strict=True):
+            for copy, value in zip(low, (module.lora_A, module.lora_B), strict=True):
+                if copy is not value:
+                    copies.append(copy)
+                    values.append(value)
+            module.low = low
+        if copies:
+            torch._foreach_copy_(copies, values)
+        for group, stack in zip(self.groups, self._stacks, strict=True):
+            group.stacked_A = stack
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        for module in self.modules:
             module.low = None
-        for group in groups:
+        for group in self.groups:
             group.clear()
+
+    def _allocate(self) -> None:
+        """Makes the copies: a member's A lies in the stack of its group; what has the weights' dtype is no copy."""
+        stacked: dict[LoRALinear, torch.Tensor] = {}
+        self._stacks = []
+        for group in self.groups:
+            first = group.members[0]
+            rows = [m.rank for m in group.members]
+            self._stacks.append(first.lora_A.new_empty(sum(rows), first.lora_A.shape[1], dtype=first.frozen.dtype))
+            stacked.update(zip(group.members, self._stacks[-1].split(rows), strict=True))
+        self._low = [
+            (stacked[m] if m in stacked else _copy_of(m.lora_A, m.frozen.dtype), _copy_of(m.lora_B, m.frozen.dtype))
+            for m in self.modules
+        ]
+
+
+def _copy_of(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value if value.dtype == dtype else torch.empty_like(value, dtype=dtype, requires_grad=False)
 
 
 @torch.no_grad()
 def find_shared_inputs(model: nn.Module) -> list[list[str]]:
-    """Groups the adapters that read the same input tensor, for `prepared`; returns the names in each group.
+    """Groups the adapters that read the same input tensor, for `Prepared`; returns the names in each group.
 
-    The groups are found by running the model on two tokens. All members of a group have one scaling, and their ranks
-    sum to at most MAX_RANKS.
+    The groups are found by running the model on two tokens. All members of a group have one scaling, one dropout rate,
+    one backend and one dtype, are at most MAX_MEMBERS, and their ranks sum to at most MAX_RANKS.
     """
     seen: list[tuple[torch.Tensor, list[LoRALinear]]] = []  # keeps the inputs alive, so that their identities differ
     names = {module: name for name, module in adapters(model).items()}
 
     def note(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        if seen and seen[-1][0] is args[0] and seen[-1][1][0].scaling == module.scaling:
+        if seen and seen[-1][0] is args[0] and _alike(seen[-1][1][0], module) and len(seen[-1][1]) < MAX_MEMBERS:
             seen[-1][1].append(module)
         else:
             seen.append((args[0], [module]))
@@ -100,3 +152,8 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
         for module in members:
             module.shared = shared
     return [[names[module] for module in members] for members in groups]
+
+
+def _alike(one: LoRALinear, other: LoRALinear) -> bool:
+    kinds = [(m.scaling, m.dropout, m.backend, m.frozen.dtype, m.lora_A.dtype, m.lora_B.dtype) for m in (one, other)]
+    return kinds[0] == kinds[1] and one.frozen.device == other.frozen.device

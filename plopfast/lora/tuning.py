@@ -78,7 +78,7 @@ def describe(path: Path | None = None) -> str:
     if rows:
         gpus = sorted({key.rsplit(" ", 5)[0] for key in rows})
         return f"tuning: {len(rows)} rows measured on {', '.join(gpus)}, {path}"
-    return f"tuning: {note or 'not measured, GPUs take the safe default (lora-first); see plopfast bench --tune'}"
+    return f"tuning: {note or 'not measured, GPUs take the default, plain torch; see plopfast bench --tune'}"
 
 
 def _read(path: Path) -> tuple[dict[str, dict[str, Any]], str]:
@@ -108,4 +108,4 @@ def _sound(value: Any) -> bool:
         return False
     whole = all(type(size) is int and 1 <= size <= 1024 for name, size in tiles.items() if name != "descriptor")
     powers = whole and all((n := tiles[name]) & (n - 1) == 0 for name in ("bm", "bn", "bk", "warps"))
-    return powers and type(tiles["descriptor"]) is bool and value.get("strategy") in dispatch.STRATEGIES
+    return powers and type(tiles["descriptor"]) is bool and value.get("strategy") in dispatch.CHOICES

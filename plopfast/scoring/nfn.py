@@ -6,15 +6,15 @@ Hayou, Ghosh, Yu, "PLoP", arXiv 2506.20629. The norms are unsquared and leave ou
 and then, for a module type, over layers. The expectation has the closed form ||z|| ||W||_F / sqrt(n_in), the root of the
 exact second moment. On the authors' published models it lies at most 0.2 % per type above the Monte Carlo mean.
 
-Cost above the forward pass: one read of each output, ||z|| once for modules that share an input, ||W||_F once. There is
-no gradient, no kept activation, no further matrix product, and no wait for the device inside the loop. The forward pass
-itself leaves out the output head, the key-value cache and most of the padding.
+Cost above the forward pass: ||z|| once for modules that share an input, ||W||_F once, and ||W z||, which comes out of the
+module's own product where Triton runs and from one read of its output elsewhere. There is no gradient, no kept activation,
+no further matrix product, and no wait for the device inside the loop. The forward pass itself leaves out the output head,
+all that follows the last scored module, the key-value cache and most of the padding.
 
-A scoring reads top to bottom: `score` -> `Scoring.run`; prompts.py prepares the rows, sums.py adds up the norms,
-stopping.py decides when there are enough.
+A scoring reads top to bottom: `score` -> `Scoring.run`; prompts.py prepares the rows, passes.py runs the model, sums.py adds
+up the norms, stopping.py decides when there are enough.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,7 +28,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batches import group_by_length
 from ..lora.layer import adapters
-from ..models.frozen import whole
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import body, device_of, evaluating
 from ..support import ranks
@@ -37,6 +36,7 @@ from ..support.progress import bar
 from .baselines import denominators
 from .eva import InputSketch
 from .official import score_official
+from .passes import PassEnd, run_pass, scored
 from .prompts import Row, rows_of
 from .report import ModuleScore, NFNReport, types_of
 from .stopping import Decision, decide, next_look
@@ -166,6 +166,7 @@ class Scoring:
         self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, self.infos, options.seed)
         below = denominators(self.infos, options.baseline, options.mc_samples, options.seed)
         self.state = NFNState(below.to(self.device), options.backend, self.sketch)
+        self.end = PassEnd(model, len(self.infos))
         self.runner = model if options.include_head else body(model)
         self.without_cache = {"use_cache": False} if hasattr(model, "config") else {}
         self.order: list[Row] = []  # the rows scored so far, in the order in which they were run
@@ -174,10 +175,7 @@ class Scoring:
         self.decision: Decision | None = None
 
     def run(self, rows: Iterator[Row], meter: Any) -> NFNReport:
-        with contextlib.ExitStack() as hooks:
-            for i, info in enumerate(self.infos):
-                hook = self.state.hook(i, info.name, whole(getattr(info.module, "bias", None)))
-                hooks.enter_context(info.module.register_forward_hook(hook))
+        with scored(self.infos, self.state, self.end):
             while window := list(islice(rows, self._window_size())):
                 self._forward(window, meter)
                 if self._look_says_stop():
@@ -203,7 +201,10 @@ class Scoring:
             mask = pad_sequence([torch.ones_like(row.tokens) for row in rows], batch_first=True)
             counted = pad_sequence([row.counted for row in rows], batch_first=True)
             self.state.open(counted.to(self.device) & mine, begins[index])
-            self.runner(input_ids=ids.to(self.device), attention_mask=mask.to(self.device), **self.without_cache)
+            self.end.open()
+            there = self.device
+            run_pass(self.runner, input_ids=ids.to(there), attention_mask=mask.to(there), **self.without_cache)
+            self.end.close()
             self.state.close()
             meter.update(len(rows))
 

@@ -1,4 +1,4 @@
-"""The running sums of NFN: forward hooks take norms, and each batch's norms are added up on the device."""
+"""The running sums of NFN: the norms of a batch's inputs and outputs are added up on the device."""
 
 import math
 from collections import defaultdict
@@ -16,7 +16,7 @@ from .eva import InputSketch
 class NFNState:
     """Sums the token ratios ||W z|| / (||z|| denominator) of each module and prompt, on the device.
 
-    `hook(index, name, bias)` returns a forward hook for a module. `open(counted, first)` and `close()` enclose the forward
+    `hook(index, name, bias)` returns a forward hook for a module; `take` is for norms that are known already. `open(counted, first)` and `close()` enclose the forward
     pass of one batch: its prompts are numbered from `first` on, and `counted` [rows, tokens] is True for the tokens that
     count. `sketch`, if given, sees the inputs too. `denominators`: [modules] float32.
     """
@@ -34,18 +34,21 @@ class NFNState:
 
     def hook(self, index: int, name: str, bias: torch.Tensor | None) -> Any:
         def record(_module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            x = args[0]
-            if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
-                self._input, self._input_norm = x, row_norms(x, backend=self.backend)
-                if self.sketch is not None:
-                    counted = self._spread(*self._layout(name, self._input_norm))
-                    self.sketch.add(name, x, self._input_norm, counted)
-            elif self.sketch is not None:
-                self.sketch.share(name)
             y_norm = row_norms(output, bias, backend=self.backend)  # without the bias: NFN concerns W alone
-            self._calls[self._layout(name, y_norm)].append((index, self._input_norm, y_norm))
+            self.take(index, name, args[0], y_norm)
 
         return record
+
+    def take(self, index: int, name: str, x: torch.Tensor, y_norm: torch.Tensor) -> None:
+        """Takes the norms ||W x|| [...] of a module's call with the input x [..., n_in]."""
+        if x is not self._input:  # q, k, v share one input tensor, and so do gate and up
+            self._input, self._input_norm = x, row_norms(x, backend=self.backend)
+            if self.sketch is not None:
+                counted = self._spread(*self._layout(name, self._input_norm))
+                self.sketch.add(name, x, self._input_norm, counted)
+        elif self.sketch is not None:
+            self.sketch.share(name)
+        self._calls[self._layout(name, y_norm)].append((index, self._input_norm, y_norm))
 
     def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
         """Returns how a module's norms lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""

@@ -25,8 +25,8 @@ class Backend(Settings):
     title = "model and device"
     backend: str = option(
         "auto",
-        "how low-rank products are computed: auto takes Triton where it runs, else torch; the others name one path for "
-        "every module",
+        "how low-rank products are computed: auto takes what plopfast bench --tune found to be the fastest on this GPU, "
+        "without a measurement torch, and with dropout Triton where it runs; the others name one path for every module",
         ("auto", "torch", "triton", "fused", "lora-first"),
     )
 

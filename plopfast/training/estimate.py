@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
 from ..lora.layer import inject
 from ..lora.placement import Placement
-from ..lora.shared import prepared
+from ..lora.shared import Prepared
 from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ModelError, PlopfastError
@@ -143,7 +143,7 @@ class Step:
             weights = live.now - (values if placement is not None else 0)
             model.train()
             passes = min(config.accumulate, 2)  # a third one finds what the second one found
-            with prepared_blocks(model, config, self.lean), prepared(model), live:
+            with prepared_blocks(model, config, self.lean), Prepared(model), live:
                 for _ in range(passes):
                     before = live.now
                     loss = objective(batch)

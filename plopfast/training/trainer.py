@@ -17,7 +17,8 @@ from torch import nn
 from ..data.batches import collate, collate_packed, group_by_length
 from ..data.example import Example, digest
 from ..lora.layer import adapters
-from ..lora.shared import find_shared_inputs, prepared
+from ..lora.shared import Prepared, find_shared_inputs
+from ..lora.warmup import warm_up
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.running import check_packing, device_of, evaluating, modes_kept
@@ -109,6 +110,7 @@ class Trainer:
         self.identity = self._identity()
         self.objective = Objective(model, recomputed=config.checkpointing)
         self.shared = find_shared_inputs(model)
+        self.prepared = Prepared(model)
         self.parallel = parallel.averaged(self.objective)
         self.optimizer = make_optimizer(self.parameters, config)
         self.state = TrainState(self.parameters, self.optimizer, validated=bool(valid), averaged=bool(config.ema))
@@ -163,11 +165,10 @@ class Trainer:
 
     def paths(self) -> list[str]:
         """Says how the steps are computed, a line for each choice; what was done to the blocks is known after `fit`."""
-        why = self.objective.why
-        loss = f"all label tokens' logits at once: {why}" if why else "chunks of logits"
+        loss = f"all label tokens' logits at once: {why}" if (why := self.objective.why) else "chunks of logits"
         more = f" and {len(self.shared) - 1} more such groups" if len(self.shared) > 1 else ""
-        shrinks = [f"one shrink for {', '.join(names)}{more}" for names in self.shared[:1]]
-        return [f"loss: {loss}", *shrinks, *self.notes]
+        groups = [f"computed together: {', '.join(names)}{more}" for names in self.shared[:1]]
+        return [f"loss: {loss}", *groups, *self.notes]
 
     def _train_step(self, groups: list[list[int]]) -> None:
         """Takes one optimizer step: forward and backward of this rank's micro-batches, clip, update, record."""
@@ -180,7 +181,7 @@ class Trainer:
         total = torch.zeros((), device=device_of(self.model))
         positions = 0
         mine = examples[ranks.rank() :: ranks.size()]
-        with prepared(self.model):
+        with self.prepared:
             for number, group in enumerate(mine, 1):
                 batch = self._collate(group, self.config.packing)
                 positions += batch["input_ids"].numel()
@@ -293,8 +294,11 @@ class Trainer:
             stack.callback(self.records.log.close)
             stack.callback(self.optimizer.zero_grad)
             stack.enter_context(modes_kept(self.model))
+            # autograd's thread for a GPU hands Python's lock over at each of our functions: a fifth of a short step
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             self.model.train()
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
+            self.notes += warm_up(self.prepared, self.plan.batch_tokens, self.progress)
             stack.enter_context(neftune(self.model, self.config.neftune))
             yield
 

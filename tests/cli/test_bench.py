@@ -1,6 +1,9 @@
 """Dry runs of the benchmark: the code that runs on a GPU, on the CPU. Nothing here says how fast anything is."""
 
+import importlib.util
 import json
+import sys
+import types
 
 import pytest
 import torch
@@ -115,6 +118,17 @@ class TestBench:
         with pytest.raises(ValueError, match="ours"):
             bench.right("gemm", calls, exact.float(), exact)
 
+    def test_a_rival_that_fails_or_is_wrong_is_left_out_with_a_note(self, bench):
+        exact = torch.ones(3, dtype=torch.float64)
+
+        def fails():
+            raise RuntimeError("no such kernel")
+
+        calls = {"ours": exact.float, "peft": fails, "liger": lambda: 2 * exact.float()}
+        assert list(bench.right("layer", calls, exact.float(), exact)) == ["ours"]
+        assert "layer: peft left out" in bench.lines[-2] and "no such kernel" in bench.lines[-2]
+        assert "layer: liger left out, it is wrong: tensor 1 of 1" in bench.lines[-1]
+
     def test_twice_the_error_of_plain_torch_passes_and_more_does_not(self, bench):
         exact = torch.randn(1000, generator=torch.Generator().manual_seed(0)).double()
         noise = torch.randn(1000, generator=torch.Generator().manual_seed(1))
@@ -160,6 +174,45 @@ class TestBench:
         assert not any("lora_" in name for name, _ in base.named_parameters())
 
 
+def test_liger_kernel_computes_norms_mlp_and_positions_of_its_layer_alone(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    used, rotate = [], modeling_llama.apply_rotary_pos_emb
+
+    def noted(name, function):
+        return lambda *arguments, **options: used.append(name) or function(*arguments, **options)
+
+    def apply(rope, fused_linear_cross_entropy, model):
+        assert rope is False and fused_linear_cross_entropy is False
+        modeling_llama.LlamaRMSNorm = modeling_llama.LlamaMLP = None  # liger-kernel changes the source file, too
+        (layer,) = model.layers
+        for name in ("input_layernorm", "post_attention_layernorm", "mlp"):
+            module = getattr(layer, name)
+            module.forward = noted(name, module.forward)
+
+    liger = types.ModuleType("liger_kernel.transformers")
+    liger.apply_liger_kernel_to_llama, liger.liger_rotary_pos_emb = apply, noted("positions", rotate)
+    monkeypatch.setitem(sys.modules, "liger_kernel", types.ModuleType("liger_kernel"))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers", liger)
+    before = dict(vars(modeling_llama))
+    find = importlib.util.find_spec
+    found = lambda name, *rest: object() if name == "liger_kernel" else find(name, *rest)  # noqa: E731
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", found)
+    bench = benchmark.Bench("float32", 2, dry=True)
+    layer = Case("layer", "tiny layer", 48, 64, 64, 4)
+    bench.measure(Case("linear", "tiny q/o", 48, 64, 64, 4), 60.0)
+    assert "liger" not in {row["variant"] for row in bench.rows} and not used
+    bench.measure(layer, 60.0)
+    assert {row["variant"] for row in bench.rows if row["op"] == "layer step"} == {
+        "lora-first",
+        "peft",
+        "liger",
+        "frozen",
+    }
+    assert set(used) == {"input_layernorm", "post_attention_layernorm", "mlp", "positions"}
+    assert dict(vars(modeling_llama)) == before, "other layers keep transformers' functions"
+
+
 def test_a_gpu_call_is_timed_between_events_after_the_flush(monkeypatch):
     log = []
 
@@ -189,7 +242,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
         benchmark.importlib.util, "find_spec", lambda name, *rest: None if name in gone else find(name, *rest)
     )
     rows, text = benchmark.run(tmp_path, dry=True)
-    assert "variant peft left out" in text and "whole layers left out" in text and "no plot" in text
+    assert "variants peft and liger left out" in text and "whole layers left out" in text and "no plot" in text
     assert {row["variant"] for row in rows} == {"lora-first", "frozen", "torch"}
     assert {row["relative_to"] for row in rows} == {"frozen", "torch"}
     assert [p.name for p in tmp_path.iterdir() if p.suffix == ".png"] == []
@@ -231,8 +284,8 @@ def test_dry_tuning_writes_only_where_asked(tmp_path, cache):
     for key, row in rows.items():
         assert key.startswith("dry-run bfloat16 M32 ") and key in text
         best = min(row["measured"], key=row["measured"].get)
-        assert row["strategy"] == best.split()[0] in dispatch.STRATEGIES
-        assert len(row["measured"]) == 3, "lora-first and two tilings"
+        assert row["strategy"] == best.split()[0] in dispatch.CHOICES
+        assert len(row["measured"]) == 4, "lora-first, plain torch and two tilings"
     path = tmp_path / "tune.json"
     rows, text = benchmark.tune(dry=True, path=path)
     assert f"written: {path}" in text and tuning.load(path) == "" and dispatch.TABLE.keys() == rows.keys()
@@ -251,10 +304,10 @@ def test_tuning_forces_each_tiling_in_turn(monkeypatch):
     case = Case("linear", "tune", 32, 64, 64, 4)
     key = dispatch.key(bench.target, torch.bfloat16, *case.sizes)
     bench.tune(case, 60.0)
-    tilings = dispatch.candidates(bench.target, torch.bfloat16, 32)
+    tilings = dispatch.candidates(bench.target, torch.bfloat16)
     assert all({key: ("fused", tiles)} in seen for tiles in tilings) and len(tilings) == 2
 
 
 def test_tuning_stops_where_time_is_up(tmp_path):
     rows, text = benchmark.tune(dry=True, budget_s=0, path=tmp_path / "tune.json")
-    assert rows == {} and text.count("left out") == 4
+    assert rows == {} and text.count("0 s are spent") == 4

@@ -1,5 +1,6 @@
 """The doctor calls a sound machine healthy, and says what is wrong with a sick one. Every defect here is planted."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from helpers import SMALL as SIDES, build
 
 import plopfast as pf
 from plopfast.cli import doctor
-from plopfast.kernels import philox, torch_ops
+from plopfast.kernels import compile_time, philox, torch_ops
 from plopfast.support import machine
 from plopfast.support.errors import BackendError, ConfigError
 
@@ -216,3 +217,63 @@ def test_module_paths(llama):
     assert {row[3] for row in rows} == {"torch, lora-first (chosen)"}
     with pytest.raises(BackendError, match="'fused' cannot run on cpu: "):
         doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="fused")
+
+
+class SlowCompiler:
+    """Each case takes a minute, all of which the compiler needs, or none."""
+
+    def __init__(self, monkeypatch, compiles):
+        self.now, self.running, self.kernels = 0.0, [], 0
+        monkeypatch.setattr(doctor.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(doctor.compile_time, "watched", self.watched)
+        case = doctor._case
+
+        def slow(*arguments):
+            self.now += 60
+            for one in self.running if compiles else ():
+                one.seconds, one.kernels = one.seconds + 60, one.kernels + 2
+            return case(*arguments)
+
+        monkeypatch.setattr(doctor, "_case", slow)
+
+    @contextlib.contextmanager
+    def watched(self):
+        one = compile_time.Compiling()
+        self.running.append(one)
+        yield one
+        self.running.remove(one)
+
+
+def test_the_time_of_compiling_does_not_count(examine, monkeypatch):
+    """The first visit checks as much as later ones, and says how long it compiled."""
+    tiny = [case for case in doctor.CASES if case.m * case.n * case.k < 2e5]
+    SlowCompiler(monkeypatch, compiles=True)
+    text, failed = examine(cases=tiny, seconds=60)
+    each = (
+        f": {len(tiny)} of {len(tiny)} cases, and {60 * len(tiny)} s for compiling {2 * len(tiny)} kernels; the worst: "
+    )
+    assert not failed and text.count(each) == 2, text
+    assert f"checks passed ({120 * len(tiny)} s, and {120 * len(tiny)} s for compiling {4 * len(tiny)} kernels)" in text
+
+
+def test_slow_cases_count(examine, monkeypatch):
+    tiny = [case for case in doctor.CASES if case.m * case.n * case.k < 2e5]
+    SlowCompiler(monkeypatch, compiles=False)
+    text, failed = examine(cases=tiny, seconds=60)
+    assert not failed and text.count(f": {doctor.LEAST} of {len(tiny)} cases; the worst: ") == 2, text
+
+
+def test_dense_cases_take_copies_of_the_adapters_as_training_does(monkeypatch):
+    """So the kernels that are checked are those that training compiles: adapters in x's dtype, gradients in float32."""
+    seen, linear = [], doctor.lora_linear
+
+    def noted(x, *arguments, low, **options):
+        seen.append(None if low is None else (low[0].dtype, low[1].dtype, low[0].requires_grad))
+        return linear(x, *arguments, low=low, **options)
+
+    monkeypatch.setattr(doctor, "lora_linear", noted)
+    for case in SMALL:
+        seen.clear()
+        doctor._case(torch.device("cpu"), "torch", torch.bfloat16, case)
+        assert set(seen) == {None if case.views else (torch.bfloat16, torch.bfloat16, False)}
+    assert {case.views for case in SMALL} == {False, True}

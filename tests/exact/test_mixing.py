@@ -21,7 +21,7 @@ from plopfast.data.example import Example
 from plopfast.kernels import philox
 from plopfast.lora import shared
 from plopfast.lora.layer import adapters, disabled, merge, replace_module
-from plopfast.lora.shared import find_shared_inputs, prepared
+from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models.linears import linear_modules
 from plopfast.training.blocks import prepared_blocks
 from plopfast.training.loss import Objective
@@ -96,7 +96,7 @@ def test_every_adapter_acts_by_its_own_rank_and_alpha(architecture, rslora, monk
                 for batch, (loss, gradients) in zip(batches, accounts, strict=True):
                     model.zero_grad()
                     blocks = prepared_blocks(model, pf.TrainConfig()) if with_blocks else contextlib.nullcontext()
-                    with blocks, prepared(model) if grouped else contextlib.nullcontext():
+                    with blocks, Prepared(model) if grouped else contextlib.nullcontext():
                         found_loss = objective(batch)
                         found_loss.backward()
                     assert float(found_loss.detach()) == pytest.approx(loss, rel=1e-5)
@@ -105,7 +105,7 @@ def test_every_adapter_acts_by_its_own_rank_and_alpha(architecture, rslora, monk
                         near(module.lora_B.grad, gradients[name][1], (name, "B"))
         with torch.no_grad():
             plain = base(input_ids=batches[0]["input_ids"]).logits
-            with disabled(model), prepared(model):
+            with disabled(model), Prepared(model):
                 near(model(input_ids=batches[0]["input_ids"]).logits, plain.double(), "disabled")
             adapted = model(input_ids=batches[0]["input_ids"]).logits
             merge(model)
@@ -128,7 +128,7 @@ def test_one_adapter_changes_only_its_own_part(llama):
             adapters(alone)[off].lora_B.zero_()
             adapters(alone)[off].enabled = True
             expected = alone(input_ids=ids).logits
-            with prepared(llama):
+            with Prepared(llama):
                 near(llama(input_ids=ids).logits, expected.double(), off)
         adapters(llama)[off].enabled = True
 
@@ -165,7 +165,7 @@ def test_each_adapter_drops_elements_of_its_own(p, grouped):
     found = []
     for objective in [Objective(one.train()) for one in (model, plain)]:  # which run the models once
         torch.manual_seed(11)
-        with prepared(model) if grouped else contextlib.nullcontext():
+        with Prepared(model) if grouped else contextlib.nullcontext():
             loss = objective(batch)
             loss.backward()
         found.append(float(loss.detach()))

@@ -54,6 +54,8 @@ WRITERS = {"write_json", "write_text", "write_bytes", "writerows", "save_file", 
 HERE, TRIPS = "face/test_what_a_run_writes.py::test_what_a_run_writes_is_read", "face/test_round_trips.py::"
 SHOWN = {  # a file of plopfast that writes -> the test that what it writes comes back, or why none can
     "cli/bench.py": "cli/test_bench.py",
+    "cli/bench_arms.py": "cli/test_bench_train.py",
+    "cli/bench_train.py": "cli/test_bench_train.py",
     "lora/peft_files.py": f"{TRIPS}test_an_adapter",
     "lora/placement.py": f"{TRIPS}test_a_placement",
     "lora/tuning.py": f"{TRIPS}test_the_tuning_table",

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from cases import BF16, FAR, FP16, FP32, far, name_of, normal
+from cases import BF16, DEVICE, FAR, FP16, FP32, far, name_of, normal
 
 from plopfast.kernels import torch_ops, triton_ops
 from plopfast.kernels.accuracy import assert_no_worse
-from plopfast.kernels.launch import sum_parts
+from plopfast.kernels.launch import summing
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -25,14 +25,14 @@ def test_sum_partials(parts, shape, dtype, scale, root, seed, watched):
     partials = normal(parts, *shape, seed=1)
     partials = partials.abs() if root else partials
     with watched("out", seed=seed):
-        got = sum_parts(partials, scale, dtype, root)
+        got = summing(partials.device, parts, shape, dtype, scale, root)(partials)
     exact, same = partials.double().sum(0) * scale, partials.sum(0) * scale
     assert_no_worse(got, (same.sqrt() if root else same).to(dtype), exact.sqrt() if root else exact)
 
 
 def test_sums_of_nothing(watched):
     with watched("out"):
-        assert sum_parts(normal(3, 0), 1.0, BF16).shape == (0,)
+        assert summing(DEVICE, 3, (0,), BF16, 1.0)(normal(3, 0)).shape == (0,)
 
 
 # M, N, dtype, layout, bias

@@ -1,16 +1,22 @@
-"""The formulas of traffic.py give exactly the bytes and FLOPs that the checked interpreter counts, for every launch.
+"""formulas.py gives exactly the bytes and FLOPs that the checked interpreter counts, for every launch.
 
-So what they say about real shapes, which are too large to count, can be relied on.
+So what it says about real shapes, which are too large to count, can be relied on.
 """
+
+from unittest import mock
 
 import peft_path
 import pytest
 import torch
 from cases import BF16, FP32, operands as random_operands
+from formulas import FORMULAS, cost
 from interpreter import checked
-from traffic import FORMULAS, PATHS, SEED, SMALL, cost, launches_of, operands, recorded, table_bytes
+from toy_model import Toy, batches
+from traffic import PATHS, SCALING, SEED, SMALL, launches_of, operands, recorded, table_bytes
 
-from plopfast.kernels import dispatch, reference, triton_ops
+import plopfast as pf
+from plopfast.kernels import dispatch, library, reference, triton_ops
+from plopfast.scoring.passes import PassEnd
 
 H100, A100 = dispatch.Target("sm_90", 132), dispatch.Target("sm_80", 108)
 MANY = dispatch.Target("interpreter", 64)  # as many programs as make parts of dS and of dB, and of S
@@ -28,8 +34,9 @@ CASES = [
     (65, 47, 40, 5, BF16, FP32, True, 0.0, MANY),
     (32, 64, 64, 16, BF16, FP32, False, 0.25, MANY),
     (20, 150, 24, 8, BF16, FP32, True, 0.0, SMALL),
+    (40, 150, 24, 8, BF16, FP32, False, 0.25, MANY),
     (20, 40, 24, 100, FP32, FP32, True, 0.25, SMALL),
-    (20, 24, 520, 16, BF16, FP32, False, 0.0, H100),
+    (20, 24, 520, 16, BF16, FP32, False, 0.25, H100),
     (70, 136, 72, 24, BF16, FP32, True, 0.25, H100),
     (66, 40, 136, 16, BF16, BF16, False, 0.0, A100),
 ]
@@ -37,7 +44,8 @@ CASES = [
 
 def compare(launches, check):
     """Every Triton launch's formula with what was counted, argument by argument."""
-    launches = [launch for launch in launches if launch.kernel != "addmm_"]
+    assert {launch.kernel for launch in launches} <= set(FORMULAS)
+    launches = [launch for launch in launches if launch.grid]  # the others are torch's
     assert [launch.kernel for launch in launches] == [counted.kernel for counted in check.launches]
     for launch, counted in zip(launches, check.launches, strict=True):
         formula = cost(launch)
@@ -62,7 +70,7 @@ def test_formula_is_count(case, path):
 def test_formula_is_count_for_norms_and_stacked_adapters(target):
     o, more = operands(12, 40, 264, 8, bias=True), [operands(12, 40, 264, 8).a for _ in range(2)]
     with checked(race=False, compute=False) as check, recorded(target) as launches:
-        triton_ops.shrink_stacked(o.x, (o.a, *more), 1.0, 0.25, (1, 2, 3), norms=True)
+        triton_ops.shrink_stacked(o.x, (o.a, *more), 1.0, 0.25, (1, 2, 3))
         triton_ops.shrink_stacked(o.x, (o.a, more[0]), 1.0)
         triton_ops.gemm(o.x, o.w, norms=True)
         triton_ops.frozen_norms(o.x, o.w)
@@ -82,8 +90,73 @@ def test_cases_reach_every_formula_and_every_sum_of_parts():
                     split.add("S")
                 if launch.kernel == "lora_grads":
                     names = ("dS", "dB") if launch.WITH_DS else ("", "dA")
-                    split |= {name for name, parts in zip(names, launch.grid, strict=True) if parts > 1}
-    assert kernels == set(FORMULAS) - {"row_norms"} and split - {""} == {"S", "dS", "dB", "dA"}
+                    split |= {name for name, parts in zip(names, launch.grid[:2], strict=True) if parts > 1}
+    assert kernels == set(FORMULAS) - {"row_norms", "addmm"} and split - {""} == {"S", "dS", "dB", "dA"}
+
+
+# -------------------------------------------------------------------------------------------------------------- scoring
+SHAPES = [*LLAMA_3_8B.values(), (576, 1536), (1536, 576), (576, 192), (64, 5), (64, 4), (64, 3), (64, 1), (50, 4096)]
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 2048])
+@pytest.mark.parametrize("target", [H100, A100, dispatch.Target("gfx942", 304)], ids=str)
+def test_norms_come_from_where_fewer_bytes_move(target, tokens):
+    """The epilogue's parts against another read of Y; the kernel is not asked where its tiles do not fit."""
+    for k, n in SHAPES:
+        o = operands(tokens, n, k, 1, device="meta")
+        with recorded(target, o.w) as chosen:
+            library.linear_and_norms(o.x, o.w, None, True, "triton")
+        with recorded(target, o.w) as epilogue:
+            triton_ops.gemm(o.x, o.w, norms=True)
+        with recorded(target, o.w) as again:
+            triton_ops.row_norms(torch.nn.functional.linear(o.x, o.w))
+        moved, least, most = (sum(cost(launch).bytes for launch in found) for found in (chosen, epilogue, again))
+        fits = k % 16 == 0
+        assert moved == (min(least, most) if fits else most), (k, n)
+        assert (chosen[0].kernel == "mm") == (n < 5 or not fits), (k, n)
+
+
+def passes_of(model):
+    """The launches of the first and of the second pass of a model's scoring on an H100."""
+    ends, close = [], PassEnd.close
+    with (
+        checked(race=False),
+        recorded(H100) as launches,
+        mock.patch.object(PassEnd, "close", lambda end: (close(end), ends.append(len(launches)))),
+    ):
+        pf.score(model, batches(2), backend="triton", batch_tokens=24)
+    return launches[: ends[0]], launches[ends[0] : ends[1]]
+
+
+def storages(launches, name):
+    """Of an argument, or of the descriptor that stands for it."""
+    found = [launch.arguments.get(name, launch.arguments.get(f"{name}_desc")) for launch in launches]
+    return {getattr(value, "base", value).untyped_storage()._cdata for value in found}
+
+
+def test_scoring_reads_no_output_again_and_writes_no_last_one():
+    """The products are the kernel's, which gives the norms; row_norms reads the four inputs alone.
+
+    The first pass runs to its end, which shows the order of the modules. The second ends at the last of them.
+    """
+    model = Toy()
+    for number, launches in enumerate(passes_of(model)):
+        products = [launch for launch in launches if launch.kernel.startswith("lora_gemm")]
+        norms = [launch for launch in launches if launch.kernel == "row_norms"]
+        assert [launch.NORMS for launch in products] == [True] * 6 and len(norms) == 4
+        assert [launch.STORE for launch in products] == [True] * 5 + [number == 0]
+        assert not storages(norms, "y") & storages(products, "y")
+        assert storages(norms, "y") == storages(products, "x")
+        assert sum(cost(launch).stores.get("y", 0) for launch in products) == 24 * 2 * (4 * 48 + (2 - number) * 32)
+        assert [launch.kernel for launch in launches].count("addmm") == 1 - number  # what follows the layers
+    assert model.finished == 1
+
+
+def test_scoring_in_float32_reads_outputs():
+    """Where the kernel's tiles do not count, torch multiplies and row_norms reads inputs and outputs."""
+    for launches in passes_of(Toy(dtype=FP32)):
+        kernels = [launch.kernel for launch in launches if launch.grid]
+        assert kernels == ["row_norms"] * (4 + 6)
 
 
 def outside(launches):
@@ -104,11 +177,41 @@ def llama(path, p=0.0, target=H100, tokens=TOKENS):
 
 @pytest.mark.parametrize("target", [H100, A100], ids=str)
 @pytest.mark.parametrize("path", ["fused", "lora-first"])
-def test_within_five_percent_of_the_floor(path, target):
-    """One Llama-3-8B layer, forward and backward: fused X | Y + X, LoRA-first X + Y | Y + 2X."""
+def test_within_nine_percent_of_the_floor(path, target):
+    """One Llama-3-8B layer, forward and backward: fused X | Y + X, LoRA-first X + Y | Y + 2X.
+
+    The rest is parts of sums. Half the programs would save 3 percent of the bytes, and take twice the time on an H200.
+    """
     forward, backward = llama(path, target=target)
     assert 1 <= forward[0] / forward[1] <= 1.05
-    assert 1 <= (forward[0] + backward[0]) / (forward[1] + backward[1]) <= 1.05
+    assert 1 <= (forward[0] + backward[0]) / (forward[1] + backward[1]) <= 1.09
+
+
+def test_the_augmented_product_moves_as_much_as_lora_first_while_its_operands_are_copied():
+    """All bytes are alike (3 Y + 4 X beside the bare products'); outside the products it has 1.4 times as many. So it is not
+    a strategy until the producers of X and dY write into its buffers, which would save two reads and two writes of each."""
+    moved, beside, flops = {}, {}, {}
+    for path in ("augmented", "lora-first", "bare"):
+        steps = [
+            launches_of(path, operands(TOKENS, n, k, RANK, device="meta"), 0.0, H100) for k, n in LLAMA_3_8B.values()
+        ]
+        costs = [cost(launch) for step in steps for launch in step.forward + step.backward]
+        moved[path], beside[path] = sum(found.bytes for found in costs), sum(found.outside for found in costs)
+        flops[path] = sum(found.useful for found in costs)
+    assert 1 <= moved["augmented"] / moved["lora-first"] <= 1.001 and beside["augmented"] > 1.3 * beside["lora-first"]
+    assert flops["augmented"] == flops["lora-first"] <= 1.01 * flops["bare"]
+
+
+def test_the_augmented_product_is_a_lora_linear():
+    o = random_operands(24, 40, 32, 8, FP32)
+    o.m, o.n, o.k, o.padded = 24, 40, 32, torch.zeros(48, 40)
+    o.padded[:40, :32] = o.w
+    with checked(race=False):
+        launches_of("augmented", o)
+    exact = reference.lora_linear_grads(o.dy, o.x, o.w, o.a, o.b, SCALING)
+    exact["y"] = reference.lora_linear(o.x, o.w, o.a, o.b, SCALING)
+    for name, found in zip(("y", "x", "lora_A", "lora_B"), o.results, strict=True):
+        torch.testing.assert_close(found.double(), exact[name], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
@@ -118,14 +221,18 @@ def test_peft_moves_what_the_table_says(p):
 
 
 @pytest.mark.parametrize("path", ["fused", "lora-first"])
-def test_dropout_moves_no_byte(path):
-    """The mask is never stored, in any dtype."""
-    assert llama(path, 0.1) == llama(path)
+def test_dropout_moves_no_mask(path):
+    """The mask is never stored: one bit an element would be at least 2 % of either half.
+
+    S and dA are the kernels' with dropout, which have parts, and the vendor's without, which take casts of the adapters.
+    """
+    for (dropped, _), (moved, _) in zip(llama(path, 0.1), llama(path), strict=True):
+        assert abs(dropped / moved - 1) <= 0.03
 
 
 def test_the_frozen_product_is_found_once_in_each_half():
     for path in PATHS:
-        step = launches_of(path, operands(8, 8, 8, 8, bias=True, device="meta"), 0.5)
+        step = launches_of(path, operands(8, 8, 8, 8, bias=True, device="meta"), 0.5 * (path != "augmented"))
         assert [sum(launch.frozen for launch in half) for half in (step.forward, step.backward)] == [1, 1]
 
 

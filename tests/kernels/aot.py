@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import triton
 import triton.language as tl
@@ -29,6 +30,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
+
+from plopfast.kernels.launch import forget_plans
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,11 @@ LIMITS = {
     "sm_89": Limits(GPUTarget("cuda", 89, 32), 101376, 102400, 48, 24, ("mma.sync",), 16),
     "sm_90": Limits(GPUTarget("cuda", 90, 32), 232448, 233472, 64, 32, ("wgmma", "mma.sync"), 16),
     "sm_100": Limits(GPUTarget("cuda", 100, 32), 232448, 233472, 64, 32, ("tcgen05.mma", "mma.sync"), 16),
+    "sm_103": Limits(GPUTarget("cuda", 103, 32), 232448, 233472, 64, 32, ("tcgen05.mma", "mma.sync"), 16),
     "sm_120": Limits(GPUTarget("cuda", 120, 32), 101376, 102400, 48, 24, ("mma.sync",), 16),
     "gfx90a": Limits(GPUTarget("hip", "gfx90a", 64), 65536, 65536, 32, 16, ("mfma",), 8),
     "gfx942": Limits(GPUTarget("hip", "gfx942", 64), 65536, 65536, 32, 16, ("mfma",), 8),
+    "gfx950": Limits(GPUTarget("hip", "gfx950", 64), 163840, 163840, 32, 16, ("mfma",), 8),
     "gfx1100": Limits(GPUTarget("hip", "gfx1100", 32), 65536, 131072, 64, 32, ("wmma",), 2),
 }
 TENSOR_MEMORY = 512  # columns; above it Triton emits a stub that traps
@@ -159,9 +164,12 @@ def compiling(target: str) -> Iterator[list[Launch]]:
         knobs.language.default_fp_fusion = True  # Triton 3.10 changes the default
         driver.set_active(absent)
         JITFunction.run = compile_instead
+        forget_plans()  # they hold what is made for another target
         try:
-            yield launches
+            with mock.patch.dict(os.environ, {"PLOPFAST_LAUNCH": "plain"}):
+                yield launches
         finally:
+            forget_plans()
             JITFunction.run = run
             driver._active = real  # reset_active() would look for a GPU
 

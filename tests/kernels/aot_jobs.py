@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
-from plopfast.kernels import dispatch, nf4_ops, triton_ops
+from plopfast.kernels import dispatch, nf4_ops, triton_groups, triton_ops
+from plopfast.kernels.launch import summing_both
 
 SEED = 1 << 40  # seeds have 64 bits, which is another argument type than a small number's
 
@@ -78,9 +79,9 @@ def _every_tile(target: str) -> None:
     _grad_x(target, p=0.1)
 
 
-def _shrink(target: str, count: int = 1, p: float = 0.0, norms: bool = False, **shape: Any) -> None:
+def _shrink(target: str, count: int = 1, p: float = 0.0, **shape: Any) -> None:
     o = operands(**shape)
-    triton_ops.shrink_stacked(o.x, (o.a,) * count, 2.0, p, (SEED,) * 3, norms=norms)
+    triton_ops.shrink_stacked(o.x, (o.a,) * count, 2.0, p, (SEED,) * 3)
 
 
 def _low_rank(target: str, p: float = 0.0, **shape: Any) -> None:
@@ -89,9 +90,19 @@ def _low_rank(target: str, p: float = 0.0, **shape: Any) -> None:
     triton_ops.low_rank(o.s, o.a.T, p=p, seed=SEED)
 
 
+def _group(target: str, r: int) -> None:
+    """Query, key and value of an 8-billion model: every L in one launch, and the sum of their terms of dX."""
+    o = operands(r=3 * r)
+    s, b = o.s.split(r, dim=1), [operands(n=n, r=r).b for n in (4096, 1024, 1024)]
+    triton_groups.low_ranks(s, b, [None] * 3)
+    for p in (0.0, 0.1):
+        triton_groups.low_rank_sum([operands(r=r).s] * 3, [operands(r=r).a.T] * 3, p, (SEED,) * 3)
+
+
 def _grads(target: str, p: float = 0.0, **shape: Any) -> None:
     o = operands(**shape)
-    triton_ops.grad_s_and_b(o.dy, o.s, o.b, 2.0)
+    if o.s.shape[1] <= dispatch.MOST_DS_RANK:
+        triton_ops.grad_s_and_b(o.dy, o.s, o.b, 2.0)
     triton_ops.grad_a(o.s, o.x, p, SEED, o.a.dtype)
 
 
@@ -99,11 +110,22 @@ def _rank_256(target: str) -> None:
     _everything(target, r=256)
 
 
+def _tf32(target: str, **shape: Any) -> None:
+    """What runs where torch's own float32 products may take TF32."""
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        _everything(target, dtype=torch.float32, **shape)
+        _low_rank(target, p=0.1, dtype=torch.float32, **shape)
+    finally:
+        matmul.fp32_precision = before
+
+
 def _few_tokens(target: str) -> None:
     """dX with its mask, S from K in parts, dS by itself."""
     _grad_x(target, p=0.1, m=64)
     _shrink(target, m=64)
-    triton_ops.grad_s((o := operands()).dy, o.b, 2.0)
+    triton_ops.shrink((o := operands()).dy, o.b.T, 2.0)
 
 
 def _everything(target: str, **shape: Any) -> None:
@@ -113,8 +135,34 @@ def _everything(target: str, **shape: Any) -> None:
     _grads(target, p=0.1, **shape)
 
 
+def launchers(m: int, p: float, seed: int, n: int = 512, k: int = 1024, r: int = 8) -> dict[str, Callable[[], Any]]:
+    """What a step with `m` tokens may call, with pointers."""
+    o, tiles = operands(m=m, n=n, k=k, r=r), dispatch.SAFE_TILES[0]
+    return {
+        "forward": lambda: triton_ops.gemm(o.x, o.w, o.s, o.b, o.bias, norms=True, tiles=tiles),
+        "grad_x": lambda: triton_ops.gemm(o.dy, o.w.T, o.s, o.a.T, p=p, seed=seed, tiles=tiles),
+        "shrink": lambda: triton_ops.shrink_stacked(o.x, (o.a,) * 3, 2.0, p, (seed,) * 3),
+        "low_rank": lambda: triton_ops.low_rank(o.s, o.a.T, p=p, seed=seed),
+        "grad_s_and_b": lambda: triton_ops.grad_s_and_b(o.dy, o.s, o.b, 2.0),
+        "grad_a": lambda: triton_ops.grad_a(o.s, o.x, p, seed, o.a.dtype),
+        "row_norms": lambda: triton_ops.row_norms(o.dy, o.bias),
+        "two sums": lambda: _two_sums((m % 7 + 1, m, 3), (m % 5 + 1, m, 5)),
+    }
+
+
+def _two_sums(*shapes: tuple[int, ...]) -> None:
+    one, other = (torch.empty(shape, dtype=torch.float32, device="meta") for shape in shapes)
+    made = ((parts, tuple(shape), torch.bfloat16, 2.0) for parts, *shape in shapes)
+    summing_both(one.device, *made)(one, other)
+
+
 def _frozen_norms(target: str) -> None:
     triton_ops.frozen_norms((o := operands()).x, o.w)
+
+
+def _scored(target: str) -> None:
+    for m in (64, 8192):
+        triton_ops.gemm((o := operands(m)).x, o.w, bias_N=o.bias, norms=True)
 
 
 def _row_norms(target: str) -> None:
@@ -136,27 +184,36 @@ def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None
 
 _LARGE = {name: Expect(matrix="large", loads=True, stores=True) for name in ("lora_gemm", "lora_gemm_tma")}
 _NORMS = {name: Expect(matrix="large", loads=True) for name in _LARGE}
-_SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_nf4")}
+_SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_tma", "lora_gemm_nf4")}
 _READ = {name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads")}
 _MIXED = {"lora_shrink": Expect(matrix="any")}  # three A in float32 outweigh X's tile
-_ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100")  # kind of matrix unit
+_TF32 = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_shrink", "lora_grads", "lora_expand")}
+_HAVE_TF32 = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+_ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")  # kind of matrix unit
 JOBS = {
     "gemm": Job(_every_tile, _LARGE),
     "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH),
     "gemm, 64 tokens": Job(_of(_forward, m=64, norms=False), _SMALL),
-    "64 tokens": Job(_few_tokens, {"lora_gemm": Expect(matrix="any")}, _ONE_OF_EACH),
+    "64 tokens": Job(_few_tokens, _SMALL, _ONE_OF_EACH),
     "gemm, 1 token": Job(_of(_forward, m=1, norms=False), _SMALL),
     "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH),
     "float32": Job(_of(_everything, dtype=torch.float32), {}, (*_ONE_OF_EACH, "sm_86")),
-    "float16": Job(_of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942")),
+    "tf32": Job(_tf32, _TF32, _HAVE_TF32),
+    "tf32, rank 64": Job(_of(_tf32, r=64), _TF32, _HAVE_TF32),
+    "tf32, odd": Job(_of(_tf32, m=8191, n=4099, k=4099, r=5), _TF32, _HAVE_TF32),
+    "float16": Job(_of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "frozen norms": Job(_frozen_norms, _NORMS),
+    "scored product": Job(_scored, _SMALL | {"lora_gemm_tma": _LARGE["lora_gemm_tma"]}, ("sm_80", "sm_100", "gfx942")),
     "shrink": Job(_shrink, _READ),
-    "shrink, 3 with norms and dropout": Job(_of(_shrink, count=3, p=0.1, norms=True), _MIXED),
+    "shrink, 3 with dropout": Job(_of(_shrink, count=3, p=0.1), _MIXED),
     "expand": Job(_of(_low_rank, p=0.1), {"lora_expand": Expect(matrix="any", stores=True)}),
+    "group": Job(_of(_group, r=16), {"lora_expands": Expect(matrix="any", stores=True)}),
+    "group, rank 64": Job(_of(_group, r=64), {"lora_expand_sum": Expect(matrix="any", stores=True)}, _ONE_OF_EACH),
     "grads": Job(_of(_grads, p=0.1), _READ),
-    "grads, wide": Job(_of(_grads, m=16384, n=14336), _READ, ("sm_80", "sm_90", "sm_100")),
-    "grads, rank 64": Job(_of(_grads, r=64), _READ, _ONE_OF_EACH),
-    "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942")),
+    "grads, wide": Job(_of(_grads, m=16384, n=14336), _READ, ("sm_80", "sm_90", "sm_100", "sm_103", "gfx950")),
+    "grads, rank 32": Job(_of(_grads, r=32, m=16384, n=14336), _READ),
+    "grads, rank 64": Job(_of(_grads, r=64, p=0.1), _READ, _ONE_OF_EACH),
+    "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "nf4": Job(_nf4, _SMALL),
     "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),

@@ -1,6 +1,6 @@
 """Every shipped kernel compiles for every target, fits it, and uses its fast instructions. Needs no GPU.
 
-By default for one target, which has pointers and TMA; `-m ""` takes all nine.
+By default for one target, which has pointers and TMA; `-m ""` takes all eleven.
 """
 
 import functools
@@ -11,7 +11,7 @@ import pytest
 import torch
 import triton
 
-from plopfast.kernels import dispatch, triton_ops
+from plopfast.kernels import dispatch, grids, triton_ops
 
 # registers are the compiler's choice: the tiles were chosen with Triton 3.9, older ones spill a few in places
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -51,9 +51,27 @@ def test_hopper_and_blackwell_take_tiles_by_tma_and_the_others_by_copies(target)
     for one in built(target)["gemm"]:
         count = one.resources.instructions
         if one.launch.kernel == "lora_gemm_tma":
-            assert target in ("sm_90", "sm_100") and count["tma load"] >= 2
+            assert target in ("sm_90", "sm_100", "sm_103") and count["tma load"] >= 2
         elif one.launch.kernel == "lora_gemm" and target.startswith("sm_"):
             assert set(one.resources.copies) == {16} and count["cp.async"] > 0
+
+
+def test_tf32_is_taken_where_it_is_allowed_and_nowhere_else():
+    found = {name: [one.launch.constants["PRECISION"] for one in built("sm_90")[name] if "PRECISION" in one.launch.constants]
+             for name in aot_jobs.JOBS if "sm_90" in aot_jobs.JOBS[name].targets}  # fmt: skip
+    for name, precisions in found.items():
+        assert set(precisions) <= {"tf32" if name.startswith("tf32") else "ieee"}, name
+    assert len(found["tf32"]) == 7
+
+
+def test_the_targets_that_have_tiles_are_those_that_are_compiled_for():
+    """And the architectures that have TMA take the tiles that need it."""
+    assert dispatch.GEMM_TILES.keys() - {"interpreter"} == aot.LIMITS.keys()
+    described = {target for target, tiles in dispatch.GEMM_TILES.items() if tiles[0].descriptor}
+    assert described == {"sm_90", "sm_100", "sm_103"}
+    assert grids.BANDWIDTH.keys() == aot.LIMITS.keys(), "and the grids know how fast their memory is"
+    for target, limits in aot.LIMITS.items():
+        assert grids.SHARED.get(target, 99 << 10) == limits.shared_per_block
 
 
 def refuse(target, tiles, **shape):

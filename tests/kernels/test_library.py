@@ -38,6 +38,7 @@ def test_opcheck(m, p, dtype):
     torch.library.opcheck(OPS.frozen_norms.default, (x, w, "auto"))
     for some_bias in (None, bias):
         torch.library.opcheck(OPS.row_norms.default, (dy, some_bias, "auto"))
+        torch.library.opcheck(OPS.linear_and_norms.default, (x, w, some_bias, some_bias is None, "auto"))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
@@ -155,9 +156,12 @@ def gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", [*dispatch.GEMM_TILES, "sm_103", "sm_999", "gfx1201"])
 def test_every_gpu_gets_a_plan_known_or_not(gpu, name):
-    plan = dispatch.plan(gpu(name), torch.bfloat16, 8192, 4096, 4096, 16)
-    assert (plan.backend, plan.strategy) == ("triton", "lora-first") and "not measured" in plan.why
-    assert ("unknown" in plan.why) == (name not in dispatch.GEMM_TILES)
+    shape = torch.bfloat16, 8192, 4096, 4096, 16
+    plan = dispatch.plan(gpu(name), *shape)
+    assert (plan.backend, plan.tiles) == ("torch", None) and "not measured" in plan.why
+    for dropped in (dispatch.plan(gpu(name), *shape, drop=True), dispatch.plan(gpu(name), *shape, "triton")):
+        assert (dropped.backend, dropped.strategy) == ("triton", "lora-first")
+        assert ("unknown" in dropped.why) == (name not in dispatch.GEMM_TILES)
     fused = dispatch.plan(gpu(name), torch.bfloat16, 8192, 4096, 4096, 16, "fused")
     assert fused.strategy == "fused" and fused.tiles in dispatch.GEMM_TILES.get(name, dispatch.SAFE_TILES)
     assert not dispatch.plan(gpu(name), torch.bfloat16, 8192, 4096, 4099, 16, "fused", False).tiles.descriptor
@@ -179,9 +183,15 @@ def test_a_measured_row_decides(gpu):
         dispatch.use_table({dispatch.key(dispatch.target_of(device), torch.bfloat16, 5000, 4096, 4096, 13): row})
         plan = dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16)
         assert (plan.strategy, plan.tiles, plan.why) == (*row, "measured on this GPU")
-        assert dispatch.plan(device, torch.bfloat16, 100, 4096, 4096, 16).strategy == "fused", "the nearest bucket"
-        assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 17).strategy == "lora-first"
-        assert dispatch.plan(device, torch.float16, 8192, 4096, 4096, 16).strategy == "lora-first"
+        for m, near in ((8192, True), (2048, True), (32768, True), (1024, False), (65536, False), (1, False)):
+            found = dispatch.plan(device, torch.bfloat16, m, 4096, 4096, 16)
+            assert (found.strategy == "fused") is near, "four times as many tokens, or a quarter, at most"
+        assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 17).backend == "torch"
+        assert dispatch.plan(device, torch.float16, 8192, 4096, 4096, 16).backend == "torch"
+        dispatch.use_table(dict.fromkeys(dispatch.TABLE, ("torch", dispatch.SAFE_TILES[0])))
+        plan = dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16)
+        assert (plan.backend, plan.why) == ("torch", "measured on this GPU")
+        assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16, drop=True).backend == "triton"
         assert dispatch.plan(device, torch.bfloat16, 8192, 4096, 4096, 16, "lora-first").strategy == "lora-first"
     finally:
         dispatch.use_table({})

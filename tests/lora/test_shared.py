@@ -7,7 +7,7 @@ from helpers import build, logits, random_batches, randomise
 import plopfast as pf
 from plopfast.lora.layer import adapters
 from plopfast.lora.ops import lora_linear
-from plopfast.lora.shared import MAX_RANKS, find_shared_inputs, prepared
+from plopfast.lora.shared import MAX_RANKS, Prepared, find_shared_inputs
 
 Q, K, V, GATE, UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 
@@ -74,7 +74,7 @@ def test_a_prepared_step_is_an_unprepared_one(of, dropout, rslora):
     model = model_with(dropout, rslora, **modules).train()
     plain = gradients_of(model)
     groups = find_shared_inputs(model)
-    with prepared(model):
+    with Prepared(model):
         agree(plain, gradients_of(model))
         agree(plain, gradients_of(model))  # what was kept of the first step is not used in the second
     assert groups == [[f"model.layers.{i}.{name}" for name in group] for i in range(3) for group in expected[rslora]]
@@ -87,7 +87,7 @@ def test_after_a_step_changed_adapters_are_used():
     model = model_with(**MIXED["ranks of one scaling"][0])
     find_shared_inputs(model)
     for _ in range(2):
-        with prepared(model):
+        with Prepared(model):
             gradients_of(model)
         with torch.no_grad():
             for module in adapters(model).values():
@@ -104,7 +104,7 @@ def test_switched_off_in_a_step():
     first = adapters(model)[f"model.layers.0.{K}"]
     first.enabled = False
     alone = gradients_of(model)
-    with prepared(model):
+    with Prepared(model):
         agree(alone, gradients_of(model))
 
 
@@ -113,11 +113,23 @@ def test_an_input_changed_in_place():
     find_shared_inputs(model)
     one, two = (adapters(model)[f"model.layers.0.{name}"] for name in (K, V))
     x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
-    with prepared(model), torch.no_grad():
+    with Prepared(model), torch.no_grad():
         one(x)
         x.mul_(2)
         got = two(x)
     torch.testing.assert_close(got, two(x))
+
+
+def test_a_step_takes_no_outputs_of_a_pass_without_gradients():
+    """Activation checkpointing runs a block twice: first without gradients, then with them."""
+    model = model_with(**MIXED["ranks of one scaling"][0])
+    find_shared_inputs(model)
+    one, two = (adapters(model)[f"model.layers.0.{name}"] for name in (K, V))
+    x = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(0))
+    with Prepared(model):
+        with torch.no_grad():
+            one(x)
+        assert two(x).requires_grad
 
 
 @pytest.mark.parametrize("more, shared", [(0, True), (1, False)])
@@ -132,6 +144,14 @@ def test_the_most_ranks_of_a_group(more, shared):
     modules = {f"model.layers.0.{Q}": (half, float(half)), f"model.layers.0.{K}": (half + more, float(half + more))}
     pf.inject(model, pf.Placement(modules, [], "explicit", 0))
     assert bool(find_shared_inputs(model)) == shared
+
+
+def test_the_most_members_of_a_group(monkeypatch):
+    from plopfast.lora import shared
+
+    monkeypatch.setattr(shared, "MAX_MEMBERS", 2)
+    groups = find_shared_inputs(model_with(**MIXED["ranks of one scaling"][0]))
+    assert groups == [[f"model.layers.{i}.{name}" for name in (Q, K)] for i in range(3)]
 
 
 def test_copies_of_another_dtype_are_left_aside():

@@ -35,14 +35,16 @@ def path_of(m, rank=16, backend="auto"):
 def test_a_stored_row_decides_the_path(monkeypatch, strategy):
     monkeypatch.setattr(dispatch, "_driver_target", lambda: GPU)
     before = path_of(8192)
-    assert before.strategy == "lora-first" and "not measured" in before.why
+    assert before.backend == "torch" and "not measured" in before.why
     tuning.save(rows(GPU, strategy))
     assert tuning.load() == ""
     for m, rank in ((8192, 16), (5000, 9)):  # one bucket
         plan = path_of(m, rank)
         assert (plan.strategy, plan.tiles, plan.why) == (strategy, TILES, "measured on this GPU")
     assert path_of(8192, backend="fused").tiles == TILES
-    assert path_of(300).strategy == strategy, "the nearest number of tokens that was measured"
+    assert path_of(2500).why == plan.why and path_of(300).why != plan.why, (
+        "for as many tokens, four times more or fewer"
+    )
     assert "not measured" in path_of(8192, 17).why
 
 

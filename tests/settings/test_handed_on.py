@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from promises import PROMISES, flag, name_of, words_of
 from workshop import modules
 
-from plopfast.cli import bench, doctor, options as command_line
+from plopfast.cli import bench, bench_command, bench_train, doctor, options as command_line
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.info import module_paths
 from plopfast.cli.options import FIELDS, names_of, parse, settings_of
@@ -196,43 +196,73 @@ BENCH = {  # option: other value, the parameter that it reaches
     "--shapes=smollm2": "shapes", "--dtype=float16": "dtype", "--repeats=7": "repeats", "--seconds=9": "budget_s",
     "--dry": "dry", "--overwrite": "overwrite", "--out=elsewhere": "out",
 }  # fmt: skip
+BENCH_TRAIN = {
+    "--model=other": "model", "--data=more.jsonl": "data", "--dtype=bfloat16": "dtype", "--device=cpu": "device",
+    "--rank=7": "rank", "--lr=0.5": "lr", "--batch-rows=3": "batch_rows", "--max-steps=9": "max_steps", "--repeats=7": "repeats",
+    "--seconds=9": "budget_s", "--overwrite": "overwrite", "--out=elsewhere": "out",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("option", [*BENCH, "--model={shop.model}", "--tune"])
-def test_bench_hands_its_options_on(shop, monkeypatch, option):
+@pytest.fixture
+def asked(shop, monkeypatch):
+    """A function of words: which function a bench calls, and with what."""
+
     def call(*words):
         got = []
-        for name in ("run", "tune"):
-            function = getattr(bench, name)
-            signature = inspect.signature(function)
+        for module, name in (bench, "run"), (bench, "tune"), (bench_train, "run"):
+            function = getattr(module, name)
+            signature, whole = inspect.signature(function), f"{module.__name__.rpartition('.')[2]}.{name}"
 
-            def noting(*args, _name=name, _signature=signature, **kwargs):
+            def noting(*args, _name=whole, _signature=signature, **kwargs):
                 bound = _signature.bind(*args, **kwargs)
                 bound.apply_defaults()
                 got.append({"function": _name, **bound.arguments})
                 return [], ""
 
-            monkeypatch.setattr(bench, name, noting)
-        assert shop.quietly("bench", *words)[0] == 0
+            monkeypatch.setattr(module, name, noting)
+        code, said = shop.quietly("bench", *words)
         monkeypatch.undo()
+        assert code == 0, said
         return got[0]
 
-    plain, other = call("--out=here"), call("--out=here", option.format(shop=shop))
-    differ = {key for key in plain.keys() | other.keys() if plain.get(key) != other.get(key)}
+    return call
+
+
+def differ(plain, other):
+    return {key for key in plain.keys() | other.keys() if plain.get(key) != other.get(key)}
+
+
+@pytest.mark.parametrize("option", BENCH_TRAIN)
+def test_bench_train_hands_its_options_on(asked, option):
+    plain, other = (asked("--train", "--out=here", *more) for more in ([], [option]))
+    assert plain["repeats"] == 3 and plain["dtype"] == "auto"
+    assert plain["function"] == "bench_train.run" and differ(plain, other) == {BENCH_TRAIN[option]}
+    words = option.partition("=")[2]
+    given = other[BENCH_TRAIN[option]]
+    assert (
+        words in ("", *(str(one) for one in (given if isinstance(given, list) else [given]))) or float(words) == given
+    )
+
+
+@pytest.mark.parametrize("words", ["--train --tune", "--train --dry", "--train --shapes=smollm2", *bench_command.TRAIN])
+def test_options_of_another_bench_are_refused(shop, words):
+    words = words if words.startswith("--") else f"--{words.replace('_', '-')}=" + {"device": "cpu"}.get(words, "3")
+    code, said = shop.quietly("bench", *words.split())
+    assert code == 2 and words.split()[-1].partition("=")[0] in said and "--train" in said
+
+
+@pytest.mark.parametrize("option", [*BENCH, "--model={shop.model}", "--tune"])
+def test_bench_hands_its_options_on(shop, asked, option):
+    plain, other = asked("--out=here"), asked("--out=here", option.format(shop=shop))
+    changed = differ(plain, other)
+    assert plain["repeats"] == 30 and plain["dtype"] == "bfloat16"
     if option == "--tune":
-        assert other["function"] == "tune" and not {
-            key for key in ("shapes", "dtype", "dry") if plain[key] != other[key]
-        }
+        assert other["function"] == "bench.tune" and not {"shapes", "dtype", "dry"} & changed
     elif option.startswith("--model"):
-        assert (
-            differ == {"shapes"}
-            and (32, 48) in other["shapes"]
-            and (48, 32) in other["shapes"]
-            and (32, 16) in other["shapes"]
-        )
+        assert changed == {"shapes"} and {(32, 48), (48, 32), (32, 16)} <= set(other["shapes"])
         assert (16, 32) not in other["shapes"], "(in, out)"
     else:
-        assert differ == {BENCH[option]}
+        assert changed == {BENCH[option]}
         value = option.partition("=")[2] or "True"
         assert str(other[BENCH[option]]) in (value, f"{value}.0")
-    assert Path("elsewhere").exists() is False
+    assert not Path("elsewhere").exists()

@@ -12,7 +12,7 @@ from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.lora.layer import adapters, inject
 from plopfast.lora.placement import Placement
-from plopfast.lora.shared import prepared
+from plopfast.lora.shared import Prepared
 from plopfast.models.linears import linear_modules
 from plopfast.support.config import RunConfig
 from plopfast.support.errors import ConfigError, ModelError
@@ -58,7 +58,7 @@ def measured(model, placement, config):
     batch = collate(rows[:ROWS])
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
-    with prepared_blocks(model, config), prepared(model), flops:
+    with prepared_blocks(model, config), Prepared(model), flops:
         trainer.objective(batch).backward()
     return meter.peak / MIB, flops.get_total_flops() * config.accumulate / 1e12
 

@@ -1,0 +1,60 @@
+"""Compiles the kernels of a training before its first step, so that no later step waits for the compiler.
+
+A kernel is compiled for each kind of linear (shape, rank, dropout, dtype), and for no number of tokens, see kernels/grids.py.
+So one small and one full step of each kind ask for all variants. Triton keeps what it compiled on disk for the next run.
+"""
+
+import time
+
+import torch
+
+from ..kernels import library
+from ..support.progress import bar
+from .layer import LoRALinear
+from .ops import or_backend_error
+from .shared import Prepared
+
+FEW = 16  # tokens of a small step, whose sums are in one part
+
+
+def warm_up(prepared: Prepared, tokens: int, progress: bool = False) -> list[str]:
+    """Runs each kind of LoRA linear, and of group (see shared.py), on `tokens` zeros and on a few, forward and backward.
+
+    The modules are to be in training mode. No gradient is kept and torch's generator is as before. Returns a line about it; none where plain torch computes, which has nothing to compile. Raises BackendError
+    where a backend cannot run.
+    """
+    kinds: dict[tuple[object, ...], list[LoRALinear]] = {}
+    for module in prepared.modules:
+        members = module.shared.members if module.shared else [module]
+        if module is members[0] and _compiles(module, tokens):
+            kinds.setdefault(tuple(map(_kind, members)), members)
+    if not kinds:
+        return []
+    began = time.perf_counter()
+    with prepared, torch.random.fork_rng(devices=[]), bar("compile", len(kinds), "kinds of linear", progress) as shown:
+        for members in kinds.values():
+            for rows in (FEW, tokens):
+                _step(members, rows)
+            shown.update()
+    return [f"kernels for {len(kinds)} kinds of linear were ready after {time.perf_counter() - began:.1f} s"]
+
+
+def _compiles(module: LoRALinear, tokens: int) -> bool:
+    weight, drop = module.frozen.weight_NK, module.training and module.dropout > 0
+    x = torch.empty(tokens, 0, dtype=weight.dtype, device=weight.device)
+    return or_backend_error(library.plan_of, x, weight, module.rank, module.backend, drop).backend == "triton"
+
+
+def _kind(module: LoRALinear) -> tuple[object, ...]:
+    frozen, trained = module.frozen, (module.lora_A.requires_grad, module.lora_B.requires_grad)
+    dtypes = frozen.dtype, module.lora_A.dtype, module.lora_B.dtype
+    layout = frozen.shape, frozen.weight_NK.stride(), module.bias is None
+    return *layout, module.rank, module.dropout, module.backend, dtypes, trained
+
+
+def _step(members: list[LoRALinear], rows: int) -> None:
+    first = members[0].frozen
+    x = torch.zeros(rows, first.shape[1], dtype=first.dtype, device=first.device, requires_grad=True)
+    y = [module(x) for module in members]
+    trained = [p for module in members for p in (module.lora_A, module.lora_B) if p.requires_grad]
+    torch.autograd.grad(y, [x, *trained], [torch.zeros_like(one) for one in y])

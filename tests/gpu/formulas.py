@@ -1,0 +1,196 @@
+"""Bytes and FLOPs of a launch, by formula: see traffic.py.
+
+M tokens, K in, N out, R rank, C columns of T.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's grid and its arguments, which can be read as attributes."""
+
+    kernel: str
+    grid: tuple[int, ...]  # empty for what torch computes
+    arguments: dict[str, Any]
+    frozen: bool  # it holds the frozen product
+    options: dict[str, int] = field(default_factory=dict)  # num_warps and num_stages
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self.arguments[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def itemsize(self, name: str) -> int:
+        """Bytes of an element of an argument."""
+        return tensor_of(self.arguments[name]).element_size()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes by argument, and FLOPs of dots: those of the formula, and those that tiles execute, beyond the edges too."""
+
+    loads: dict[str, int]
+    stores: dict[str, int]
+    useful: int = 0
+    executed: int = 0
+    own: int = 0  # bytes of the frozen product's operands, which the bare GEMM moves too; with L for a library's GEMM
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.loads.values()) + sum(self.stores.values())
+
+    @property
+    def outside(self) -> int:
+        return self.bytes - self.own
+
+
+def lora_shrink(at: Launch) -> Cost:
+    """X and the adapters in; for each split of K a part of S out."""
+    parts, count = at.grid[1], at.ADAPTERS
+    loads = {f"a{i}": at.RANK * at.K * at.itemsize("a0") for i in range(count)}
+    stores = {"s": parts * count * at.M * at.RANK * at.itemsize("s")}
+    return Cost(
+        {"x": at.M * at.K * at.itemsize("x"), **loads}, stores,
+        useful=2 * at.M * at.K * at.RANK * count,
+        executed=2 * _up(at.M, at.BM) * _up(at.K, at.BK) * at.RP * count,
+    )  # fmt: skip
+
+
+def lora_gemm(at: Launch) -> Cost:
+    """X and W, S and B, a bias in; Y, and for each column of tiles a part of the norms out."""
+    x, w = ("x", "w") if "x" in at.arguments else ("x_desc", "w_desc")
+    rows, columns = _up(at.M, at.BM), _up(at.N, at.BN)
+    loads = {x: at.M * at.K * at.itemsize(x), w: at.N * at.K * at.itemsize(w)}
+    stores = {"y": at.M * at.N * at.itemsize("y")} if at.STORE else {}
+    own = sum(loads.values()) + sum(stores.values()) if at.frozen else 0
+    if at.LORA:
+        loads |= {"s": at.M * at.RANK * at.itemsize("s"), "b": at.N * at.RANK * at.itemsize("b")}
+    if at.BIAS:
+        loads["bias"] = at.N * at.itemsize("bias")
+    if at.NORMS:
+        stores["norms"] = columns // at.BN * at.M * at.itemsize("norms")
+    return Cost(
+        loads, stores, own=own,
+        useful=2 * at.M * at.N * (at.K + at.RANK * at.LORA),
+        executed=2 * rows * columns * (_up(at.K, at.BK) + _up(at.RANK, at.BR) * at.LORA),
+    )  # fmt: skip
+
+
+def lora_expand(at: Launch) -> Cost:
+    """S and B, a bias in; L out."""
+    loads = {"s": at.M * at.RANK * at.itemsize("s"), "b": at.N * at.RANK * at.itemsize("b")}
+    if at.BIAS:
+        loads["bias"] = at.N * at.itemsize("bias")
+    return Cost(
+        loads, {"y": at.M * at.N * at.itemsize("y")},
+        useful=2 * at.M * at.N * at.RANK,
+        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * _up(at.RANK, at.BR),
+    )  # fmt: skip
+
+
+def lora_grads(at: Launch) -> Cost:
+    """T and V, U in; for each block of rows a part of T^T V, for each stripe of columns a part of T U out."""
+    stripes, parts, _ = at.grid
+    loads = {"t": at.M * at.C * at.itemsize("t"), "v": at.M * at.RANK * at.itemsize("v")}
+    stores = {"g": parts * at.C * at.RANK * at.itemsize("g")}
+    if at.WITH_DS:
+        loads["u"] = at.C * at.RANK * at.itemsize("u")
+        stores["ds"] = stripes * at.M * at.RANK * at.itemsize("ds")
+    products = 1 + at.WITH_DS
+    return Cost(
+        loads, stores,
+        useful=2 * at.M * at.C * at.RANK * products,
+        executed=2 * _up(at.M, at.BM) * _up(at.C, at.BC) * at.RP * products,
+    )  # fmt: skip
+
+
+def sum_partials(at: Launch) -> Cost:
+    """The parts in, their sum out."""
+    return Cost({"partials": at.parts * at.itemsize("partials") * at.size}, {"out": at.out.nbytes})
+
+
+def sum_both(at: Launch) -> Cost:
+    """Two sums of parts in one launch."""
+    loads = {
+        "partials": at.parts * at.itemsize("partials") * at.size,
+        "other_partials": at.other_parts * at.itemsize("other_partials") * at.other_size,
+    }
+    return Cost(loads, {"out": at.out.nbytes, "other_out": at.other_out.nbytes})
+
+
+def row_norms(at: Launch) -> Cost:
+    """Y and a bias in, the norms out."""
+    loads = {"y": at.M * at.N * at.itemsize("y")}
+    if at.BIAS:
+        loads["bias"] = at.N * at.itemsize("bias")
+    return Cost(loads, {"norms": at.M * at.itemsize("norms")})
+
+
+def addmm_(at: Launch) -> Cost:
+    """The vendor's Y = beta Y + alpha X W: X, W and, if beta is not 0, Y in; Y out. With L as its Y it is LoRA-first's GEMM."""
+    product = mm(Launch("mm", (), {"x": at.x, "w": at.w, "y": at.y}, at.frozen))
+    if not at.beta:
+        return product
+    loads = {**product.loads, "y": at.y.nbytes}
+    return Cost(loads, product.stores, product.useful, product.executed, own=(product.own + at.y.nbytes) * at.frozen)
+
+
+def addmm(at: Launch) -> Cost:
+    """The vendor's Y = X W + bias."""
+    product = mm(at)
+    loads = {**product.loads, "bias": at.bias.nbytes}
+    return Cost(loads, product.stores, product.useful, product.executed, own=product.own)
+
+
+def mm(at: Launch) -> Cost:
+    """The vendor's Y = X W. What it splits a sum into for itself is not known, and left out."""
+    loads = {"x": at.x.nbytes, "w": at.w.nbytes}
+    flops = 2 * at.x.shape[0] * at.x.shape[1] * at.w.shape[1]
+    return Cost(loads, {"y": at.y.nbytes}, flops, flops, own=(sum(loads.values()) + at.y.nbytes) * at.frozen)
+
+
+def elementwise(*loads: str, stores: tuple[str, ...]) -> Callable[[Launch], Cost]:
+    """Of peft_path and of torch's casts: the named arguments in and out."""
+    return lambda at: Cost(
+        {name: at.arguments[name].nbytes for name in loads}, {s: at.arguments[s].nbytes for s in stores}
+    )
+
+
+FORMULAS: dict[str, Callable[[Launch], Cost]] = {
+    "lora_shrink": lora_shrink,
+    "lora_gemm": lora_gemm,
+    "lora_gemm_tma": lora_gemm,
+    "lora_expand": lora_expand,
+    "lora_grads": lora_grads,
+    "sum_partials": sum_partials,
+    "sum_both": sum_both,
+    "row_norms": row_norms,
+    "addmm_": addmm_,
+    "addmm": addmm,
+    "mm": mm,
+    "cast": elementwise("x", stores=("y",)),
+    "scale": elementwise("x", stores=("y",)),
+    "add": elementwise("x", "y", stores=("z",)),
+    "dropout": elementwise("x", stores=("y", "mask")),
+    "dropout_backward": elementwise("dy", "mask", stores=("dx",)),
+}
+
+
+def cost(launch: Launch) -> Cost:
+    assert launch.kernel in FORMULAS, f"{launch.kernel} has no formula: add one to FORMULAS, and record its arguments"
+    return FORMULAS[launch.kernel](launch)
+
+
+def _up(value: int, block: int) -> int:
+    return -(-value // block) * block
+
+
+def tensor_of(value: Any) -> Any:
+    """A tensor, or a descriptor's."""
+    return value if isinstance(value, torch.Tensor) else getattr(value, "base", None)

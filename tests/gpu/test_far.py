@@ -1,0 +1,231 @@
+"""Buffers that launchers make have more than 2^31 elements for large models, and no test can fill them.
+
+So the kernels are called with such sizes, and only those programs run that touch the far end. The range of addresses is
+reserved, and most of it never touched. Of the interpreter alone: a GPU would have to have the memory.
+
+M tokens, K in, C columns, N out, R rank.
+"""
+
+import pytest
+import torch
+import triton
+import triton.runtime.interpreter as stock
+from cases import BF16, FP32, normal
+from interpreter import checked, far_apart
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from plopfast.kernels import dispatch, expand, gemm, gemm_tma, grads, nf4, reduce, shrink, triton_ops
+
+LONG = (1 << 31) + 48
+HALF = (1 << 30) + 16  # twice that is beyond 2^31
+close = torch.testing.assert_close
+
+
+@pytest.fixture
+def programs_from(monkeypatch):
+    """`programs_from(x)` numbers the programs of a launch from x on, along the first axis."""
+
+    def start(first):
+        program_id = stock.InterpreterBuilder.create_get_program_id
+
+        def shifted(self, axis):
+            found = program_id(self, axis)
+            return stock.TensorHandle(found.data + (first if axis == 0 else 0), found.dtype)
+
+        monkeypatch.setattr(stock.InterpreterBuilder, "create_get_program_id", shifted)
+
+    return start
+
+
+def test_shrink_of_three_adapters_in_parts():
+    """The second part of S begins at 3 M R, the third adapter's at 2 M R."""
+    m, rank = HALF // 16, 16
+    assert m * rank < 1 << 31 < 2 * m * rank
+    x = normal(16, 64, seed=1)
+    adapters = [normal(rank, 64, scale=0.1, seed=10 + i) for i in range(3)]
+    s = far_apart((2, 3, 16, rank), (3 * m * rank, m * rank, rank, 1), FP32)
+    with checked(out="s") as check:
+        shrink.lora_shrink[1, 2](
+            x, *adapters, s, m, 0, 0, 0, 64, 32, 0, 64, 1, 64, 1,
+            RANK=rank, RP=16, ADAPTERS=3, DROP=False, PRECISION="ieee", BM=16, BK=32,
+        )  # fmt: skip
+    assert check.coverage() == {"s": 1.0}
+    for part, columns in enumerate((slice(0, 32), slice(32, 64))):
+        for i, a in enumerate(adapters):
+            close(s[part, i], x[:, columns] @ a[:, columns].T)
+
+
+def test_parts_of_gradients_and_of_ds():
+    """Three row parts of dB [C, R], three stripes of dS [M, R]."""
+    columns = 3 * 32
+    t, v, u = normal(48, columns, seed=1), normal(48, 16, seed=2), normal(columns, 16, scale=0.2, seed=3)
+    g, ds = (far_apart((3, n, 16), (HALF, 16, 1), FP32) for n in (columns, 48))
+    with checked(out=("g", "ds")) as check:
+        grads.lora_grads[3, 3](
+            t, v, u, g, ds, 48, 16, 0, HALF, columns, 1.0, 0, columns, 1, 16, 16, 1, HALF, 16, 1,
+            RANK=16, RP=16, WITH_DS=True, DROP=False, PRECISION="ieee", BM=16, BC=32,
+        )  # fmt: skip
+    assert check.coverage() == {"g": 1.0, "ds": 1.0}
+    for i in range(3):
+        rows, stripe = slice(16 * i, 16 * i + 16), slice(32 * i, 32 * i + 32)
+        close(g[i], t[rows].T @ v[rows])
+        close(ds[i], t[:, stripe] @ u[stripe])
+
+
+def test_rows_and_parts_of_the_gradient_of_a():
+    """dA lies as [R, K], and its rows may be far apart too."""
+    x, ds = normal(32, 32, seed=1), normal(32, 3, seed=2)
+    g = far_apart((2, 3, 32), (3 * HALF, HALF, 1), FP32)
+    with checked(out="g") as check:
+        grads.lora_grads[1, 2](
+            x, ds, x, g, x, 32, 16, 0, 0, 32, 1.0, 0, 32, 1, 3, 0, 0, 3 * HALF, 1, HALF,
+            RANK=3, RP=16, WITH_DS=False, DROP=False, PRECISION="ieee", BM=16, BC=32,
+        )  # fmt: skip
+    assert check.coverage() == {"g": 1.0}
+    for part, rows in enumerate((slice(0, 16), slice(16, 32))):
+        close(g[part], ds[rows].T @ x[rows])
+
+
+GEMM = {"RANK": 1, "BR": 16, "LORA": False, "MASK": False, "BIAS": False, "NORMS": True, "STORE": False,
+        "PRECISION": "ieee", "BM": 16, "BN": 32, "BK": 32, "GROUP": 1}  # fmt: skip
+
+
+def test_norms_of_the_product():
+    x, w = normal(16, 32, seed=1), normal(96, 32, seed=2)
+    norms = far_apart((3, 16), (HALF, 1), FP32)
+    with checked(out="norms") as check:
+        gemm.lora_gemm[3,](x, w, x, x, x, x, norms, HALF, 0, 96, 32, 0, 32, 1, 32, 1, 0, 0, 0, 1, EVEN_K=True, **GEMM)
+    assert check.coverage() == {"norms": 1.0}
+    close(norms, (x @ w.T).view(16, 3, 32).square().sum(2).T)
+
+
+def test_a_weight_with_far_columns():
+    """A step along K is beyond 2^31 elements."""
+    x, w = normal(16, 64, dtype=BF16, seed=1), normal(32, 64, dtype=BF16, seed=2)
+    with checked():
+        y, _ = triton_ops.gemm(
+            x, far_apart((32, 64), (1, 1 << 27), BF16).copy_(w), tiles=dispatch.Tiles(32, 32, 32, 4, 2)
+        )
+    close(y, (x.float() @ w.float().T).to(BF16))
+
+
+def test_norms_of_the_product_by_descriptors(programs_from):
+    """Of the last rows: their tiles are the last programs'."""
+    x = far_apart((HALF, 32), (32, 1), BF16)
+    last = x[-16:].copy_(normal(16, 32, dtype=BF16, seed=1))
+    w, norms = normal(96, 32, dtype=BF16, seed=2), far_apart((3, HALF), (HALF, 1), FP32)
+    descriptors = TensorDescriptor.from_tensor(x, [16, 32]), TensorDescriptor.from_tensor(w, [32, 32])
+    programs_from((HALF // 16 - 1) * 3)
+    with checked():
+        gemm_tma.lora_gemm_tma[3,](
+            *descriptors, x, x, x, x, norms, HALF, 96, 32, 0, 0, 0, 0, 0, 1, W_IS_NK=True, **GEMM
+        )
+    close(norms[:, -16:], (last.float() @ w.float().T).view(16, 3, 32).square().sum(2).T)
+
+
+def test_output_and_s_of_expand():
+    s, b = far_apart((4, 16), (HALF, 1), FP32).copy_(normal(4, 16, seed=1)), normal(32, 16, seed=2)
+    y = far_apart((4, 32), (HALF, 1), FP32)
+    with checked(out="y") as check:
+        expand.lora_expand[1, 1](
+            s, b, s, y, 4, 0, 32, 0, HALF, 16, 1, HALF,
+            RANK=16, BR=16, MASK=False, BIAS=False, PRECISION="ieee", BM=16, BN=32,
+        )  # fmt: skip
+    assert check.coverage() == {"y": 1.0}
+    close(y, s @ b.T)
+
+
+@pytest.mark.parametrize("size", [HALF, LONG])
+@pytest.mark.parametrize("buffer", ["alone", "one", "other"])
+def test_sums_of_parts(buffer, size, programs_from):
+    """The last block of five parts: of sum_partials, and of each buffer of sum_both."""
+    partials, out = far_apart((5, size), (size, 1), FP32), far_apart((size,), (1,), FP32)
+    block = (size - 1) // 1024
+    tail = slice(block * 1024, size)
+    exact = partials[:, tail].copy_(normal(5, size - block * 1024, seed=1)).sum(0) * 1.7
+    small, small_out = normal(2, 5, seed=2), torch.zeros(5)
+    programs_from(block + (buffer == "other"))  # one block of the small sum comes first
+    with checked():
+        if buffer == "alone":
+            reduce.sum_partials[1,](partials, out, 5, size, 1.7, ROOT=False, BLOCK=1024)
+        elif buffer == "one":
+            reduce.sum_both[2,](partials, small, out, small_out, 5, size, 2, 5, 1.7, 0.3, BLOCK=1024)
+        else:
+            reduce.sum_both[1,](small, partials, small_out, out, 2, 5, 5, size, 0.3, 1.7, BLOCK=1024)
+    close(out[tail], exact)
+    if buffer == "one":  # whose block follows
+        close(small_out, small.sum(0) * 0.3)
+
+
+def test_columns_and_rows_of_row_norms(programs_from):
+    y = far_apart((4, 48), (1, HALF), BF16).copy_(normal(4, 48, dtype=BF16, seed=1))
+    norms = torch.zeros(4)
+    with checked(out="norms"):
+        reduce.row_norms[2,](y, y, norms, 4, 48, 1, HALF, BIAS=False, BM=2, BN=16)
+    close(norms, y.float().norm(dim=1))
+    tall, tall_norms = far_apart((LONG, 1), (1, 1), BF16), far_apart((LONG,), (1,), FP32)
+    tall[-16:].copy_(normal(16, 1, dtype=BF16, seed=1))
+    programs_from(LONG // 16 - 1)
+    with checked():
+        reduce.row_norms[1,](tall, tall, tall_norms, LONG, 1, 1, 1, BIAS=False, BM=16, BN=16)
+    close(tall_norms[-16:], tall[-16:, 0].float().abs())
+
+
+def nf4_levels():
+    return torch.tensor(nf4.LEVELS)
+
+
+def test_columns_of_an_nf4_product(programs_from):
+    """W [N, 64] has N / 2 times 64 bytes. The last 32 of its columns."""
+    n = (1 << 26) + 32
+    packed, absmax = far_apart((n, 32), (32, 1), torch.uint8), far_apart((n, 1), (1, 1), FP32)
+    y, x = far_apart((1, n), (n, 1), FP32), normal(1, 64, seed=1)
+    codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    packed[-32:] = codes[:, 32:] << 4 | codes[:, :32]
+    absmax[-32:] = normal(32, 1, seed=2).abs()
+    programs_from(n // 32 - 1)
+    with checked():
+        nf4.lora_gemm_nf4[1,](
+            x, packed, absmax, nf4_levels(), x, x, x, y, 1, n, 64, 64, 0, 0, 0, n,
+            RANK=1, BR=16, LORA=False, BIAS=False, PRECISION="ieee", BM=16, BN=32, GROUP=8,
+        )  # fmt: skip
+    close(y[:, -32:], x @ (nf4_levels()[codes.long()] * absmax[-32:]).T)
+
+
+def test_rows_of_an_nf4_product():
+    x, y = far_apart((4, 64), (HALF, 1), FP32).copy_(normal(4, 64, seed=1)), far_apart((4, 32), (HALF, 1), FP32)
+    codes = torch.arange(16, dtype=torch.uint8).repeat(32, 4)
+    with checked():
+        nf4.lora_gemm_nf4[1,](
+            x, codes[:, 32:] << 4 | codes[:, :32], torch.ones(32, 1), nf4_levels(), x, x, x, y, 4, 32, 64, HALF, 0, 0, 0,
+            HALF, RANK=1, BR=16, LORA=False, BIAS=False, PRECISION="ieee", BM=16, BN=32, GROUP=8,
+        )  # fmt: skip
+    close(y, x @ nf4_levels()[codes.long()].T)
+
+
+@pytest.mark.parametrize("kernel", ["lora_gemm", "lora_gemm_tma", "lora_expand"])
+def test_an_adapter_with_far_rows_is_copied(kernel):
+    """Epilogues read B by 32-bit offsets, which save registers."""
+    s, b = normal(5, 4, dtype=BF16, seed=1), normal(32, 4, seed=2)
+    far_b, nothing = far_apart((32, 4), (HALF // 8, 1), FP32).copy_(b), torch.zeros(5, 32, dtype=BF16)
+    with checked() as check:
+        if kernel == "lora_expand":
+            y = triton_ops.low_rank(s, far_b)
+        else:
+            tiles = dispatch.Tiles(32, 32, 32, 4, 2, descriptor=kernel == "lora_gemm_tma")
+            y = triton_ops.gemm(nothing, torch.zeros(32, 32, dtype=BF16), s, far_b, tiles=tiles)[0]
+    assert [launch.kernel for launch in check.launches] == [kernel]
+    close(y, (s.float() @ b.to(BF16).float().T).to(BF16))
+
+
+def test_blocks_of_nf4_decoding(programs_from):
+    blocks = (1 << 26) + 16
+    packed, absmax = far_apart((blocks, 32), (32, 1), torch.uint8), far_apart((blocks,), (1,), FP32)
+    w, code = far_apart((blocks, 64), (64, 1), FP32), 0x2D
+    packed[-16:], absmax[-16:] = code, 2.0
+    programs_from(triton.cdiv(blocks, 16) - 1)
+    with checked():
+        nf4.decode_nf4[1,](packed, absmax, nf4_levels(), w, blocks, BLOCKS=16)
+    last = w[(blocks - 1) // 16 * 16 :]
+    close(last[:, :32], torch.full_like(last[:, :32], 2 * nf4.LEVELS[code & 15]))
+    close(last[:, 32:], torch.full_like(last[:, 32:], 2 * nf4.LEVELS[code >> 4]))
