@@ -3,8 +3,8 @@
 Both train the same adapters from the same values on the same rows: AdamW, a cosine schedule without warmup, clipping at 1,
 no dropout, no weight decay, the same number of steps of the same number of rows. PEFT trains as its documentation says:
 `get_peft_model`, then transformers' Trainer, with autocast where the base is in 16 bits; its adapters are float32, as ours.
-liger-kernel is in neither, as the Trainer's default is. Each trainer orders the rows in its own way, seeded with the number of the repeat: the Trainer at random, plopfast by like
-length, which is part of what is compared.
+liger-kernel is in neither, as the Trainer's default is. Each trainer orders the rows in its own way, seeded with the number
+of the repeat: the Trainer at random, plopfast by like length, which is part of what is compared.
 """
 
 import gc

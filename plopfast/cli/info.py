@@ -36,13 +36,14 @@ def module_paths(
 ) -> list[tuple[int, str, str, str]]:
     """The path that each kind of linear module would take on `device`, for 1,024 tokens and adapters of `rank`.
 
-    Returns rows (number of modules, module type, "in -> out", path and why). Raises BackendError where `backend` cannot
+    Returns rows (number of modules, module type, "in -> out", path and why; with dropout, too, where that differs). Raises BackendError where `backend` cannot
     run, and ModelError for a model without linear modules.
     """
     rows = Counter[tuple[str, str, str]]()
     for info in linear_modules(model):
         x_MK = torch.empty(1, 1, dtype=dtype, device=device).expand(TOKENS, info.n_in)
         w_NK = torch.empty_strided((info.n_out, info.n_in), info.frozen.weight_NK.stride(), dtype=dtype, device="meta")
-        plan = or_backend_error(library.plan_of, x_MK, w_NK, rank, backend)
-        rows[info.type, f"{info.n_in} -> {info.n_out}", str(plan)] += 1
+        plan, dropped = (or_backend_error(library.plan_of, x_MK, w_NK, rank, backend, drop) for drop in (False, True))
+        text = str(plan) if plan.backend == dropped.backend else f"{plan}; with dropout {dropped}"
+        rows[info.type, f"{info.n_in} -> {info.n_out}", text] += 1
     return [(number, *row) for row, number in rows.items()]

@@ -16,9 +16,10 @@ from .eva import InputSketch
 class NFNState:
     """Sums the token ratios ||W z|| / (||z|| denominator) of each module and prompt, on the device.
 
-    `hook(index, name, bias)` returns a forward hook for a module; `take` is for norms that are known already. `open(counted, first)` and `close()` enclose the forward
-    pass of one batch: its prompts are numbered from `first` on, and `counted` [rows, tokens] is True for the tokens that
-    count. `sketch`, if given, sees the inputs too. `denominators`: [modules] float32.
+    `hook(index, name, bias)` returns a forward hook for a module; `take` is for norms that are known already. `open(counted,
+    first)` and `close()` enclose the forward pass of one batch: its prompts are numbered from `first` on, and `counted`
+    [rows, tokens] is True for the tokens that count. `sketch`, if given, sees the inputs too. `denominators`: [modules]
+    float32.
     """
 
     def __init__(self, denominators: torch.Tensor, backend: str = "auto", sketch: InputSketch | None = None) -> None:

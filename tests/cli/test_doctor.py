@@ -12,7 +12,7 @@ from helpers import SMALL as SIDES, build
 
 import plopfast as pf
 from plopfast.cli import doctor
-from plopfast.kernels import compile_time, philox, torch_ops
+from plopfast.kernels import compile_time, dispatch, philox, torch_ops
 from plopfast.support import machine
 from plopfast.support.errors import BackendError, ConfigError
 
@@ -217,6 +217,18 @@ def test_module_paths(llama):
     assert {row[3] for row in rows} == {"torch, lora-first (chosen)"}
     with pytest.raises(BackendError, match="'fused' cannot run on cpu: "):
         doctor.module_paths(llama, torch.device("cpu"), torch.float32, backend="fused")
+
+
+def test_the_path_with_dropout_is_named_where_it_differs(llama, monkeypatch):
+    monkeypatch.setattr(dispatch, "cannot_run", lambda device: "")
+    monkeypatch.setattr(dispatch, "target_of", lambda device: dispatch.Target("sm_90", 132))
+    dispatch.plan.cache_clear()
+    try:
+        paths = {row[3] for row in doctor.module_paths(llama, torch.device("cpu"), torch.bfloat16)}
+    finally:
+        dispatch.plan.cache_clear()
+    (path,) = paths
+    assert path.startswith("torch, lora-first (default: not measured") and "; with dropout triton, lora-first, expand" in path
 
 
 class SlowCompiler:
