@@ -228,7 +228,10 @@ def test_the_path_with_dropout_is_named_where_it_differs(llama, monkeypatch):
     finally:
         dispatch.plan.cache_clear()
     (path,) = paths
-    assert path.startswith("torch, lora-first (default: not measured") and "; with dropout triton, lora-first, expand" in path
+    assert (
+        path.startswith("torch, lora-first (default: not measured")
+        and "; with dropout triton, lora-first, expand" in path
+    )
 
 
 class SlowCompiler:
