@@ -58,6 +58,12 @@ def test_a_step_of_query_key_and_value(found):
         assert sum(row["calls"]) < 3 * sum(alone[strategy]["calls"]), strategy
 
 
+def test_a_second_step_makes_no_plan(found):
+    """What depends on shapes is done by then: a step of the same shape only launches."""
+    for section in ("step", "group"):
+        assert {row["plans"] for name, row in found[section].items() if name != "peft"} == {0}
+
+
 def test_a_launch_costs_few_calls(found):
     assert len(found["each"]) == 3
     for launcher, (python, c) in found["each"].items():

@@ -1,9 +1,12 @@
 """The chunked loss against the plain one; shared shrinks and casts against per-call ones; what is never computed."""
 
+import traceback
+
 import pytest
 import torch
 import transformers
 from helpers import CONFIGS, ROWS, SMALL, STARTS, build, everywhere, gradients, prompted, trained
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import plopfast as pf
 from plopfast.data.batches import collate
@@ -201,6 +204,34 @@ def test_shrinks_and_casts_are_counted(llama, monkeypatch):
     assert len(shrinks) == 2 * 3 * 4
     assert not casts and copies == [2 * len(adapters(model))] == [2 * 21]
     assert {s[1].shape[0] for s in shrinks} == {9, 6, 3}, "stacked ranks: q, k, v; gate, up; the others"
+
+
+class Waits(TorchDispatchMode):
+    """Notes who reads values on the host, for which a GPU would have to be waited for."""
+
+    READS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+
+    def __init__(self):
+        super().__init__()
+        self.readers = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.READS:
+            frames = [frame.filename for frame in traceback.extract_stack()]
+            self.readers.append(next(name for name in reversed(frames) if "/torch/" not in name and name != __file__))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_within_a_step(llama):
+    """From the batch to the gradients, so that a GPU's step can be enqueued ahead, or captured. transformers looks once at
+    the positions, for packed rows."""
+    model = trained(llama)
+    find_shared_inputs(model)
+    objective, batch = Objective(model), collate(prompted(ROWS, STARTS))
+    with torch.autograd.set_multithreading_enabled(False), Waits() as waits, Prepared(model):
+        objective(batch).backward()
+    assert [name for name in waits.readers if "transformers/masking_utils" not in name] == []
+    assert len(waits.readers) <= 1
 
 
 def test_a_shared_input_that_changes_in_place_is_shrunk_again(llama):

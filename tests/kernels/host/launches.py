@@ -151,7 +151,7 @@ class Linear(nn.Module):
 
 
 def step():
-    """strategy -> launches of Triton's, and (Python, C) calls, of a step of one linear: forward and backward."""
+    """strategy -> launches of Triton's, (Python, C) calls, and plans that a second step makes, of one linear: forward and backward."""
     found, (m, k, n, r) = {}, (512, 1024, 768, 16)
     x, dy = torch.randn(m, k, dtype=BF16, requires_grad=True), torch.randn(m, n, dtype=BF16)
     for strategy in ("torch", "lora-first", "fused"):
@@ -163,7 +163,9 @@ def step():
 
         with Prepared(model):
             one()
+            plans = len(launch._plans)
             found[strategy] = {"launches": len(STUB.launches(one)), "calls": STUB.calls(one)}
+            found[strategy]["plans"] = len(launch._plans) - plans
     try:
         import peft
     except ImportError:
@@ -176,7 +178,7 @@ def step():
 
 
 def group():
-    """strategy -> launches of Triton's, and (Python, C) calls, of query, key and value together: forward and backward."""
+    """strategy -> as in `step`, of query, key and value together."""
     found, (m, k, r) = {}, (512, 1024, 16)
     x = torch.randn(m, k, dtype=BF16, requires_grad=True)
     dy = [torch.randn(m, n, dtype=BF16) for n in (1024, 256, 256)]
@@ -192,7 +194,9 @@ def group():
 
         with Prepared(model):
             one()
+            plans = len(launch._plans)
             found[strategy] = {"launches": len(STUB.launches(one)), "calls": STUB.calls(one)}
+            found[strategy]["plans"] = len(launch._plans) - plans
     return found
 
 
