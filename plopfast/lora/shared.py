@@ -80,8 +80,16 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
         self._low: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._made_for: list[tuple[Any, ...]] = []
 
-    @torch.no_grad()
     def __enter__(self) -> "Prepared":
+        try:
+            self._prepare()
+        except BaseException:  # Ctrl-C half way
+            self.__exit__()
+            raise
+        return self
+
+    @torch.no_grad()
+    def _prepare(self) -> None:
         kinds = [(m.frozen.dtype, m.lora_A.device, m.lora_A.dtype, m.lora_B.dtype) for m in self.modules]
         if kinds != self._made_for:
             self._allocate()
@@ -98,7 +106,6 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
             torch._foreach_copy_(copies, values)
         for group, stack in zip(self.groups, self._stacks, strict=True):
             group.stacked_A = stack
-        return self
 
     def __exit__(self, *raised: object) -> None:
         for module in self.modules:

@@ -98,6 +98,21 @@ def test_after_a_step_changed_adapters_are_used():
     torch.testing.assert_close(logits(model), after)
 
 
+def test_ctrl_c_while_a_step_is_prepared(monkeypatch):
+    model = model_with(**MIXED["ranks of one scaling"][0])
+    find_shared_inputs(model)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed, pytest.raises(KeyboardInterrupt):
+        changed.setattr(torch, "_foreach_copy_", interrupted)
+        Prepared(model).__enter__()
+    modules = adapters(model).values()
+    assert all(module.low is None for module in modules)
+    assert all(module.shared.stacked_A is None for module in modules if module.shared)
+
+
 def test_switched_off_in_a_step():
     model = model_with(**MIXED["ranks of one scaling"][0])
     find_shared_inputs(model)
