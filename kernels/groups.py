@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import dispatch, library, torch_ops
+from . import dispatch, library, philox, torch_ops
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,7 @@ class Group:
 
     c: float
     p: float
-    seeds: tuple[int, ...]
+    seeds: tuple[philox.Seed, ...]
     ranks: tuple[int, ...]
     plan: dispatch.Plan
 

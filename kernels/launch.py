@@ -74,7 +74,7 @@ class Planned:
         self.small: tuple[bool, ...] = ()
         self.tail: tuple[Any, ...] = ()
 
-    def __call__(self, pointers: tuple[torch.Tensor, ...], free: tuple[int, ...]) -> None:
+    def __call__(self, pointers: tuple[torch.Tensor, ...], free: tuple[int | torch.Tensor, ...]) -> None:
         watched = _runtime.launch_enter_hook.calls or _runtime.launch_exit_hook.calls or _runtime.debug
         if self.run is None or watched or current_device() != self.device:
             return self._plainly(pointers, free)
@@ -82,7 +82,7 @@ class Planned:
         for tensor in pointers:
             addresses |= tensor.data_ptr()
         for number, small in zip(free, self.small):  # noqa: B905  # of one length
-            if (-I32 <= number < I32) is not small:
+            if type(number) is not int or (-I32 <= number < I32) is not small:
                 addresses = 1
         if addresses & 15:
             return self._plainly(pointers, free)
@@ -91,16 +91,17 @@ class Planned:
             *pointers, *free, *self.tail,
         )  # fmt: skip
 
-    def _plainly(self, pointers: tuple[torch.Tensor, ...], free: tuple[int, ...]) -> None:
+    def _plainly(self, pointers: tuple[torch.Tensor, ...], free: tuple[int | torch.Tensor, ...]) -> None:
         """Launches as Triton does, and keeps the compiled kernel if later launches may use it."""
         with on_device(pointers[0]):
             found = self.kernel[self.grid](*pointers, *free, *self.numbers, **self.constants, **self.options)
         aligned = not any(tensor.data_ptr() & 15 for tensor in pointers)
-        if self.run is None and aligned and _direct(self.kernel, found):
+        numbers = all(type(number) is int for number in free)  # a seed may be a tensor, which is another variant
+        if self.run is None and aligned and numbers and _direct(self.kernel, found):
             names = self.kernel.arg_names
             assert names[-len(self.constants) :] == [*self.constants], f"order of constants: {names}"
             assert len(names) == len(pointers) + len(free) + len(self.numbers) + len(self.constants)
-            self.small = tuple(-I32 <= number < I32 for number in free)
+            self.small = tuple(-I32 <= int(number) < I32 for number in free)
             self.tail = (*self.numbers, *self.constants.values())
             self.run, self.function, self.packed = found.run, found.function, found.packed_metadata
             self.kept = found

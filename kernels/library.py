@@ -76,12 +76,16 @@ def lora_backward(
     return dx, da, db
 
 
-def factors(scaling: float, p: float, seed: torch.Tensor | None) -> tuple[float, int]:
-    """c = scaling / (1 - p), and the seed as a number."""
-    return (scaling * philox.inverse_keep(p), int(seed)) if p and seed is not None else (scaling, 0)
+def factors(scaling: float, p: float, seed: torch.Tensor | None) -> tuple[float, philox.Seed]:
+    """c = scaling / (1 - p), and the seed: as a number, or as it is where a GPU holds it, which is not waited for."""
+    if not p or seed is None:
+        return scaling, 0
+    return scaling * philox.inverse_keep(p), int(seed) if seed.is_cpu else seed
 
 
-def shrink(x: torch.Tensor, a: torch.Tensor, c: float, p: float, seed: int, plan: dispatch.Plan) -> torch.Tensor:
+def shrink(
+    x: torch.Tensor, a: torch.Tensor, c: float, p: float, seed: philox.Seed, plan: dispatch.Plan
+) -> torch.Tensor:
     """S = c drop(X) A^T [M, R]; `a` may be a stack of the adapters of several modules that share X.
 
     Without dropout it is the vendor's product, which takes 0.4 to 0.8 of the kernel's time on an H200 and is one launch.
@@ -91,16 +95,22 @@ def shrink(x: torch.Tensor, a: torch.Tensor, c: float, p: float, seed: int, plan
 
 
 def shrink_each(
-    x: torch.Tensor, adapters: Sequence[torch.Tensor], c: float, p: float, seeds: Sequence[int], plan: dispatch.Plan
+    x: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    c: float,
+    p: float,
+    seeds: Sequence[philox.Seed],
+    plan: dispatch.Plan,
 ) -> list[torch.Tensor]:
     """S = c drop(X) A^T [M, R] of each adapter, which has a dropout seed of its own."""
     if not p or plan.backend == "torch":
         return [torch_ops.shrink(x, a, c, p, seed) for a, seed in zip(adapters, seeds, strict=True)]
     from . import triton_ops  # only where it can run
 
-    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+    if x.is_cuda and torch.cuda.is_current_stream_capturing() and any(isinstance(seed, int) for seed in seeds):
         raise RuntimeError(
-            "LoRA dropout in a CUDA graph would repeat one mask: set dropout to 0, or keep this layer out of the graph"
+            "LoRA dropout in a CUDA graph would repeat one mask: give a seed that the graph draws on the GPU, or set the "
+            "dropout to 0"
         )
     first = adapters[0]
     if all(a.shape == first.shape and a.stride() == first.stride() for a in adapters[1:]):
@@ -121,7 +131,7 @@ def forward(
 
 def backward(
     dy: torch.Tensor, x: torch.Tensor, s: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: float, p: float,
-    seed: int, plan: dispatch.Plan, needed: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype],
+    seed: philox.Seed, plan: dispatch.Plan, needed: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """dX [M, K], dA [R, K], dB [N, R], None where it is not `needed`. `dtypes` are those of dA and dB."""
     need_x, need_a, need_b = needed
@@ -150,7 +160,7 @@ def grad_s_and_b(
 
 
 def grad_a(
-    ds: torch.Tensor, x: torch.Tensor, p: float, seed: int, plan: dispatch.Plan, dtype: torch.dtype
+    ds: torch.Tensor, x: torch.Tensor, p: float, seed: philox.Seed, plan: dispatch.Plan, dtype: torch.dtype
 ) -> torch.Tensor:
     """dA = dS^T drop(X) [R, K] in `dtype`.
 

@@ -6,7 +6,13 @@ import triton.language as tl
 
 @triton.jit
 def keep_tile(seed, rows_M, column0, threshold, BM: tl.constexpr, BC: tl.constexpr):
-    """bool [BM, BC]: the rows `rows_M` (int64) and columns from `column0` (a multiple of 8) of philox.keep_mask."""
+    """bool [BM, BC]: the rows `rows_M` (int64) and columns from `column0` (a multiple of 8) of philox.keep_mask.
+
+    `seed` is a number, or a pointer to one that a CUDA graph draws anew at each replay.
+    """
+    if isinstance(seed, tl.tensor):  # noqa: SIM102  # the interpreter's numbers have no dtype
+        if seed.dtype.is_ptr():
+            seed = tl.load(seed)
     group = (column0 // 8 + tl.arange(0, BC // 8)).to(tl.uint32)[None, :]
     low = (rows_M & 0xFFFFFFFF).to(tl.uint32)[:, None]
     high = (rows_M >> 32).to(tl.uint32)[:, None]

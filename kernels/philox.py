@@ -16,10 +16,11 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _LOW = 0xFFFFFFFF
 LANES = 8
 LEVELS = 1 << 16
+Seed = int | torch.Tensor  # 64 bits: a number, or a 0-d int64 tensor on the device that computes, as in a CUDA graph
 
 
 def philox4x32(
-    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[int, int], rounds: int = ROUNDS
+    counter: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], key: tuple[Seed, Seed], rounds: int = ROUNDS
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Philox-4x32 of int64 tensors that hold 32-bit counters; returns four int64 tensors that hold 32-bit words."""
     c0, c1, c2, c3 = counter
@@ -42,8 +43,8 @@ def inverse_keep(p: float) -> float:
     return LEVELS / (LEVELS - threshold(p))
 
 
-def keep_mask(seed: int, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
-    """bool [rows, columns], True where an element is kept; `seed` is a 64-bit integer, `p` the drop rate."""
+def keep_mask(seed: Seed, rows: int, columns: int, p: float, device: torch.device | str = "cpu") -> torch.Tensor:
+    """bool [rows, columns], True where an element is kept; `p` is the drop rate."""
     row = torch.arange(rows, device=device)[:, None]
     group = torch.arange(-(-columns // LANES), device=device)[None, :]
     row, group = torch.broadcast_tensors(row, group)

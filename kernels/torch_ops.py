@@ -12,7 +12,7 @@ import torch
 from . import philox
 
 
-def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float, seed: int) -> torch.Tensor:
+def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float, seed: philox.Seed) -> torch.Tensor:
     """S = c drop(X) A^T; `drop` zeroes elements and does not rescale"""
     s_MR = x_MK.new_empty(x_MK.shape[0], a_RK.shape[0])
     return s_MR.addmm_(_drop(x_MK, p, seed) if p else x_MK, a_RK.to(x_MK.dtype).T, beta=0, alpha=c)
@@ -32,19 +32,19 @@ def grad_s(dy_MN: torch.Tensor, b_NR: torch.Tensor, c: float) -> torch.Tensor:
 
 
 def grad_x(
-    dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int
+    dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: philox.Seed
 ) -> torch.Tensor:
     """dX = mask (dS A) + dY W"""
     return low_rank(ds_MR, a_RK, seed, p).addmm_(dy_MN, w_NK)
 
 
-def low_rank(ds_MR: torch.Tensor, a_RK: torch.Tensor, seed: int, p: float) -> torch.Tensor:
+def low_rank(ds_MR: torch.Tensor, a_RK: torch.Tensor, seed: philox.Seed, p: float) -> torch.Tensor:
     """mask (dS A)"""
     dx_MK = ds_MR @ a_RK.to(ds_MR.dtype)
     return dx_MK.mul_(philox.keep_mask(seed, dx_MK.shape[0], dx_MK.shape[1], p, dx_MK.device)) if p else dx_MK
 
 
-def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: philox.Seed) -> torch.Tensor:
     """dA = dS^T drop(X)"""
     return ds_MR.T @ _drop(x_MK, p, seed)
 
@@ -66,6 +66,6 @@ def frozen_norms(x_MK: torch.Tensor, w_NK: torch.Tensor) -> torch.Tensor:
     return row_norms(x_MK @ w_NK.T)
 
 
-def _drop(x_MK: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+def _drop(x_MK: torch.Tensor, p: float, seed: philox.Seed) -> torch.Tensor:
     """X with dropped elements set to zero, not rescaled: the small product takes the factor 1 / (1 - p)."""
     return x_MK * philox.keep_mask(seed, x_MK.shape[0], x_MK.shape[1], p, x_MK.device) if p else x_MK

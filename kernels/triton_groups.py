@@ -67,7 +67,9 @@ def _low_ranks(
     return run
 
 
-def low_rank_sum(s: Sequence[torch.Tensor], b: Sequence[torch.Tensor], p: float, seeds: Sequence[int]) -> torch.Tensor:
+def low_rank_sum(
+    s: Sequence[torch.Tensor], b: Sequence[torch.Tensor], p: float, seeds: Sequence[philox.Seed]
+) -> torch.Tensor:
     """The sum over the members of mask_i (S_i B_i^T) [M, N], in S's dtype; `fits(s, b)` holds, and each B is [N, R]."""
     run = plan(
         _low_rank_sum, s[0].device, s[0].dtype, s[0].shape, s[0].stride(0), b[0].dtype, b[0].shape[0], b[0].stride(),
@@ -88,7 +90,7 @@ def _low_rank_sum(
         device, num_warps=4, num_stages=2,
     )  # fmt: skip
 
-    def run(s: Sequence[torch.Tensor], b: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+    def run(s: Sequence[torch.Tensor], b: Sequence[torch.Tensor], seeds: Sequence[philox.Seed]) -> torch.Tensor:
         y = s[0].new_empty(m, n)
         launch((*_three(s), *_three(b), y), (m, *(_three(seeds) if p else (0, 0, 0))))
         return y

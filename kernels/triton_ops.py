@@ -30,13 +30,17 @@ from .shrink import lora_shrink
 MAX_STACKED = 3
 
 
-def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float = 0.0, seed: int = 0) -> torch.Tensor:
+def shrink(x_MK: torch.Tensor, a_RK: torch.Tensor, c: float, p: float = 0.0, seed: philox.Seed = 0) -> torch.Tensor:
     """S = c drop(X) A^T, [M, R] in X's dtype; `drop` zeroes elements and does not rescale."""
     return shrink_stacked(x_MK, (a_RK,), c, p, (seed,))[0]
 
 
 def shrink_stacked(
-    x_MK: torch.Tensor, adapters: Sequence[torch.Tensor], c: float, p: float = 0.0, seeds: Sequence[int] = (0, 0, 0)
+    x_MK: torch.Tensor,
+    adapters: Sequence[torch.Tensor],
+    c: float,
+    p: float = 0.0,
+    seeds: Sequence[philox.Seed] = (0, 0, 0),
 ) -> torch.Tensor:
     """S [G, M, R] of up to three adapters A [R, K] of one rank and layout; reads X once."""
     first = adapters[0]
@@ -70,7 +74,7 @@ def _shrink(
     )  # fmt: skip
     gather = summing(device, splits, (count, m, rank), dtype, c)
 
-    def run(x: torch.Tensor, adapters: Sequence[torch.Tensor], seeds: Sequence[int]) -> torch.Tensor:
+    def run(x: torch.Tensor, adapters: Sequence[torch.Tensor], seeds: Sequence[philox.Seed]) -> torch.Tensor:
         a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
         s = x.new_empty(splits, count, m, rank, dtype=torch.float32)
         launch((x, a0, a1, a2, s), (m, *(*seeds, 0, 0)[:3]))
@@ -94,7 +98,13 @@ def forward(
 
 
 def grad_x(
-    dy_MN: torch.Tensor, ds_MR: torch.Tensor, w_NK: torch.Tensor, a_RK: torch.Tensor, p: float, seed: int, plan: Plan
+    dy_MN: torch.Tensor,
+    ds_MR: torch.Tensor,
+    w_NK: torch.Tensor,
+    a_RK: torch.Tensor,
+    p: float,
+    seed: philox.Seed,
+    plan: Plan,
 ) -> torch.Tensor:
     """dX = dY W + mask (dS A); dS holds the factor 1 / (1 - p)"""
     if plan.strategy == "fused":
@@ -112,7 +122,7 @@ def grad_s_and_b(
     return ds_MR, db_NR
 
 
-def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+def grad_a(ds_MR: torch.Tensor, x_MK: torch.Tensor, p: float, seed: philox.Seed, dtype: torch.dtype) -> torch.Tensor:
     """dA = dS^T drop(X)"""
     return _grads(x_MK, ds_MR, dtype, p=p, seed=seed, transposed=True)[0]
 
@@ -125,7 +135,7 @@ def gemm(
     bias_N: torch.Tensor | None = None,
     *,
     p: float = 0.0,
-    seed: int = 0,
+    seed: philox.Seed = 0,
     norms: bool = False,
     store: bool = True,
     tiles: Tiles | None = None,
@@ -179,7 +189,7 @@ def _gemm(
         s: torch.Tensor | None,
         b: torch.Tensor | None,
         bias: torch.Tensor | None,
-        seed: int,
+        seed: philox.Seed,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         y = x.new_empty(y_shape)
         parts = x.new_empty(tiles_n, m, dtype=torch.float32) if norms else y
@@ -214,7 +224,7 @@ def copyable(*matrices: torch.Tensor) -> bool:
 
 
 def low_rank(
-    s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: int = 0
+    s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: philox.Seed = 0
 ) -> torch.Tensor:
     """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
     exact = "ieee" if s_MR.dtype is not torch.float32 else precision(s_MR)
@@ -237,7 +247,7 @@ def _low_rank(
         device, num_warps=8 if exact == "tf32" else 4, num_stages=2,
     )  # fmt: skip
 
-    def run(s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, seed: int) -> torch.Tensor:
+    def run(s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, seed: philox.Seed) -> torch.Tensor:
         y = s.new_empty(m, n)
         if m and n:
             b = b if near else b.contiguous()
@@ -282,7 +292,7 @@ def _row_norms(
 
 def _grads(
     t_MC: torch.Tensor, v_MR: torch.Tensor, dtype: torch.dtype, *, u: torch.Tensor | None = None, c: float = 1.0,
-    p: float = 0.0, seed: int = 0, transposed: bool = False,
+    p: float = 0.0, seed: philox.Seed = 0, transposed: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """T^T V as [C, R] ([R, C] if `transposed`), and c T U [M, R] if `u` is given. See grads.py."""
     run = plan(
@@ -317,7 +327,7 @@ def _grads_plan(
     both = summing_both(device, (parts, shape, dtype, 1.0), (stripes, (m, rank), v_dtype, c))
 
     def run(
-        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, seed: int
+        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, seed: philox.Seed
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         g, ds = v.new_empty(parts, *shape, dtype=g_dtype), v.new_empty(ds_shape, dtype=ds_dtype)
         launch((t, v, t if u is None else u, g, ds), (m, chunk, seed, part))

@@ -93,7 +93,7 @@ class LoRALinear(nn.Module):
             scaling=self.scaling,
             bias=base.bias,  # type: ignore[arg-type]
             dropout_p=p,
-            seed=new_seed() if p else None,
+            seed=new_seed(x.device) if p else None,
             backend=self.backend,
             low=self.low,
         )

@@ -38,7 +38,8 @@ def lora_linear(
     gradients, may be float32 instead. Under autocast everything is computed in the autocast dtype.
 
     The backward pass keeps only x and S = drop(x) A^T. The dropout mask is a function of (seed, row, column) and is never
-    stored. `seed` is a 64-bit integer, or a 0-d int64 tensor on the CPU, which torch.compile can trace.
+    stored. `seed` is a 64-bit integer, or a 0-d int64 tensor: on the CPU, which torch.compile can trace, or on x's GPU, where
+    it isn't waited for, so that a CUDA graph may draw it anew at each replay.
 
     `backend`: "auto" (what the tuning table says; where it says nothing torch, and with dropout Triton if it runs), "torch",
     "triton" (strategy from the tuning table), or "fused" or "lora-first" for one strategy.
@@ -102,11 +103,14 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
         return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
 
-def new_seed() -> torch.Tensor:
-    """Draws the seed of one call's dropout, a 0-d int64 tensor on the CPU, from torch's generator.
+def new_seed(device: torch.device) -> torch.Tensor:
+    """Draws the seed of one call's dropout on `device`, a 0-d int64 tensor, from torch's generator.
 
-    A draw, not a counter of our own: activation checkpointing restores the generator before it recomputes.
+    It lies on the CPU, but in a CUDA graph on the GPU, whose generator draws anew at each replay. A draw, not a counter of
+    our own: activation checkpointing restores the generator before it recomputes.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.randint(1 << 62, (), device=device)
     return torch.randint(1 << 62, (), device="cpu")
 
 

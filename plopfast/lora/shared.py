@@ -49,15 +49,15 @@ class SharedInput:
 
     def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
         members, first = self.members, self.members[0]
-        seeds = [new_seed() if p else None for _ in members]
+        seeds = [new_seed(x.device) if p else None for _ in members]
         weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
         for m, w, bias, seed in zip(members, weights, biases, seeds, strict=True):
             check(x, w, m.lora_A, m.lora_B, bias, m.scaling, p, seed)
         x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
         widest = max(weights, key=len)
         plan = or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
-        c, _ = library.factors(first.scaling, p, seeds[0])
-        group = Group(c, p, tuple(int(s) if s is not None else 0 for s in seeds), tuple(m.rank for m in members), plan)
+        factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
+        group = Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
         low = [m.low[0] for m in members if m.low], [m.low[1] for m in members if m.low]
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
         outputs = LoRAGroup.apply(x_MK, weights, biases, low, self.stacked_A, group, *trained)

@@ -49,6 +49,13 @@ def test_every_bit_of_the_seed_counts(seed, watched):
         assert not torch.equal(got, philox.keep_mask(other, 32, 64, 0.4, DEVICE))
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_seed_in_memory_is_the_number_that_lies_there(seed, watched):
+    there = torch.tensor(seed, device=DEVICE)
+    assert torch.equal(tile_of(there, 8, 16, 0.4, 32, 64, watched), tile_of(seed, 8, 16, 0.4, 32, 64, watched))
+    assert torch.equal(philox.keep_mask(there, 20, 40, 0.4, DEVICE), philox.keep_mask(seed, 20, 40, 0.4, DEVICE))
+
+
 def test_a_seed_is_the_same_as_a_signed_or_unsigned_number():
     assert torch.equal(philox.keep_mask(-1, 4, 64, 0.5), philox.keep_mask((1 << 64) - 1, 4, 64, 0.5))
 

@@ -106,6 +106,16 @@ def _grads(target: str, p: float = 0.0, **shape: Any) -> None:
     triton_ops.grad_a(o.s, o.x, p, SEED, o.a.dtype)
 
 
+def _seeds_in_memory(target: str) -> None:
+    """What is masked, with seeds that a CUDA graph would draw."""
+    o, seed = operands(), torch.empty((), dtype=torch.int64, device="meta")
+    triton_ops.shrink_stacked(o.x, (o.a,) * 2, 2.0, 0.1, (seed,) * 2)
+    triton_ops.low_rank(o.s, o.a.T, p=0.1, seed=seed)
+    triton_groups.low_rank_sum([o.s] * 3, [o.a.T] * 3, 0.1, (seed,) * 3)
+    triton_ops.grad_a(o.s, o.x, 0.1, seed, o.a.dtype)
+    triton_ops.gemm(o.dy, o.w.T, o.s, o.a.T, p=0.1, seed=seed)
+
+
 def _rank_256(target: str) -> None:
     _everything(target, r=256)
 
@@ -213,6 +223,7 @@ JOBS = {
     "grads, wide": Job(_of(_grads, m=16384, n=14336), _READ, ("sm_80", "sm_90", "sm_100", "sm_103", "gfx950")),
     "grads, rank 32": Job(_of(_grads, r=32, m=16384, n=14336), _READ),
     "grads, rank 64": Job(_of(_grads, r=64, p=0.1), _READ, _ONE_OF_EACH),
+    "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH),
     "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "nf4": Job(_nf4, _SMALL),

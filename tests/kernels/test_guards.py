@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from plopfast.kernels import dispatch, library
+from plopfast.lora.ops import new_seed
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton exists for Linux only")
 PLAN = dispatch.Plan("triton", "lora-first", dispatch.SAFE_TILES[0], "")
@@ -133,7 +134,8 @@ def test_kernels_without_plans_are_launched_on_the_tensors_device(kernel, monkey
 
 @pytest.mark.parametrize("capturing", [False, True])
 def test_dropout_in_a_cuda_graph_is_refused(capturing, monkeypatch):
-    """A replay would repeat its mask. Without dropout, and on the path of torch, nothing is refused."""
+    """A replay would repeat its mask. Nothing is refused without dropout, on the path of torch, and with a seed that the graph
+    draws."""
     from plopfast.kernels import torch_ops, triton_ops
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
@@ -145,7 +147,25 @@ def test_dropout_in_a_cuda_graph_is_refused(capturing, monkeypatch):
     with refused:
         assert library.shrink(on(0), a, 1.0, 0.5, 3, PLAN) == "kernel"
     assert library.shrink(on(0), a, 1.0, 0.0, 3, PLAN) == "torch"
+    assert library.shrink(on(0), a, 1.0, 0.5, torch.tensor(3), PLAN) == "kernel"
     assert library.shrink(on(0, "cpu"), a, 1.0, 0.5, 3, PLAN) == "kernel"
+
+
+def test_a_seed_is_drawn_where_it_is_read(monkeypatch):
+    """In a CUDA graph by the GPU, whose generator draws anew at each replay, and never read by the host; else on the CPU."""
+    drawn = []
+    monkeypatch.setattr(torch, "randint", lambda high, size, device: drawn.append((high, size, str(device))))
+    for device, capturing in (("cuda", True), ("cuda", False), ("cpu", True)):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda capturing=capturing: capturing)
+        new_seed(torch.device(device))
+    assert drawn == [(1 << 62, (), "cuda"), (1 << 62, (), "cpu"), (1 << 62, (), "cpu")]
+
+
+def test_a_seed_on_a_gpu_is_not_waited_for():
+    there = torch.empty((), dtype=torch.int64, device="meta")  # reading it would be an error
+    c, seed = library.factors(2.0, 0.5, there)
+    assert seed is there and c == 4.0
+    assert library.factors(2.0, 0.5, torch.tensor(7)) == (4.0, 7) and library.factors(2.0, 0.0, there) == (2.0, 0)
 
 
 def specialisations(calls):

@@ -17,7 +17,7 @@ KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
     "row_norms",
 }  # fmt: skip
-GUARDS = {"misaligned", "64 bits", "enter hook", "exit hook", "debug", "device", "switch"}
+GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 
 
 @pytest.fixture(scope="module")

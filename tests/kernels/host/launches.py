@@ -116,6 +116,7 @@ def guarded():
         moved = torch.empty(40 * 16 + 1, dtype=BF16)[1:].view(40, 16)
         found["misaligned"] = way((moved, *pointers[1:]), (40, 0))
         found["64 bits"] = way(pointers, (40, 1 << 31))
+        found["seed in memory"] = way(pointers, (40, torch.empty((), dtype=torch.int64, device="meta")))
         for name, hooks in (("enter hook", runtime.launch_enter_hook), ("exit hook", runtime.launch_exit_hook)):
             hook = lambda metadata: None  # noqa: E731
             hooks.add(hook)
