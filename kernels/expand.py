@@ -12,8 +12,7 @@ M rows, N columns, R rank.
 import triton
 import triton.language as tl
 
-from .gemm import add_low_rank
-from .mask import keep_tile
+from .gemm import add_low_rank, masked_low_rank
 
 
 @triton.jit
@@ -25,10 +24,13 @@ def _tile(s, b, bias, y, tile_n, M, seed, N, threshold, ssm, sbn, sbr, sym,
     rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     row_M = tl.where(rm < M, rm, 0)
     rn = tile_n * BN + tl.arange(0, BN)
-    acc = tl.zeros((BM, BN), tl.float32)
-    acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
     if MASK:
-        acc = tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), acc, 0.0)
+        acc = masked_low_rank(
+            s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, PRECISION, BM, BN
+        )
+    else:
+        acc = tl.zeros((BM, BN), tl.float32)
+        acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
     if BIAS:
         acc += tl.load(bias + rn, mask=rn < N, other=0.0).to(tl.float32)[None, :]
     mask = (rm < M)[:, None] & (rn < N)[None, :]
@@ -41,28 +43,8 @@ def lora_expand(
     RANK: tl.constexpr, BR: tl.constexpr, MASK: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    _tile(
-        s,
-        b,
-        bias,
-        y,
-        tl.program_id(1),
-        M,
-        seed,
-        N,
-        threshold,
-        ssm,
-        sbn,
-        sbr,
-        sym,
-        RANK,
-        BR,
-        MASK,
-        BIAS,
-        PRECISION,
-        BM,
-        BN,
-    )
+    tile_n = tl.program_id(1)
+    _tile(s, b, bias, y, tile_n, M, seed, N, threshold, ssm, sbn, sbr, sym, RANK, BR, MASK, BIAS, PRECISION, BM, BN)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -89,9 +71,9 @@ def _term(acc, s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, d
           RANK: tl.constexpr, BR: tl.constexpr, MASK: tl.constexpr, PRECISION: tl.constexpr,
           BM: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     if MASK:
-        one = tl.zeros((BM, BN), tl.float32)
-        one = add_low_rank(one, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
-        return acc + tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), one, 0.0)
+        return acc + masked_low_rank(
+            s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, PRECISION, BM, BN
+        )
     return add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
 
 
@@ -116,26 +98,7 @@ def lora_expand_sum(
     )
     if COUNT > 2:
         acc = _term(
-            acc,
-            s2,
-            b2,
-            row_M,
-            rm,
-            rn,
-            tile_n,
-            seed2,
-            N,
-            threshold,
-            ssm,
-            sbn,
-            sbr,
-            dtype,
-            RANK,
-            BR,
-            MASK,
-            PRECISION,
-            BM,
-            BN,
-        )
+            acc, s2, b2, row_M, rm, rn, tile_n, seed2, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, MASK, PRECISION, BM, BN
+        )  # fmt: skip
     mask = (rm < M)[:, None] & (rn < N)[None, :]
     tl.store(y + rm[:, None] * N + rn[None, :], acc.to(dtype), mask=mask)

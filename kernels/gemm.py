@@ -48,6 +48,17 @@ def add_low_rank(
 
 
 @triton.jit
+def masked_low_rank(
+    s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype: tl.constexpr,
+    RANK: tl.constexpr, BR: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """mask (S B^T) of one tile [BM, BN], in float32."""
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
+    return tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), acc, 0.0)
+
+
+@triton.jit
 def finish(
     acc, s, b, bias, y, norms, tile_n, rm, row_M, rn, M, N, ssm, sbn, sbr, sym, dtype: tl.constexpr,
     RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, NORMS: tl.constexpr,
@@ -85,8 +96,9 @@ def lora_gemm(
     step = tl.full((), BK, tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     if MASK:
-        acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
-        acc = tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), acc, 0.0)
+        acc = masked_low_rank(
+            s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, PRECISION, BM, BN
+        )
     for k in range(0, tl.cdiv(K, BK)):
         if EVEN_K:
             x_tile = tl.load(x_MK)

@@ -9,8 +9,7 @@ M rows, K reduced, N columns, R rank.
 import triton
 import triton.language as tl
 
-from .gemm import add_low_rank, finish, tile_of
-from .mask import keep_tile
+from .gemm import finish, masked_low_rank, tile_of
 
 
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
@@ -30,8 +29,9 @@ def lora_gemm_tma(
         rn = tile_n * BN + tl.arange(0, BN)
         acc = tl.zeros((BM, BN), tl.float32)
         if MASK:
-            acc = add_low_rank(acc, s, b, row_M, rn, N, ssm, sbn, sbr, dtype, RANK, BR, PRECISION)
-            acc = tl.where(keep_tile(seed, rm, tile_n * BN, threshold, BM, BN), acc, 0.0)
+            acc = masked_low_rank(
+                s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, PRECISION, BM, BN
+            )
         for k in range(0, tl.cdiv(K, BK)):  # beyond the edges a descriptor reads zeros
             x_tile = x_desc.load([tile_m * BM, k * BK])
             if W_IS_NK:
