@@ -31,13 +31,9 @@ def low_ranks(
     """L_i = S_i B_i^T + bias_i [M, N_i] of each member, in S's dtype; `fits(s, b)` holds."""
     run = plan(
         _low_ranks, s[0].device, s[0].dtype, s[0].shape, s[0].stride(0), b[0].dtype, b[0].stride(),
-        tuple(len(one) for one in b), tuple(bias is not None for bias in biases), _exact(s[0]),
+        tuple(len(one) for one in b), tuple(bias is not None for bias in biases), precision(s[0]),
     )  # fmt: skip
     return run(s, b, biases)
-
-
-def _exact(s: torch.Tensor) -> str:
-    return "ieee" if s.dtype is not torch.float32 else precision(s)
 
 
 def _three(members: Sequence[Any]) -> tuple[Any, ...]:
@@ -73,7 +69,7 @@ def low_rank_sum(
     """The sum over the members of mask_i (S_i B_i^T) [M, N], in S's dtype; `fits(s, b)` holds, and each B is [N, R]."""
     run = plan(
         _low_rank_sum, s[0].device, s[0].dtype, s[0].shape, s[0].stride(0), b[0].dtype, b[0].shape[0], b[0].stride(),
-        len(s), p, _exact(s[0]),
+        len(s), p, precision(s[0]),
     )  # fmt: skip
     return run(s, b, seeds)
 

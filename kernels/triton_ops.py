@@ -48,7 +48,7 @@ def shrink_stacked(
         assert a.shape == first.shape and a.stride() == first.stride()
     run = plan(
         _shrink, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), first.dtype, first.shape, first.stride(),
-        len(adapters), c, p, "ieee" if x_MK.dtype is not torch.float32 else precision(x_MK),
+        len(adapters), c, p, precision(x_MK),
     )  # fmt: skip
     return run(x_MK, adapters, seeds)
 
@@ -227,10 +227,9 @@ def low_rank(
     s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: philox.Seed = 0
 ) -> torch.Tensor:
     """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
-    exact = "ieee" if s_MR.dtype is not torch.float32 else precision(s_MR)
     run = plan(
         _low_rank, s_MR.device, s_MR.dtype, s_MR.shape, s_MR.stride(0), b_NR.dtype, b_NR.shape, b_NR.stride(),
-        bias_N is not None, p, exact,
+        bias_N is not None, p, precision(s_MR),
     )  # fmt: skip
     return run(s_MR, b_NR, bias_N, seed)
 
@@ -298,7 +297,7 @@ def _grads(
     run = plan(
         _grads_plan, t_MC.device, t_MC.dtype, t_MC.shape, t_MC.stride(), v_MR.shape[1], v_MR.stride(0), v_MR.dtype, dtype,
         None if u is None else (u.dtype, u.stride()), c, p, transposed,
-        "ieee" if t_MC.dtype is not torch.float32 else precision(t_MC),
+        precision(t_MC),
     )  # fmt: skip
     return run(t_MC, v_MR, u, seed)
 

@@ -20,13 +20,13 @@ FEW = 16  # tokens of a small step, whose sums are in one part
 def warm_up(prepared: Prepared, tokens: int, progress: bool = False) -> list[str]:
     """Runs each kind of LoRA linear, and of group (see shared.py), on `tokens` zeros and on a few, forward and backward.
 
-    The modules are to be in training mode. No gradient is kept and torch's generator is as before. Returns a line about it; none where plain torch computes, which has nothing to compile. Raises BackendError
-    where a backend cannot run.
+    The modules are to be in training mode. No gradient is kept and torch's generator is as before. Returns a line about it;
+    none where plain torch computes, which has nothing to compile. Raises BackendError where a backend cannot run.
     """
     kinds: dict[tuple[object, ...], list[LoRALinear]] = {}
     for module in prepared.modules:
         members = module.shared.members if module.shared else [module]
-        if module is members[0] and _compiles(module, tokens):
+        if module is members[0] and any(_compiles(member, tokens) for member in members):
             kinds.setdefault(tuple(map(_kind, members)), members)
     if not kinds:
         return []
