@@ -1,10 +1,13 @@
 """Modules that share an input share a product: each still gets its own scaling, rank, dropout and values."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers import build, logits, random_batches, randomise
 
 import plopfast as pf
+from plopfast.lora import warmup
 from plopfast.lora.layer import adapters
 from plopfast.lora.ops import lora_linear
 from plopfast.lora.shared import MAX_RANKS, Prepared, find_shared_inputs
@@ -167,6 +170,23 @@ def test_the_most_members_of_a_group(monkeypatch):
     monkeypatch.setattr(shared, "MAX_MEMBERS", 2)
     groups = find_shared_inputs(model_with(**MIXED["ranks of one scaling"][0]))
     assert groups == [[f"model.layers.{i}.{name}" for name in (Q, K)] for i in range(3)]
+
+
+@pytest.mark.parametrize("kernels", [Q, K, None])
+def test_a_group_is_warmed_up_if_any_member_takes_kernels(kernels, monkeypatch):
+    """The group takes the path of its widest member, which need not be the first."""
+    model = model_with(**MIXED["ranks of one scaling"][0])
+    find_shared_inputs(model)
+    weights = {module.frozen.stored.data_ptr(): name for name, module in adapters(model).items()}
+    chosen = lambda x, w, *_: SimpleNamespace(  # noqa: E731
+        backend="triton" if kernels and weights[w.data_ptr()].endswith(kernels) else "torch"
+    )
+    steps = []
+    monkeypatch.setattr(warmup.library, "plan_of", chosen)
+    monkeypatch.setattr(warmup, "_step", lambda members, rows: steps.append((len(members), rows)))
+    lines = warmup.warm_up(Prepared(model), 64)
+    assert steps == ([(3, warmup.FEW), (3, 64)] if kernels else [])
+    assert len(lines) == bool(kernels)
 
 
 def test_copies_of_another_dtype_are_left_aside():
