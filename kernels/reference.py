@@ -3,6 +3,8 @@
 M tokens, K in, N out, R rank; s scaling; keep_MK the dropout mask and q = 1 / (1 - p).
 """
 
+import math
+
 import torch
 
 
@@ -32,3 +34,41 @@ def nfn(x_MK, w_NK) -> torch.Tensor:
     """NFN per token, [M]: ||W x|| / (||x|| ||W||_F / sqrt(K)), arXiv 2506.20629 with the closed-form baseline."""
     x_MK, w_NK = x_MK.double(), w_NK.double()
     return (x_MK @ w_NK.T).norm(dim=1) / (x_MK.norm(dim=1) * w_NK.norm() / w_NK.shape[1] ** 0.5)
+
+
+def rms_norm(x_MK, w_K=None, eps=0.0, offset=False) -> torch.Tensor:
+    """y = w x / rms(x), rms(x)^2 = mean(x^2) + eps; 1 + w in place of w if `offset`."""
+    x_MK = x_MK.double()
+    x_hat_MK = x_MK * (x_MK.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x_hat_MK if w_K is None else x_hat_MK * (w_K.double() + offset)
+
+
+def rms_norm_grad(dy_MK, x_MK, w_K=None, eps=0.0, offset=False) -> torch.Tensor:
+    """dx = (g - x_hat mean(g x_hat)) / rms(x),   g = w dy"""
+    g_MK = dy_MK.double() if w_K is None else dy_MK.double() * (w_K.double() + offset)
+    rstd_M1 = (x_MK.double().square().mean(-1, keepdim=True) + eps).rsqrt()
+    x_hat_MK = x_MK.double() * rstd_M1
+    return (g_MK - x_hat_MK * (g_MK * x_hat_MK).mean(-1, keepdim=True)) * rstd_M1
+
+
+def act(g, name) -> tuple[torch.Tensor, torch.Tensor]:
+    """(act(g), act'(g)) of "silu", "gelu_tanh" or "gelu"."""
+    g = g.double()
+    if name == "silu":
+        return g * g.sigmoid(), g.sigmoid() * (1 + g * (1 - g.sigmoid()))
+    if name == "gelu":
+        normal = (-g.square() / 2).exp() / math.sqrt(2 * math.pi)
+        return g / 2 * (1 + (g / math.sqrt(2)).erf()), (1 + (g / math.sqrt(2)).erf()) / 2 + g * normal
+    z, slope = math.sqrt(2 / math.pi) * (g + 0.044715 * g**3), math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * g**2)
+    return g / 2 * (1 + z.tanh()), (1 + z.tanh()) / 2 + g / 2 * (1 - z.tanh().square()) * slope
+
+
+def gate(g, u, name) -> torch.Tensor:
+    """y = act(g) u"""
+    return act(g, name)[0] * u.double()
+
+
+def gate_grad(dy, g, u, name) -> tuple[torch.Tensor, torch.Tensor]:
+    """dg = dy u act'(g),   du = dy act(g)"""
+    value, slope = act(g, name)
+    return dy.double() * u.double() * slope, dy.double() * value

@@ -13,7 +13,7 @@ from .mask import keep_tile
 
 
 @triton.jit
-def _one(acc, x_MK, a, rank, rk, K, sar, sak, seed, rm, k0, threshold, dtype: tl.constexpr,
+def shrink_tile(acc, x_MK, a, rank, rk, K, sar, sak, seed, rm, k0, threshold, dtype: tl.constexpr,
          RANK: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     mask = (rank[None, :] < RANK) & (rk[:, None] < K)
     a_KR = tl.load(a + rank[None, :] * sar + rk[:, None] * sak, mask=mask, other=0.0).to(dtype)
@@ -40,15 +40,15 @@ def lora_shrink(
     for k0 in range(part * k_chunk, min(K, (part + 1) * k_chunk), BK):
         rk = k0 + tl.arange(0, BK).to(tl.int64)
         x_MK = tl.load(x + rm[:, None] * sxm + rk[None, :] * sxk, mask=inside_M[:, None] & (rk < K)[None, :], other=0.0)
-        acc0 = _one(
+        acc0 = shrink_tile(
             acc0, x_MK, a0, rank, rk, K, sar, sak, seed0, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
         )
         if ADAPTERS > 1:
-            acc1 = _one(
+            acc1 = shrink_tile(
                 acc1, x_MK, a1, rank, rk, K, sar, sak, seed1, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
             )
         if ADAPTERS > 2:
-            acc2 = _one(
+            acc2 = shrink_tile(
                 acc2, x_MK, a2, rank, rk, K, sar, sak, seed2, rm, k0, threshold, dtype, RANK, BM, BK, DROP, PRECISION
             )
     base = s + part.to(tl.int64) * ADAPTERS * M * RANK + rm[:, None] * RANK + rank[None, :]
