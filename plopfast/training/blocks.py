@@ -4,16 +4,16 @@ import contextlib
 import importlib.util
 import sys
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
-from ..models.frozen import find_frozen, is_sharded
+from ..models.frozen import is_sharded
+from ..models.lean import lean_modules
 from ..models.linears import blocks
-from ..models.running import device_of, evaluating
+from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
 
@@ -21,7 +21,7 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 
 
 @contextlib.contextmanager
-def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
+def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
     `lean_modules` takes as `known`.
 
@@ -104,87 +104,6 @@ def recomputed(model: Any) -> Iterator[None]:
                         hook.remove()
                 now.pop(name, None)
             now.update(before)
-
-
-class _SwiGLU(torch.autograd.Function):
-    """silu(g) u. The backward pass needs only g and u; torch's own graph keeps silu(g) too, a sixth of what a Llama block
-    saves."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), nn.functional.silu(gate).mul_(dy)
-
-
-class _RMSNorm(torch.autograd.Function):
-    """y = w x / rms(x). The backward pass needs x and 1 / rms(x) [..., 1], and passes over x 8 times where autograd does 18:
-
-    dx = (g - x mean(g x) / rms(x)^2) / rms(x),   g = w dy
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, scale, weight)
-        return (x * scale).to(x.dtype).mul_(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        x, scale, weight = ctx.saved_tensors
-        g = (dy * weight).float()
-        mean = (g * x).sum(-1, keepdim=True).div_(x.shape[-1])
-        return g.mul_(scale).addcmul_(x.float(), mean.mul_(scale**3), value=-1).to(x.dtype), None, None
-
-
-@torch.no_grad()
-def lean_modules(model: nn.Module, known: Collection[str] | None = None) -> dict[str, nn.Module]:
-    """Gives RMS norms and gated MLPs a forward with `_RMSNorm` and `_SwiGLU`, and returns these modules by name.
-    `del module.forward` undoes it.
-
-    A module is recognised by what it computes for a few random tokens. Where the tensors have no values, `known` names
-    the modules that were found in a model like this one. Trained norms and sharded weights are left alone.
-    """
-    found = {}
-    with evaluating(model):  # dropout would hide that two ways agree
-        for name, module in model.named_modules():
-            forward, width, like = _lean_forward(module)
-            if forward is None or "forward" in vars(module):
-                continue
-            if name in known if known is not None else _agree(module, forward, width, like):
-                found[name] = module, forward
-    for module, forward in found.values():  # now that nothing more can raise
-        module.forward = forward
-    return {name: module for name, (module, _) in found.items()}
-
-
-def _agree(module: nn.Module, forward: Any, width: int, like: torch.Tensor) -> bool:
-    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0)).to(like)
-    one, other = module(x), forward(x)
-    return one.shape == other.shape and bool((one - other).norm() <= 4 * torch.finfo(x.dtype).eps * one.norm())
-
-
-def _lean_forward(module: Any) -> tuple[Any, int, Any]:
-    """Returns (forward, width of its input, a tensor of the input's dtype and device); (None, 0, None) for other modules."""
-    parts: list[Any] = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    gate, up, down = parts
-    frozen = find_frozen(gate) if all(isinstance(part, nn.Module) for part in parts) else None
-    if frozen and not is_sharded(frozen.stored):
-        return lambda x: down(_SwiGLU.apply(gate(x), up(x))), frozen.shape[1], frozen.stored
-    weight: Any = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", None)
-    is_frozen_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad
-    if eps is not None and is_frozen_vector and not is_sharded(weight):
-        plain = module.forward  # for inputs that are wider than the weights
-        return lambda x: _RMSNorm.apply(x, weight, eps) if x.dtype == weight.dtype else plain(x), len(weight), weight
-    return None, 0, None
 
 
 class _Moved:

@@ -22,11 +22,12 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
+from ..models.lean import lean_modules
 from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ModelError, PlopfastError
 from ..support.progress import bar
-from .blocks import lean_modules, prepared_blocks
+from .blocks import prepared_blocks
 from .loss import Objective
 from .meter import Meter
 
@@ -73,11 +74,12 @@ def estimate(
     Raises ConfigError for settings that the model cannot take, ModelError where no estimate is possible: some mixtures of
     experts, and kernels that torch does not know, need values.
     """
-    objective, lean = Objective(model, recomputed=config.checkpointing), lean_modules(model)
-    for module in lean.values():
+    objective, lean = Objective(model, recomputed=config.checkpointing), {}
+    for name, module in lean_modules(model).items():
+        lean[name] = module.forward.kind
         del module.forward
     labels = row_tokens - 1 if label_tokens is None else label_tokens
-    step = Step(objective, set(lean), config, rows, row_tokens, labels, best)
+    step = Step(objective, lean, config, rows, row_tokens, labels, best)
     found = []
     try:
         with bar("estimate", len(placements), "placements", progress) as meter:
@@ -109,12 +111,12 @@ def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
 class Step:
     """A step to estimate: all but the placement.
 
-    `lean` names the modules that `lean_modules` found in the real model. A micro-batch has `rows` of `tokens` tokens, of
+    `lean` tells what `lean_modules` found in the real model: name -> kind. A micro-batch has `rows` of `tokens` tokens, of
     which the last `labels` have a label.
     """
 
     objective: Objective
-    lean: set[str]
+    lean: dict[str, str]
     config: TrainConfig
     rows: int
     tokens: int

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import aot_blocks
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
@@ -198,6 +199,10 @@ _SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_tma", 
 _READ = {name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads")}
 _MIXED = {"lora_shrink": Expect(matrix="any")}  # three A in float32 outweigh X's tile
 _TF32 = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_shrink", "lora_grads", "lora_expand")}
+_NORM = {name: Expect(loads=True, stores=True) for name in ("rms_norm", "rms_norm_grad")}
+_GATE = {name: Expect(loads=True, stores=True) for name in ("gate", "gate_grad")}
+_NORM_SHRINK = {"rms_norm_shrink": Expect(matrix="any", loads=True, stores=True)}
+_MIXED_NORM = {"rms_norm_shrink": Expect(matrix="any")}
 _HAVE_TF32 = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 _ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")  # kind of matrix unit
 JOBS = {
@@ -226,6 +231,20 @@ JOBS = {
     "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH),
     "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
+    "norm": Job(aot_blocks.norm, _NORM),
+    "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _ONE_OF_EACH),
+    "norm, float32": Job(_of(aot_blocks.norm, dtype=torch.float32, mode="wide"), _NORM, ("sm_80", "gfx942")),
+    "norm, odd": Job(_of(aot_blocks.norm, m=8191, k=4099), {}, _ONE_OF_EACH),
+    "norm and shrink": Job(aot_blocks.norm_shrink, _NORM_SHRINK),
+    "norm and shrink, 3 with dropout": Job(_of(aot_blocks.norm_shrink, count=3, p=0.1, mode="offset"), _MIXED_NORM),
+    "norm and shrink, rank 64": Job(_of(aot_blocks.norm_shrink, r=64, count=2, p=0.1), _MIXED_NORM, _ONE_OF_EACH),
+    "norm and shrink, float32": Job(
+        _of(aot_blocks.norm_shrink, r=64, p=0.1, dtype=torch.float32), {}, ("sm_80", "sm_90", "gfx942")
+    ),
+    "gate": Job(_of(aot_blocks.gates, k=14336), _GATE),
+    "gate, float16": Job(_of(aot_blocks.gates, k=14336, dtype=torch.float16), _GATE, ("sm_80", "gfx942")),
+    "gate, float32": Job(_of(aot_blocks.gates, k=1536, dtype=torch.float32), _GATE, ("sm_80", "gfx942")),
+    "gate, odd": Job(_of(aot_blocks.gates, m=8191, k=4099, acts=("silu",)), {}, _ONE_OF_EACH),
     "nf4": Job(_nf4, _SMALL),
     "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
     "nf4, decode": Job(_decode_nf4),
