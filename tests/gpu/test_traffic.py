@@ -15,7 +15,7 @@ from toy_model import Toy, batches
 from traffic import PATHS, SCALING, SEED, SMALL, launches_of, operands, recorded, table_bytes
 
 import plopfast as pf
-from plopfast.kernels import dispatch, library, reference, triton_ops
+from plopfast.kernels import dispatch, library, reference, triton_groups, triton_ops
 from plopfast.scoring.passes import PassEnd
 
 H100, A100 = dispatch.Target("sm_90", 132), dispatch.Target("sm_80", 108)
@@ -79,6 +79,19 @@ def test_formula_is_count_for_norms_and_stacked_adapters(target):
     compare(launches, check)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("columns", [(33, 130), (150, 24, 24)], ids=str)
+def test_formula_is_count_for_groups(columns, p):
+    m, k, r = 70, 72, 5
+    s = [torch.zeros(m, r, dtype=BF16) for _ in columns]
+    b, a = [torch.zeros(n, r) for n in columns], [torch.zeros(r, k) for _ in columns]
+    biases = [torch.zeros(n, dtype=BF16) if i else None for i, n in enumerate(columns)]
+    with checked(race=False, compute=False) as check, recorded(SMALL) as launches:
+        triton_groups.low_ranks(s, b, biases)
+        triton_groups.low_rank_sum(s, [one.T for one in a], p, (1, 2, 3)[: len(columns)])
+    compare(launches, check)
+
+
 def test_cases_reach_every_formula_and_every_sum_of_parts():
     kernels, split = set(), set()
     for case in CASES:
@@ -91,7 +104,12 @@ def test_cases_reach_every_formula_and_every_sum_of_parts():
                 if launch.kernel == "lora_grads":
                     names = ("dS", "dB") if launch.WITH_DS else ("", "dA")
                     split |= {name for name, parts in zip(names, launch.grid[:2], strict=True) if parts > 1}
-    assert kernels == set(FORMULAS) - {"row_norms", "addmm"} and split - {""} == {"S", "dS", "dB", "dA"}
+    assert kernels == set(FORMULAS) - {"row_norms", "addmm", "lora_expands", "lora_expand_sum"} and split - {""} == {
+        "S",
+        "dS",
+        "dB",
+        "dA",
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
