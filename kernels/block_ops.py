@@ -7,13 +7,14 @@
 Tensors have any shape [..., K]. The backward pass keeps x and 1 / rms(x), or g and u. Weights are frozen.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from . import dispatch, torch_blocks
+from . import dispatch, philox, torch_blocks
 
 
 def rms_norm(
@@ -39,6 +40,25 @@ def add_rms_norm(
     """(h, y): h = x + residual, and y = rms_norm(h) in the same pass, as is their gradient. Raises as `rms_norm` does."""
     _check(x, weight)
     return _AddRMSNorm.apply(x, residual, weight, eps, mode, backend)  # type: ignore[no-any-return]
+
+
+def rms_norm_shrink(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    mode: str,
+    adapters: Sequence[torch.Tensor],
+    c: float,
+    p: float = 0.0,
+    seeds: Sequence[philox.Seed] = (0, 0, 0),
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, S [G, M, R]): `rms_norm`, and S = c drop(y) A^T of up to three adapters A [R, K] of y's readers, in one read of x.
+
+    S is for those who compute its gradients themselves, as lora/grouped.py does: it has none here. Raises as `rms_norm` does.
+    """
+    _check(x, weight)
+    return _RMSNormShrink.apply(x, weight, eps, mode, adapters, c, p, seeds, backend)  # type: ignore[no-any-return]
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, act: str, backend: str = "auto") -> torch.Tensor:
@@ -68,6 +88,25 @@ class _RMSNorm(torch.autograd.Function):
         (x, weight, rstd), ops = ctx.saved_tensors, ctx.ops
         dx = ops.rms_norm_grad(_rows(ops, dy), _rows(ops, x), weight, rstd, ctx.mode)
         return dx.view(x.shape), None, None, None, None
+
+
+class _RMSNormShrink(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x, weight, eps, mode, adapters, c, p, seeds, backend):
+        ops = _ops(x, backend)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        y, rstd, s = ops.rms_norm_shrink(_rows(ops, rows), weight, eps, mode, adapters, c, p, seeds)
+        ctx.save_for_backward(x, weight, rstd.view(*x.shape[:-1], 1) if ops is torch_blocks else rstd)
+        ctx.ops, ctx.mode = ops, mode
+        ctx.mark_non_differentiable(s)
+        return y.view(x.shape), s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor, _):
+        (x, weight, rstd), ops = ctx.saved_tensors, ctx.ops
+        dx = ops.rms_norm_grad(_rows(ops, dy), _rows(ops, x), weight, rstd, ctx.mode)
+        return dx.view(x.shape), None, None, None, None, None, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):

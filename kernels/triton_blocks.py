@@ -206,7 +206,9 @@ def _gate_grad(
 
 def row_tiles(k: int) -> tuple[int, int, int]:
     """(BM, BK, warps) of a norm over K: a whole row if it fits registers, several if they are short."""
-    longest = LONGEST if k % 16 == 0 else min(LONGEST, LOOPED)  # odd rows come element by element: addresses take registers
+    longest = (
+        LONGEST if k % 16 == 0 else min(LONGEST, LOOPED)
+    )  # odd rows come element by element: addresses take registers
     bk = max(16, triton.next_power_of_2(k)) if k <= longest else LOOPED
     return max(1, TILE // bk), bk, max(4, bk // 512)
 

@@ -15,16 +15,18 @@ from ..kernels.groups import Group
 
 
 class LoRAGroup(torch.autograd.Function):
-    """`apply(x, weights, biases, low, stacked_A, group, *lora_As, *lora_Bs)` -> a tuple of Y_i [M, N_i].
+    """`apply(x, s, weights, biases, low, stacked_A, group, *lora_As, *lora_Bs)` -> a tuple of Y_i [M, N_i].
 
-    x [M, K] is dense. `weights`, `biases`, `low` (the members' A and B in x's dtype) and `stacked_A` [R, K] are lists that
-    autograd does not look into: frozen, or copies of the adapters that come last.
+    x [M, K] is dense. `s` has the members' S where the norm before them made these, else it is None. `weights`, `biases`,
+    `low` (the members' A and B in x's dtype) and `stacked_A` [R, K] are lists that autograd does not look into: frozen, or
+    copies of the adapters that come last.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_MK, weights, biases, low, stacked_A, group: Group, *adapters):
+    def forward(ctx: Any, x_MK, s, weights, biases, low, stacked_A, group: Group, *adapters):
         a, b = low
-        s = groups.shrink(x_MK, a, stacked_A, group)
+        if s is None:
+            s = groups.shrink(x_MK, a, stacked_A, group)
         ctx.frozen = weights, a, b, group
         ctx.dtypes = adapters[0].dtype, adapters[-1].dtype
         ctx.save_for_backward(x_MK, *s)
@@ -56,7 +58,7 @@ def _gradients(ctx: Any, *dy: torch.Tensor | None) -> tuple[Any, ...]:
         )
         for i, one, other in zip(used, some_a, some_b, strict=True):
             da[i], db[i] = one, other
-    return dx_MK, None, None, None, None, None, *da, *db
+    return dx_MK, None, None, None, None, None, None, *da, *db
 
 
 _gradients_once = once_differentiable(_gradients)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import library
+from ..kernels import block_ops, library
 from ..kernels.groups import Group
+from ..models.lean import LeanNorm
 from ..models.running import body, device_of, evaluating
 from .grouped import LoRAGroup
 from .layer import LoRALinear, adapters
@@ -25,21 +26,55 @@ class SharedInput:
     It works while `stacked_A` is set, by `Prepared`; at other times each module computes by itself.
     """
 
-    def __init__(self, members: list[LoRALinear]) -> None:
+    def __init__(self, members: list[LoRALinear], producer: nn.Module | None = None) -> None:
         self.members = members
+        self.producer = producer  # the module whose output the members read, if there is one
         self.stacked_A: torch.Tensor | None = None  # the members' `low` copies of A, one below the other
         self._x: Callable[[], torch.Tensor | None] = lambda: None
         self._key: tuple[Any, ...] = ()
         self._outputs: dict[LoRALinear, torch.Tensor] = {}
+        self._normed: Callable[[], torch.Tensor | None] = lambda: None
+        self._made: tuple[int, Group, list[torch.Tensor]] | None = None  # y's version, and S beside it
+
+    def start(self, stacked_A: torch.Tensor) -> None:
+        """Switches on: from now on the members compute together, and a lean norm before them makes their S."""
+        self.stacked_A = stacked_A
+        if norm := self._norm():
+            norm.reader = self
 
     def clear(self) -> None:
-        """Forgets outputs that nobody fetched, and switches off."""
+        """Forgets what nobody fetched, and switches off."""
         self.stacked_A, self._outputs, self._x = None, {}, lambda: None
+        self._normed, self._made = lambda: None, None
+        if norm := self._norm():
+            norm.reader = None
+
+    def _norm(self) -> LeanNorm | None:
+        forward = vars(self.producer).get("forward") if self.producer is not None else None
+        return forward if isinstance(forward, LeanNorm) else None
+
+    def normed(self, x: torch.Tensor, weight: torch.Tensor, norm: LeanNorm) -> torch.Tensor | None:
+        """The norm's y [..., K], with the members' S made in the same read of x; None where that is no gain.
+
+        That is elsewhere than in an eager training step, where the members take plain torch (whose S is the vendor's product),
+        and for members of several ranks.
+        """
+        first = self.members[0]
+        p = first.dropout if first.training else 0.0
+        if not self._is_on(x) or x.dtype != first.frozen.dtype or any(m.rank != first.rank for m in self.members):
+            return None
+        group = self._group_of(x, p)
+        if group.plan.backend != "triton":
+            return None
+        copies = [m.low[0] for m in self.members if m.low]
+        y, s = block_ops.rms_norm_shrink(x, weight, norm.eps, norm.kind, copies, group.c, p, group.seeds, norm.backend)
+        self._normed, self._made = weakref.ref(y), (y._version, group, list(s))
+        return y
 
     def y_of(self, member: LoRALinear, x: torch.Tensor, p: float) -> torch.Tensor | None:
         """This member's output [..., N], or None where the member has to compute it: elsewhere than in an eager training
         step, and under autocast."""
-        if self.stacked_A is None or not is_direct(x) or torch.is_autocast_enabled(x.device.type):
+        if not self._is_on(x):
             return None
         key = (x._version, torch.is_grad_enabled(), p)  # x could be changed in place
         if self._x() is not x or self._key != key or member not in self._outputs:
@@ -47,20 +82,33 @@ class SharedInput:
             self._x, self._key = weakref.ref(x), key
         return self._outputs.pop(member)
 
-    def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
+    def _is_on(self, x: torch.Tensor) -> bool:
+        return self.stacked_A is not None and is_direct(x) and not torch.is_autocast_enabled(x.device.type)
+
+    def _group_of(self, x: torch.Tensor, p: float) -> Group:
+        """What the members share in a call on x, with new seeds."""
         members, first = self.members, self.members[0]
         seeds = [new_seed(x.device) if p else None for _ in members]
-        weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
-        for m, w, bias, seed in zip(members, weights, biases, seeds, strict=True):
-            check(x, w, m.lora_A, m.lora_B, bias, m.scaling, p, seed)
-        x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-        widest = max(weights, key=len)
+        for m, seed in zip(members, seeds, strict=True):
+            check(x, m.frozen.weight_NK, m.lora_A, m.lora_B, m.base.bias, m.scaling, p, seed)
+        widest = max((m.frozen.weight_NK for m in members), key=len)
+        x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         plan = or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
         factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
-        group = Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
+        return Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
+
+    def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
+        members, made = self.members, self._made
+        if made is not None and self._normed() is x and made[0] == x._version and made[1].p == p:
+            _, group, s = made
+        else:
+            group, s = self._group_of(x, p), None
+        self._made = None
+        x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+        weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
         low = [m.low[0] for m in members if m.low], [m.low[1] for m in members if m.low]
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
-        outputs = LoRAGroup.apply(x_MK, weights, biases, low, self.stacked_A, group, *trained)
+        outputs = LoRAGroup.apply(x_MK, s, weights, biases, low, self.stacked_A, group, *trained)
         shape = x.shape[:-1]
         return {m: y if x.dim() == 2 else y.view(*shape, -1) for m, y in zip(members, outputs, strict=True)}
 
@@ -105,7 +153,7 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
         if copies:
             torch._foreach_copy_(copies, values)
         for group, stack in zip(self.groups, self._stacks, strict=True):
-            group.stacked_A = stack
+            group.start(stack)
 
     def __exit__(self, *raised: object) -> None:
         for module in self.modules:
@@ -141,6 +189,8 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
     """
     seen: list[tuple[torch.Tensor, list[LoRALinear]]] = []  # keeps the inputs alive, so that their identities differ
     names = {module: name for name, module in adapters(model).items()}
+    made: dict[int, nn.Module] = {}  # by the output's identity
+    outputs: list[Any] = []  # likewise kept alive
 
     def note(module: Any, args: tuple[torch.Tensor, ...]) -> None:
         if seen and seen[-1][0] is args[0] and _alike(seen[-1][1][0], module) and len(seen[-1][1]) < MAX_MEMBERS:
@@ -148,17 +198,24 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
         else:
             seen.append((args[0], [module]))
 
+    def note_output(module: nn.Module, args: Any, output: Any) -> None:
+        made[id(output)] = module
+        outputs.append(output)
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))  # dropout would move torch's generator on
         for module in names:
             stack.enter_context(module.register_forward_pre_hook(note))
+        for module in model.modules():
+            if not any(module.children()):
+                stack.enter_context(module.register_forward_hook(note_output))
         body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
-    groups = [members for _, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
-    for members in groups:
-        shared = SharedInput(members)
-        for module in members:
-            module.shared = shared
-    return [[names[module] for module in members] for members in groups]
+    found = [(x, members) for x, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
+    for x, members in found:
+        shared = SharedInput(members, made.get(id(x)))
+        for member in members:
+            member.shared = shared
+    return [[names[module] for module in members] for _, members in found]
 
 
 def _alike(one: LoRALinear, other: LoRALinear) -> bool:

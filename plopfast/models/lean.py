@@ -36,11 +36,14 @@ class LeanNorm:
 
     def __init__(self, module: nn.Module, kind: str, eps: float, backend: str = "auto") -> None:
         self.module, self.kind, self.eps, self.backend = module, kind, eps, backend
+        self.reader: Any = None  # in a training step, the SharedInput of lora/shared.py that reads the output
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.module.weight
         if x.dtype != weight.dtype or weight.requires_grad:
             return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+        if self.reader is not None and (y := self.reader.normed(x, weight, self)) is not None:
+            return y  # type: ignore[no-any-return]
         return block_ops.rms_norm(x, weight, self.eps, self.kind, self.backend)
 
 
