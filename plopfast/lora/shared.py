@@ -206,9 +206,9 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
         stack.enter_context(evaluating(model))  # dropout would move torch's generator on
         for module in names:
             stack.enter_context(module.register_forward_pre_hook(note))
-        for module in model.modules():
-            if not any(module.children()):
-                stack.enter_context(module.register_forward_hook(note_output))
+        for leaf in model.modules():
+            if not any(leaf.children()):
+                stack.enter_context(leaf.register_forward_hook(note_output))
         body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
     found = [(x, members) for x, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
     for x, members in found:
