@@ -40,7 +40,7 @@ class LeanNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.module.weight
         if x.dtype != weight.dtype or weight.requires_grad:
-            return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+            return type(self.module).forward(self.module, x)
         return block_ops.rms_norm(x, weight, self.eps, self.kind, self.backend)
 
 
@@ -61,7 +61,7 @@ class LeanMLP:
             y = block_ops.merged_gate(module.gate_up_proj(x), self.kind, self.backend)
         else:
             y = block_ops.gate(module.gate_proj(x), module.up_proj(x), self.kind, self.backend)
-        return module.down_proj(y)  # type: ignore[no-any-return]
+        return module.down_proj(y)
 
 
 @torch.no_grad()

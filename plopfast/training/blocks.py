@@ -21,7 +21,9 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 
 
 @contextlib.contextmanager
-def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None) -> Iterator[list[str]]:
+def prepared_blocks(
+    model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None
+) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
     `lean_modules` takes as `known`.
 
