@@ -26,7 +26,7 @@ def rms_norm(
     ((1 + w) * x_hat).to(dtype), as in Gemma. Raises ValueError for a weight that is trained or has another dtype than x.
     """
     _check(x, weight)
-    return _RMSNorm.apply(x, weight, eps, mode, backend)  # type: ignore[no-any-return]
+    return _RMSNorm.apply(x, weight, eps, mode, backend)
 
 
 def add_rms_norm(
@@ -39,7 +39,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(h, y): h = x + residual, and y = rms_norm(h) in the same pass, as is their gradient. Raises as `rms_norm` does."""
     _check(x, weight)
-    return _AddRMSNorm.apply(x, residual, weight, eps, mode, backend)  # type: ignore[no-any-return]
+    return _AddRMSNorm.apply(x, residual, weight, eps, mode, backend)
 
 
 def rms_norm_shrink(
@@ -63,12 +63,12 @@ def rms_norm_shrink(
 
 def gate(gate: torch.Tensor, up: torch.Tensor, act: str, backend: str = "auto") -> torch.Tensor:
     """act(gate) up. `act` is "silu" (SwiGLU), "gelu_tanh" or "gelu" (GeGLU by tanh or by erf)."""
-    return _Gate.apply(gate, up, act, backend)  # type: ignore[no-any-return]
+    return _Gate.apply(gate, up, act, backend)
 
 
 def merged_gate(gate_up: torch.Tensor, act: str, backend: str = "auto") -> torch.Tensor:
     """`gate` of the two halves of the last dimension, whose gradients are written as one tensor."""
-    return _MergedGate.apply(gate_up, act, backend)  # type: ignore[no-any-return]
+    return _MergedGate.apply(gate_up, act, backend)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -80,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
         y, rstd, _ = ops.rms_norm(_rows(ops, x), weight, eps, mode)
         ctx.save_for_backward(x, weight, rstd)
         ctx.ops, ctx.mode = ops, mode
-        return y.view(x.shape)  # type: ignore[no-any-return]
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -144,7 +144,7 @@ class _Gate(torch.autograd.Function):
         ops = _ops(gate, backend)
         ctx.save_for_backward(gate, up)
         ctx.ops, ctx.act = ops, act
-        return ops.gate(_rows(ops, gate), _rows(ops, up), act).view(gate.shape)  # type: ignore[no-any-return]
+        return ops.gate(_rows(ops, gate), _rows(ops, up), act).view(gate.shape)
 
     @staticmethod
     @once_differentiable
@@ -161,7 +161,7 @@ class _MergedGate(torch.autograd.Function):
         ctx.save_for_backward(gate_up)
         ctx.ops, ctx.act = ops, act
         y = ops.gate(*_rows(ops, gate_up).chunk(2, dim=-1), act)
-        return y.view(*gate_up.shape[:-1], y.shape[-1])  # type: ignore[no-any-return]
+        return y.view(*gate_up.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable

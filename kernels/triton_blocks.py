@@ -20,6 +20,7 @@ from .triton_ops import MAX_STACKED, shrink_stacked
 LONGEST = 8192  # elements of a row that a program keeps in registers; a power of two
 LOOPED = 4096  # of a longer row, at a time
 TILE = 2048  # elements of a program, where rows are short
+SHARE = 0.75  # of the SMs that rms_norm_shrink has to fill
 MOST_WIDTH = 128  # of the accumulators of all adapters, beyond which they would spill
 
 
@@ -52,7 +53,7 @@ def _rms_norm(
         y, rstd = x.new_empty(m, k), x.new_empty(m, dtype=torch.float32)
         h = x if other is None else x.new_empty(m, k)
         if m:
-            launch((x, x if other is None else other, x if weight is None else weight, h, y, rstd), (m,))
+            launch((x, x if other is None else other, x if weight is None else weight.contiguous(), h, y, rstd), (m,))
         return y, rstd, h
 
     return run
@@ -85,7 +86,7 @@ def _rms_norm_grad(
     ) -> torch.Tensor:
         dx = x.new_empty(m, k)
         if m:
-            launch((dy, x, x if weight is None else weight, rstd, x if other is None else other, dx), (m,))
+            launch((dy, x, x if weight is None else weight.contiguous(), rstd, x if other is None else other, dx), (m,))
         return dx
 
     return run
@@ -104,16 +105,14 @@ def rms_norm_shrink(
     """(y, 1 / rms [M], S [G, M, R]): `rms_norm`, and S = c drop(y) A^T of up to three adapters A [R, K] of one layout.
 
     It is `rms_norm` and then `shrink_stacked(y, adapters, c, p, seeds)`, but y is written and not read again. c includes
-    the factor 1 / (1 - p). Adapters whose ranks are together too large for one program take those two launches.
+    the factor 1 / (1 - p). It takes those two launches where it would be slower: for few tokens, whose programs leave SMs
+    idle while y lies in the cache anyway, and for ranks that are together too large for one program.
 
         y, rstd, s = rms_norm_shrink(x, norm.weight, 1e-6, "narrow", (a_q, a_k, a_v), scaling)
     """
     first = adapters[0]
     for a in adapters[1:]:
         assert a.shape == first.shape and a.stride() == first.stride()
-    if padded_rank(first.shape[0]) * len(adapters) > MOST_WIDTH:
-        y, rstd, _ = rms_norm(x_MK, weight_K, eps, mode)
-        return y, rstd, shrink_stacked(y, adapters, c, p, seeds)
     run = plan(
         _rms_norm_shrink, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(0), *_of(weight_K, mode), eps, first.dtype,
         first.shape[0], first.stride(), len(adapters), c, p, precision(x_MK),
@@ -126,8 +125,10 @@ def _rms_norm_shrink(
     a_dtype: torch.dtype, rank: int, a_strides: tuple[int, ...], count: int, c: float, p: float, exact: str,
 ) -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:  # fmt: skip
     assert count <= MAX_STACKED
-    (m, k), padded = shape, padded_rank(rank)
-    bm, bk, warps = shrink_tiles(dispatch.target_of(device), dtype, padded * count)
+    (m, k), padded, target = shape, padded_rank(rank), dispatch.target_of(device)
+    bm, bk, warps = shrink_tiles(target, dtype, padded * count)
+    if padded * count > MOST_WIDTH or triton.cdiv(m, bm) < SHARE * target.units:
+        return lambda x, weight, adapters, seeds: _apart(x, weight, eps, mode, adapters, c, p, seeds)
     launch = Planned(
         shrink_kernel, (triton.cdiv(m, bm),), (k, eps, c, philox.threshold(p), row, *a_strides),
         {"MODE": mode, "RANK": rank, "RP": padded, "ADAPTERS": count, "DROP": p > 0, "PRECISION": exact, "BM": bm,
@@ -139,11 +140,18 @@ def _rms_norm_shrink(
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         a0, a1, a2 = (*adapters, *[adapters[0]] * (MAX_STACKED - count))
         y, rstd, s = x.new_empty(m, k), x.new_empty(m, dtype=torch.float32), x.new_empty(count, m, rank)
-        if m:
-            launch((x, x if weight is None else weight, a0, a1, a2, y, rstd, s), (m, *(*seeds, 0, 0)[:3]))
+        launch((x, x if weight is None else weight.contiguous(), a0, a1, a2, y, rstd, s), (m, *(*seeds, 0, 0)[:3]))
         return y, rstd, s
 
     return run
+
+
+def _apart(
+    x: torch.Tensor, weight: torch.Tensor | None, eps: float, mode: str, adapters: Sequence[torch.Tensor], c: float, p: float,
+    seeds: Sequence[philox.Seed],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    y, rstd, _ = rms_norm(x, weight, eps, mode)
+    return y, rstd, shrink_stacked(y, adapters, c, p, seeds)
 
 
 def gate(gate_MN: torch.Tensor, up_MN: torch.Tensor, act: str) -> torch.Tensor:
@@ -206,9 +214,8 @@ def _gate_grad(
 
 def row_tiles(k: int) -> tuple[int, int, int]:
     """(BM, BK, warps) of a norm over K: a whole row if it fits registers, several if they are short."""
-    longest = (
-        LONGEST if k % 16 == 0 else min(LONGEST, LOOPED)
-    )  # odd rows come element by element: addresses take registers
+    # the rows of an odd width come element by element, and so many addresses take registers
+    longest = LONGEST if k % 16 == 0 else min(LONGEST, LOOPED)
     bk = max(16, triton.next_power_of_2(k)) if k <= longest else LOOPED
     return max(1, TILE // bk), bk, max(4, bk // 512)
 

@@ -41,9 +41,9 @@ class LeanNorm:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight: Any = self.module.weight
         if x.dtype != weight.dtype or weight.requires_grad:
-            return type(self.module).forward(self.module, x)  # type: ignore[no-any-return]
+            return type(self.module).forward(self.module, x)
         if self.reader is not None and (y := self.reader.normed(x, weight, self)) is not None:
-            return y  # type: ignore[no-any-return]
+            return y
         return block_ops.rms_norm(x, weight, self.eps, self.kind, self.backend)
 
 
@@ -64,7 +64,7 @@ class LeanMLP:
             y = block_ops.merged_gate(module.gate_up_proj(x), self.kind, self.backend)
         else:
             y = block_ops.gate(module.gate_proj(x), module.up_proj(x), self.kind, self.backend)
-        return module.down_proj(y)  # type: ignore[no-any-return]
+        return module.down_proj(y)
 
 
 @torch.no_grad()
@@ -100,10 +100,15 @@ def _candidates(module: Any) -> tuple[Callable[[str, str], Lean], tuple[str, ...
         return lambda kind, backend: LeanMLP(module, kind, backend), torch_blocks.ACTS, frozen.shape[1], frozen.stored
     weight: Any = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
-    alone = [name for name, _ in (*module.named_parameters(), *module.named_buffers())] == ["weight"]
-    if isinstance(eps, float) and alone and weight.dim() == 1 and not weight.requires_grad and not is_sharded(weight):
+    is_frozen_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad
+    if isinstance(eps, float) and is_frozen_vector and _has_no_other_tensor(module) and not is_sharded(weight):
         return lambda kind, backend: LeanNorm(module, kind, eps, backend), torch_blocks.MODES, len(weight), weight
     return lambda kind, backend: module, (), 0, None
+
+
+def _has_no_other_tensor(module: nn.Module) -> bool:
+    """A bias may be zero now, and trained."""
+    return len([*module.parameters(), *module.buffers()]) == 1
 
 
 def _takes_one_tensor(module: nn.Module) -> bool:
@@ -134,8 +139,9 @@ def _kind(
 
 
 def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest relative error among the scales, infinite for another shape or no number."""
-    if not isinstance(want, torch.Tensor) or got.shape != want.shape:
+    """The largest relative error among the scales, infinite for another shape, another dtype or no number."""
+    if not isinstance(want, torch.Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
         return math.inf
-    difference, size = ((one.double().flatten(1)).norm(dim=1) for one in (got - want, want))
-    return (difference / size).nan_to_num(0.0 if not difference.any() else math.inf).max().item()
+    difference, size = (one.double().flatten(1).norm(dim=1) for one in (got - want, want))
+    error = torch.where(difference == 0, 0.0, difference / size)
+    return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item()

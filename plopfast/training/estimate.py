@@ -76,7 +76,7 @@ def estimate(
     """
     objective, lean = Objective(model, recomputed=config.checkpointing), {}
     for name, module in lean_modules(model).items():
-        lean[name] = module.forward.kind
+        lean[name] = str(module.forward.kind)  # type: ignore[attr-defined]
         del module.forward
     labels = row_tokens - 1 if label_tokens is None else label_tokens
     step = Step(objective, lean, config, rows, row_tokens, labels, best)

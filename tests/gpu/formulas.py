@@ -157,6 +157,46 @@ def row_norms(at: Launch) -> Cost:
     return Cost(loads, {"norms": at.M * at.itemsize("norms")})
 
 
+def rms_norm(at: Launch) -> Cost:
+    """Rows, a residual and a weight in; their norms, 1 / rms and the sum with the residual out."""
+    moved = at.M * at.K * at.itemsize("x")
+    loads = {"x": moved} | _norm_operands(at, moved)
+    return Cost(loads, {"y": moved, "rstd": at.M * 4} | ({"h": moved} if at.RESIDUAL else {}))
+
+
+def rms_norm_grad(at: Launch) -> Cost:
+    """dY, rows, 1 / rms, a weight and another gradient in; dX out."""
+    moved = at.M * at.K * at.itemsize("x")
+    return Cost({"dy": moved, "x": moved, "rstd": at.M * 4} | _norm_operands(at, moved), {"dx": moved})
+
+
+def _norm_operands(at: Launch, moved: int) -> dict[str, int]:
+    weight = {"w": at.K * at.itemsize("w")} if at.MODE != "none" else {}
+    return weight | ({"r": moved} if at.arguments.get("RESIDUAL") else {})
+
+
+def rms_norm_shrink(at: Launch) -> Cost:
+    """Rows, a weight and the adapters in; their norms, 1 / rms and every S out."""
+    moved, size = at.M * at.K * at.itemsize("x"), at.itemsize("s")
+    loads = {f"a{i}": at.RANK * at.K * at.itemsize("a0") for i in range(at.ADAPTERS)}
+    return Cost(
+        {"x": moved} | _norm_operands(at, moved) | loads,
+        {"y": moved, "rstd": at.M * 4, "s": at.ADAPTERS * at.M * at.RANK * size},
+        useful=2 * at.M * at.K * at.RANK * at.ADAPTERS,
+        executed=2 * _up(at.M, at.BM) * _up(at.K, at.BK) * at.RP * at.ADAPTERS,
+    )  # fmt: skip
+
+
+def gated(*loads: str, stores: tuple[str, ...]) -> Callable[[Launch], Cost]:
+    """Of a gate: every matrix once."""
+
+    def of(at: Launch) -> Cost:
+        moved = at.M * at.N * at.itemsize("g")
+        return Cost(dict.fromkeys(loads, moved), dict.fromkeys(stores, moved))
+
+    return of
+
+
 def addmm_(at: Launch) -> Cost:
     """The vendor's Y = beta Y + alpha X W: X, W and, if beta is not 0, Y in; Y out. With L as its Y it is LoRA-first's GEMM."""
     product = mm(Launch("mm", (), {"x": at.x, "w": at.w, "y": at.y}, at.frozen))
@@ -198,6 +238,11 @@ FORMULAS: dict[str, Callable[[Launch], Cost]] = {
     "sum_partials": sum_partials,
     "sum_both": sum_both,
     "row_norms": row_norms,
+    "rms_norm": rms_norm,
+    "rms_norm_grad": rms_norm_grad,
+    "rms_norm_shrink": rms_norm_shrink,
+    "gate": gated("g", "u", stores=("y",)),
+    "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
     "addmm_": addmm_,
     "addmm": addmm,
     "mm": mm,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BF16, FAR, FP16, FP32, far, keep_of, name_of, normal, product
 
-from plopfast.kernels import block_ops, reference, torch_blocks, triton_blocks
+from plopfast.kernels import block_ops, dispatch, reference, torch_blocks, triton_blocks
 from plopfast.kernels.accuracy import assert_no_worse
 
 C, EPS, SEED = 1.7, 1e-5, (1 << 62) + 12345
@@ -38,8 +38,14 @@ def rows(monkeypatch):
     return choose
 
 
+@pytest.fixture
+def few(monkeypatch):
+    """Few programs are enough."""
+    monkeypatch.setattr(triton_blocks, "SHARE", 0.0)
+
+
 def of(case):
-    m, k, dtype, layout, mode, long, residual = case
+    m, k, dtype, layout, mode, _, residual = case
     x, r, dy, dh = (normal(m, k, dtype=dtype, seed=seed, layout=layout) for seed in (1, 2, 3, 4))
     w = None if mode is None else normal(k, dtype=dtype, scale=0.3, seed=5, layout="odd") + (mode != "offset")
     return x * 3, r if residual else None, w, dy, dh if residual else None
@@ -97,6 +103,17 @@ def test_each_matrix_has_rows_of_its_own_stride(watched):
     assert torch.equal(h, x + r) and torch.equal(y, dense) and torch.equal(dx, dense_dx)
 
 
+def test_a_weight_of_any_stride(watched, few):
+    x, w = normal(9, 40, dtype=BF16, seed=1), normal(40, 3, dtype=BF16, seed=2)[:, 1]
+    found = []
+    with watched():
+        for weight in (w, w.contiguous()):
+            y, rstd, _ = triton_blocks.rms_norm(x, weight, EPS, "narrow")
+            handed = triton_blocks.rms_norm_shrink(x, weight, EPS, "narrow", (x.float(),), C)
+            found.append((y, triton_blocks.rms_norm_grad(x, x, weight, rstd, "narrow"), *handed))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("long", [False, True])
 def test_int32_offsets_do_not_overflow_beyond_2_31_elements(long, watched, rows):
     rows(long)
@@ -122,7 +139,7 @@ SHRINKS = [
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", SHRINKS, ids=name_of)
-def test_shrink_against_float64(case, seed, watched):
+def test_shrink_against_float64(case, seed, watched, few):
     m, k, rank, count, dtype, wide, mode, p = case
     x = normal(m, k, dtype=dtype, scale=3.0, seed=1, layout="odd")
     w = None if mode is None else normal(k, dtype=dtype, scale=0.3, seed=2) + (mode != "offset")
@@ -147,6 +164,18 @@ def test_shrink_against_float64(case, seed, watched):
         assert_no_worse(got, plain, y_drop.double() @ a.double().T * (C * q))
 
 
+@pytest.mark.parametrize("m, together", [(32, False), (33, True)])
+def test_shrink_of_few_tokens_takes_more_programs(m, together, watched, monkeypatch):
+    """Of four units three have to be busy. Alone, the shrink splits K."""
+    x, a = normal(m, 500, dtype=BF16, seed=1), normal(4, 500, scale=0.05, seed=2)
+    monkeypatch.setattr(triton_blocks.dispatch, "target_of", lambda device: dispatch.Target("interpreter", 4))
+    with watched("y", "rstd", "s", "out") as check:
+        y, _, (s,) = triton_blocks.rms_norm_shrink(x, None, EPS, "narrow", (a,), C)
+    if check:
+        assert check.launches[0].kernel == ("rms_norm_shrink" if together else "rms_norm")
+    assert_no_worse(s, product(y, a.to(BF16).T) * C, y.double() @ a.double().T * C)
+
+
 def test_shrink_of_nothing(watched):
     x, a = normal(0, 64, dtype=BF16), normal(4, 64)
     with watched():
@@ -154,7 +183,7 @@ def test_shrink_of_nothing(watched):
     assert y.shape == (0, 64) and rstd.shape == (0,) and s.shape == (2, 0, 4)
 
 
-def test_shrink_rounds_once(watched):
+def test_shrink_rounds_once(watched, few):
     """Where float16 cannot hold the sum itself."""
     x, a = torch.ones(3, 64, dtype=FP16).to(normal(1).device), normal(2, 64) * 0 + 4000.0
     with watched("y", "rstd", "s"):
@@ -162,7 +191,7 @@ def test_shrink_rounds_once(watched):
     assert torch.equal(s, torch.full_like(s, 4000.0))
 
 
-def test_shrink_beyond_2_31_elements(watched):
+def test_shrink_beyond_2_31_elements(watched, few):
     x, w, a = normal(5, 48, dtype=BF16, seed=1), normal(48, dtype=BF16, seed=2), normal(5, 48, dtype=BF16, seed=3)
     with watched("y", "rstd", "s"):
         got = triton_blocks.rms_norm_shrink(far(x, FAR), w, EPS, "narrow", (far(a, FAR),) * 2, C, 0.3, (SEED, 5))

@@ -9,7 +9,7 @@ import torch
 from cases import BF16
 from traffic import launches_of, operands, recorded
 
-from plopfast.kernels import triton_ops
+from plopfast.kernels import triton_blocks, triton_ops
 from plopfast.kernels.dispatch import Target
 
 CARDS = {
@@ -20,7 +20,10 @@ LINEARS = {  # K in, N out
     "Llama-3-8B": [(4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)],
     "SmolLM2-135M": [(576, 576), (576, 192), (576, 1536), (1536, 576)],
 }
-KERNELS = ("lora_gemm", "lora_shrink", "lora_grads", "lora_expand", "row_norms")
+KERNELS = (
+    "lora_gemm", "lora_shrink", "lora_grads", "lora_expand", "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink",
+    "gate", "gate_grad",
+)  # fmt: skip
 TOKENS, RANKS = (2048, 16384), (16, 64)
 SHARE, SMALL = (
     0.75,
@@ -35,8 +38,18 @@ def cdiv(value, block):
 
 def size_of(launch):
     """(rows, columns) of the large operand that the launch's programs share."""
-    columns = {"lora_shrink": "K", "lora_grads": "C"}.get(launch.kernel, "N")
+    columns = {"lora_grads": "C", **dict.fromkeys(("lora_shrink", "rms_norm", "rms_norm_grad", "rms_norm_shrink"), "K")}
+    columns = columns.get(launch.kernel, "N")
     return launch.M, launch.arguments[columns]
+
+
+def block(x, a):
+    """The kernels of a norm and a gate of X's width, and S of three adapters."""
+    rstd = triton_blocks.rms_norm(x, x[0], 1e-6, "narrow")[1]
+    triton_blocks.rms_norm_grad(x, x, x[0], rstd, "narrow")
+    triton_blocks.rms_norm_shrink(x, x[0], 1e-6, "narrow", (a,) * 3, 1.0)
+    triton_blocks.gate(x, x, "silu")
+    triton_blocks.gate_grad(x, x, x, "silu")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +66,7 @@ def launches():
                         made = [launch for step in steps for launch in step.forward + step.backward]
                         with recorded(target) as norms:
                             triton_ops.row_norms(torch.empty(tokens, n, dtype=BF16, device="meta"))
+                            block(o.x, o.a)
                         for launch in made + norms:
                             name = launch.kernel.removesuffix("_tma")
                             if name in KERNELS:

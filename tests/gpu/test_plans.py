@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BF16, DEVICE, FP16, FP32, normal, operands, view
 
-from plopfast.kernels import dispatch, triton_ops
+from plopfast.kernels import dispatch, torch_blocks, triton_blocks, triton_ops
 from plopfast.kernels.launch import forget_plans
 
 SEED = 0xFEED_5EED_5EED
@@ -71,6 +71,41 @@ CALLS = {
           for bias in (None, normal(o.dy.shape[1], dtype=BF16), normal(o.dy.shape[1]))],
     ],
 }  # fmt: skip
+W = normal(BASE.x.shape[1], dtype=BF16, seed=8)
+CALLS |= {
+    "rms norm": [
+        *[lambda o=o, r=r: triton_blocks.rms_norm(o.x, None, 1e-6, "narrow", r)
+          for o in (BASE, HALF, FULL, LARGER, STRIDES["x"]) for r in (None, o.x, view(o.x, "odd"))],
+        *[lambda eps=eps, mode=mode: triton_blocks.rms_norm(BASE.x, W, eps, mode)
+          for eps in (1e-6, 1e-2) for mode in torch_blocks.MODES],
+        lambda: triton_blocks.rms_norm(BASE.x, W.float(), 1e-6, "wide"),
+    ],
+    "d rms norm": [
+        *[lambda o=o, dy=dy, r=r: (triton_blocks.rms_norm_grad(dy, o.x, None, o.x[:, 0].float().contiguous(), "narrow", r),)
+          for o in (BASE, HALF, FULL, LARGER, STRIDES["x"]) for dy in (o.x, view(o.x, "odd"))
+          for r in (None, o.x, view(o.x, "odd"))],
+        *[lambda mode=mode: (triton_blocks.rms_norm_grad(BASE.x, BASE.x, W, BASE.x[:, 0].float().contiguous(), mode),)
+          for mode in torch_blocks.MODES],
+    ],
+    "rms norm and shrink": [
+        *[lambda o=o: triton_blocks.rms_norm_shrink(o.x, None, 1e-6, "wide", (o.a,), 1.5)
+          for o in (BASE, HALF, NARROW, FULL, LARGER, RANK_5, STRIDES["a"], STRIDES["x"])],
+        *[lambda g=g: triton_blocks.rms_norm_shrink(BASE.x, W, *g) for g in (
+            (1e-6, "wide", (BASE.a,), 1.5), (1e-2, "wide", (BASE.a,), 1.5), (1e-6, "offset", (BASE.a,), 1.5),
+            (1e-6, "wide", (BASE.a,), 3.0), (1e-6, "wide", (BASE.a,) * 2, 1.5), (1e-6, "wide", (BASE.a,), 1.5, 0.3, (7,)),
+            (1e-6, "wide", (BASE.a,), 1.5, 0.5, (7,)), (1e-6, "wide", (BASE.a,), 1.5, 0.5, (8,)))],
+    ],
+    "gate": [
+        *[lambda o=o, u=u, act=act: (triton_blocks.gate(o.x, u, act), *triton_blocks.gate_grad(o.x, u, o.x, act))
+          for o in (BASE, HALF, FULL, LARGER, STRIDES["x"]) for u in (o.x, view(o.x, "odd")) for act in torch_blocks.ACTS],
+        lambda: triton_blocks.gate_grad(BASE.x, BASE.x, BASE.x, "silu", BASE.x.new_empty(18, 96).chunk(2, dim=1)),
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    monkeypatch.setattr(triton_blocks, "SHARE", 0.0)  # are enough for rms_norm_shrink
 
 
 @pytest.mark.parametrize("what", CALLS)

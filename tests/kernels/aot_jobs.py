@@ -123,13 +123,25 @@ def _rank_256(target: str) -> None:
 
 def _tf32(target: str, **shape: Any) -> None:
     """What runs where torch's own float32 products may take TF32."""
+
+    def work() -> None:
+        _everything(target, dtype=torch.float32, **shape)
+        _low_rank(target, p=0.1, dtype=torch.float32, **shape)
+
+    _in_tf32(work)
+
+
+def _in_tf32(work: Callable[[], None]) -> None:
     matmul = torch.backends.cuda.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
     try:
-        _everything(target, dtype=torch.float32, **shape)
-        _low_rank(target, p=0.1, dtype=torch.float32, **shape)
+        work()
     finally:
         matmul.fp32_precision = before
+
+
+def _tf32_norm_shrink(target: str) -> None:
+    _in_tf32(lambda: aot_blocks.norm_shrink(target, count=2, p=0.1, dtype=torch.float32))
 
 
 def _few_tokens(target: str) -> None:
@@ -158,6 +170,7 @@ def launchers(m: int, p: float, seed: int, n: int = 512, k: int = 1024, r: int =
         "grad_a": lambda: triton_ops.grad_a(o.s, o.x, p, seed, o.a.dtype),
         "row_norms": lambda: triton_ops.row_norms(o.dy, o.bias),
         "two sums": lambda: _two_sums((m % 7 + 1, m, 3), (m % 5 + 1, m, 5)),
+        **aot_blocks.launchers(m, p, seed, n, k, r),
     }
 
 
@@ -204,6 +217,7 @@ _GATE = {name: Expect(loads=True, stores=True) for name in ("gate", "gate_grad")
 _NORM_SHRINK = {"rms_norm_shrink": Expect(matrix="any", loads=True, stores=True)}
 _MIXED_NORM = {"rms_norm_shrink": Expect(matrix="any")}
 _HAVE_TF32 = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+_NOT_BY_DEFAULT = ("sm_80", "sm_100", "gfx942", "gfx950", "gfx1100")  # sm_90 is compiled for in each run
 _ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")  # kind of matrix unit
 JOBS = {
     "gemm": Job(_every_tile, _LARGE),
@@ -232,19 +246,20 @@ JOBS = {
     "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "norm": Job(aot_blocks.norm, _NORM),
-    "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _ONE_OF_EACH),
+    "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _NOT_BY_DEFAULT),
     "norm, float32": Job(_of(aot_blocks.norm, dtype=torch.float32, mode="wide"), _NORM, ("sm_80", "gfx942")),
-    "norm, odd": Job(_of(aot_blocks.norm, m=8191, k=4099), {}, _ONE_OF_EACH),
+    "norm, odd": Job(_of(aot_blocks.norm, m=8191, k=4099), {}, _NOT_BY_DEFAULT),
     "norm and shrink": Job(aot_blocks.norm_shrink, _NORM_SHRINK),
     "norm and shrink, 3 with dropout": Job(_of(aot_blocks.norm_shrink, count=3, p=0.1, mode="offset"), _MIXED_NORM),
-    "norm and shrink, rank 64": Job(_of(aot_blocks.norm_shrink, r=64, count=2, p=0.1), _MIXED_NORM, _ONE_OF_EACH),
+    "norm and shrink, rank 64": Job(_of(aot_blocks.norm_shrink, r=64, count=2, p=0.1), _MIXED_NORM, _NOT_BY_DEFAULT),
     "norm and shrink, float32": Job(
-        _of(aot_blocks.norm_shrink, r=64, p=0.1, dtype=torch.float32), {}, ("sm_80", "sm_90", "gfx942")
+        _of(aot_blocks.norm_shrink, r=64, p=0.1, dtype=torch.float32), {}, ("sm_80", "sm_100", "gfx942")
     ),
+    "tf32, norm and shrink": Job(_tf32_norm_shrink, _MIXED_NORM, _HAVE_TF32),
     "gate": Job(_of(aot_blocks.gates, k=14336), _GATE),
     "gate, float16": Job(_of(aot_blocks.gates, k=14336, dtype=torch.float16), _GATE, ("sm_80", "gfx942")),
     "gate, float32": Job(_of(aot_blocks.gates, k=1536, dtype=torch.float32), _GATE, ("sm_80", "gfx942")),
-    "gate, odd": Job(_of(aot_blocks.gates, m=8191, k=4099, acts=("silu",)), {}, _ONE_OF_EACH),
+    "gate, odd": Job(_of(aot_blocks.gates, m=8191, k=4099, acts=("silu",)), {}, _NOT_BY_DEFAULT),
     "nf4": Job(_nf4, _SMALL),
     "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
     "nf4, decode": Job(_decode_nf4),

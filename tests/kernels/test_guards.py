@@ -238,7 +238,7 @@ def test_launches_fill_the_card_and_load_ahead(name, monkeypatch):
             call()
     launch.forget_plans()
     split = [one for one in made if one.kernel.__name__ in ("lora_shrink", "lora_grads")]
-    assert len(split) == 9 and grids.STAGES > 1
+    assert len(split) >= 9 and grids.STAGES > 1
     for one in split:
         assert one.grid[0] * one.grid[1] >= 2 / 3 * target.units, (one.kernel.__name__, one.grid)
         assert one.options["num_stages"] > 1

@@ -15,7 +15,7 @@ import stub_driver  # noqa: E402
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton exists for Linux only")
 KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
-    "row_norms",
+    "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink", "gate", "gate_grad",
 }  # fmt: skip
 GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 
@@ -65,7 +65,7 @@ def test_a_second_step_makes_no_plan(found):
 
 
 def test_a_launch_costs_few_calls(found):
-    assert len(found["each"]) == 3
+    assert len(found["each"]) == 6
     for launcher, (python, c) in found["each"].items():
         assert python <= 15 and c <= 15, (launcher, python, c)
 

@@ -30,6 +30,20 @@ class Norm(nn.Module):
         return (x_hat * (self.weight.float() + (self.kind == "offset"))).to(x.dtype)
 
 
+class Biased(Norm):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(24))
+
+    def forward(self, x):
+        return super().forward(x) + self.bias
+
+
+class Wide(Norm):
+    def forward(self, x):
+        return super().forward(x).float()
+
+
 class GatedNorm(Norm):
     def forward(self, x, gate=None):
         return super().forward(x) * nn.functional.silu(gate.float()).to(x.dtype)
@@ -104,7 +118,15 @@ def test_what_is_left_alone():
         trained=trained, replaced=replaced, other=other, centered=Norm(center=True), gated=GatedNorm(), two=Two(ACTS["silu"]),
         layer=nn.LayerNorm(24).requires_grad_(False), no_bias=nn.LayerNorm(24, bias=False).requires_grad_(False),
         batch=nn.BatchNorm1d(24).requires_grad_(False), first=Transposed(), unnamed=Norm(eps_name="tiny"), mixed=mixed,
+        biased=Biased(), wide=Wide().to(BF16),
     )  # fmt: skip
+
+
+def test_a_module_that_gives_zeros_agrees():
+    mlp = MLP(ACTS["silu"])
+    for parameter in mlp.down_proj.parameters():
+        nn.init.zeros_(parameter)
+    assert kinds(mlp=mlp) == {"mlp": "silu"}
 
 
 def test_eps_matters():

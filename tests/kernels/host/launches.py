@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import nn  # noqa: E402
 
-from plopfast.kernels import dispatch, groups, launch, library, triton_groups, triton_ops  # noqa: E402
+from plopfast.kernels import dispatch, groups, launch, library, triton_blocks, triton_groups, triton_ops  # noqa: E402
 from plopfast.lora.layer import LoRALinear  # noqa: E402
 from plopfast.lora.shared import Prepared, SharedInput  # noqa: E402
 from plopfast.lora.warmup import warm_up  # noqa: E402
@@ -52,6 +52,19 @@ def work(o, p, seed):
     triton_ops.row_norms(o["x"], o["x"][0])
     triton_groups.low_ranks([o["s"], o["s"]], [o["b"], o["b"][:17]], [None, o["bias"][:17]])
     triton_groups.low_rank_sum([o["s"]] * 3, [o["a"].T] * 3, p, (seed, seed + 1, seed + 2))
+    blocks(o, p, seed)
+
+
+def blocks(o, p, seed):
+    triton_blocks.SHARE = 0.0  # few tokens take the kernel that hands out S too
+    x, w = o["x"], o["x"][0].clone()
+    for residual in (None, x.clone()):
+        rstd = triton_blocks.rms_norm(x, w, 1e-6, "narrow", residual)[1]
+        triton_blocks.rms_norm_grad(x, x, w, rstd, "narrow", residual)
+    triton_blocks.rms_norm_shrink(x, w, 1e-6, "offset", (o["a"],) * 2, 2.0, p, (seed, seed + 1))
+    for g, u in ((o["dy"], o["dy"].clone()), torch.cat([o["dy"]] * 2, dim=1).chunk(2, dim=1)):
+        triton_blocks.gate(g, u, "silu")
+        triton_blocks.gate_grad(o["dy"], g, u, "silu", (g, u))
 
 
 def sent(call, count, narrow):
@@ -209,6 +222,9 @@ def each():
         "expand": lambda: triton_ops.low_rank(o["s"], o["b"]),
         "row norms": lambda: triton_ops.row_norms(o["x"]),
         "sum": lambda: sums(parts),
+        "norm": lambda: triton_blocks.rms_norm(o["x"], o["x"][0], 1e-6, "narrow"),
+        "gate": lambda: triton_blocks.gate(o["x"], o["x"], "silu"),
+        "d gate": lambda: triton_blocks.gate_grad(o["x"], o["x"], o["x"], "silu"),
     }
     return {name: STUB.calls(call) for name, call in calls.items()}
 
