@@ -14,7 +14,20 @@ from cases import BF16, FP32, normal
 from interpreter import checked, far_apart
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from plopfast.kernels import dispatch, expand, gemm, gemm_tma, grads, nf4, reduce, shrink, triton_ops
+from plopfast.kernels import (
+    cross_entropy,
+    dispatch,
+    expand,
+    gemm,
+    gemm_tma,
+    grads,
+    nf4,
+    reduce,
+    shrink,
+    torch_rows,
+    triton_ops,
+    triton_rows,
+)
 
 LONG = (1 << 31) + 48
 HALF = (1 << 30) + 16  # twice that is beyond 2^31
@@ -229,3 +242,40 @@ def test_blocks_of_nf4_decoding(programs_from):
     last = w[(blocks - 1) // 16 * 16 :]
     close(last[:, :32], torch.full_like(last[:, :32], 2 * nf4.LEVELS[code & 15]))
     close(last[:, 32:], torch.full_like(last[:, 32:], 2 * nf4.LEVELS[code >> 4]))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_tokens_and_heads_of_a_rotation(interleaved):
+    """In place, so that reads and writes are both far; then those of new tensors."""
+    q, k, cos, sin = (
+        normal(2, 3, 3, 8, seed=1),
+        normal(2, 2, 3, 8, seed=2),
+        normal(2, 3, 6, seed=3),
+        normal(2, 3, 6, seed=4),
+    )
+    want = torch_rows.rotary(q, k, cos, sin, interleaved=interleaved)
+    far_q = far_apart((2, 3, 3, 8), (9 * HALF, 3 * HALF, HALF, 1), FP32).copy_(q)
+    far_k = far_apart((2, 2, 3, 8), (6 * HALF, HALF, 2 * HALF, 1), FP32).copy_(k)
+    tables = [far_apart((2, 3, 6), (3 * HALF, HALF, 1), FP32).copy_(one) for one in (cos, sin)]
+    for in_place in (False, True):
+        with checked():
+            found = triton_rows.rotary(far_q, far_k, *tables, interleaved=interleaved, in_place=in_place)
+        close(found, want)
+
+
+def test_the_last_rows_of_logits(programs_from):
+    n, v = HALF // 16, 48
+    z, targets, losses = (
+        far_apart((n, v), (v, 1), BF16),
+        far_apart((n,), (1,), torch.int64),
+        far_apart((n,), (1,), FP32),
+    )
+    last, targets[-2:] = z[-2:].copy_(normal(2, v, dtype=BF16, seed=1)), torch.tensor([47, 3])
+    want, dz = torch_rows.cross_entropy(last.clone(), targets[-2:])
+    programs_from(n - 2)
+    with checked():
+        cross_entropy.cross_entropy[2,](
+            z, z, targets, losses, v, v, 1.0, 1.0, BIAS=False, CAP=False, GRADIENT=True, BLOCK=32
+        )
+    close(losses[-2:], want)
+    close(last, dz.to(BF16))
