@@ -4,8 +4,9 @@
     dz = m (1 - (z' / cap)^2) (softmax(z') - onehot)                     m multiplier; without cap z' = m (z + bias)
 
 A program takes one row, and passes over it twice: for the largest z' and the sum of exp(z' - largest), which is scaled
-anew whenever a block has a larger one; and for dz. The second pass begins at the end, which is still in the caches. Of all
-rows that run at a time, most of it is: a program is as large as programs can be, so that few rows run.
+anew whenever a block has a larger one; and for dz. The second pass begins at the end, which the caches still hold. A
+program has as many threads as programs can have: so few rows are under way at a time, and an L2 cache may hold them all.
+Each loop asks for the next blocks before it works on one.
 
 n rows, V vocabulary.
 """
@@ -13,6 +14,7 @@ n rows, V vocabulary.
 import triton
 import triton.language as tl
 
+STAGES = tl.constexpr(3)
 LOWEST = tl.constexpr(-3.0e38)  # below it no logit counts; -inf would make NaN of -inf - -inf
 
 
@@ -66,7 +68,7 @@ def cross_entropy(
     whole = V // BLOCK * BLOCK
     block = tl.arange(0, BLOCK)
     largest, total = tl.full((), LOWEST, tl.float32), tl.zeros((), tl.float32)
-    for v0 in range(0, whole, BLOCK):
+    for v0 in tl.range(0, whole, BLOCK, num_stages=STAGES):
         x, _ = _scores(z, bias, v0 + block, V, multiplier, cap, BIAS, CAP, False)
         largest, total = _add(largest, total, x)
     if whole < V:
@@ -74,9 +76,8 @@ def cross_entropy(
         largest, total = _add(largest, total, x)
     share = 1.0 / total
     inside = (target >= 0) & (target < V)
-    column = tl.where(inside, target, 0) + tl.zeros((1,), tl.int64)
-    x, _ = _scores(z, bias, column, V, multiplier, cap, BIAS, CAP, False)
-    loss = tl.log(total) + (largest - tl.sum(x, axis=0))  # far from 0, largest + log(total) would swallow the logarithm
+    hit, _ = _scores(z, bias, tl.where(inside, target, 0), V, multiplier, cap, BIAS, CAP, False)
+    loss = tl.log(total) + (largest - hit)  # far from 0, largest + log(total) would swallow the logarithm
     tl.store(losses + row, tl.where(inside, loss, float("nan")))
     if GRADIENT:
         tl.debug_barrier()  # the target's logit is read before it is overwritten
@@ -85,7 +86,7 @@ def cross_entropy(
             v = whole + block
             x, slope = _scores(z, bias, v, V, multiplier, cap, BIAS, CAP, True)
             tl.store(z + v, _dz(x, slope, v, target, largest, share).to(dtype), mask=v < V)
-        for done in range(0, whole, BLOCK):
+        for done in tl.range(0, whole, BLOCK, num_stages=STAGES):
             v = whole - BLOCK - done + block
             x, slope = _scores(z, bias, v, V, multiplier, cap, BIAS, CAP, False)
             tl.store(z + v, _dz(x, slope, v, target, largest, share).to(dtype))

@@ -14,7 +14,7 @@ from .launch import Planned, plan
 from .rotary import rotary as rotary_kernel
 
 TILE = 2048  # pairs of q that a program of `rotary` holds
-BLOCK = 16384  # logits that a program of `cross_entropy` takes at a time: 16 a thread
+BLOCK = 16384  # 16-bit logits that a program of `cross_entropy` takes at a time: 16 a thread
 
 
 def rotary(
@@ -85,11 +85,12 @@ def _cross_entropy(
     n, v = shape
     assert v and (strides[1] == 1 or v == 1), (shape, strides)
     most = 16 if dispatch.target_of(device).name.startswith("gfx9") else 32  # 1024 threads
-    block = min(BLOCK, max(256, triton.next_power_of_2(v)))
+    block = BLOCK * 2 // dtype.itemsize // (1 if bias is None and cap is None else 2)  # registers and shared memory
+    block = min(block, max(256, triton.next_power_of_2(v)))
     launch = Planned(
         cross_entropy_kernel, (n,), (v, strides[0], multiplier, cap or 1.0),
         {"BIAS": bias is not None, "CAP": cap is not None, "GRADIENT": gradient, "BLOCK": block}, device,
-        num_warps=max(1, min(most, block // 512)),
+        num_warps=max(1, min(most, block // 128)),
     )  # fmt: skip
 
     def run(z: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

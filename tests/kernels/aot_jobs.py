@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
+import aot_rows
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
@@ -226,6 +227,11 @@ JOBS = {
     "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH),
     "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
+    "rotary": Job(aot_rows.rotary, {"rotary": Expect(loads=True, stores=True)}),
+    "rotary, others": Job(aot_rows.rotary_of_others, {}, _ONE_OF_EACH),
+    "cross-entropy": Job(aot_rows.cross_entropy, {"cross_entropy": Expect(loads=True, stores=True)}),
+    "cross-entropy, others": Job(aot_rows.cross_entropy_of_others, {}, _ONE_OF_EACH),
+    "losses": Job(aot_rows.losses, {"cross_entropy": Expect(loads=True)}),
     "nf4": Job(_nf4, _SMALL),
     "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
     "nf4, decode": Job(_decode_nf4),
