@@ -53,7 +53,7 @@ def cross_entropy(
     z_nV: torch.Tensor, targets_n: torch.Tensor, bias_V: torch.Tensor | None = None, *,
     multiplier: float = 1.0, cap: float | None = None, gradient: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """The losses [n] of logits [n, V], and their gradient by z where `gradient`, both in float32. z's memory is used up."""
+    """The losses [n] of logits [n, V], and their gradient by z where `gradient`, both in float32. z may be overwritten."""
     z = z_nV.float()
     if bias_V is not None:
         z += bias_V

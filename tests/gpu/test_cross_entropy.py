@@ -1,11 +1,15 @@
 """Cross-entropy with its gradient in place: triton_rows.cross_entropy and its twin against reference.py."""
 
+import contextlib
+
 import pytest
 import torch
 from cases import BF16, DEVICE, FAR, FP16, FP32, far, name_of, normal
 
-from plopfast.kernels import reference, torch_rows, triton_rows
+from plopfast.kernels import library_rows, reference, torch_rows, triton_rows
 from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.models import cross_entropy
+from plopfast.models.cross_entropy import chunked_cross_entropy
 
 # n, V, dtype, layout; dtype of the bias, multiplier, cap
 CASES = [
@@ -160,3 +164,80 @@ def test_the_order_of_programs_changes_no_bit(watched):
         with watched("losses", seed=seed):
             found.append((triton_rows.cross_entropy(z, targets), z))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+# ------------------------------------------------------------------------------------------------- the loss made of it
+# n, H, V, rows of a chunk, dtype, bias, multiplier, cap
+LOSSES = [
+    (7, 16, 300, 3, FP32, False, 1.0, None),
+    (7, 16, 301, 2, BF16, False, 0.5, 4.0),
+    (4, 24, 130, 100, FP16, True, 1.0, None),
+    (5, 8, 65, 1, BF16, True, 1.3, 2.0),
+]
+
+
+def leaves_of(n, h, v, dtype, bias):
+    hidden, weight = normal(n, h, dtype=dtype, seed=1), normal(v, h, dtype=dtype, scale=h**-0.5, seed=2)
+    targets = torch.randint(0, v, (n,), generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    leaves = [hidden, weight, normal(v, dtype=dtype, seed=4)] if bias else [hidden, weight]
+    return [leaf.requires_grad_() for leaf in leaves], targets
+
+
+def loss_of(leaves, targets, **options):
+    hidden, weight, *bias = leaves
+    return chunked_cross_entropy(hidden, weight, targets, *bias, **options)
+
+
+@pytest.mark.parametrize("case", LOSSES, ids=name_of)
+def test_the_loss_of_hidden_states(case, watched, monkeypatch):
+    """With products around the kernel, for every gradient, chunk by chunk; the same number without gradients."""
+    n, h, v, rows, dtype, bias, multiplier, cap = case
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, DEVICE.type, rows * v)
+    options, (leaves, targets) = {"multiplier": multiplier, "cap": cap}, leaves_of(n, h, v, dtype, bias)
+    results = []
+    for backend in ("torch", "triton"):
+        with watched("losses") if backend == "triton" else contextlib.nullcontext() as check:
+            total = loss_of(leaves, targets, backend=backend, **options)
+            results.append([total.detach(), *torch.autograd.grad(total * 3, leaves)])
+            with torch.no_grad():
+                alone = loss_of(leaves, targets, backend=backend, **options)
+        assert torch.equal(alone, total)
+    if check:
+        assert len(check.launches) == 2 * -(-n // rows), "one launch a chunk"
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = reference.cross_entropy(wide[0] @ wide[1].T, targets, wide[2] if bias else None, multiplier, cap).sum()
+    exact = [exact.detach(), *torch.autograd.grad(exact * 3, wide)]
+    for plain, got, want in zip(*results, exact, strict=True):
+        assert_no_worse(got, plain, want)
+
+
+def test_only_what_is_needed(watched):
+    (hidden, weight), targets = leaves_of(5, 8, 60, BF16, False)
+    weight.requires_grad_(False)
+    with watched("losses"):
+        chunked_cross_entropy(hidden, weight, targets, backend="triton").backward()
+    assert weight.grad is None and hidden.grad.abs().sum() > 0
+    with watched("losses"):
+        total = chunked_cross_entropy(hidden.detach(), weight, targets, backend="triton")
+    assert not total.requires_grad
+
+
+def test_the_logits_of_all_chunks_take_one_buffer_of_the_models_dtype(watched, monkeypatch):
+    """Rows start at multiples of 64 columns."""
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, DEVICE.type, 2 * 67)
+    (hidden, weight), targets = leaves_of(5, 8, 67, BF16, False)
+    seen, plain = [], triton_rows.cross_entropy
+    monkeypatch.setattr(triton_rows, "cross_entropy", lambda z, *a, **k: seen.append(z) or plain(z, *a, **k))
+    with watched("losses"):
+        chunked_cross_entropy(hidden, weight, targets, backend="triton")
+    assert [tuple(z.shape) for z in seen] == [(2, 67), (2, 67), (1, 67)]
+    assert {z.stride() for z in seen} == {(128, 1)} and {z.dtype for z in seen} == {BF16}
+    assert len({z.data_ptr() for z in seen}) == 1
+
+
+def test_the_op_in_plain_torch_changes_its_logits_too():
+    for dtype in (FP32, BF16):
+        z, targets, _ = operands(4, 50, dtype, "dense", None)
+        want, dz = torch_rows.cross_entropy(z.clone(), targets, cap=2.0)
+        losses = library_rows.cross_entropy_(z, targets, None, 1.0, 2.0, True, "torch")
+        assert torch.equal(losses, want) and torch.equal(z, dz.to(dtype))
