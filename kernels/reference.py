@@ -72,3 +72,25 @@ def gate_grad(dy, g, u, name) -> tuple[torch.Tensor, torch.Tensor]:
     """dg = dy u act'(g),   du = dy act(g)"""
     value, slope = act(g, name)
     return dy.double() * u.double() * slope, dy.double() * value
+
+
+def rotary(x_BHTD, cos_BTP, sin_BTP, interleaved=False) -> torch.Tensor:
+    """y = x cos + turned(x) sin on the first P columns of each head; `turned` makes (-b, a) of each pair (a, b).
+
+    Pairs are (d, d + P / 2), or neighbours if `interleaved`. The gradient is autograd's.
+    """
+    width = cos_BTP.shape[-1]
+    x_BHTD, cos, sin = (one.double() for one in (x_BHTD, cos_BTP.unsqueeze(1), sin_BTP.unsqueeze(1)))
+    x, rest = x_BHTD[..., :width], x_BHTD[..., width:]
+    if interleaved:
+        turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    else:
+        turned = torch.cat([-x[..., width // 2 :], x[..., : width // 2]], -1)
+    return torch.cat([x * cos + turned * sin, rest], -1)
+
+
+def cross_entropy(z_nV, targets_n, bias_V=None, multiplier=1.0, cap=None) -> torch.Tensor:
+    """logsumexp(z') - z'[target] per row, z' = cap tanh(multiplier (z + bias) / cap). The gradient is autograd's."""
+    z_nV = (z_nV.double() + (0 if bias_V is None else bias_V.double())) * multiplier
+    z_nV = z_nV if cap is None else cap * (z_nV / cap).tanh()
+    return z_nV.logsumexp(-1) - z_nV.gather(1, targets_n[:, None])[:, 0]

@@ -1,31 +1,24 @@
 """The label loss of a causal language model, without logits for more than a chunk of tokens at a time.
 
-    z = c tanh(m h W^T / c);  loss = sum over label tokens of logsumexp(z) - z[target]
-    dh = m (1 - (z / c)^2) (softmax(z) - onehot) W                   m multiplier, c soft cap (infinite: none)
-
-The hidden states at positions whose next token has a label are gathered before the output head is applied. Loss and
-gradient are formed together, chunk by chunk, while the logits of the chunk are there. So logits are computed once, and
-never held for more than a chunk of tokens (as in Wijmans et al., "Cut Your Losses", arXiv 2411.09009, without its custom
-kernel).
+The hidden states at positions whose next token has a label are gathered before the output head is applied;
+models/cross_entropy.py takes them chunk by chunk.
 """
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.rows import IGNORE
 from ..lora.layer import LoRALinear
+from ..models.cross_entropy import chunked_cross_entropy
 from ..models.frozen import frozen_of
 from ..models.running import body, evaluating, output_head, run_for_logits
 
-CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
 SHORT_ROW = 128
-GPU_CHUNK_ELEMENTS = 1 << 27  # 512 MiB, so that the products stay large
 
 
 @dataclass(frozen=True)
@@ -111,10 +104,9 @@ class Objective(nn.Module):
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
             hidden_nH = body(self.model)(**inputs_of(batch), use_cache=False)[0][where]
-        tensors: list[Any] = [hidden_nH, self.head.weight_VH, self.head.module.bias]
-        if not torch.is_grad_enabled():  # which needs_input_grad does not tell
-            tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
-        return _ChunkedCrossEntropy.apply(*tensors, targets_n, self.head)
+        head, bias = self.head, cast(torch.Tensor | None, self.head.module.bias)
+        weight, multiplier = head.weight_VH, head.multiplier
+        return chunked_cross_entropy(hidden_nH, weight, targets_n, bias, multiplier=multiplier, cap=head.cap)
 
     @torch.no_grad()
     def _agrees(self) -> bool:
@@ -130,43 +122,3 @@ class Objective(nn.Module):
         ours = self.head.logits(hidden.reshape(-1, hidden.shape[-1])).view_as(theirs)
         tolerance = 1e-5 if weight.dtype == torch.float32 else 0.02
         return bool((ours - theirs).norm() <= tolerance * theirs.norm())
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, h_nH, w_VH, bias_V, targets_n, head: Head):
-        need_h, need_w, need_bias = ctx.needs_input_grad[:3]
-        dh_nH = torch.empty_like(h_nH) if need_h else None
-        dw_VH = torch.zeros_like(w_VH, dtype=torch.float32) if need_w else None
-        dbias_V = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
-        elements = CHUNK_ELEMENTS.get(h_nH.device.type, GPU_CHUNK_ELEMENTS)
-        rows = max(1, elements // w_VH.shape[0])
-        total = h_nH.new_zeros((), dtype=torch.float32)
-        for begin in range(0, len(h_nH), rows):
-            h, targets = h_nH[begin : begin + rows], targets_n[begin : begin + rows, None]
-            z = head.logits(h)
-            logp = z.log_softmax(-1)
-            total -= logp.gather(1, targets).sum()
-            if not (need_h or need_w or need_bias):
-                continue
-            dz = logp.exp_()
-            dz.scatter_add_(1, targets, dz.new_full((1, 1), -1.0).expand_as(targets))
-            if head.cap is not None:
-                dz.mul_(z.div_(head.cap).square_().neg_().add_(1.0))
-            if head.multiplier != 1.0:
-                dz.mul_(head.multiplier)
-            low = dz.to(h.dtype)
-            if dh_nH is not None:
-                torch.mm(low, w_VH, out=dh_nH[begin : begin + rows])
-            if dw_VH is not None:
-                dw_VH += low.T @ h
-            if dbias_V is not None:
-                dbias_V += dz.sum(0)
-        ctx.save_for_backward(dh_nH, dw_VH, dbias_V)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, d_total):
-        dh_nH, dw_VH, dbias_V = (None if g is None else g * d_total for g in ctx.saved_tensors)
-        return dh_nH, dw_VH, dbias_V, None, None

@@ -15,6 +15,7 @@ from interpreter import checked, far_apart
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from plopfast.kernels import (
+    cross_entropy,
     dispatch,
     expand,
     gate,
@@ -26,7 +27,9 @@ from plopfast.kernels import (
     reduce,
     reference,
     shrink,
+    torch_rows,
     triton_ops,
+    triton_rows,
 )
 
 LONG = (1 << 31) + 48
@@ -295,3 +298,40 @@ def test_last_rows_of_a_gate(programs_from):
     exact = reference.gate(last_g, last_u, "silu"), *reference.gate_grad(last_dy, last_g, last_u, "silu")
     for got, one in zip((last_y, last_dg, last_du), exact, strict=True):
         close(got, one.to(BF16))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_tokens_and_heads_of_a_rotation(interleaved):
+    """In place, so that reads and writes are both far; then those of new tensors."""
+    q, k, cos, sin = (
+        normal(2, 3, 3, 8, seed=1),
+        normal(2, 2, 3, 8, seed=2),
+        normal(2, 3, 6, seed=3),
+        normal(2, 3, 6, seed=4),
+    )
+    want = torch_rows.rotary(q, k, cos, sin, interleaved=interleaved)
+    far_q = far_apart((2, 3, 3, 8), (9 * HALF, 3 * HALF, HALF, 1), FP32).copy_(q)
+    far_k = far_apart((2, 2, 3, 8), (6 * HALF, HALF, 2 * HALF, 1), FP32).copy_(k)
+    tables = [far_apart((2, 3, 6), (3 * HALF, HALF, 1), FP32).copy_(one) for one in (cos, sin)]
+    for in_place in (False, True):
+        with checked():
+            found = triton_rows.rotary(far_q, far_k, *tables, interleaved=interleaved, in_place=in_place)
+        close(found, want)
+
+
+def test_the_last_rows_of_logits(programs_from):
+    n, v = HALF // 16, 48
+    z, targets, losses = (
+        far_apart((n, v), (v, 1), BF16),
+        far_apart((n,), (1,), torch.int64),
+        far_apart((n,), (1,), FP32),
+    )
+    last, targets[-2:] = z[-2:].copy_(normal(2, v, dtype=BF16, seed=1)), torch.tensor([47, 3])
+    want, dz = torch_rows.cross_entropy(last.clone(), targets[-2:])
+    programs_from(n - 2)
+    with checked():
+        cross_entropy.cross_entropy[2,](
+            z, z, targets, losses, v, v, 1.0, 1.0, BIAS=False, CAP=False, GRADIENT=True, BLOCK=32
+        )
+    close(losses[-2:], want)
+    close(last, dz.to(BF16))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import aot_blocks
+import aot_rows
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
@@ -260,6 +261,11 @@ JOBS = {
     "gate, float16": Job(_of(aot_blocks.gates, k=14336, dtype=torch.float16), _GATE, ("sm_80", "gfx942")),
     "gate, float32": Job(_of(aot_blocks.gates, k=1536, dtype=torch.float32), _GATE, ("sm_80", "gfx942")),
     "gate, odd": Job(_of(aot_blocks.gates, m=8191, k=4099, acts=("silu",)), {}, _NOT_BY_DEFAULT),
+    "rotary": Job(aot_rows.rotary, {"rotary": Expect(loads=True, stores=True)}),
+    "rotary, others": Job(aot_rows.rotary_of_others, {}, _ONE_OF_EACH),
+    "cross-entropy": Job(aot_rows.cross_entropy, {"cross_entropy": Expect(loads=True, stores=True)}),
+    "cross-entropy, others": Job(aot_rows.cross_entropy_of_others, {}, _ONE_OF_EACH),
+    "losses": Job(aot_rows.losses, {"cross_entropy": Expect(loads=True)}),
     "nf4": Job(_nf4, _SMALL),
     "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
     "nf4, decode": Job(_decode_nf4),

@@ -1,5 +1,7 @@
 """The chunked loss against the plain one; shared shrinks and casts against per-call ones; what is never computed."""
 
+import copy
+import pickle
 import traceback
 
 import pytest
@@ -13,7 +15,7 @@ from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
 from plopfast.lora.shared import Prepared, find_shared_inputs
-from plopfast.training import loss
+from plopfast.models import cross_entropy
 from plopfast.training.loss import Objective, inputs_of
 
 SCALED = {
@@ -41,7 +43,7 @@ def plain_loss(model, batch):
 @pytest.mark.parametrize("rows_in_chunk", [1, 5, 1000])
 def test_chunks_give_the_plain_loss_and_gradients(name, rows_in_chunk, monkeypatch):
     """Also that right padding needs no attention mask, and that soft caps and scalings of the logits are known."""
-    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", rows_in_chunk * SMALL["vocab_size"])
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", rows_in_chunk * SMALL["vocab_size"])
     model = trained(model_of(name))
     batch = collate(prompted(ROWS, STARTS))
     want = plain_loss(model, batch)
@@ -86,12 +88,12 @@ def test_logits_never_exist_whole(llama):
             return result
 
     objective = Objective(llama)
-    loss.CHUNK_ELEMENTS["cpu"], before = 300 * 64, loss.CHUNK_ELEMENTS["cpu"]
+    cross_entropy.CHUNK_ELEMENTS["cpu"], before = 300 * 64, cross_entropy.CHUNK_ELEMENTS["cpu"]
     try:
         with Sizes():
             objective(batch).backward()
     finally:
-        loss.CHUNK_ELEMENTS["cpu"] = before
+        cross_entropy.CHUNK_ELEMENTS["cpu"] = before
     assert max(sizes) == 64
 
 
@@ -126,6 +128,24 @@ def test_no_labels_is_no_loss(llama):
     assert total.item() == 0.0
     total.backward()
     assert all(not g.any() for g in gradients(llama).values())
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["copy", "pickle"])
+def test_an_objective_is_copied_with_its_own_head(llama, copied):
+    """As wrappers of other trainers do; what happens to the copy's head is the copy's alone."""
+    trained(llama)
+    objective, batch = Objective(llama), collate(prompted(ROWS, STARTS))
+    other = copied(objective)
+    assert other.head.module is other.model.lm_head and other.head.module is not llama.lm_head
+    want = objective(batch)
+    want.backward()
+    found = other(batch)
+    found.backward()
+    assert torch.equal(found, want)
+    for key, gradient in gradients(other.model).items():
+        assert torch.equal(gradient, gradients(llama)[key])
+    torch.nn.init.zeros_(other.model.lm_head.weight)
+    assert other(batch).item() != want.item() == objective(batch).item()
 
 
 def test_padding_cannot_be_seen(any_model):

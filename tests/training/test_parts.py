@@ -10,7 +10,7 @@ from torch import nn
 
 import plopfast as pf
 from plopfast.data.batches import collate, collate_packed
-from plopfast.training import loss as loss_module
+from plopfast.models import cross_entropy
 from plopfast.training.loss import Objective
 from plopfast.training.neftune import neftune
 
@@ -29,7 +29,7 @@ def test_packed_rows_have_the_loss_that_each_has_alone():
 @pytest.mark.parametrize("tokens", [1, 3, 1000])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_trained_head_gets_the_gradient_of_every_chunk(tokens, bias, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", tokens * 300)
+    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", tokens * 300)
     model, rows = build("llama").requires_grad_(True), rows_of(5)
     model.lm_head = nn.Linear(32, 300, bias=bias)
     objective = Objective(model)
