@@ -58,7 +58,7 @@ def rms_norm_shrink(
     S is for those who compute its gradients themselves, as lora/grouped.py does: it has none here. Raises as `rms_norm` does.
     """
     _check(x, weight)
-    return _RMSNormShrink.apply(x, weight, eps, mode, adapters, c, p, seeds, backend)  # type: ignore[no-any-return]
+    return _RMSNormShrink.apply(x, weight, eps, mode, adapters, c, p, seeds, backend)
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, act: str, backend: str = "auto") -> torch.Tensor:

@@ -39,17 +39,19 @@ class SharedInput:
     def start(self, stacked_A: torch.Tensor) -> None:
         """Switches on: from now on the members compute together, and a lean norm before them makes their S."""
         self.stacked_A = stacked_A
-        if norm := self._norm():
+        if norm := self.norm:
             norm.reader = self
 
     def clear(self) -> None:
         """Forgets what nobody fetched, and switches off."""
         self.stacked_A, self._outputs, self._x = None, {}, lambda: None
         self._normed, self._made = lambda: None, None
-        if norm := self._norm():
+        if norm := self.norm:
             norm.reader = None
 
-    def _norm(self) -> LeanNorm | None:
+    @property
+    def norm(self) -> LeanNorm | None:
+        """The lean norm before the members, if there is one now."""
         forward = vars(self.producer).get("forward") if self.producer is not None else None
         return forward if isinstance(forward, LeanNorm) else None
 

@@ -55,6 +55,8 @@ def _kind(module: LoRALinear) -> tuple[object, ...]:
 def _step(members: list[LoRALinear], rows: int) -> None:
     first = members[0].frozen
     x = torch.zeros(rows, first.shape[1], dtype=first.dtype, device=first.device, requires_grad=True)
-    y = [module(x) for module in members]
+    norm = members[0].shared.norm if members[0].shared else None  # makes their S, for many tokens
+    read = norm(x) if norm else x
+    y = [module(read) for module in members]
     trained = [p for module in members for p in (module.lora_A, module.lora_B) if p.requires_grad]
     torch.autograd.grad(y, [x, *trained], [torch.zeros_like(one) for one in y])

@@ -245,7 +245,7 @@ class TrainConfig(StepSettings, Seed):
     keep: int = option(2, "newest checkpoints to keep while training", positive=True, free=True)
     offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
     compile: bool = option(False, "compile each block with torch.compile: slow to start, then faster")
-    liger: bool = option(True, "use liger-kernel's norm, SwiGLU and RoPE on a GPU where it is installed")
+    liger: bool = option(False, "use liger-kernel's norm, SwiGLU and RoPE in place of plopfast's (GPU)")
     log_to: str = option("none", "log to tensorboard, wandb or both (with a comma), beside metrics.jsonl", free=True)
 
     def __post_init__(self) -> None:

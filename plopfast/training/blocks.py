@@ -36,11 +36,15 @@ def prepared_blocks(
         raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
     if config.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
+    if config.liger and device.type == "cpu":
+        raise ConfigError("liger-kernel runs on GPUs, but the model is on the CPU: leave out --liger")
+    if config.liger and importlib.util.find_spec("liger_kernel") is None:
+        raise ConfigError("liger-kernel is not installed: pip install liger-kernel, or leave out --liger")
     with contextlib.ExitStack() as undo:
         if config.checkpointing:
             undo.enter_context(recomputed(model))
             notes.append("each block's activations are computed again in the backward pass")
-        if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        if config.liger:
             undo.enter_context(liger(model))
             notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
         elif not config.compile and (found := lean_modules(model, lean)):

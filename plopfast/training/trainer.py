@@ -18,7 +18,6 @@ from ..data.batches import collate, collate_packed, group_by_length
 from ..data.example import Example, digest
 from ..lora.layer import adapters
 from ..lora.shared import Prepared, find_shared_inputs
-from ..lora.warmup import warm_up
 from ..models.frozen import fingerprint
 from ..models.linears import linear_modules
 from ..models.running import check_packing, device_of, evaluating, modes_kept
@@ -30,6 +29,7 @@ from ..support.lock import locked
 from ..support.progress import bar
 from . import census, parallel
 from .blocks import prepared_blocks
+from .first_step import make_ready
 from .interrupt import interruptible
 from .logs import open_log, targets
 from .loss import Objective
@@ -298,7 +298,7 @@ class Trainer:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             self.model.train()
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
-            self.notes += warm_up(self.prepared, self.plan.batch_tokens, self.progress)
+            self.notes += make_ready(self.objective, self.prepared, self.plan.batch_tokens, self.progress)
             stack.enter_context(neftune(self.model, self.config.neftune))
             yield
 

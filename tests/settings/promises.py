@@ -61,8 +61,8 @@ def flag(name: str) -> str:
 
 
 def name_of(word: str) -> str:
-    """The setting that an option gives, as --no-liger and --batch-rows=2 do."""
-    return word.partition("=")[0].replace("--no-", "--").removeprefix("--").replace("-", "_")
+    """The setting that an option gives, as --packing and --batch-rows=2 do."""
+    return word.partition("=")[0].removeprefix("--").replace("-", "_")
 
 
 def words_of(command: str, words: str) -> tuple[str, ...]:
@@ -225,7 +225,7 @@ option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
 option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
 option("compile", "--compile", train="adapter metrics training compiled")  # rounding
-option("liger", "--no-liger", train="")  # it needs a GPU
+option("liger", "--liger", train=REFUSED)  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")
 
 # studies

@@ -44,7 +44,7 @@ TEXTS = {
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
-    "offload": False, "compile": False, "liger": True,
+    "offload": False, "compile": False, "liger": False,
 }  # fmt: skip
 FIRST = {"compat": None}  # the default of a choice is its first one, but here
 NEEDS = {"cap": {"granularity": "module", "budget": "9M"}, "granularity": {"budget": "9M"}, "ranks": {"budget": "9M"},

@@ -193,15 +193,31 @@ def test_liger_is_asked_for_its_operations_alone_and_undone(monkeypatch):
     monkeypatch.setitem(sys.modules, "liger_kernel.transformers", stand_in)
     monkeypatch.setattr("plopfast.training.blocks.importlib.util.find_spec", lambda name: name == "liger_kernel")
     monkeypatch.setattr("plopfast.training.blocks.device_of", lambda model: torch.device("cuda"))
-    with prepared_blocks(model, pf.TrainConfig()) as notes:
+    with prepared_blocks(model, pf.TrainConfig(liger=True)) as notes:
         assert len(notes) == 1 and "liger-kernel" in notes[0] and source.LlamaRMSNorm is None
     assert asked == {"cross_entropy": False, "fused_linear_cross_entropy": False}
     assert (source.LlamaRMSNorm, source.apply_rotary_pos_emb) == (norm, rope) and "forward" not in vars(
         model.model.norm
     )
     asked.clear()
-    with prepared_blocks(model, pf.TrainConfig(liger=False)):
+    with prepared_blocks(model, pf.TrainConfig()):
         assert not asked
+
+
+def test_liger_is_not_left_out_in_silence(monkeypatch):
+    model = trained(build("llama"))
+    with (
+        pytest.raises(ConfigError, match="runs on GPUs.*leave out --liger"),
+        prepared_blocks(model, pf.TrainConfig(liger=True)),
+    ):
+        pass
+    monkeypatch.setattr("plopfast.training.blocks.device_of", lambda model: torch.device("cuda"))
+    monkeypatch.setattr("plopfast.training.blocks.importlib.util.find_spec", lambda name: None)
+    with (
+        pytest.raises(ConfigError, match="not installed: pip install liger-kernel"),
+        prepared_blocks(model, pf.TrainConfig(liger=True)),
+    ):
+        pass
 
 
 def test_a_tensor_that_changes_between_two_uses_is_kept_twice():
