@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from ..kernels import dispatch
+from ..lora.ops import path
 from ..lora.shared import Prepared
 from ..lora.warmup import warm_up
 from ..models.running import device_of
@@ -20,8 +20,8 @@ def make_ready(objective: Objective, prepared: Prepared, tokens: int, progress: 
     before. Returns a line about each part. Raises BackendError where a backend cannot run.
     """
     lines, model = warm_up(prepared, tokens, progress), objective.model
-    device, dtype = device_of(model), next(model.parameters()).dtype
-    if not dispatch.runs_kernels(device, dtype):
+    device = device_of(model)
+    if path(device, "auto") == "torch":
         return lines
     began = time.perf_counter()
     ids = torch.ones(ROWS, TOKENS, dtype=torch.long, device=device)

@@ -23,7 +23,7 @@ def objective():
 def test_blocks_and_loss_run_once_where_triton_does(runs, objective, monkeypatch):
     batches, model = [], objective.model
     objective.register_forward_pre_hook(lambda module, args: batches.append(args[0]["input_ids"].shape))
-    monkeypatch.setattr(first_step.dispatch, "runs_kernels", lambda device, dtype: runs)
+    monkeypatch.setattr(first_step, "path", lambda device, backend: "triton" if runs else "torch")
     state, values = torch.get_rng_state(), {name: p.clone() for name, p in model.named_parameters()}
     lines = first_step.make_ready(objective, Prepared(model), 64)
     assert [tuple(shape) for shape in batches] == [(2, 17)] * runs
