@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from ..models.frozen import find_frozen, is_sharded
 from ..models.linears import blocks
+from ..models.rotary import rotated
 from ..models.running import device_of, evaluating
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
@@ -23,7 +24,7 @@ OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they fr
 @contextlib.contextmanager
 def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str] | None = None) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
-    `lean_modules` takes as `known`.
+    `lean_modules` takes as `known`; given it, no rotary embedding is replaced, as tensors may have no values to compare.
 
     Raises ConfigError for choices that this model or device does not allow.
     """
@@ -38,7 +39,10 @@ def prepared_blocks(model: nn.Module, config: TrainConfig, lean: Collection[str]
         if config.checkpointing:
             undo.enter_context(recomputed(model))
             notes.append("each block's activations are computed again in the backward pass")
-        if config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel"):
+        by_liger = config.liger and device.type == "cuda" and importlib.util.find_spec("liger_kernel")
+        if lean is None and not by_liger and not config.compile and undo.enter_context(rotated(model)):
+            notes.append("rotary embedding of queries and keys in one operation")
+        if by_liger:
             undo.enter_context(liger(model))
             notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")
         elif not config.compile and (found := lean_modules(model, lean)):
