@@ -25,7 +25,7 @@ def rms_norm(
     "narrow": w * x_hat.to(dtype), as in Llama. "wide": (w * x_hat).to(dtype), computed in float32. "offset":
     ((1 + w) * x_hat).to(dtype), as in Gemma. Raises ValueError for a weight that is trained or has another dtype than x.
     """
-    _check(x, weight)
+    _check_weight(x, weight)
     return _RMSNorm.apply(x, weight, eps, mode, backend)
 
 
@@ -37,8 +37,11 @@ def add_rms_norm(
     mode: str = "narrow",
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, y): h = x + residual, and y = rms_norm(h) in the same pass, as is their gradient. Raises as `rms_norm` does."""
-    _check(x, weight)
+    """(h, y): h = x + residual, and y = rms_norm(h) in the same pass, as is their gradient. Raises as `rms_norm` does,
+    and ValueError for a residual of another shape or dtype than x.
+    """
+    _check_weight(x, weight)
+    _check_pair("x and residual", x, residual)
     return _AddRMSNorm.apply(x, residual, weight, eps, mode, backend)
 
 
@@ -62,7 +65,9 @@ def rms_norm_shrink(
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor, act: str, backend: str = "auto") -> torch.Tensor:
-    """act(gate) up. `act` is "silu" (SwiGLU), "gelu_tanh" or "gelu" (GeGLU by tanh or by erf)."""
+    """act(gate) up. `act` is "silu" (SwiGLU), "gelu_tanh" or "gelu" (GeGLU by tanh or by erf). Raises ValueError unless both
+    have one shape and dtype."""
+    _check_pair("gate and up", gate, up)
     return _Gate.apply(gate, up, act, backend)
 
 
@@ -191,9 +196,17 @@ def _rows(ops: ModuleType, x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor | None) -> None:
-    if weight is not None and (weight.requires_grad or weight.dtype != x.dtype):
+def _check_weight(x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    if weight is not None and (weight.requires_grad or weight.dtype != x.dtype or weight.shape != x.shape[-1:]):
         raise ValueError(
-            f"weight: expected a frozen {x.dtype} like x, got {weight.dtype} with requires_grad={weight.requires_grad}: "
-            "call weight.requires_grad_(False), and convert one of them"
+            f"weight: expected a frozen {x.dtype} [{x.shape[-1]}] like x, got {weight.dtype} {list(weight.shape)} with "
+            f"requires_grad={weight.requires_grad}: freeze it by requires_grad_(False), or convert it"
+        )
+
+
+def _check_pair(names: str, one: torch.Tensor, other: torch.Tensor) -> None:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        raise ValueError(
+            f"{names}: expected one shape and dtype, got {one.dtype} {list(one.shape)} and {other.dtype} "
+            f"{list(other.shape)}: expand or convert one of them"
         )

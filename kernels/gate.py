@@ -30,11 +30,17 @@ def _load(x, rm, rn, stride, inside):
     return tl.load(x + rm[:, None] * stride + rn[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
+@triton.jit
+def _tile(N, BM: tl.constexpr, BN: tl.constexpr):
+    """(rows, columns) of this program: those of one row of tiles follow each other, as their bytes do."""
+    pid, tiles = tl.program_id(0), tl.cdiv(N, BN)
+    return (pid // tiles).to(tl.int64) * BM + tl.arange(0, BM), (pid % tiles).to(tl.int64) * BN + tl.arange(0, BN)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gate(g, u, y, M, N, row_g, row_u, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
     """y [M, N] = act(g) u"""
-    rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    rn = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    rm, rn = _tile(N, BM, BN)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     value, _ = _act(_load(g, rm, rn, row_g, inside), ACT)
     y_MN = value * _load(u, rm, rn, row_u, inside)
@@ -46,8 +52,7 @@ def gate_grad(
     dy, g, u, dg, du, M, N, row_y, row_g, row_u, row_dg, row_du, ACT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     """dg [M, N] = dy u act'(g), du [M, N] = dy act(g); both are computed before either is stored."""
-    rm = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    rn = tl.program_id(1).to(tl.int64) * BN + tl.arange(0, BN)
+    rm, rn = _tile(N, BM, BN)
     inside = (rm < M)[:, None] & (rn < N)[None, :]
     dy_MN = _load(dy, rm, rn, row_y, inside)
     u_MN = _load(u, rm, rn, row_u, inside)

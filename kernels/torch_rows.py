@@ -34,19 +34,28 @@ def _pairs(width: int, interleaved: bool) -> list[Any]:
 
 
 def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, a: Any, b: Any) -> torch.Tensor:
-    (rows, heads, tokens, d), width, dtype = x.shape, cos.shape[-1], x.dtype
+    (rows, heads, tokens, d), dtype = x.shape, x.dtype
     x = x.to(torch.promote_types(dtype, cos.dtype))
     y = x.new_empty(rows, tokens, heads, d).transpose(1, 2)
     step = max(1, CACHED // max(1, x[:1].numel() * x.element_size()))
-    cos, sin = cos.expand(rows, -1, -1, -1), sin.expand(rows, -1, -1, -1)
-    for at in range(0, rows, step):
-        some = slice(at, at + step)
-        from_, to, sine = x[some], y[some], sin[some]
-        to[..., width:] = from_[..., width:]
-        torch.mul(from_[..., :width], cos[some], out=to[..., :width])
-        to[a].addcmul_(from_[b], sine[a], value=-1)
-        to[b].addcmul_(from_[a], sine[b])
+    if step >= rows:
+        _rotate(x, y, cos, sin, a, b)
+    else:
+        for one in (slice(at, at + step) for at in range(0, rows, step)):
+            table = one if len(cos) == rows else slice(1)
+            _rotate(x[one], y[one], cos[table], sin[table], a, b)
     return y.to(dtype)
+
+
+def _rotate(x: torch.Tensor, y: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, a: Any, b: Any) -> None:
+    width = cos.shape[-1]
+    if width == x.shape[-1]:
+        torch.mul(x, cos, out=y)
+    else:
+        torch.mul(x[..., :width], cos, out=y[..., :width])
+        y[..., width:] = x[..., width:]
+    y[a].addcmul_(x[b], sin[a], value=-1)
+    y[b].addcmul_(x[a], sin[b])
 
 
 def cross_entropy(

@@ -166,7 +166,7 @@ def _gate(
     m, n = shape
     bm, bn = gate_tiles(n)
     launch = Planned(
-        gate_kernel, (triton.cdiv(m, bm), triton.cdiv(n, bn)), (n, *rows), {"ACT": act, "BM": bm, "BN": bn}, device,
+        gate_kernel, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), (n, *rows), {"ACT": act, "BM": bm, "BN": bn}, device,
         num_warps=4,
     )  # fmt: skip
 
@@ -197,7 +197,7 @@ def _gate_grad(
     m, n = shape
     bm, bn = gate_tiles(n)
     launch = Planned(
-        gate_grad_kernel, (triton.cdiv(m, bm), triton.cdiv(n, bn)), (n, *(*rows, n, n)[:5]),
+        gate_grad_kernel, (triton.cdiv(m, bm) * triton.cdiv(n, bn),), (n, *(*rows, n, n)[:5]),
         {"ACT": act, "BM": bm, "BN": bn}, device, num_warps=4,
     )  # fmt: skip
 

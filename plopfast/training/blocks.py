@@ -13,6 +13,7 @@ from torch import nn
 from ..models.frozen import is_sharded
 from ..models.lean import lean_modules
 from ..models.linears import blocks
+from ..models.rotary import rotated
 from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
@@ -25,7 +26,7 @@ def prepared_blocks(
     model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None
 ) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
-    `lean_modules` takes as `known`.
+    `lean_modules` takes as `known`; given it, no rotary embedding is replaced, as tensors may have no values to compare.
 
     Raises ConfigError for choices that this model or device does not allow.
     """
@@ -44,6 +45,8 @@ def prepared_blocks(
         if config.checkpointing:
             undo.enter_context(recomputed(model))
             notes.append("each block's activations are computed again in the backward pass")
+        if lean is None and not config.liger and not config.compile and undo.enter_context(rotated(model)):
+            notes.append("rotary embedding of queries and keys in one operation")
         if config.liger:
             undo.enter_context(liger(model))
             notes.append("norm, SwiGLU and RoPE by liger-kernel, as far as it knows this model")

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from cases import BF16, DEVICE, FAR, FP16, FP32, far, name_of, normal
+from cases import BF16, DEVICE, FAR, FP16, FP32, far, name_of, normal, view
 
 from plopfast.kernels import block_ops, reference, torch_blocks, triton_blocks
 from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.models.lean import LeanMLP, LeanNorm
 
 ACTS = torch_blocks.ACTS
 # M, N, dtype, layout of g, of u, of dy
@@ -57,13 +58,14 @@ def test_empty(m, n, watched):
 
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("backend", [torch_blocks, triton_blocks], ids=["torch", "triton"])
-@pytest.mark.parametrize("place", ["inputs", "halves"])
+@pytest.mark.parametrize("place", ["inputs", "halves", "apart"])
 def test_gradients_in_given_tensors(place, backend, act, watched):
-    """Over g and u, which lie in one matrix; or in the halves of another."""
+    """Over g and u, which lie in one matrix; in the halves of another; or in two of their own."""
     merged, dy = normal(20, 2 * 48, dtype=BF16, seed=1, layout="odd"), normal(20, 48, dtype=BF16, seed=2)
     g, u = merged.chunk(2, dim=1)
     expected = torch_blocks.gate_grad(dy, g, u, act)
-    out = (g, u) if place == "inputs" else torch.full_like(merged, float("nan")).chunk(2, dim=1)
+    apart = view(torch.zeros_like(dy), "odd"), view(torch.zeros_like(dy), "aligned")
+    out = {"inputs": (g, u), "halves": torch.full_like(merged, float("nan")).chunk(2, dim=1), "apart": apart}[place]
     with watched():
         found = backend.gate_grad(dy, g, u, act, out)
     for got, given, one in zip(found, out, expected, strict=True):
@@ -113,3 +115,57 @@ def test_autograd_of_a_merged_matrix(act, watched):
             y.backward(dy)
         torch.testing.assert_close(y.detach().double(), reference.gate(g, u, act), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one.grad.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_shapes_and_dtypes_must_agree():
+    g = normal(3, 40)
+    for u in (normal(1, 40), normal(3, 40, dtype=BF16)):
+        with pytest.raises(
+            ValueError, match="gate and up: expected one shape and dtype, got torch.float32 .*: expand or"
+        ):
+            block_ops.gate(g, u, "silu")
+
+
+class Norm(torch.nn.Module):
+    eps = 1e-5
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(normal(40, scale=0.3, seed=1), requires_grad=False)
+
+    def forward(self, x):
+        return (1 + self.weight) * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+class MLP(torch.nn.Module):
+    def __init__(self, merged):
+        super().__init__()
+        linear = lambda n, k: torch.nn.Linear(k, n, device=DEVICE)  # noqa: E731
+        names = {"gate_up_proj": 96} if merged else {"gate_proj": 48, "up_proj": 48}
+        for name, n in names.items():
+            setattr(self, name, linear(n, 40))
+        self.down_proj = linear(40, 48)
+
+    def forward(self, x):
+        if hasattr(self, "gate_up_proj"):
+            g, u = self.gate_up_proj(x).chunk(2, dim=-1)
+        else:
+            g, u = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(torch.nn.functional.gelu(g) * u)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_lean_modules_on_the_kernels(merged, watched):
+    """A norm, then a gated MLP, whose gradient comes expanded from a sum."""
+    torch.manual_seed(0)
+    norm, mlp = Norm(), MLP(merged)
+    lean, found = (LeanNorm(norm, "offset", norm.eps, "triton"), LeanMLP(mlp, "gelu", "triton")), []
+    for first, then in ((norm, mlp), lean):
+        x = normal(2, 9, 40, seed=2).requires_grad_()
+        with watched("y", "rstd", "dx", "dg", "du") if first is lean[0] else watched() as check:
+            y = then(first(x))
+            y.sum().backward()
+        found.append((y.detach(), x.grad))
+    assert not check or [one.kernel for one in check.launches] == ["rms_norm", "gate", "gate_grad", "rms_norm_grad"]
+    for got, one in zip(*found, strict=True):
+        torch.testing.assert_close(got, one)

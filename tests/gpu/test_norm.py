@@ -100,7 +100,8 @@ def test_each_matrix_has_rows_of_its_own_stride(watched):
         dx = triton_blocks.rms_norm_grad(dy, x, w, rstd, "narrow", r)
         dense = triton_blocks.rms_norm(h, w, EPS, "narrow")[0]
         dense_dx = triton_blocks.rms_norm_grad(dy.contiguous(), x.contiguous(), w, rstd, "narrow", r.contiguous())
-    assert torch.equal(h, x + r) and torch.equal(y, dense) and torch.equal(dx, dense_dx)
+    assert torch.equal(h, x + r)
+    torch.testing.assert_close((y, dx), (dense, dense_dx))
 
 
 def test_a_weight_of_any_stride(watched, few):
@@ -123,7 +124,7 @@ def test_int32_offsets_do_not_overflow_beyond_2_31_elements(long, watched, rows)
         dx = triton_blocks.rms_norm_grad(far(dy, FAR), far(x, FAR), w, rstd, "narrow", far(x, FAR))
         near = triton_blocks.rms_norm(x, w, EPS, "narrow", dy)
         near_dx = triton_blocks.rms_norm_grad(dy, x, w, rstd, "narrow", x)
-    assert all(torch.equal(*pair) for pair in zip((y, rstd, h, dx), (*near, near_dx), strict=True))
+    torch.testing.assert_close((y, rstd, h, dx), (*near, near_dx))
 
 
 # M, K, R, G, dtype of x, of A, mode, p
@@ -196,7 +197,7 @@ def test_shrink_beyond_2_31_elements(watched, few):
     with watched("y", "rstd", "s"):
         got = triton_blocks.rms_norm_shrink(far(x, FAR), w, EPS, "narrow", (far(a, FAR),) * 2, C, 0.3, (SEED, 5))
         near = triton_blocks.rms_norm_shrink(x, w, EPS, "narrow", (a, a), C, 0.3, (SEED, 5))
-    assert all(torch.equal(*pair) for pair in zip(got, near, strict=True))
+    torch.testing.assert_close(got, near)
 
 
 @pytest.mark.parametrize("mode", [None, *torch_blocks.MODES])
@@ -239,3 +240,19 @@ def test_autograd_of_a_residual(needs, backend, used, watched):
         assert (tensor.grad is not None) == needed
         if needed:
             torch.testing.assert_close(tensor.grad.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_not_taken():
+    x = normal(3, 40)
+    for weight in (normal(40).requires_grad_(), normal(40, dtype=BF16), normal(41), normal(1)):
+        with pytest.raises(ValueError, match="weight: expected a frozen torch.float32 .40. like x, got .*: freeze it"):
+            block_ops.rms_norm(x, weight, EPS)
+    with pytest.raises(ValueError, match="x and residual: expected one shape and dtype"):
+        block_ops.add_rms_norm(x, normal(1, 40), None, EPS)
+
+
+def test_tensors_without_values_take_torchs_operations():
+    x = torch.empty(3, 40, dtype=BF16, device="meta", requires_grad=True)
+    y = block_ops.rms_norm(x, None, EPS)
+    y.backward(torch.empty_like(y))
+    assert y.shape == x.grad.shape == (3, 40) and y.dtype == BF16

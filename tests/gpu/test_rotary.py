@@ -4,8 +4,9 @@ import pytest
 import torch
 from cases import BF16, FP16, FP32, name_of, normal
 
-from plopfast.kernels import reference, torch_rows, triton_rows
+from plopfast.kernels import dispatch, library_rows, reference, torch_rows, triton_rows
 from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.models.rotary import rotary
 
 # B, heads of q and of k, T, D, width of cos; dtype of q, of cos; interleaved, one cos for all rows, layout
 CASES = [
@@ -144,3 +145,26 @@ def test_the_order_of_programs_changes_no_bit(watched):
         with watched("y_q", "y_k", seed=seed):
             found.append(triton_rows.rotary(*given))
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
+def test_through_autograd(watched, monkeypatch):
+    """Gradients of any stride, as of a sum; the tables are another dtype's."""
+    monkeypatch.setattr(dispatch, "runs_kernels", lambda *a: True)
+    q, k, cos, sin = operands(2, 4, 2, 5, 16, 8, BF16, FP32, True, "heads")
+    q.requires_grad_(), k.requires_grad_()
+    with watched("y_q", "y_k") as check:
+        y = rotary(q, k, cos, sin)
+        (y[0].sum() + (y[1] * 2).sum()).backward()
+    assert not check or [launch.kernel for launch in check.launches] == ["rotary"] * 2
+    for x, got, factor in ((q, y[0], 1.0), (k, y[1], 2.0)):
+        leaf = x.detach().double().requires_grad_()
+        exact = reference.rotary(leaf, cos, sin)
+        (exact * factor).sum().backward()
+        assert_no_worse(got, exact.to(BF16), exact)
+        assert_no_worse(x.grad, leaf.grad.to(BF16), leaf.grad)
+
+
+def test_tables_of_a_dtype_without_kernels_take_plain_torch(launched):
+    q, k, cos, sin = operands(2, 4, 2, 5, 16, 8, FP32, torch.float64, True, "heads")
+    library_rows.rotary(q, k, cos, sin, False, False, "triton")
+    assert launched == []

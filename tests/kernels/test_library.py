@@ -41,6 +41,18 @@ def test_opcheck(m, p, dtype):
         torch.library.opcheck(OPS.linear_and_norms.default, (x, w, some_bias, some_bias is None, "auto"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_of_rows(dtype):
+    """Rotary embedding, and cross-entropy, which changes its logits and says so."""
+    q, k = torch.randn(2, 3, 4, 8, dtype=dtype), torch.randn(2, 4, 1, 8, dtype=dtype).transpose(1, 2)
+    cos, targets = torch.randn(1, 4, 6, dtype=dtype), torch.tensor([1, 0, 6])
+    for interleaved, backward in itertools.product([False, True], repeat=2):
+        torch.library.opcheck(OPS.rotary.default, (q, k, cos, cos, interleaved, backward, "auto"))
+    for bias, gradient in itertools.product([None, torch.randn(7, dtype=dtype)], [False, True]):
+        z = torch.randn(3, 7, dtype=dtype)
+        torch.library.opcheck(OPS.cross_entropy_.default, (z, targets, bias, 1.5, 2.0, gradient, "auto"))
+
+
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @torch._inductor.config.patch(fallback_random=True)  # else inductor draws other seeds than eager

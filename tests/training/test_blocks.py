@@ -10,7 +10,9 @@ from helpers import CONFIGS, ROWS, STARTS, build, gradients, made, prompted, tra
 import plopfast as pf
 from plopfast.data.batches import collate
 from plopfast.data.example import Example
+from plopfast.kernels import library_rows
 from plopfast.lora.layer import adapters
+from plopfast.models import rotary
 from plopfast.models.linears import blocks
 from plopfast.support.errors import ConfigError, TrainingError
 from plopfast.training.blocks import OFFLOADED_BYTES, lean_modules, offloaded, prepared_blocks
@@ -229,3 +231,22 @@ def test_a_tensor_that_changes_between_two_uses_is_kept_twice():
         x.mul_(3)
         (one.sum() + x.cos().sum()).backward()
     torch.testing.assert_close(weight.grad, 2 * (2 * weight).cos().detach() - 6 * (6 * weight).sin().detach())
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rotary_embedding_is_one_operation(compiled, monkeypatch):
+    """With the loss and the gradients of the model's own, but for rounding. torch.compile fuses the model's own."""
+    monkeypatch.setattr(rotary, "SMALL", {})
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *a, **k: None)
+    model, calls, plain = trained(build("llama")), [], library_rows.rotary
+    objective = Objective(model)
+    want = objective(BATCH)
+    want.backward()
+    expected = gradients(model)
+    monkeypatch.setattr(library_rows, "rotary", lambda *a: calls.append(a[5]) or plain(*a))
+    loss, found, notes = loss_and_gradients(model, objective, pf.TrainConfig(compile=compiled))
+    assert any("rotary embedding" in note for note in notes) != compiled
+    assert calls[-6:] == ([] if compiled else [False] * 3 + [True] * 3), "backward or not; the first calls compare"
+    torch.testing.assert_close(loss, want.detach())
+    for key, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[key], rtol=1e-4, atol=1e-6)
