@@ -60,7 +60,7 @@ def rms_norm_shrink(
 
     S is for those who compute its gradients themselves, as lora/grouped.py does: it has none here. Raises as `rms_norm` does.
     """
-    _check(x, weight)
+    _check_weight(x, weight)
     return _RMSNormShrink.apply(x, weight, eps, mode, adapters, c, p, seeds, backend)
 
 
