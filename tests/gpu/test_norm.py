@@ -70,12 +70,14 @@ def test_against_float64(case, seed, watched, rows):
 
 
 @pytest.mark.parametrize("mode", torch_blocks.MODES)
-def test_where_the_weight_multiplies(mode, watched):
-    """Bit by bit what transformers computes: Llama rounds before the weight, Gemma after it; one rounding tells them apart."""
+@pytest.mark.parametrize("residual", [False, True])
+def test_where_it_rounds(residual, mode, watched):
+    """Bit by bit what transformers computes: Llama rounds before the weight, Gemma after it; one rounding tells them apart.
+    The sum with a residual is rounded before it is normalised, as the backward pass has no other."""
     x, w = normal(64, 48, dtype=BF16, seed=1), normal(48, dtype=BF16, scale=0.3, seed=2)
     with watched("y", "rstd"):
-        y, rstd, _ = triton_blocks.rms_norm(x, w, EPS, mode)
-    x_hat = x.float() * rstd[:, None]
+        y, rstd, h = triton_blocks.rms_norm(x, w, EPS, mode, normal(64, 48, dtype=BF16, seed=3) if residual else None)
+    x_hat = h.float() * rstd[:, None]
     factor = 1.0 + w.float() if mode == "offset" else w.float()
     expected = {"narrow": x_hat.to(BF16) * w}.get(mode, (x_hat * factor).to(BF16))
     assert torch.equal(y, expected)
@@ -256,3 +258,14 @@ def test_tensors_without_values_take_torchs_operations():
     y = block_ops.rms_norm(x, None, EPS)
     y.backward(torch.empty_like(y))
     assert y.shape == x.grad.shape == (3, 40) and y.dtype == BF16
+
+
+def test_columns_that_follow_each_other_and_a_gradient_that_is_expanded(watched):
+    x, w = normal(40, 6, seed=1).T, normal(40, seed=2)
+    x.requires_grad_()
+    with watched("y", "rstd", "dx"):
+        y = block_ops.rms_norm(x, w, EPS, backend="triton")
+        y.sum().backward()
+    torch.testing.assert_close(y.detach().double(), reference.rms_norm(x.detach(), w, EPS), rtol=1e-4, atol=1e-5)
+    exact = reference.rms_norm_grad(torch.ones(6, 40).to(x.device), x.detach(), w, EPS)
+    torch.testing.assert_close(x.grad.double(), exact, rtol=1e-4, atol=1e-5)
