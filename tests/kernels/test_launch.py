@@ -15,7 +15,7 @@ import stub_driver  # noqa: E402
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton exists for Linux only")
 KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
-    "row_norms",
+    "row_norms", "rotary", "cross_entropy",
 }  # fmt: skip
 GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 
