@@ -78,7 +78,12 @@ def test_the_loss_moves_eight_bytes_a_logit(monkeypatch):
     costs = [cost(one) for one in launches if not one.kernel.startswith("torch.")]
     beside = 2 * 3 * weight.nbytes + 2 * hidden.nbytes + targets.nbytes + 4 * n
     assert sum(one.bytes for one in costs) - beside == 8 * n * v
-    small = {"torch.new_zeros", "torch.sum", "torch.add_", "torch.cross_entropy_"}  # of losses, and what holds the kernel
+    small = {
+        "torch.new_zeros",
+        "torch.sum",
+        "torch.add_",
+        "torch.cross_entropy_",
+    }  # of losses, and what holds the kernel
     assert {one.kernel for one in launches if one.kernel.startswith("torch.")} <= small
 
 
