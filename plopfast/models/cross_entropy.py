@@ -105,7 +105,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         vocabulary = len(w_VH)
         rows = _rows(h_nH, vocabulary, h_nH.element_size() if kernel else 4)
         padded = -(-vocabulary // ALIGNED) * ALIGNED if kernel else vocabulary
-        z_nV = h_nH.new_empty(rows, padded)[:, :vocabulary]  # of every chunk
+        z_nV = h_nH.new_empty(rows, padded)[:, :vocabulary]  # of every chunk: new memory costs as much as a pass
+        wide_nV = z_nV if kernel or h_nH.dtype == torch.float32 else torch.empty_like(z_nV, dtype=torch.float32)
         total = h_nH.new_zeros((), dtype=torch.float32)
         for begin in range(0, len(h_nH), rows):
             h, targets = h_nH[begin : begin + rows], targets_n[begin : begin + rows]
@@ -115,8 +116,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 losses = torch.ops.plopfast.cross_entropy_(z, targets, bias_V, multiplier, cap, gradient, backend)
             else:
                 _product(h, w_VH, bias_V, z)
-                losses, dz = torch_rows.cross_entropy(z, targets, multiplier=multiplier, cap=cap, gradient=gradient)
-                low = dz.to(h.dtype) if gradient else dz
+                wide = z if z_nV is wide_nV else wide_nV[: len(h)].copy_(z)
+                losses, dz = torch_rows.cross_entropy(wide, targets, multiplier=multiplier, cap=cap, gradient=gradient)
+                low = dz if dz.dtype == h.dtype else z.copy_(dz)
             total += losses.sum()
             if dh_nH is not None:
                 torch.mm(low, w_VH, out=dh_nH[begin : begin + rows])

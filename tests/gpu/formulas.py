@@ -197,6 +197,29 @@ def gated(*loads: str, stores: tuple[str, ...]) -> Callable[[Launch], Cost]:
     return of
 
 
+def rotary(at: Launch) -> Cost:
+    """q and k in and out, cos and sin in. In place the columns that are passed through do not move."""
+    b, _, t, d = at.q.shape
+    width, tables = 2 * at.P, 2 * at.P * t
+    moved = {name: heads * b * t * (d if at.BREST else width) for name, heads in (("q", at.HQ), ("k", at.HK))}
+    loads = {name: count * at.itemsize(name) for name, count in moved.items()}
+    stores = {f"y_{name}": count * at.itemsize(f"y_{name}") for name, count in moved.items()}
+    # the rows of the batch may share them
+    shared = {"cos": tables * (b if at.scb else 1), "sin": tables * (b if at.ssb else 1)}
+    return Cost(loads | {name: count * at.itemsize(name) for name, count in shared.items()}, stores)
+
+
+def cross_entropy(at: Launch) -> Cost:
+    """Logits and targets, a bias in; losses and, in place of the logits, their gradient out. The second read of the logits
+    is of what the first has just brought."""
+    n, v = at.grid[0], at.V
+    loads = {"z": n * v * at.itemsize("z"), "targets": n * at.itemsize("targets")}
+    if at.BIAS:
+        loads["bias"] = v * at.itemsize("bias")
+    stores = {"losses": n * at.itemsize("losses")}
+    return Cost(loads, stores | ({"z": loads["z"]} if at.GRADIENT else {}))
+
+
 def addmm_(at: Launch) -> Cost:
     """The vendor's Y = beta Y + alpha X W: X, W and, if beta is not 0, Y in; Y out. With L as its Y it is LoRA-first's GEMM."""
     product = mm(Launch("mm", (), {"x": at.x, "w": at.w, "y": at.y}, at.frozen))
@@ -243,6 +266,8 @@ FORMULAS: dict[str, Callable[[Launch], Cost]] = {
     "rms_norm_shrink": rms_norm_shrink,
     "gate": gated("g", "u", stores=("y",)),
     "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
+    "rotary": rotary,
+    "cross_entropy": cross_entropy,
     "addmm_": addmm_,
     "addmm": addmm,
     "mm": mm,

@@ -305,13 +305,13 @@ def test_rows_tokens_and_heads_of_a_rotation(interleaved):
     """In place, so that reads and writes are both far; then those of new tensors."""
     q, k, cos, sin = (
         normal(2, 3, 3, 8, seed=1),
-        normal(2, 2, 3, 8, seed=2),
+        normal(2, 3, 3, 8, seed=2),
         normal(2, 3, 6, seed=3),
         normal(2, 3, 6, seed=4),
     )
     want = torch_rows.rotary(q, k, cos, sin, interleaved=interleaved)
     far_q = far_apart((2, 3, 3, 8), (9 * HALF, 3 * HALF, HALF, 1), FP32).copy_(q)
-    far_k = far_apart((2, 2, 3, 8), (6 * HALF, HALF, 2 * HALF, 1), FP32).copy_(k)
+    far_k = far_apart((2, 3, 3, 8), (9 * HALF, HALF, 3 * HALF, 1), FP32).copy_(k)
     tables = [far_apart((2, 3, 6), (3 * HALF, HALF, 1), FP32).copy_(one) for one in (cos, sin)]
     for in_place in (False, True):
         with checked():

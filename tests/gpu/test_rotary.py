@@ -66,6 +66,8 @@ def test_against_float64(case, backward, seed, watched):
     for got, twin, want, x, before in zip(found, plain, exact, (q, k), given, strict=True):
         assert_no_worse(got, twin, want)
         assert_no_worse(twin, want.to(twin.dtype), want)
+        if q.dtype.itemsize < cos.dtype.itemsize:  # wide sums are rounded once
+            assert all((one != want.to(one.dtype)).double().mean() < 0.02 for one in (got, twin))
         assert got.is_contiguous() or got.transpose(1, 2).is_contiguous()
         assert torch.equal(x, before)
         width = cos.shape[-1]

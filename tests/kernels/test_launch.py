@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
     "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink", "gate", "gate_grad",
+    "rotary", "cross_entropy",
 }  # fmt: skip
 GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 

@@ -13,7 +13,7 @@ import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import nn  # noqa: E402
 
-from plopfast.kernels import dispatch, groups, launch, library, triton_blocks, triton_groups, triton_ops  # noqa: E402
+from plopfast.kernels import dispatch, groups, launch, library, triton_blocks, triton_groups, triton_ops, triton_rows  # noqa: E402
 from plopfast.lora.layer import LoRALinear  # noqa: E402
 from plopfast.lora.shared import Prepared, SharedInput  # noqa: E402
 from plopfast.lora.warmup import warm_up  # noqa: E402
@@ -53,6 +53,7 @@ def work(o, p, seed):
     triton_groups.low_ranks([o["s"], o["s"]], [o["b"], o["b"][:17]], [None, o["bias"][:17]])
     triton_groups.low_rank_sum([o["s"]] * 3, [o["a"].T] * 3, p, (seed, seed + 1, seed + 2))
     blocks(o, p, seed)
+    rows(o["x"], o["dy"])
 
 
 def blocks(o, p, seed):
@@ -65,6 +66,16 @@ def blocks(o, p, seed):
     for g, u in ((o["dy"], o["dy"].clone()), torch.cat([o["dy"]] * 2, dim=1).chunk(2, dim=1)):
         triton_blocks.gate(g, u, "silu")
         triton_blocks.gate_grad(o["dy"], g, u, "silu", (g, u))
+
+
+def rows(x, z):
+    """Two heads for a key head in the columns of `x` [M, at least 48], and `z` [M, V] as logits."""
+    q, k = (x[None, :, : 16 * heads].unflatten(2, (heads, 16)).transpose(1, 2) for heads in (2, 1))
+    for backward in (False, True):
+        triton_rows.rotary(q, k, x[None, :, 32:48], x[None, :, 16:32], backward=backward)
+    targets = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    triton_rows.cross_entropy(z, targets, z[0], multiplier=0.5, cap=30.0)
+    triton_rows.cross_entropy(z, targets, gradient=False)
 
 
 def sent(call, count, narrow):
@@ -255,6 +266,7 @@ def variants():
         s = groups.shrink(x, all_a, made(3 * rank, 1024), group)
         groups.forward(x, s, weights, all_b, [None] * 3, group)
         groups.backward(dy, x, s, weights, all_a, all_b, group, need, dtypes)
+        rows(x, dy[0])
 
     triton.knobs.runtime.jit_cache_hook = note
     try:
