@@ -238,9 +238,14 @@ def milliseconds(found: list[Op], gpu: str) -> float:
     return sum(max(op.flops / (peak * 1e9), op.bytes / (bandwidth * 1e9)) for op in found)
 
 
-def per_token(found: list[Op], *names: str) -> float:
-    """Bytes, of the operations whose names begin with one of `names` if any are given."""
-    return sum(op.bytes for op in found if not names or op.name.startswith(names)) / (ROWS * TOKENS)
+def per_token(found: list[Op]) -> float:
+    """Bytes."""
+    return sum(op.bytes for op in found) / (ROWS * TOKENS)
+
+
+def by_operation(found: list[Op]) -> dict[str, float]:
+    """Bytes a token, by the operation's name."""
+    return {name: per_token([op for op in found if op.name == name]) for name in sorted({op.name for op in found})}
 
 
 def plopfast(backend: str) -> list[Op]:
@@ -313,7 +318,7 @@ def main() -> None:
     lines.append(f"NeMo AutoModel measured {NEMO:,} tokens/s on one H100 (its own figure, not run here).")
     figures = {
         "bytes_a_token": {way: per_token(one) for way, one in found.items()},
-        "by_operation": {way: {name: per_token(one, name) for name in sorted({op.name for op in one})} for way, one in found.items()},
+        "by_operation": {way: by_operation(one) for way, one in found.items()},
         MODEL: modelled,
     }  # fmt: skip
     measure.save("block_traffic", "\n".join(lines), figures)
