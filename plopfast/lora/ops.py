@@ -52,7 +52,7 @@ def lora_linear(
         y = pf.lora_linear(x, linear.weight, lora_A, lora_B, scaling=2.0, bias=linear.bias)
     """
     kind = x.device.type
-    autocast = torch.is_autocast_enabled(kind)
+    autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta, where tools trace
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -86,7 +86,8 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
         )
     if x.device != weight.device:
         raise ValueError(f"weight is on {weight.device}, x on {x.device}: move them to one device")
-    or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
+    if not x.is_meta:
+        or_backend_error(dispatch.plan, x.device, x.dtype, 1, *weight.shape, 1, backend)
     with torch.no_grad():
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
         return torch.ops.plopfast.frozen_norms(x_MK, weight, backend).view(x.shape[:-1])
@@ -98,7 +99,8 @@ def row_norms(y: torch.Tensor, bias: torch.Tensor | None = None, *, backend: str
     Where Triton runs, it reads y once and makes no float32 copy of it. It has no gradient. Raises BackendError where
     `backend` cannot run.
     """
-    or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
+    if not y.is_meta:
+        or_backend_error(dispatch.plan, y.device, y.dtype, 1, 1, 1, 1, backend)
     with torch.no_grad():
         return torch.ops.plopfast.row_norms(y.reshape(-1, y.shape[-1]), bias, backend).view(y.shape[:-1])
 
@@ -122,7 +124,8 @@ def linear_and_norms(
     Where Triton runs and it moves fewer bytes, the norms come from the product itself, and its result is not read again.
     Without `store` the first value is empty. It has no gradient. Raises BackendError where `backend` cannot run.
     """
-    or_backend_error(dispatch.runs_kernels, x.device, x.dtype, backend)
+    if not x.is_meta:
+        or_backend_error(dispatch.runs_kernels, x.device, x.dtype, backend)
     with torch.no_grad():
         x_MK = x.reshape(-1, x.shape[-1]).contiguous()
         y, norms = torch.ops.plopfast.linear_and_norms(x_MK, weight, bias, store, backend)

@@ -107,7 +107,7 @@ def _with_norms(index: int, info: LinearInfo, state: NFNState, end: PassEnd) -> 
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         weight, last = frozen.weight_NK, end.reached(index)
-        if torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
+        if x.is_meta or torch.is_autocast_enabled(x.device.type) or x.dtype != weight.dtype:
             y = type(module).forward(module, x)
             norms = row_norms(y, module.bias, backend=state.backend)
         else:

@@ -94,6 +94,31 @@ def lora_expand(at: Launch) -> Cost:
     )  # fmt: skip
 
 
+def lora_expands(at: Launch) -> Cost:
+    """Of each member S and B, a bias in; L out."""
+    loads, stores, useful, executed = {}, {}, 0, 0
+    for i in range(at.COUNT):
+        n = at.arguments[f"N{i}"]
+        loads |= {f"s{i}": at.M * at.RANK * at.itemsize("s0"), f"b{i}": n * at.RANK * at.itemsize("b0")}
+        if at.arguments[f"BIAS{i}"]:
+            loads[f"bias{i}"] = n * at.itemsize(f"bias{i}")
+        stores[f"y{i}"] = at.M * n * at.itemsize("y0")
+        useful += 2 * at.M * n * at.RANK
+        executed += 2 * _up(at.M, at.BM) * _up(n, at.BN) * _up(at.RANK, at.BR)
+    return Cost(loads, stores, useful, executed)
+
+
+def lora_expand_sum(at: Launch) -> Cost:
+    """Of each member S and B in; the sum of their terms out."""
+    loads = {f"s{i}": at.M * at.RANK * at.itemsize("s0") for i in range(at.COUNT)}
+    loads |= {f"b{i}": at.N * at.RANK * at.itemsize("b0") for i in range(at.COUNT)}
+    return Cost(
+        loads, {"y": at.M * at.N * at.itemsize("y")},
+        useful=2 * at.M * at.N * at.RANK * at.COUNT,
+        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * _up(at.RANK, at.BR) * at.COUNT,
+    )  # fmt: skip
+
+
 def lora_grads(at: Launch) -> Cost:
     """T and V, U in; for each block of rows a part of T^T V, for each stripe of columns a part of T U out."""
     stripes, parts, _ = at.grid
@@ -202,20 +227,25 @@ def elementwise(*loads: str, stores: tuple[str, ...]) -> Callable[[Launch], Cost
     )
 
 
-FORMULAS: dict[str, Callable[[Launch], Cost]] = {
-    "lora_shrink": lora_shrink,
-    "lora_gemm": lora_gemm,
-    "lora_gemm_tma": lora_gemm,
-    "lora_expand": lora_expand,
-    "lora_grads": lora_grads,
-    "sum_partials": sum_partials,
-    "sum_both": sum_both,
-    "row_norms": row_norms,
+BLOCKS: dict[str, Callable[[Launch], Cost]] = {
     "rms_norm": rms_norm,
     "rms_norm_grad": rms_norm_grad,
     "rms_norm_shrink": rms_norm_shrink,
     "gate": gated("g", "u", stores=("y",)),
     "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
+}
+FORMULAS: dict[str, Callable[[Launch], Cost]] = {
+    **BLOCKS,
+    "lora_shrink": lora_shrink,
+    "lora_gemm": lora_gemm,
+    "lora_gemm_tma": lora_gemm,
+    "lora_expand": lora_expand,
+    "lora_expands": lora_expands,
+    "lora_expand_sum": lora_expand_sum,
+    "lora_grads": lora_grads,
+    "sum_partials": sum_partials,
+    "sum_both": sum_both,
+    "row_norms": row_norms,
     "addmm_": addmm_,
     "addmm": addmm,
     "mm": mm,

@@ -4,12 +4,17 @@ import itertools
 
 import pytest
 import torch
+from helpers import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import plopfast as pf
 from plopfast.kernels import philox, reference
 from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.lora import ops
+from plopfast.lora.layer import adapters
+from plopfast.lora.shared import Prepared, find_shared_inputs
+from plopfast.models.linears import linear_modules
 
 CASES = [
     (1, 64, 64, 8),
@@ -20,6 +25,7 @@ CASES = [
     (40, 300, 256, 64),
 ]  # M, N, K, R
 S = 1.7
+SHAPES = (3, 5, 8), (6, 8), (2, 8), (6, 2)  # x, W, A, B
 
 
 def make(m, n, k, r, dtype=torch.float32, adapter_dtype=None, seed=0, strided=False):
@@ -299,3 +305,30 @@ def test_no_product_has_a_left_operand_whose_rows_lie_apart():
         with Apart() as found:
             pf.lora_linear(x.requires_grad_(), w, *leaves, scaling=0.5).backward(dy)
         assert found.products >= 7 and not found.apart
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch", "fused"])
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_shapes_on_the_meta_device(backend, p):
+    """Tools that trace run models there. No driver is asked for, since nothing is computed."""
+    x, w, a, b = (torch.empty(shape, device="meta", requires_grad=shape != (6, 8)) for shape in SHAPES)
+    y = pf.lora_linear(x, w, a, b, scaling=1.0, dropout_p=p, seed=1 if p else None, backend=backend)
+    y.sum().backward()
+    assert y.is_meta and y.shape == (3, 5, 6)
+    assert [t.grad.shape for t in (x, a, b)] == [t.shape for t in (x, a, b)]
+    assert pf.linear_norms(x, w, backend=backend).shape == ops.row_norms(y, backend=backend).shape == (3, 5)
+    y, norms = ops.linear_and_norms(x, w, None, backend=backend)
+    assert y.shape == (3, 5, 6) and norms.shape == (3, 5)
+
+
+def test_a_model_with_adapters_on_the_meta_device():
+    model = build("llama")
+    pf.inject(
+        model, pf.Placement({info.name: (4, 8.0) for info in linear_modules(model)}, [], "explicit", 0), dropout=0.1
+    )
+    find_shared_inputs(model)
+    mlp = model.to("meta").train().model.layers[0].mlp  # transformers' own masks read values
+    x = torch.empty(2, 7, model.config.hidden_size, device="meta", requires_grad=True)
+    with Prepared(model):
+        mlp(x).sum().backward()
+    assert x.grad.shape == x.shape and all(m.lora_A.grad.shape == m.lora_A.shape for m in adapters(mlp).values())
