@@ -21,7 +21,7 @@ def rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(y, 1 / rms [..., 1] in float32, h): y = w h / rms(h) with h = x + residual. Without a residual, h is x itself."""
     h = x if residual is None else x + residual
-    wide = torch.promote_types(h.dtype, torch.float32)
+    wide = torch.float64 if h.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(h, dim=-1, keepdim=True, dtype=wide)
     rstd = norm.square_().div_(h.shape[-1]).add_(eps).rsqrt_()
     y = h * rstd
@@ -78,12 +78,13 @@ def gate_grad(
     out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dy up act'(gate), dy act(gate)), in `out` if it is given, which may be (gate, up)."""
+    value, through = _act(gate, act), dy * up  # before either of gate and up is written to
+    d_gate, d_up = out or (through, value)
     if act == "silu":
-        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        torch.ops.aten.silu_backward.grad_input(through, gate, grad_input=d_gate)
     else:
-        d_gate = torch.ops.aten.gelu_backward(dy * up, gate, approximate=_APPROXIMATE[act])
-    d_up = _act(gate, act).mul_(dy)
-    return (d_gate, d_up) if out is None else (out[0].copy_(d_gate), out[1].copy_(d_up))
+        torch.ops.aten.gelu_backward.grad_input(through, gate, approximate=_APPROXIMATE[act], grad_input=d_gate)
+    return d_gate, torch.mul(value, dy, out=d_up)
 
 
 def _factor(weight: torch.Tensor, mode: str, wide: torch.dtype) -> torch.Tensor:

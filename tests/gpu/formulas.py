@@ -250,7 +250,15 @@ def elementwise(*loads: str, stores: tuple[str, ...]) -> Callable[[Launch], Cost
     )
 
 
+BLOCKS: dict[str, Callable[[Launch], Cost]] = {
+    "rms_norm": rms_norm,
+    "rms_norm_grad": rms_norm_grad,
+    "rms_norm_shrink": rms_norm_shrink,
+    "gate": gated("g", "u", stores=("y",)),
+    "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
+}
 FORMULAS: dict[str, Callable[[Launch], Cost]] = {
+    **BLOCKS,
     "lora_shrink": lora_shrink,
     "lora_gemm": lora_gemm,
     "lora_gemm_tma": lora_gemm,
@@ -261,11 +269,6 @@ FORMULAS: dict[str, Callable[[Launch], Cost]] = {
     "sum_partials": sum_partials,
     "sum_both": sum_both,
     "row_norms": row_norms,
-    "rms_norm": rms_norm,
-    "rms_norm_grad": rms_norm_grad,
-    "rms_norm_shrink": rms_norm_shrink,
-    "gate": gated("g", "u", stores=("y",)),
-    "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
     "rotary": rotary,
     "cross_entropy": cross_entropy,
     "addmm_": addmm_,
