@@ -79,13 +79,8 @@ def backward(
 
 def _grad_x(dy, ds, whole, weights, a, group: Group) -> torch.Tensor:
     """sum over i of mask_i (dS_i A_i) + dY_i W_i; `whole` holds the dS_i side by side where there is no mask."""
-    dx, pairs = None, [*zip(dy, weights, strict=True)]
-    if whole is not None and group.plan.strategy == "fused":  # every term in the epilogue of the first product
-        from . import triton_ops
-
-        (one, w), *pairs = pairs
-        dx = triton_ops.grad_x(one, whole, w, torch.cat(a), 0.0, 0, group.plan)
-    elif group.plan.backend == "triton":
+    dx = None
+    if group.plan.backend == "triton":
         from . import triton_groups
 
         columns = [one.T for one in a]
@@ -97,6 +92,6 @@ def _grad_x(dy, ds, whole, weights, a, group: Group) -> torch.Tensor:
         dx, *others = (torch_ops.low_rank(*member, group.p) for member in zip(ds, a, group.seeds, strict=True))
         for other in others:
             dx.add_(other)
-    for one, w in pairs:
+    for one, w in zip(dy, weights, strict=True):
         dx.addmm_(one, w)
     return dx

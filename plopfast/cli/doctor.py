@@ -25,6 +25,7 @@ from ..models.linears import LinearInfo, linear_modules
 from ..models.loading import load_model
 from ..support import machine
 from ..support.devices import device_for
+from .doctor_blocks import blocks
 from .info import TOKENS, module_paths
 
 
@@ -139,6 +140,8 @@ def _examine(
         spent_s = time.monotonic() - checks.start - compiling.seconds
         share_s = (seconds - spent_s) / (len(kinds) - i)
         checks.run(f"{strategy} kernels in {kind}", partial(kernels, where, strategy, kind, share_s))
+    for kind in dict.fromkeys(kind for _, kind in kinds):
+        checks.run(f"norms, gates, rotary embedding and loss in {kind}", partial(blocks, where, backend, kind))
     loaded = checks.run(
         "model", lambda: load_model(model, dtype=dtype, device=where)[0], lambda found: found.name_or_path
     )

@@ -11,7 +11,7 @@ import transformers
 from helpers import SMALL as SIDES, build
 
 import plopfast as pf
-from plopfast.cli import doctor
+from plopfast.cli import doctor, doctor_blocks
 from plopfast.kernels import compile_time, dispatch, philox, torch_ops
 from plopfast.support import machine
 from plopfast.support.errors import BackendError, ConfigError
@@ -39,7 +39,7 @@ def examine(model_folder, monkeypatch):
 
 def test_healthy(examine):
     text, failed = examine(cases=SMALL)
-    assert not failed and "healthy: 14 checks passed" in text, text
+    assert not failed and "healthy: 16 checks passed" in text, text
     for name in KERNELS:
         assert f"ok      {name}: 6 of 6 cases; the worst: " in text
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
@@ -118,7 +118,7 @@ def test_a_layer_that_is_wrong_where_the_kernels_are_right(examine, monkeypatch)
 def test_a_check_that_crashes_leaves_the_others(examine, monkeypatch):
     monkeypatch.setattr(machine, "describe", lambda: 1 // 0)
     text, failed = examine()
-    assert failed == ["machine"] and "FAILED  machine: ZeroDivisionError: " in text and "1 of 14 checks" in text
+    assert failed == ["machine"] and "FAILED  machine: ZeroDivisionError: " in text and "1 of 16 checks" in text
 
 
 def test_a_case_that_crashes_counts_as_one(examine, monkeypatch):
@@ -188,7 +188,7 @@ def test_a_backend_that_cannot_run(examine, backend):
 def test_triton_kernels_under_the_interpreter():
     code = f"""
 import torch
-from plopfast.cli import doctor
+from plopfast.cli import doctor, doctor_blocks
 doctor.CASES = [case for case in doctor.CASES if str(case) in {[str(case) for case in SMALL[2:4]]}]
 for strategy in ("fused", "lora-first"):
     print(doctor.kernels(torch.device("cpu"), strategy, torch.float32, 60))
@@ -292,3 +292,26 @@ def test_dense_cases_take_copies_of_the_adapters_as_training_does(monkeypatch):
         doctor._case(torch.device("cpu"), "torch", torch.bfloat16, case)
         assert set(seen) == {None if case.views else (torch.bfloat16, torch.bfloat16, False)}
     assert {case.views for case in SMALL} == {False, True}
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotary", "chunked_cross_entropy"])
+def test_a_wrong_operation_beside_the_products_is_named(name, monkeypatch):
+    where = {"rotary": doctor_blocks.library_rows, "chunked_cross_entropy": doctor_blocks}.get(
+        name, doctor_blocks.block_ops
+    )
+    right, cpu = getattr(where, name), torch.device("cpu")
+    assert doctor_blocks.blocks(cpu, "auto", torch.float32).startswith("36 results")
+    said = {"rms_norm": "RMSNorm", "rotary": "rotary embedding", "chunked_cross_entropy": "cross-entropy"}.get(
+        name, name
+    )
+
+    def wrong(*arguments, **how):
+        backend = how.get("backend", arguments[-1])
+        found = right(*arguments, **how)
+        if backend == "torch":
+            return found
+        return tuple(one * 1.001 for one in found) if isinstance(found, tuple) else found * 1.001
+
+    monkeypatch.setattr(where, name, wrong)
+    with pytest.raises(ArithmeticError, match=f"results are wrong; the worst: {said}'s (result|gradient)"):
+        doctor_blocks.blocks(cpu, "auto", torch.float32)

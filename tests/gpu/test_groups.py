@@ -129,8 +129,6 @@ def test_a_group_is_its_members(backend, ranks, p, watched, launched):
     if backend == "lora-first" and len(set(ranks)) == 1:
         assert after.count("lora_expands") == after.count("lora_expand_sum") == 1 and "lora_expand" not in after
         assert after.count("lora_shrink") == (p > 0)
-    if backend == "fused" and not p:  # every term of dX comes with its first product
-        assert after.count("lora_gemm") == 4 and not {"lora_expand", "lora_expand_sum"} & set(after)
 
 
 @pytest.mark.parametrize("unused", [0, 1, 2])

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import plopfast as pf
-from plopfast.kernels import dispatch
+from plopfast.kernels import dispatch, library_rows  # noqa: F401  # the second registers its operations
 from plopfast.lora.layer import replace_module
 
 OPS = pf.lora_linear and torch.ops.plopfast  # the lookup registers the ops
