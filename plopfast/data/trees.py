@@ -19,6 +19,7 @@ import torch
 from .batches import group_by_length
 
 WIDTH = 128  # tokens of a row; wider rows of the demo task share 3 % more, and cost more in attention
+WIDEST = 2048  # rows of long prompts that begin alike; a mask takes 16 MiB in float32
 
 Tokens = tuple[int, ...]
 
@@ -56,7 +57,8 @@ class _Tree:
         self.parents: list[int] = []
         self.asked: list[tuple[int, int, list[int]]] = []
         self._children: dict[tuple[int, int], int] = {}  # (parent, token) -> node
-        self._most = max(WIDTH, 2 * self._more(first))
+        more = self._more(first)
+        self._most = max(WIDTH, more, min(2 * more, WIDEST))
 
     def has_room(self, question: Question) -> bool:
         return len(self.tokens) + self._more(question) <= self._most
@@ -93,7 +95,7 @@ class _Tree:
 
 def trees(questions: Sequence[Question]) -> list[Row]:
     """Returns rows that share all they can. Questions that begin alike become neighbours, and a row takes the next one until
-    it holds `WIDTH` tokens, or twice its first question where that is more."""
+    it holds `WIDTH` tokens, or up to `WIDEST` if that is no more than twice its first question."""
     rows: list[Row] = []
     tree = None
     for number in sorted(range(len(questions)), key=lambda n: (questions[n].prompt, questions[n].tails)):

@@ -80,10 +80,11 @@ def evaluate(
     With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
     the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
     every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
-    last one is the answer; closing markup is not part of it. On several ranks each runs a share of the rows, and all of them
-    return the same. What rows and choices have in common is run once, where the model allows it; where it does not, a
-    warning says why. `progress` is a bar's label, empty for none. Raises
-    TrainingError for a loss that is not finite, and DataError where there is no row.
+    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none.
+
+    What rows and choices have in common is run once; where the model does not allow it, a warning says why. On several
+    ranks, call it on each of them: each runs a share of the rows, and all return the same. Raises TrainingError for a loss
+    that is not finite, and DataError where there is no row.
     """
     if not examples:
         raise DataError("no rows to evaluate on: give at least one")

@@ -22,6 +22,7 @@ SAMPLE = 3  # questions that are run both ways, beside the longest
 # of the log-probabilities' root mean square, for each of them; the default model's differ by 2e-6, 0.004 and 0.04
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 MASKED = ("sdpa", "eager")  # attention that takes a mask of one's own
+MOST = 8192  # tokens of a path in a tree: its mask takes 256 MiB in float32
 LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that follow a mask
 
 
@@ -58,12 +59,13 @@ class Found:
                 begin = self.begins[number][path]
                 into += range(begin, begin + len(nodes))
         device = device_of(model)
-        inputs = inputs_of_rows(rows, next(model.parameters()).dtype)
+        inputs = inputs_of_rows(rows, _dtype_of(model))
         where = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
         order = {place: at for at, place in enumerate(sorted(set(places)))}  # that of the logits
-        where[tuple(torch.tensor(list(order)).T)] = True
+        where[tuple(torch.tensor(list(order), dtype=torch.long).view(-1, 2).T)] = True
         logits_nV = run_for_logits(model, {k: v.to(device) for k, v in inputs.items()}, where.to(device)).float()
-        at_r, target_r = torch.tensor([[order[place] for place in places], targets], device=device)
+        numbers = [[order[place] for place in places], targets]
+        at_r, target_r = torch.tensor(numbers, dtype=torch.long, device=device)
         logprob_r = logits_nV[at_r, target_r] - logits_nV.logsumexp(-1)[at_r]
         best_r = logits_nV.argmax(-1)[at_r] == target_r
         if counts:
@@ -109,7 +111,7 @@ def _branched(
     if ranks.largest(int(bool(why))):  # all ranks run the same rows
         if ranks.is_main():
             why = why or "another rank finds that they give other numbers"
-            warnings.warn(f"evaluation runs every choice on its own, which takes longer: {why}", stacklevel=4)
+            warnings.warn(f"evaluation runs each row and choice on its own, which takes longer: {why}", stacklevel=4)
         return groups
     return branched
 
@@ -127,6 +129,8 @@ def _why_not(model: nn.Module, deepest: int) -> str:
     attention = getattr(config, "_attn_implementation", None) or "eager"
     if attention not in MASKED:
         return f'its attention "{attention}" takes no mask of trees; load it with attn_implementation="sdpa"'
+    if deepest > MOST:
+        return f"the longest row has {deepest} tokens, too many for a mask"
     windows = [getattr(config, key, None) or deepest for key in ("sliding_window", "attention_chunk_size")]
     if min(windows) < deepest:
         return f"its attention reaches {min(windows)} tokens back, and the longest row has {deepest}"
@@ -147,8 +151,13 @@ def _disagreement(model: nn.Module, sample: list[Question], ways: list[list[list
             raise
         failure = f"{type(model).__name__} refuses rows that branch ({str(error).splitlines()[0]})"
     one, two = (found.values[0].nan_to_num(0.0, 0.0, 0.0) for found in (plain, branched))
-    allowed = TOLERANCES[next(model.parameters()).dtype]
+    allowed = TOLERANCES[_dtype_of(model)]
     apart = float((one - two).abs().max() / one.square().mean().sqrt().clamp_min(1e-30))
     if failure or apart <= allowed:
         return failure
-    return f"{type(model).__name__} computes other log-probabilities in rows that branch (they differ by {apart:.1g} of their size)"
+    name = type(model).__name__
+    return f"{name} computes other log-probabilities in rows that branch (they differ by {apart:.1g} of their size)"
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype:
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())

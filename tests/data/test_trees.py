@@ -76,6 +76,14 @@ def test_alike_questions_become_neighbours_and_rows_end(monkeypatch):
     assert firsts[0] == {0}, "the twelve alike ones are not split up"
 
 
+def test_wide_rows_end_too(monkeypatch):
+    monkeypatch.setattr(module, "WIDTH", 4)
+    monkeypatch.setattr(module, "WIDEST", 9)
+    long, longer = ([question((1, *[5] * stem, n), (7,)) for n in range(10, 20)] for stem in (4, 12))
+    assert max(len(row.tokens) for row in trees(long)) == 9
+    assert [len(row.tokens) for row in trees(longer)] == [15] * 10, "as long as its one question"
+
+
 def test_rows_without_branches_need_no_mask():
     rows = trees([question((1, 2), (3, 4))])
     assert rows[0].parents is None and inputs_of_rows(rows, torch.float32).keys() == {"input_ids"}

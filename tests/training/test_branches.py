@@ -102,7 +102,7 @@ def test_same_numbers(name, both):
 )
 def test_models_that_cannot_are_named(name, both):
     examples = rows()
-    with pytest.warns(UserWarning, match=f"evaluation runs every choice on its own.*{CANNOT[name]}") as caught:
+    with pytest.warns(UserWarning, match=f"evaluation runs each row and choice on its own.*{CANNOT[name]}") as caught:
         plain, fast, *_ = both(made(name), examples, choices=choices_of(examples), batch_tokens=128)
     assert [w.filename for w in caught if "evaluation" in str(w.message)] == [__file__]
     same(plain, fast)
@@ -138,6 +138,13 @@ def test_other_attention_is_named(llama, both, monkeypatch):
     monkeypatch.setattr(likelihoods, "MASKED", ("eager",))
     examples = rows()
     with pytest.warns(UserWarning, match='its attention "sdpa" takes no mask of trees'):
+        same(*both(llama, examples, choices=choices_of(examples))[:2])
+
+
+def test_rows_too_long_for_a_mask_are_named(llama, both, monkeypatch):
+    monkeypatch.setattr(likelihoods, "MOST", 20)
+    examples = rows()
+    with pytest.warns(UserWarning, match="the longest row has 2. tokens, too many for a mask"):
         same(*both(llama, examples, choices=choices_of(examples))[:2])
 
 
@@ -209,6 +216,14 @@ def test_a_third_of_the_tokens(both, llama, tokenizer):
     plain, fast, before, after = both(llama, examples, choices=choices)
     same(plain, fast)
     assert after <= before / 3
+
+
+def test_a_row_that_asks_nothing(llama):
+    """Its prompt fills it, so that it has no label; it is the longest, and is run alone."""
+    (row, *_) = rows()
+    empty = Example((1, *range(40, 90)), (), (51, 51), "", "x:1")
+    alone, beside = (evaluate(llama, some, batch_tokens=32) for some in ([row], [row, empty]))
+    assert (beside.loss, beside.tokens, beside.right) == (alone.loss, alone.tokens, [*alone.right, 1.0])
 
 
 def test_plain_text_that_begins_alike(both, llama):
