@@ -1,4 +1,4 @@
-"""Loss and accuracy of a model on held-out examples; logits are computed only where they are read."""
+"""Loss and accuracy of a model on held-out examples."""
 
 import math
 import time
@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..data.batches import collate, group_by_length
-from ..data.example import Example
-from ..models.running import device_of, evaluating, run_for_logits
+from ..data.example import Example, Span
+from ..data.trees import Question
 from ..support.errors import DataError, TrainingError
-from ..support.progress import bar
 from .intervals import of_shares, wilson
-from .loss import inputs_of, positions
+from .likelihoods import Found, likelihoods
 
 MAX_CHOICES = 32
 
@@ -56,15 +53,6 @@ def in_words(summary: Mapping[str, Any], rows: str) -> str:
     return f"loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.4f} ({bounds}{summary['metric']}, {of})"
 
 
-def label_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Returns (losses [n], logits [n, vocabulary], where [rows, tokens - 1]) for the n positions whose next token has a
-    label, which `where` marks."""
-    where = positions(batch["labels"])
-    logits = run_for_logits(model, inputs_of(batch), where)
-    targets = batch["labels"][:, 1:][where]
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none"), logits, where
-
-
 def choices_of(examples: Sequence[Example]) -> list[list[int]] | None:
     """Returns the tokens of each answer where the task is a choice, else None. A choice has 2 to 32 distinct completions,
     each used at least four times on average, and none of them begins another one."""
@@ -79,7 +67,6 @@ def choices_of(examples: Sequence[Example]) -> list[list[int]] | None:
     return None if any(prefixes) or not all(choices) else choices
 
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,
     examples: Sequence[Example],
@@ -93,79 +80,65 @@ def evaluate(
     With `choices` (token lists, see `choices_of`) the accuracy is "choice": the share of examples whose own completion is
     the likeliest of the choices. Without, it is "exact-match" for examples with an answer (the share of examples whose
     every answer token is the likeliest one) and "token" for plain text (the share of label tokens). Of several turns, the
-    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none. Raises
-    TrainingError for a loss that is not finite, and DataError where there is no row.
+    last one is the answer; closing markup is not part of it. `progress` is a bar's label, empty for none.
+
+    What rows and choices have in common is run once; where the model does not allow it, a warning says why. On several
+    ranks, call it on each of them: each runs a share of the rows, and all return the same. Raises TrainingError for a loss
+    that is not finite, and DataError where there is no row.
     """
     if not examples:
         raise DataError("no rows to evaluate on: give at least one")
     began = time.perf_counter()
-    sequences = _sequences(examples, choices or [])
-    loss, count = 0.0, 0
-    hits, exact = [0] * len(examples), [False] * len(examples)
-    ranking: list[dict[tuple[int, ...], float]] = [{} for _ in examples]
-    with evaluating(model), bar(progress, len(sequences), "rows", bool(progress)) as meter:
-        for group in group_by_length([len(e.tokens) for _, e in sequences], batch_tokens):
-            run = [sequences[i][1] for i in group]
-            batch = collate(run, device_of(model))
-            losses, logits, where = label_loss(model, batch)
-            logprobs = logits.float().log_softmax(-1) if choices else logits
-            parts = (t.split(where.sum(1).tolist()) for t in (losses, logprobs, logits.argmax(-1)))
-            for i, row_losses, row_logprobs, row_best in zip(group, *parts, strict=True):
-                index, example = sequences[i]
-                first, labels = _from_the_answer(example)
-                if i < len(examples):
-                    loss += float(row_losses.sum())
-                    count += len(row_losses)
-                    own = torch.tensor(_answer(example), dtype=torch.long)
-                    hit = row_best[first : first + len(own)].cpu() == own
-                    hits[i], exact[i] = int(hit.sum()), bool(hit.all())
-                for choice in map(tuple, choices or []):
-                    if choice[:-1] == labels[: len(choice) - 1]:
-                        ranking[index][choice] = sum(
-                            float(row_logprobs[first + s, token]) for s, token in enumerate(choice)
-                        )
-            meter.update(len(group))
+    questions = [_question(example, choices or []) for example in examples]
+    found = likelihoods(model, questions, batch_tokens, progress)
+    owns = [found.of(i, 0) for i in range(len(examples))]
+    logprobs = [value for own, _ in owns for value in own]
+    loss = -math.fsum(logprobs) / len(logprobs) if all(map(math.isfinite, logprobs)) else math.nan
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
+    bests = [_of_the_answer(*one) for one in zip(examples, questions, (best for _, best in owns), strict=True)]
+    hits, lengths = [int(sum(best)) for best in bests], [len(best) for best in bests]
     if choices:
-        metric, right = "choice", [float(_chose_own(e, r)) for e, r in zip(examples, ranking, strict=True)]
+        metric = "choice"
+        right = [float(_chose_own(example, choices, found, i)) for i, example in enumerate(examples)]
     elif all(e.answer for e in examples):
-        metric, right = "exact-match", [float(all_right) for all_right in exact]
+        metric, right = "exact-match", [float(all(best)) for best in bests]
     else:
-        lengths = [len(_answer(e)) for e in examples]
-        tokens = sum(lengths)
-        metric, right = "token", [n * len(examples) / max(tokens, 1) for n in hits]
+        metric, right = "token", [n * len(examples) / max(sum(lengths), 1) for n in hits]
     accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
     low, high = of_shares(hits, lengths) if metric == "token" else wilson(accuracy, len(examples))
-    return Metrics(loss / count, accuracy, low, high, metric, len(examples), count, seconds, right)
+    return Metrics(loss, accuracy, low, high, metric, len(examples), len(logprobs), seconds, right)
 
 
-def _sequences(examples: Sequence[Example], choices: list[list[int]]) -> list[tuple[int, Example]]:
-    """Returns what is run: every example, and again with each other way in which a choice of several tokens can begin."""
-    sequences = list(enumerate(examples))
-    for begin in {tuple(choice[:-1]) for choice in choices} - {()}:
-        sequences += [
-            (i, Example.after_prompt((*e.tokens[: e.start], *begin, 0), e.start))  # the last token is never read
-            for i, e in enumerate(examples)
-            if e.tokens[e.start : e.start + len(begin)] != begin
-        ]
-    return sequences
+def _question(example: Example, choices: Sequence[Sequence[int]]) -> Question:
+    """Returns what is asked about a row: its labels along its own path, then each choice after its prompt. The last token of
+    a path is predicted and not run."""
+    tokens, start = example.tokens, example.start
+    own = tuple((at - 1, tokens[at]) for begin, end in example.learned for at in range(max(begin, 1), end))
+    likely = tuple(tuple((at - 1, token) for at, token in enumerate(choice, start) if at) for choice in choices)
+    return Question(tokens[:start], (tokens[start:-1], *(tuple(c[:-1]) for c in choices)), (own, *likely))
 
 
-def _from_the_answer(example: Example) -> tuple[int, tuple[int, ...]]:
-    """Returns how many labels come before the answer, and the labels from its beginning to the end of its turn."""
-    start = example.start
-    before = sum(max(0, min(end, start) - begin) for begin, end in example.learned)
-    return before, example.tokens[start : next((end for _, end in example.learned if end > start), start)]
+def _answer_of(example: Example) -> Span:
+    """Returns the span that accuracy is measured on: the answer (what closes it, where it is empty), or all of a plain text's
+    last learned part."""
+    begin, end = example.answer or example.learned[-1]
+    return (begin, end) if begin < end else (begin, next((end for _, end in example.learned if end > begin), begin))
 
 
 def _answer(example: Example) -> tuple[int, ...]:
-    """Returns the tokens that accuracy is measured on: the answer's (what closes it, where it is empty), or all of a plain
-    text's labels."""
-    begin, end = example.answer or example.learned[-1]
-    return example.tokens[begin:end] or _from_the_answer(example)[1]
+    begin, end = _answer_of(example)
+    return example.tokens[begin:end]
 
 
-def _chose_own(example: Example, ranking: dict[tuple[int, ...], float]) -> bool:
-    likeliest = max(ranking, key=lambda choice: ranking[choice])
+def _of_the_answer(example: Example, question: Question, best: list[float]) -> list[float]:
+    """Returns the part of `best`, which is of all labels, that belongs to the answer."""
+    begin, end = _answer_of(example)
+    return [hit for (place, _), hit in zip(question.reads[0], best, strict=True) if begin <= place + 1 < end]
+
+
+def _chose_own(example: Example, choices: Sequence[Sequence[int]], found: Found, number: int) -> bool:
+    """Whether the likeliest of the choices is the example's own."""
+    sums = [math.fsum(found.of(number, path)[0]) for path in range(1, len(choices) + 1)]
+    likeliest = tuple(choices[sums.index(max(sums))])
     return example.tokens[example.start : example.start + len(likeliest)] == likeliest

@@ -5,7 +5,9 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -18,7 +20,7 @@ from plopfast.cli import main
 from plopfast.data.example import Example
 from plopfast.support import ranks
 from plopfast.support.errors import Interrupted, TrainingError
-from plopfast.training import parallel
+from plopfast.training import evaluate, likelihoods, parallel
 from plopfast.training.trainer import Trainer
 
 STEPS = 6
@@ -97,6 +99,37 @@ def score(folder):
             write(folder / "score" / kind / name, [report.prompts, report.tokens, scores])
     eva = pf.score(build("llama"), random_batches(), eva_rank=2, batch_tokens=40)
     write(folder / "score" / "eva", {n: (v.T @ v).tolist() for n, v in eva.eva.items()})
+
+
+def evaluation(folder):
+    """Rows of choices that begin alike, of an odd number, and fewer rows than ranks."""
+    answers = [(20, 21), (20, 22, 23), (24, 25)]
+    rows = []
+    for i, row in enumerate(examples()[:33]):
+        tokens, answer = (1, 5, 6, *row.tokens), answers[i % 3]
+        rows.append(Example.after_prompt((*tokens, *answer, 2), len(tokens), str(answer), f"row {i}", closing=1))
+    for kind in ("ddp", "fsdp"):
+        model, run = adapted(kind), [0]
+        model.register_forward_pre_hook(lambda *_, run=run: run.__setitem__(0, run[0] + 1))
+        for name, some, plain in (("trees", rows, False), ("plain", rows, True), ("one", rows[:1], False)):
+            run[0] = 0
+            with patch.object(evaluate, "likelihoods", partial(likelihoods.likelihoods, plain=plain)):
+                found = evaluate.evaluate(model, some, choices=evaluate.choices_of(rows), batch_tokens=96)
+            write(folder / "evaluation" / kind / name, {**found.summary(), "seconds": 0, "right": found.right})
+            write(folder / "evaluation" / kind / f"{name} passes", run[0])
+
+
+def one_fails(folder):
+    """Rank 1 breaks while it evaluates."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    model = adapted()
+    if ranks.rank():
+        model.model.layers[0].register_forward_hook(lambda *_: os._exit(7))
+    try:
+        evaluate.evaluate(model, examples())
+    except Exception as error:
+        write(folder / "one_fails", ranks.is_loss(error))
+        os._exit(2)
 
 
 class Signalled(Trainer):
@@ -185,7 +218,7 @@ def command_line():
     return main.main(sys.argv[2:])
 
 
-CHECKS = {check.__name__: check for check in (ddp, fsdp, full, score, resume, not_finite, dies)}
+CHECKS = {check.__name__: check for check in (ddp, fsdp, full, score, evaluation, resume, not_finite, dies, one_fails)}
 
 if __name__ == "__main__":
     if sys.argv[1] == "command_line":

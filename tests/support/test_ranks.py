@@ -21,7 +21,7 @@ from plopfast.support import peers
 from plopfast.support.errors import ConfigError, TrainingError
 
 HERE = Path(__file__).parent
-CHECKS = ("ddp", "fsdp", "full", "score", "resume")
+CHECKS = ("ddp", "fsdp", "full", "score", "evaluation", "resume")
 
 
 def run(*command):
@@ -91,6 +91,21 @@ def test_eva_vectors_span_the_same(found):
     for rank in (0, 1):
         for name, projector in read(found[1] / "score" / f"eva.{rank}.json").items():
             torch.testing.assert_close(torch.tensor(projector), torch.tensor(one[name]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["trees", "plain", "one"])
+def test_an_evaluation_is_that_of_one_process(found, kind, way):
+    """To the last bit on both ranks, which share the work and run the model equally often."""
+    folder = Path("evaluation") / kind
+    one = read(found[0] / folder / f"{way}.0.json")
+    for rank in (0, 1):
+        assert read(found[1] / folder / f"{way}.{rank}.json") == one
+    alone = read(found[0] / folder / f"{way} passes.0.json")
+    passes = [read(found[1] / folder / f"{way} passes.{rank}.json") for rank in (0, 1)]
+    assert passes[0] == passes[1] == (-(-alone // 2) if way == "plain" else passes[0])
+    if way == "trees":  # the first rows are run both ways on each rank
+        assert 5 < passes[0] < alone
 
 
 def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_uninterrupted(found):
@@ -167,6 +182,13 @@ def test_a_rank_that_dies_ends_the_others(found):
     for line in ("Root Cause", "rank      : 1 (local_rank: 1)", "exitcode  : 7"):
         assert line in found[2].stderr
     assert read(found[1] / "dies.0.json"), "rank 0 knows that it is not to blame"
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_in_an_evaluation_ends_the_others(tmp_path):
+    done = run(HERE / "rank_program.py", tmp_path, "one_fails")
+    assert done.returncode != 0 and "exitcode  : 7" in done.stderr
+    assert read(tmp_path / "one_fails.0.json"), "rank 0 knows that it is not to blame"
 
 
 def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
