@@ -80,3 +80,12 @@ def test_steps_have_little_padding(settings):
     for epoch in epochs_of(settings, 20):
         positions = sum(len(step) * max(LENGTHS[i] for i in step) for step in epoch)
         assert 1 - sum(LENGTHS) / positions < 0.06, "rows in random order have 35 %"
+
+
+@pytest.mark.parametrize("count", [57, 65, 90])
+def test_no_row_is_left_over_for_a_step_of_its_own(count):
+    """Otherwise that row, always the longest, would count as much as eight others."""
+    plan = Plan(rows_of(count), [], pf.TrainConfig())
+    epoch = list(islice(plan.groups(), -(-count // 8)))
+    assert sorted(i for step in epoch for i in step) == list(range(count))
+    assert max(map(len, epoch)) - min(map(len, epoch)) <= 1 and max(map(len, epoch)) <= 8
