@@ -3,7 +3,7 @@
 import bisect
 import random
 from collections.abc import Callable, Iterator, Sequence
-from itertools import count, islice
+from itertools import chain, count, islice, pairwise
 from typing import Any
 
 import torch
@@ -116,9 +116,12 @@ def group_by_length(
     appears once.
 
     Indices are sorted by length within windows of `window` rows, which leaves a few per cent of padding. With a `seed`,
-    the rows are shuffled before that and the groups after it. A row longer than the budget gets a group of its own.
+    the rows are shuffled before that and the groups after it. A row longer than the budget gets a group of its own. Where
+    `rows` is the limit and not the budget, the groups of a window have equally many rows, give or take one: otherwise the
+    longest row of 57 would be alone in a group, and so in a training step, where 8 others share one.
 
         group_by_length([500, 3], budget=256)  # [[1], [0]]
+        group_by_length([4, 3, 2, 1], budget=256, rows=3)  # [[3, 2], [1, 0]]
     """
 
     most = len(lengths) if rows is None else rows
@@ -130,7 +133,13 @@ def group_by_length(
             if groups[-1] and (count * lengths[index] > budget or count > most):
                 groups.append([])
             groups[-1].append(index)
-        return groups
+        if rows is None:
+            return groups
+        cuts = [len(window) * number // len(groups) for number in range(len(groups) + 1)]
+        shortest_first = list(chain.from_iterable(groups))
+        even = [shortest_first[begin:end] for begin, end in pairwise(cuts)]
+        fits = all(len(group) * lengths[group[-1]] <= budget for group in even)
+        return even if fits else groups
 
     return _in_windows(len(lengths), fill, seed, window)
 

@@ -84,13 +84,21 @@ def test_the_tokens_that_are_scored_one_by_one():
 
 
 def slow_groups(lengths, budget, rows):
+    """The shortest first, as many as fit; with a limit of rows, spread evenly over as many groups where those fit too."""
     groups = []
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         group = groups[-1] if groups else []
-        if group and (len(group) + 1) * lengths[index] <= budget and len(group) < rows:
+        if group and (len(group) + 1) * lengths[index] <= budget and len(group) < (rows or 99):
             group.append(index)
         else:
             groups.append([index])
+    if rows:
+        even = [[] for _ in groups]
+        for place, index in enumerate(index for group in groups for index in group):
+            number = max(n for n in range(len(groups)) if n * len(lengths) // len(groups) <= place)
+            even[number].append(index)
+        if all(len(group) * max(lengths[i] for i in group) <= budget for group in even):
+            return even
     return groups
 
 
@@ -99,7 +107,7 @@ def slow_packing(lengths, budget, rows):
     groups = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         free = [budget - sum(lengths[i] for i in group) for group in groups]
-        fits = [n for n, group in enumerate(groups) if free[n] >= lengths[index] and len(group) < rows]
+        fits = [n for n, group in enumerate(groups) if free[n] >= lengths[index] and len(group) < (rows or 99)]
         if fits:
             groups[min(fits, key=lambda n: free[n])].append(index)
         else:
@@ -118,7 +126,7 @@ def test_groups_are_what_a_plain_loop_says(how, slow):
         expected = [
             [begin + i for i in group]
             for begin in range(0, len(lengths), window)
-            for group in slow(lengths[begin : begin + window], budget, rows or 99)
+            for group in slow(lengths[begin : begin + window], budget, rows)
         ]
         assert how(lengths, budget, window=window, rows=rows) == expected
         seeded = how(lengths, budget, seed=rng.randint(0, 9), window=window, rows=rows)
