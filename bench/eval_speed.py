@@ -1,10 +1,10 @@
 """Evaluation of the default task with rows that branch, against rows that run each choice on its own.
 
-    python bench/eval_speed.py [--repeats 3] [--rows 64]
+    python bench/eval_speed.py [--repeats 3] [--rows 64] [--task-rows 770]
 
-The cases: the default task's 770 test rows with as many threads as torch takes, and 4 ROWS of them with one; ROWS with one
-thread, with category names of two tokens, and as messages with the chat template's system prompt; and ROWS on two ranks
-that share the rows, against ranks that each run all. Both ways alternate. "products" is the
+The cases: ROWS of the default task's test rows with category names of two tokens, and as messages with the chat template's
+system prompt; TASK_ROWS as they are, with one thread and with as many as torch takes; and ROWS on two ranks that share the
+rows, against ranks that each run all. Both ways alternate. "products" is the
 share of frozen products in the plain way's time, which no way of evaluating can take away from a token that is run.
 """
 
@@ -136,6 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--task-rows", type=int, default=770)
     parser.add_argument("--rank-out", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.rank_out:
@@ -145,20 +146,28 @@ def main() -> None:
     evaluate.evaluate(model, rows_of("as they are", tokenizer, 16))  # warms up
     cases = {}
     for name, kind, count, using in (
-        (f"default task, {usual} threads", "as they are", 770, usual),
-        ("default task, 1 thread", "as they are", 4 * given.rows, 1),
         ("two-token categories, 1 thread", "two tokens", given.rows, 1),
+        ("default task, 1 thread", "as they are", given.task_rows, 1),
         ("as messages, 1 thread", "messages", given.rows, 1),
+        (f"default task, {usual} threads", "as they are", given.task_rows, usual),
     ):
         torch.set_num_threads(using)
         cases[name] = compared(model, rows_of(kind, tokenizer, count), given.repeats)
-        print(line(name, cases[name]), flush=True)
-    products = share_of_products(model, rows_of("as they are", tokenizer, given.rows))
+        save(cases, {})
+    torch.set_num_threads(1)
+    products = {"products": share_of_products(model, rows_of("as they are", tokenizer, given.rows))}
+    save(cases, products)
     cases["default task, 2 ranks"] = two_ranks(given.rows, given.repeats)
+    save(cases, products)
+
+
+def save(cases: dict, products: dict) -> None:
+    """Prints and keeps what has been measured so far."""
     head = f"{'case':<34}{'rows':>5}{'tokens run':>20}{'plain s':>8}{'now s':>8}  times faster        choices    loss"
     table = [head, *(line(name, case) for name, case in cases.items())]
-    table.append(f"products: {products:.0%} of the plain way's time (default task, 1 thread)")
-    measure.save("eval_speed", "\n".join(table), {"products": products, "cases": cases})
+    for share in products.values():
+        table.append(f"products: {share:.0%} of the plain way's time (default task, 1 thread)")
+    measure.save("eval_speed", "\n".join(table), {**products, "cases": cases})
 
 
 if __name__ == "__main__":

@@ -241,6 +241,13 @@ def test_where_little_is_shared_nothing_is_tried(both, llama, monkeypatch):
     assert before == after
 
 
+def test_dropout_is_off_while_it_lasts():
+    model = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL, attention_dropout=0.5))
+    examples = rows()
+    losses = [evaluate(model.train(mode), examples).loss for mode in (False, True)]
+    assert losses[0] == losses[1] and model.training
+
+
 def test_the_bar_counts_rows(llama, monkeypatch):
     seen = []
     bar = likelihoods.bar
