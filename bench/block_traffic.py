@@ -17,6 +17,7 @@ output head and the loss.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import os
 import sys
@@ -290,7 +291,7 @@ def main() -> None:
         "PEFT": lambda: counted(of_peft()),
     }
     if importlib.util.find_spec("liger_kernel"):
-        ways["PEFT, liger-kernel"] = of_liger
+        ways[f"PEFT, liger-kernel {importlib.metadata.version('liger_kernel')}"] = of_liger
     else:
         print("no row for liger-kernel, which is not installed", file=sys.stderr)
     found = {way: count() for way, count in ways.items()}
