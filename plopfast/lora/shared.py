@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import block_ops, library
+from ..kernels import block_ops, dispatch, library
 from ..kernels.groups import Group
 from ..models.lean import LeanNorm
 from ..models.running import body, device_of, evaluating
@@ -65,9 +65,9 @@ class SharedInput:
         p = first.dropout if first.training else 0.0
         if not self._is_on(x) or x.dtype != first.frozen.dtype or any(m.rank != first.rank for m in self.members):
             return None
-        group = self._group_of(x, p)
-        if group.plan.backend != "triton":
+        if self._plan_of(x, p).backend != "triton":
             return None
+        group = self._group_of(x, p)
         copies = [m.low[0] for m in self.members if m.low]
         y, s = block_ops.rms_norm_shrink(x, weight, norm.eps, norm.kind, copies, group.c, p, group.seeds, norm.backend)
         self._normed, self._made = weakref.ref(y), (y._version, group, list(s))
@@ -87,17 +87,20 @@ class SharedInput:
     def _is_on(self, x: torch.Tensor) -> bool:
         return self.stacked_A is not None and is_direct(x) and not torch.is_autocast_enabled(x.device.type)
 
+    def _plan_of(self, x: torch.Tensor, p: float) -> dispatch.Plan:
+        """The path of all members: that of the widest."""
+        first, widest = self.members[0], max((m.frozen.weight_NK for m in self.members), key=len)
+        x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        return or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
+
     def _group_of(self, x: torch.Tensor, p: float) -> Group:
         """What the members share in a call on x, with new seeds."""
         members, first = self.members, self.members[0]
         seeds = [new_seed(x.device) if p else None for _ in members]
         for m, seed in zip(members, seeds, strict=True):
             check(x, m.frozen.weight_NK, m.lora_A, m.lora_B, m.base.bias, m.scaling, p, seed)
-        widest = max((m.frozen.weight_NK for m in members), key=len)
-        x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        plan = or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
         factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
-        return Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
+        return Group(factors[0], p, numbers, tuple(m.rank for m in members), self._plan_of(x, p))
 
     def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
         members, made = self.members, self._made

@@ -75,6 +75,16 @@ def test_it_is_left_to_the_members_elsewhere(launched):
     torch.testing.assert_close(got, model["members"][0](2.0 * model["norm"](x)), rtol=1e-5, atol=1e-5)
 
 
+def test_no_seed_is_drawn_in_vain():
+    """Where the members take plain torch, the norm leaves torch's generator alone."""
+    model, x = block(backend="torch", p=0.5), normal(M, K, seed=7)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with Prepared(model):
+        model["norm"](x)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_step_without_a_fetch_leaves_nothing(watched):
     """Seeds that were drawn for S hold for one call: a second call of the same y draws others."""
     model, x = block(p=0.5), normal(M, K, seed=7)
