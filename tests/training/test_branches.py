@@ -257,3 +257,12 @@ def test_the_bar_counts_rows(llama, monkeypatch):
     (meter,) = seen
     assert meter.total == meter.n == len(examples)
     assert not any(p.grad_fn for p in llama.parameters())
+
+
+def test_the_longest_row_is_run_both_ways(llama, monkeypatch):
+    """A model may go wrong on long rows alone."""
+    seen, examples = [], rows(longest=40)
+    note = lambda model, sample, ways: seen.append(max(one.deepest for one in sample)) or ""  # noqa: E731
+    monkeypatch.setattr(likelihoods, "_disagreement", note)
+    evaluate(llama, examples, choices=choices_of(examples))
+    assert seen == [max(len(example.tokens) - 1 for example in examples)]
