@@ -99,9 +99,8 @@ class _RMSNormShrink(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, eps, mode, adapters, c, p, seeds, backend):
         ops = _ops(x, backend)
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        y, rstd, s = ops.rms_norm_shrink(_rows(ops, rows), weight, eps, mode, adapters, c, p, seeds)
-        ctx.save_for_backward(x, weight, rstd.view(*x.shape[:-1], 1) if ops is torch_blocks else rstd)
+        y, rstd, s = ops.rms_norm_shrink(_rows(ops, x), weight, eps, mode, adapters, c, p, seeds)
+        ctx.save_for_backward(x, weight, rstd)
         ctx.ops, ctx.mode = ops, mode
         ctx.mark_non_differentiable(s)
         return y.view(x.shape), s

@@ -59,9 +59,9 @@ def rms_norm_shrink(
     p: float = 0.0,
     seeds: Sequence[philox.Seed] = (0, 0, 0),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(y, 1 / rms [M, 1], S [G, M, R]): S = c drop(y) A^T of each adapter A [R, K]."""
+    """(y, 1 / rms [..., 1], S [G, M, R]): S = c drop(y) A^T of each adapter A [R, K]; x [..., K] has M rows."""
     y, rstd, _ = rms_norm(x_MK, weight_K, eps, mode)
-    s = [torch_ops.shrink(y, a, c, p, seed) for a, seed in zip(adapters, seeds, strict=False)]
+    s = [torch_ops.shrink(y.reshape(-1, y.shape[-1]), a, c, p, seed) for a, seed in zip(adapters, seeds, strict=False)]
     return y, rstd, torch.stack(s)
 
 

@@ -65,9 +65,9 @@ class SharedInput:
         p = first.dropout if first.training else 0.0
         if not self._is_on(x) or x.dtype != first.frozen.dtype or any(m.rank != first.rank for m in self.members):
             return None
-        if self._plan_of(x, p).backend != "triton":
+        if (plan := self._plan_of(x, p)).backend != "triton":
             return None
-        group = self._group_of(x, p)
+        group = self._group_of(x, p, plan)
         copies = [m.low[0] for m in self.members if m.low]
         y, s = block_ops.rms_norm_shrink(x, weight, norm.eps, norm.kind, copies, group.c, p, group.seeds, norm.backend)
         self._normed, self._made = weakref.ref(y), (y._version, group, list(s))
@@ -93,21 +93,21 @@ class SharedInput:
         x_MK = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         return or_backend_error(library.plan_of, x_MK, widest, first.rank, first.backend, p > 0)
 
-    def _group_of(self, x: torch.Tensor, p: float) -> Group:
+    def _group_of(self, x: torch.Tensor, p: float, plan: dispatch.Plan) -> Group:
         """What the members share in a call on x, with new seeds."""
         members, first = self.members, self.members[0]
         seeds = [new_seed(x.device) if p else None for _ in members]
         for m, seed in zip(members, seeds, strict=True):
             check(x, m.frozen.weight_NK, m.lora_A, m.lora_B, m.base.bias, m.scaling, p, seed)
         factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
-        return Group(factors[0], p, numbers, tuple(m.rank for m in members), self._plan_of(x, p))
+        return Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
 
     def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
         members, made = self.members, self._made
         if made is not None and self._normed() is x and made[0] == x._version and made[1].p == p:
             _, group, s = made
         else:
-            group, s = self._group_of(x, p), None
+            group, s = self._group_of(x, p, self._plan_of(x, p)), None
         self._made = None
         x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
         weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
