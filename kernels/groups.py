@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from . import dispatch, library, philox, torch_ops
+from .codes import Weight, dense
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ def shrink(
 
 
 def forward(
-    x: torch.Tensor, s: Sequence[torch.Tensor], weights: Sequence[torch.Tensor], b: Sequence[torch.Tensor],
+    x: torch.Tensor, s: Sequence[torch.Tensor], weights: Sequence[Weight], b: Sequence[torch.Tensor],
     biases: Sequence[torch.Tensor | None], group: Group,
 ) -> list[torch.Tensor]:  # fmt: skip
     """Y_i = X W_i^T + S_i B_i^T + bias_i [M, N_i] of each member."""
@@ -46,13 +47,13 @@ def forward(
 
         if triton_groups.fits(s, b):
             low = triton_groups.low_ranks(s, b, biases)
-            return [y.addmm_(x, w.T) for y, w in zip(low, weights, strict=True)]
+            return [y.addmm_(x, dense(w).T) for y, w in zip(low, weights, strict=True)]
     members = zip(s, weights, b, biases, strict=True)
     return [library.forward(x, one, w, other, bias, group.plan) for one, w, other, bias in members]
 
 
 def backward(
-    dy: Sequence[torch.Tensor], x: torch.Tensor, s: Sequence[torch.Tensor], weights: Sequence[torch.Tensor],
+    dy: Sequence[torch.Tensor], x: torch.Tensor, s: Sequence[torch.Tensor], weights: Sequence[Weight],
     a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], group: Group, needed: tuple[bool, bool, bool],
     dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:  # fmt: skip
@@ -93,5 +94,5 @@ def _grad_x(dy, ds, whole, weights, a, group: Group) -> torch.Tensor:
         for other in others:
             dx.add_(other)
     for one, w in zip(dy, weights, strict=True):
-        dx.addmm_(one, w)
+        dx.addmm_(one, dense(w))
     return dx

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import dispatch, philox, torch_ops
+from .codes import Weight, dense
 
 LIBRARY = torch.library.Library("plopfast", "DEF")
 DEVICES = ("CPU", "CUDA", "MPS", "XPU")  # "CUDA" is HIP too
@@ -29,7 +30,7 @@ LIBRARY.define("row_norms(Tensor y, Tensor? bias, str backend) -> Tensor")
 LIBRARY.define("linear_and_norms(Tensor x, Tensor w, Tensor? bias, bool store, str backend) -> (Tensor, Tensor)")
 
 
-def plan_of(x: torch.Tensor, w: torch.Tensor, rank: int, backend: str, drop: bool = False) -> dispatch.Plan:
+def plan_of(x: torch.Tensor, w: Weight, rank: int, backend: str, drop: bool = False) -> dispatch.Plan:
     """The path of x [M, K] through w [N, K], with dropout if `drop`."""
     size, m, (one, other) = x.dtype.itemsize, x.shape[0], w.stride()
     tokens = 1 << (m - 1).bit_length() if m > 16 else 16  # the choice is one for a power of two, and so is its cache
@@ -119,18 +120,18 @@ def shrink_each(
 
 
 def forward(
-    x: torch.Tensor, s: torch.Tensor, w: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, plan: dispatch.Plan
+    x: torch.Tensor, s: torch.Tensor, w: Weight, b: torch.Tensor, bias: torch.Tensor | None, plan: dispatch.Plan
 ) -> torch.Tensor:
     """Y = X W^T + S B^T + bias [M, N]"""
     if plan.backend == "torch":
-        return torch_ops.forward(x, s, w, b, bias)
+        return torch_ops.forward(x, s, dense(w), b, bias)
     from . import triton_ops
 
-    return triton_ops.forward(x, s, w, b, bias, plan)
+    return triton_ops.forward(x, s, dense(w), b, bias, plan)
 
 
 def backward(
-    dy: torch.Tensor, x: torch.Tensor, s: torch.Tensor, w: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: float, p: float,
+    dy: torch.Tensor, x: torch.Tensor, s: torch.Tensor, w: Weight, a: torch.Tensor, b: torch.Tensor, c: float, p: float,
     seed: philox.Seed, plan: dispatch.Plan, needed: tuple[bool, bool, bool], dtypes: tuple[torch.dtype, torch.dtype],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
     """dX [M, K], dA [R, K], dB [N, R], None where it is not `needed`. `dtypes` are those of dA and dB."""
@@ -140,10 +141,10 @@ def backward(
     if not need_x or ds is None:
         return None, da, db
     if plan.backend == "torch":
-        return torch_ops.grad_x(dy, ds, w, a, p, seed), da, db
+        return torch_ops.grad_x(dy, ds, dense(w), a, p, seed), da, db
     from . import triton_ops
 
-    return triton_ops.grad_x(dy, ds, w, a, p, seed, plan), da, db
+    return triton_ops.grad_x(dy, ds, dense(w), a, p, seed, plan), da, db
 
 
 def grad_s_and_b(

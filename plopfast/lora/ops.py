@@ -15,12 +15,13 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch, library
+from ..kernels.codes import Codes, Weight, dense
 from ..support.errors import BackendError
 
 
 def lora_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     lora_A: torch.Tensor,
     lora_B: torch.Tensor,
     *,
@@ -34,7 +35,7 @@ def lora_linear(
     """Applies a frozen linear layer and its low-rank update: x W^T + bias + scaling * (dropout(x) A^T) B^T.
 
     x [..., K], weight [N, K], lora_A [R, K], lora_B [N, R], bias [N]; returns [..., N] in x's dtype. `weight` and `bias`
-    are frozen; `weight` may be a transposed view. x, weight and bias have one floating dtype. The adapters, and so their
+    are frozen; `weight` may be a transposed view, or codes (kernels/codes.py). x, weight and bias have one floating dtype. The adapters, and so their
     gradients, may be float32 instead. Under autocast everything is computed in the autocast dtype.
 
     The backward pass keeps only x and S = drop(x) A^T. The dropout mask is a function of (seed, row, column) and is never
@@ -56,6 +57,8 @@ def lora_linear(
     if autocast:
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    elif isinstance(weight, Codes):
+        weight = weight.to(x.dtype)
     check(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed)
     if isinstance(seed, int):
         seed = torch.tensor(seed - (1 << 64) if seed >= 1 << 63 else seed, device="cpu")
@@ -150,10 +153,11 @@ class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MK, w_NK, a_RK, b_NR, bias_N, seed, how):
         scaling, p, backend, low = how
+        ctx.codes = w_NK if isinstance(w_NK, Codes) else None
         dtypes, ctx.settings = (a_RK.dtype, b_NR.dtype), (scaling, p, backend)
         if not is_direct(x_MK):
             op = torch.ops.plopfast.lora_forward.default
-            y_MN, s_MR = op(x_MK, w_NK, a_RK, b_NR, bias_N, scaling, p, seed, backend)
+            y_MN, s_MR = op(x_MK, dense(w_NK), a_RK, b_NR, bias_N, scaling, p, seed, backend)
             ctx.direct = None
         else:
             plan, (c, number) = (
@@ -165,7 +169,7 @@ class _LoRALinear(torch.autograd.Function):
             s_MR = library.shrink(x_MK, a_RK, c, p, number, plan)
             y_MN = library.forward(x_MK, s_MR, w_NK, b_NR, bias_N, plan)
             seed, ctx.direct = None, (c, p, number, plan, dtypes)
-        ctx.save_for_backward(x_MK, s_MR, w_NK, a_RK, b_NR, seed)
+        ctx.save_for_backward(x_MK, s_MR, w_NK if ctx.codes is None else None, a_RK, b_NR, seed)
         return y_MN
 
     @staticmethod
@@ -176,6 +180,8 @@ class _LoRALinear(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy_MN: torch.Tensor) -> tuple[Any, ...]:
     x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+    if ctx.codes is not None:
+        w_NK = ctx.codes
     need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
     dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
     if ctx.direct:
@@ -185,7 +191,7 @@ def _gradients(ctx: Any, dy_MN: torch.Tensor) -> tuple[Any, ...]:
     else:
         scaling, p, backend = ctx.settings
         op = torch.ops.plopfast.lora_backward.default
-        found = op(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+        found = op(dy_MN, x_MK, s_MR, dense(w_NK), a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
     dx_MK, da_RK, db_NR = found
     return dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, None, None, None
 

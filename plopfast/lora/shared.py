@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..kernels import block_ops, dispatch, library
+from ..kernels.codes import Codes, Weight
 from ..kernels.groups import Group
 from ..models.lean import LeanNorm
 from ..models.running import body, device_of, evaluating
@@ -98,7 +99,7 @@ class SharedInput:
         members, first = self.members, self.members[0]
         seeds = [new_seed(x.device) if p else None for _ in members]
         for m, seed in zip(members, seeds, strict=True):
-            check(x, m.frozen.weight_NK, m.lora_A, m.lora_B, m.base.bias, m.scaling, p, seed)
+            check(x, _weight_for(x, m), m.lora_A, m.lora_B, m.base.bias, m.scaling, p, seed)
         factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
         return Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
 
@@ -110,7 +111,7 @@ class SharedInput:
             group, s = self._group_of(x, p, self._plan_of(x, p)), None
         self._made = None
         x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-        weights, biases = [m.frozen.weight_NK for m in members], [m.base.bias for m in members]
+        weights, biases = [_weight_for(x, m) for m in members], [m.base.bias for m in members]
         low = [m.low[0] for m in members if m.low], [m.low[1] for m in members if m.low]
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
         outputs = LoRAGroup.apply(x_MK, s, weights, biases, low, self.stacked_A, group, *trained)
@@ -179,6 +180,11 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
             (stacked[m] if m in stacked else _copy_of(m.lora_A, m.frozen.dtype), _copy_of(m.lora_B, m.frozen.dtype))
             for m in self.modules
         ]
+
+
+def _weight_for(x: torch.Tensor, member: LoRALinear) -> Weight:
+    weight = member.frozen.weight_NK
+    return weight.to(x.dtype) if isinstance(weight, Codes) else weight
 
 
 def _copy_of(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -1,19 +1,21 @@
 """The frozen weight of a linear module, however it is stored.
 
 LoRA, scoring, merging and file checks ask a FrozenWeight; nothing else reads the weight of a frozen module. So another
-kind of storage (4-bit codes, say) is a subclass of FrozenWeight, and one line of `frozen_of` that chooses it.
+kind of storage is a subclass of FrozenWeight, and one line of `find_frozen` that chooses it.
 
 N out, K in.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..kernels import library  # noqa: F401  # registers the operation that `frobenius` calls
+from ..kernels.codes import Codes
 from ..support.errors import ModelError
+from .quantized import QuantizedLinear, codes_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -35,8 +37,13 @@ class FrozenWeight:
         return self.module.weight  # type: ignore[return-value]
 
     @property
-    def weight_NK(self) -> torch.Tensor:
-        """A view [N, K] of the parameter, for products. A sharded weight stays sharded."""
+    def kind(self) -> str:
+        """How the values are stored: "dense", "nf4", "int8" or "fp8"."""
+        return "dense"
+
+    @property
+    def weight_NK(self) -> Any:
+        """What stands for W [N, K] in products: a view of the parameter, or its Codes. A sharded weight stays sharded."""
         return self.stored.T if self.transposed else self.stored
 
     @property
@@ -82,10 +89,49 @@ class FrozenWeight:
         self.stored.copy_(self.plus(delta_NK))
 
 
+class QuantizedWeight(FrozenWeight):
+    """The weight of a module that stores codes, see quantized.py. It takes no update in place."""
+
+    def __init__(self, module: nn.Module, codes: Callable[[], Codes]) -> None:
+        super().__init__(module)
+        self._codes = codes
+
+    @property
+    def kind(self) -> str:
+        return self._codes().kind
+
+    @property
+    def weight_NK(self) -> Codes:
+        return self._codes()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._codes().dtype
+
+    def dequantize(self) -> torch.Tensor:
+        return self._codes().new()
+
+    def frobenius(self) -> torch.Tensor:
+        return self._codes().frobenius()
+
+    def fingerprint(self) -> list[float]:
+        return self._codes().rows(0, 1).to(torch.float32).new().flatten()[:4].tolist()
+
+    def plus(self, delta_NK: torch.Tensor) -> torch.Tensor:
+        """W + delta as a dense weight in `dtype`: decoded and summed in float32, and rounded once."""
+        codes = self._codes()
+        return (codes.to(torch.float32).new() + delta_NK).to(codes.dtype)
+
+    def add_(self, delta_NK: torch.Tensor) -> None:
+        """Raises ModelError: most of a small update would be lost between two codes."""
+        raise ModelError(f"{self.kind} weights take no update in place: make them dense first")
+
+
 def frozen_of(module: nn.Module, name: str = "") -> FrozenWeight:
     """The frozen weight of a linear module, or of the one that a LoRALinear or a PEFT module wraps.
 
-    Raises ModelError for every other module and for quantised weights, with `name`, the module's class and its tensors.
+    Raises ModelError for every other module, with `name`, the module's class and its tensors: those of GPTQ, AWQ and HQQ, and
+    tensors of torchao's classes, too.
     """
     frozen = find_frozen(module)
     if frozen is None:
@@ -93,9 +139,9 @@ def frozen_of(module: nn.Module, name: str = "") -> FrozenWeight:
             f"{key} {type(t).__name__} {t.dtype} {list(t.shape)}" for key, t in _own_tensors(module).items()
         )
         raise ModelError(
-            f"{name or 'module'}: expected a floating-point weight [out, in] in an nn.Linear or transformers' Conv1D, got "
-            f"{type(module).__name__} ({got or 'no tensors'}); quantised weights are not supported yet: load the model in "
-            "bfloat16 or float32"
+            f"{name or 'module'}: expected a floating-point weight [out, in] in an nn.Linear or transformers' Conv1D, or codes "
+            f"as bitsandbytes (nf4, int8) and FineGrainedFP8 keep them, got {type(module).__name__} ({got or 'no tensors'}): "
+            "load the model in bfloat16 or float32, or with --quantize"
         )
     return frozen
 
@@ -108,15 +154,19 @@ def find_frozen(module: nn.Module) -> FrozenWeight | None:
     module = getattr(module, "base_layer", module)  # PEFT's name for it
     weight = getattr(module, "weight", None)
     plain = isinstance(module, nn.Linear) or is_transposed(module)
-    return FrozenWeight(module) if plain and _is_dense(weight) else None
+    if plain and _is_dense(weight):
+        return FrozenWeight(module)
+    codes = codes_of(module)
+    return QuantizedWeight(module, codes) if codes is not None else None
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for nn.Linear, transformers' Conv1D, and the linear modules of quantisation libraries, which `frozen_of` refuses.
+    """True for nn.Linear, transformers' Conv1D, QuantizedLinear and the linear modules of quantisation libraries, some of
+    which `frozen_of` refuses.
 
     It recognises the latter by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
     """
-    if isinstance(module, nn.Linear) or is_transposed(module):
+    if isinstance(module, nn.Linear | QuantizedLinear) or is_transposed(module):
         return True
     return "Linear" in type(module).__name__ and any(
         t.dim() > 1 and not t.is_floating_point() for t in _own_tensors(module).values()

@@ -1,0 +1,221 @@
+"""Frozen weights kept as codes: NF4, int8 and fp8. They stand for W [N, K] in products, which decode them just before.
+
+A decoded W lies in a workspace that the next one overwrites. So it must be used up at once, and autograd must not save it:
+functions keep the codes and decode again in the backward pass, which costs one read of the codes and one write of W.
+
+N out, K in.
+"""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from . import torch_codes
+
+SLICE = 1 << 22  # elements of W that are decoded at a time where all of it is not needed at once
+
+
+class Codes:
+    """A matrix W [N, K] of one of the kinds below, with what callers ask of a frozen tensor. `dtype` is that of products."""
+
+    kind: ClassVar[str]
+    requires_grad = False
+
+    def __init__(self, tensors: Sequence[torch.Tensor], shape: Sequence[int], dtype: torch.dtype) -> None:
+        n_out, n_in = shape
+        self.tensors, self.shape, self.dtype = tuple(tensors), (n_out, n_in), dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes and scales."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def dim(self) -> int:
+        return 2
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def stride(self) -> tuple[int, int]:
+        """That of the decoded matrix."""
+        return self.shape[1], 1
+
+    def to(self, dtype: torch.dtype) -> "Codes":
+        """The same codes for products in another dtype."""
+        raise NotImplementedError
+
+    def rows(self, begin: int, end: int) -> "Codes":
+        """W[begin:end]; `begin` is a multiple of 128."""
+        raise NotImplementedError
+
+    def decode(self, out: torch.Tensor) -> torch.Tensor:
+        """Writes W into `out` [N, K], contiguous and of a floating dtype, and returns it."""
+        raise NotImplementedError
+
+    def new(self) -> torch.Tensor:
+        """W [N, K] in memory of its own. It works on tensors without values and in torch.compile, too."""
+        raise NotImplementedError
+
+    def slices(self) -> list[tuple[int, int]]:
+        """Ranges of rows that cover W, of about `SLICE` elements each."""
+        n_out, n_in = self.shape
+        step = max(128, SLICE // max(n_in, 1) // 128 * 128)
+        return [(begin, min(begin + step, n_out)) for begin in range(0, n_out, step)]
+
+    def frobenius(self) -> torch.Tensor:
+        """||W||_F, 0-d float32, summed in float64; W is never whole in memory."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for begin, end in self.slices():
+            total += dense(self.to(torch.float32).rows(begin, end)).square().sum(dtype=torch.float64)
+        return total.sqrt().float()
+
+
+class NF4(Codes):
+    """4-bit NormalFloat (Dettmers et al., QLoRA, arXiv 2305.14314), in bitsandbytes' layout.
+
+    `packed`, uint8 of N K / 2 bytes, holds two elements a byte, the first one in the high half. 64 elements in a row, across
+    the ends of W's rows, share one of `absmax`: float32, or uint8 with `nested`: (code [256], the absmax of 256 absmax, offset).
+    """
+
+    kind = "nf4"
+
+    def __init__(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        nested: tuple[torch.Tensor, torch.Tensor, float] | None = None,
+    ) -> None:
+        super().__init__((packed, absmax, *(nested[:2] if nested else ())), shape, dtype)
+        self.packed, self.absmax, self.nested = packed, absmax, nested
+
+    def to(self, dtype: torch.dtype) -> "NF4":
+        return self if dtype == self.dtype else NF4(self.packed, self.absmax, self.shape, dtype, self.nested)
+
+    def scales(self) -> torch.Tensor:
+        """absmax [blocks] in float32."""
+        return self.absmax if self.nested is None else torch_codes.nested_scales(self.absmax, *self.nested)
+
+    def rows(self, begin: int, end: int) -> "NF4":
+        n_in = self.shape[1]
+        first, last = begin * n_in, end * n_in
+        packed = self.packed.view(-1)[first // 2 : -(-last // 2)]
+        absmax = self.scales()[first // 64 : -(-last // 64)]
+        return NF4(packed, absmax, (end - begin, n_in), self.dtype)
+
+    def decode(self, out: torch.Tensor) -> torch.Tensor:
+        return torch_codes.decode_nf4(self.packed, self.scales(), out)
+
+    def new(self) -> torch.Tensor:
+        nested = (None, None, 0.0) if self.nested is None else self.nested
+        return torch.ops.plopfast.decode_nf4(self.packed, self.absmax, *nested, *self.shape, self.dtype)
+
+
+class Scaled(Codes):
+    """`codes` [N, K], int8 or float8_e4m3fn, times `scale`, float32, one for each `block` of rows and columns.
+
+    int8 has one for a row, as LLM.int8 (Dettmers et al., arXiv 2208.07339); fp8 as a rule one for 128 x 128 elements.
+    """
+
+    def __init__(
+        self, codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int], shape: Sequence[int], dtype: torch.dtype
+    ) -> None:
+        super().__init__((codes, scale), shape, dtype)
+        self.codes, self.scale, self.block = codes, scale, block
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        return "int8" if self.codes.dtype == torch.int8 else "fp8"
+
+    def to(self, dtype: torch.dtype) -> "Scaled":
+        return self if dtype == self.dtype else Scaled(self.codes, self.scale, self.block, self.shape, dtype)
+
+    def rows(self, begin: int, end: int) -> "Scaled":
+        high = self.block[0]
+        if begin % high:  # blocks of more than 128 rows
+            each = torch.arange(begin, end, device=self.device) // high
+            return Scaled(
+                self.codes[begin:end], self.scale[each], (1, self.block[1]), (end - begin, self.shape[1]), self.dtype
+            )
+        scale = self.scale[begin // high : -(-end // high)]
+        return Scaled(self.codes[begin:end], scale, self.block, (end - begin, self.shape[1]), self.dtype)
+
+    def decode(self, out: torch.Tensor) -> torch.Tensor:
+        return torch_codes.decode_scaled(self.codes, self.scale, self.block, out)
+
+    def new(self) -> torch.Tensor:
+        return torch.ops.plopfast.decode_scaled(self.codes, self.scale, *self.block, self.dtype)
+
+
+Weight = torch.Tensor | Codes
+_KEPT: dict[tuple[Any, ...], torch.Tensor] = {}  # workspaces, by device, stream and thread
+
+
+def dense(weight: Weight) -> torch.Tensor:
+    """W [N, K] for a product that is made at once: a tensor as it is, codes decoded into the workspace."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    first = weight.tensors[0]
+    real = type(first) in (torch.Tensor, torch.nn.Parameter) and first.device.type != "meta"
+    if not real or torch.compiler.is_compiling():
+        return weight.new()
+    with torch.no_grad():
+        return weight.decode(_workspace(first.device, weight.dtype, weight.shape))
+
+
+def _workspace(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
+    """The start of a buffer that grows to the largest W. Work on one stream comes in order, so it can be used again."""
+    on_gpu = device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return torch.empty(shape, dtype=dtype, device=device)  # it belongs to the graph
+    count = shape[0] * shape[1] * dtype.itemsize
+    key = (device, torch.cuda.current_stream(device).cuda_stream if on_gpu else threading.get_ident())
+    kept = _KEPT.get(key)
+    if kept is None or kept.numel() < count:
+        kept = _KEPT[key] = torch.empty(0)  # frees the smaller one first
+        kept = _KEPT[key] = torch.empty(count, dtype=torch.uint8, device=device)
+    return kept[:count].view(dtype).view(shape)
+
+
+def free_workspaces() -> None:
+    """Gives the workspaces' memory back."""
+    _KEPT.clear()
+
+
+def linear(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor | None) -> torch.Tensor:
+    """Y = X W^T + bias [M, N]"""
+    return torch.nn.functional.linear(x_MK, dense(weight), bias_N)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_MK: torch.Tensor, weight: Codes, bias_N: torch.Tensor | None) -> torch.Tensor:
+        ctx.weight = weight
+        return linear(x_MK, weight, bias_N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_MN: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
+        return dy_MN @ dense(ctx.weight) if ctx.needs_input_grad[0] else None, None, None
+
+
+def frozen_linear(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias with a gradient for x alone: x [..., K] of a floating dtype -> [..., N] in x's dtype.
+
+    Nothing but the codes is kept for the backward pass. Under autocast everything is computed in the autocast dtype.
+    """
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        x = x.to(torch.get_autocast_dtype(kind))
+    bias = bias if bias is None else bias.to(x.dtype)
+    x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
+    with torch.autocast(kind, enabled=False) if kind != "meta" else torch.enable_grad():
+        y = _Linear.apply(x_MK, weight.to(x.dtype), bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,175 @@
+"""Linear modules whose frozen weight is kept as codes: plopfast's own, and those of bitsandbytes and transformers.
+
+    y = x W^T + bias, W decoded for the product and again for the gradient of x, see kernels/codes.py
+
+N out, K in.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import library_codes, torch_codes  # noqa: F401  # the first registers the operations that decode
+from ..kernels.codes import NF4, Codes, Scaled, dense, frozen_linear
+from ..support.errors import ModelError
+
+KINDS = ("nf4", "int8", "fp8")
+FP8_BLOCK = (128, 128)
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear module of `kind` "nf4", "int8" or "fp8" that takes the place of an nn.Linear.
+
+    Its parameters are `weight`, the codes, and what decodes them: `absmax` (nf4; with `nested_absmax` and `nested_code` where
+    the absmax are codes, too), or `scale`. None of them is trained. `model.to(dtype)` changes `dtype`, that of the output,
+    and leaves codes and scales as they are.
+    """
+
+    def __init__(
+        self, n_in: int, n_out: int, kind: str, dtype: torch.dtype, *, bias: bool = False, nested: bool = False,
+        block: tuple[int, int] = FP8_BLOCK,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.in_features, self.out_features, self.kind, self.dtype = n_in, n_out, kind, dtype
+        self.block = (1, n_in) if kind == "int8" else block
+        self.nested_offset = 0.0
+        count = n_in * n_out
+        blocks = -(-count // torch_codes.BLOCK)
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+        if kind == "nf4":
+            shapes = {
+                "weight": ((-(-count // 2), 1), torch.uint8),
+                "absmax": ((blocks,), torch.uint8 if nested else torch.float32),
+            }
+            if nested:
+                shapes["nested_absmax"] = (-(-blocks // torch_codes.NESTED),), torch.float32
+                shapes["nested_code"] = (256,), torch.float32
+        else:
+            high, wide = self.block
+            shapes = {
+                "weight": ((n_out, n_in), torch.int8 if kind == "int8" else torch_codes.E4M3),
+                "scale": ((-(-n_out // high), -(-n_in // wide)), torch.float32),
+            }
+        for name, (shape, of) in shapes.items():
+            setattr(self, name, _frozen(torch.empty(shape, dtype=of)))
+        self.bias = _frozen(torch.empty(n_out, dtype=dtype)) if bias else None
+
+    @property
+    def codes(self) -> Codes:
+        held: dict[str, Any] = self._parameters
+        shape = self.out_features, self.in_features
+        if self.kind != "nf4":
+            return Scaled(held["weight"], held["scale"], self.block, shape, self.dtype)
+        nested = (held["nested_code"], held["nested_absmax"], self.nested_offset) if "nested_code" in held else None
+        return NF4(held["weight"], held["absmax"], shape, self.dtype, nested)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]"""
+        return frozen_linear(x, self.codes, self.bias)
+
+    def dense(self) -> nn.Linear:
+        """An nn.Linear with the decoded weight."""
+        linear: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        linear.weight, linear.bias = _frozen(self.codes.new()), self.bias
+        return linear.train(self.training)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+        scales = [name for name, p in self.named_parameters() if name != "bias" and p.dtype == torch.float32]
+        before = {name: getattr(self, name) for name in scales}
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        super()._apply(fn, recurse)
+        for name, value in before.items():  # float32, whatever the model's dtype becomes
+            if (now := getattr(self, name)).dtype != value.dtype:
+                setattr(self, name, _frozen(value.detach().to(now.device)))
+        if self.weight.dtype not in (torch.uint8, torch.int8, torch_codes.E4M3):
+            raise ModelError("fp8 weights cannot be cast as a whole: load the model without --quantize")
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, bias={self.bias is not None}"
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def encoded(weight: torch.Tensor, kind: str, *, nested: bool = False) -> dict[str, Any]:
+    """Parameter name -> value of a QuantizedLinear with the weight [N, K]; "nested_offset" is a number.
+
+    Raises ModelError for a weight that is not a matrix of finite floating-point values, or whose number of values is odd
+    (nf4 puts two into a byte).
+    """
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+        raise ModelError(f"expected a matrix in float32, bfloat16 or float16, got {weight.dtype} {list(weight.shape)}")
+    if kind == "int8":
+        return dict(zip(("weight", "scale"), torch_codes.encode_int8(weight), strict=True))
+    if kind == "fp8":
+        return dict(zip(("weight", "scale"), torch_codes.encode_fp8(weight, FP8_BLOCK), strict=True))
+    if weight.numel() % 2:
+        raise ModelError(f"nf4 puts two values into a byte, and {list(weight.shape)} holds an odd number: take int8")
+    packed, absmax = torch_codes.encode_nf4(weight)
+    if not nested:
+        return {"weight": packed, "absmax": absmax}
+    codes, code, outer, offset = torch_codes.nest(absmax)
+    return {"weight": packed, "absmax": codes, "nested_absmax": outer, "nested_code": code, "nested_offset": offset}
+
+
+def quantized(linear: nn.Linear, kind: str, *, nested: bool = False) -> QuantizedLinear:
+    """A QuantizedLinear of an nn.Linear's weight, on its device. Raises ModelError as `encoded` does."""
+    weight = linear.weight
+    with torch.device("meta"):
+        made = QuantizedLinear(
+            linear.in_features, linear.out_features, kind, weight.dtype, bias=linear.bias is not None, nested=nested
+        )
+    for name, value in encoded(weight, kind, nested=nested).items():
+        setattr(made, name, _frozen(value) if isinstance(value, torch.Tensor) else value)
+    if linear.bias is not None:
+        made.bias = _frozen(linear.bias.detach())
+    return made.train(linear.training)
+
+
+def codes_of(module: nn.Module) -> Callable[[], Codes] | None:
+    """A function that gives the codes of a module's weight as they are now; None for other modules than plopfast's,
+    bitsandbytes' Linear4bit (nf4) and Linear8bitLt, and transformers' FP8Linear, which are known by what they hold."""
+    if isinstance(module, QuantizedLinear):
+        return lambda: module.codes
+    any_module: Any = module
+    weight: Any = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None and getattr(state, "quant_type", None) == "nf4" and state.blocksize == torch_codes.BLOCK:
+        return lambda: _of_bitsandbytes_4bit(any_module.weight)
+    if getattr(weight, "SCB", None) is not None or getattr(getattr(module, "state", None), "SCB", None) is not None:
+        return lambda: _of_bitsandbytes_8bit(any_module)
+    if getattr(weight, "dtype", None) == torch_codes.E4M3 and getattr(module, "weight_scale_inv", None) is not None:
+        return lambda: _of_fp8_linear(any_module)
+    return None
+
+
+def _of_bitsandbytes_4bit(weight: Any) -> Codes:
+    state = weight.quant_state
+    nested = (state.state2.code, state.state2.absmax, float(state.offset)) if state.nested else None
+    return NF4(weight.data.view(torch.uint8), state.absmax, state.shape, state.dtype, nested)
+
+
+def _of_bitsandbytes_8bit(module: Any) -> Codes:
+    state = module.state if getattr(module.weight, "SCB", None) is None else module.weight
+    codes = module.weight.data if module.weight.data.dtype == torch.int8 else state.CB
+    bias = module.bias
+    dtype = bias.dtype if bias is not None else torch.float16
+    return Scaled(codes, state.SCB.float()[:, None] / 127.0, (1, codes.shape[1]), codes.shape, dtype)
+
+
+def _of_fp8_linear(module: Any) -> Codes:
+    codes, scale = module.weight.data, module.weight_scale_inv
+    scale = scale.float().reshape(-1, 1) if scale.dim() < 2 else scale.float()
+    high, wide = (-(-size // count) for size, count in zip(codes.shape, scale.shape, strict=True))
+    block = tuple(module.block_size) if getattr(module, "block_size", None) else (high, wide)
+    bias = module.bias
+    return Scaled(codes, scale, block, codes.shape, bias.dtype if bias is not None else torch.bfloat16)
+
+
+def decoded(codes: Codes) -> torch.Tensor:
+    """W [N, K] in memory of its own, without a gradient."""
+    return dense(codes).clone()
