@@ -14,7 +14,7 @@ import torch
 
 from . import torch_codes
 
-SLICE = 1 << 22  # elements of W that are decoded at a time where all of it is not needed at once
+SLICE = 1 << 24  # elements of W that are decoded at a time where all of it is not needed at once
 
 
 class Codes:

@@ -9,6 +9,8 @@ import plopfast as pf
 from plopfast.cli import main
 from plopfast.data.example import Example
 from plopfast.lora.layer import adapters
+from plopfast.models.linears import linear_modules
+from plopfast.models.quantized import quantized
 from plopfast.models.running import body
 
 SMALL = {
@@ -211,3 +213,11 @@ QUICK = [
     "--eval-every",
     "2",
 ]
+
+
+def quantize(model, kind, nested=False):
+    """All linear modules inside the layers, in place."""
+    for info in linear_modules(model):
+        parent, _, child = info.name.rpartition(".")
+        setattr(model.get_submodule(parent), child, quantized(info.module, kind, nested=nested))
+    return model

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.frozen import frozen_of, is_linear, sharers
+from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers
 from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
 from . import tuning
@@ -169,6 +169,7 @@ def inject(
             n_in = frozen_of(base).shape[1]
             lora_A = draw_seeded_A(init, rank, n_in, seed, name) if eva is None else eva[name][:rank].float().clone()
             wrapped = LoRALinear(base, rank, alpha, dropout=dropout, rslora=rslora, backend=backend, lora_A=lora_A)
+            wrapped.frozen = frozen_in(model, base, name)
             replace_module(model, name, wrapped.train(base.training))
         return list(adapters(model))
 
@@ -203,17 +204,31 @@ def disabled(model: nn.Module) -> Iterator[None]:
             module.enabled = True
 
 
-def merge(model: nn.Module) -> list[str]:
+def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
     """Adds each update to its frozen weight and puts the plain modules back; returns their names.
 
-    `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared.
-    After an exception half way, such as Ctrl-C, each module is either merged or as it was, so the model computes the same;
-    another call merges the rest.
+    Quantised weights take no update in place, so for them say `into`: "dense" makes all of the model's quantised modules
+    dense, "quantized" those with an update quantised anew, which rounds W and its update to codes.
+
+    `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared, and
+    for quantised weights without `into`. After an exception half way, such as Ctrl-C, each module is either merged or as it
+    was, so the model computes the same; another call merges the rest.
     """
-    for name, others in sharers(model, adapters(model)).items():
-        raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
     merged = adapters(model)
+    for name, others in sharers(model, merged).items():
+        raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
+    if into not in (None, "dense", "quantized"):
+        raise AdapterError(f'merge: expected into="dense" or into="quantized", got {into!r}')
+    if into is None and (codes := {name: m.frozen.kind for name, m in merged.items() if m.frozen.kind != "dense"}):
+        name, kind = next(iter(codes.items()))
+        raise AdapterError(
+            f'{name} has {kind} weights, which take no update in place: merge(model, into="dense"), or into="quantized", which '
+            "rounds the sum to codes"
+        )
     for name, module in merged.items():
+        if isinstance(module.frozen, QuantizedWeight):
+            replace_module(model, name, module.frozen.merged(module.delta_NK(), dense=into == "dense"))
+            continue
         before = module.frozen.stored.detach().clone()
         try:
             module.frozen.add_(module.delta_NK())
@@ -222,6 +237,8 @@ def merge(model: nn.Module) -> list[str]:
             if model.get_submodule(name) is module:
                 module.frozen.stored.detach().copy_(before)
             raise
+    if into == "dense":
+        make_dense(model)
     return list(merged)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.frozen import DTYPES, fingerprint, frozen_of, is_linear, same_fingerprint
+from ..models.frozen import (
+    DTYPES,
+    SAME,
+    SAME_QUANTIZED,
+    fingerprint,
+    frozen_of,
+    is_linear,
+    kinds_of,
+    same_fingerprint,
+)
 from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
@@ -37,7 +47,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     modules = adapters(model)
     if not modules:
         raise AdapterError("the model has no LoRA adapters to save: inject(model, placement) first")
-    metadata = {"format": "pt", "plopfast_base": json.dumps(fingerprint(model, list(modules)))}
+    metadata = {
+        "format": "pt",
+        "plopfast_base": json.dumps(fingerprint(model, list(modules))),
+        "plopfast_base_kind": kinds_of(model, modules),
+    }
     if not ranks.is_main():
         return path
     files.refuse_existing(path, overwrite)
@@ -84,8 +98,9 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
     """Injects the LoRA adapter in the folder `path`, saved by plopfast or by PEFT, into `model`; returns the modules' names.
 
-    An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check. If an error is
-    raised, the model is unchanged.
+    An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check. One that was trained
+    on quantised weights is taken by the dense model, too, and the other way round, with a warning. If an error is raised,
+    the model is unchanged.
 
     Raises AdapterError for files that are missing, truncated or of another kind, for NaN and infinity, for PEFT features
     that plopfast does not have (see adapter_config.py), for modules or shapes that this model lacks, for modules that share
@@ -97,10 +112,18 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     _check_base(model, path, parts)
     placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
     saved = _fingerprint(path, metadata)
-    if check_base and saved is not None and not same_fingerprint(saved, fingerprint(model, list(placed))):
+    theirs, ours = metadata.get("plopfast_base_kind", "dense"), kinds_of(model, placed)
+    within = SAME if theirs == ours else SAME_QUANTIZED
+    if check_base and saved is not None and not same_fingerprint(saved, fingerprint(model, list(placed)), within):
         raise AdapterError(
             f"{path}: trained on other base weights than this model's (same shapes, other values; dequantised GGUF "
             f"counts as other); its base was {config.base!r:.200}: load that, or pass --any-base"
+        )
+    if saved is not None and theirs != ours:
+        warnings.warn(
+            f"{path}: trained on {theirs} weights, and this model's are {ours}: its answers differ a little from those of the "
+            "training",
+            stacklevel=2,
         )
     placement = Placement(placed, [], "adapter", 0)
     try:

@@ -21,6 +21,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch, library_rows, torch_rows  # noqa: F401  # the second registers the operation
+from ..kernels.codes import Codes, Weight, dense
 
 CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
 LEAST, MOST = 64 << 20, 512 << 20  # bytes of logits held at once on GPUs, so that the products stay large
@@ -30,7 +31,7 @@ ALIGNED = 64  # columns: rows of a chunk start at multiples of it, for wide copi
 
 def chunked_cross_entropy(
     hidden_nH: torch.Tensor,
-    weight_VH: torch.Tensor,
+    weight_VH: Weight,
     targets_n: torch.Tensor,
     bias_V: torch.Tensor | None = None,
     *,
@@ -41,19 +42,22 @@ def chunked_cross_entropy(
     """Returns the summed cross-entropy of n tokens, 0-d in float32, with gradients for hidden states, weight and bias.
 
     z = cap tanh(multiplier (hidden weight^T + bias) / cap). Every target must be a token's number (int64): leave ignored
-    positions out before. `backend`: "auto", "torch" or "triton".
+    positions out before. `backend`: "auto", "torch" or "triton". A weight of codes (kernels/codes.py) is decoded a few thousand
+    rows at a time, forward and for dh, and takes no gradient.
 
     Raises ValueError for shapes and dtypes that do not fit, and kernels.dispatch.UnsupportedError where `backend` cannot
     run.
     """
+    if isinstance(weight_VH, Codes):
+        weight_VH = weight_VH.to(hidden_nH.dtype)
     _check(hidden_nH, weight_VH, targets_n, bias_V)
     tensors: list[Any] = [hidden_nH, weight_VH, bias_V]
     if not torch.is_grad_enabled():  # which needs_input_grad does not tell
-        tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
+        tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
     return _ChunkedCrossEntropy.apply(*tensors, targets_n, multiplier, cap, backend)
 
 
-def _check(h: torch.Tensor, w: torch.Tensor, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
+def _check(h: torch.Tensor, w: Weight, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
     fits = h.dim() == w.dim() == 2 and h.shape[1] == w.shape[1] and h.dtype == w.dtype
     if not fits:
         raise ValueError(
@@ -88,15 +92,31 @@ def _rows(h_nH: torch.Tensor, vocabulary: int, size: int) -> int:
     return max(1, min(len(h_nH), elements // vocabulary))
 
 
-def _product(h: torch.Tensor, w_VH: torch.Tensor, bias_V: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
+def _product(h: torch.Tensor, w_VH: Weight, bias_V: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
     """h W^T + bias, in z's memory."""
+    if isinstance(w_VH, Codes):
+        for begin, end in w_VH.slices():
+            part = torch.mm(h, dense(w_VH.rows(begin, end)).T)
+            z[:, begin:end] = part if bias_V is None else part.add_(bias_V[begin:end])
+        return z
     return torch.mm(h, w_VH.T, out=z) if bias_V is None else torch.addmm(bias_V, h, w_VH.T, out=z)
+
+
+def _hidden_gradient(dz: torch.Tensor, w_VH: Weight, dh: torch.Tensor) -> None:
+    """dz W, in dh's memory."""
+    if isinstance(w_VH, Codes):
+        total = torch.zeros_like(dh, dtype=torch.float32)  # a sum in 16 bits would be rounded at each slice
+        for begin, end in w_VH.slices():
+            total += dz[:, begin:end].contiguous() @ dense(w_VH.rows(begin, end))
+        dh.copy_(total)
+    else:
+        torch.mm(dz, w_VH, out=dh)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_nH, w_VH, bias_V, targets_n, multiplier: float, cap: float | None, backend: str):
-        need_h, need_w, need_bias = ctx.needs_input_grad[:3]
+        need_h, need_w, need_bias = ctx.needs_input_grad[:3]  # codes need none
         gradient = need_h or need_w or need_bias
         dh_nH = torch.empty_like(h_nH) if need_h else None
         dw_VH = torch.zeros_like(w_VH, dtype=torch.float32) if need_w else None
@@ -121,7 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 low = dz if dz.dtype == h.dtype else z.copy_(dz)
             total += losses.sum()
             if dh_nH is not None:
-                torch.mm(low, w_VH, out=dh_nH[begin : begin + rows])
+                _hidden_gradient(low, w_VH, dh_nH[begin : begin + rows])
             if dw_VH is not None:
                 dw_VH += low.T @ h
             if dbias_V is not None:

@@ -15,8 +15,12 @@ from torch import nn
 from ..kernels import library  # noqa: F401  # registers the operation that `frobenius` calls
 from ..kernels.codes import Codes
 from ..support.errors import ModelError
-from .quantized import QuantizedLinear, codes_of
+from .quantized import QuantizedLinear, forget_quantization, is_nested, linear_of, quantized, reader_of
 
+SAME = 0.01
+SAME_QUANTIZED = (
+    0.35  # nf4 moves the four weights of a module by 0.09 of their norm, and rarely by 0.3; other models', by 1.4
+)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -92,9 +96,14 @@ class FrozenWeight:
 class QuantizedWeight(FrozenWeight):
     """The weight of a module that stores codes, see quantized.py. It takes no update in place."""
 
-    def __init__(self, module: nn.Module, codes: Callable[[], Codes]) -> None:
+    def __init__(self, module: nn.Module, reader: Callable[[Any], Codes]) -> None:
         super().__init__(module)
-        self._codes = codes
+        self._reader = reader
+        self.compute_dtype: torch.dtype | None = None  # bitsandbytes' int8 and fp8 do not say which
+
+    def _codes(self) -> Codes:
+        codes = self._reader(self.module)
+        return codes if self.compute_dtype is None else codes.to(self.compute_dtype)
 
     @property
     def kind(self) -> str:
@@ -122,6 +131,11 @@ class QuantizedWeight(FrozenWeight):
         codes = self._codes()
         return (codes.to(torch.float32).new() + delta_NK).to(codes.dtype)
 
+    def merged(self, delta_NK: torch.Tensor, *, dense: bool) -> nn.Module:
+        """A module with W + delta in place of W: an nn.Linear, or a QuantizedLinear of the same kind."""
+        linear = linear_of(self.plus(delta_NK), self.module)
+        return linear if dense else quantized(linear, self.kind, nested=is_nested(self._codes()))
+
     def add_(self, delta_NK: torch.Tensor) -> None:
         """Raises ModelError: most of a small update would be lost between two codes."""
         raise ModelError(f"{self.kind} weights take no update in place: make them dense first")
@@ -146,6 +160,15 @@ def frozen_of(module: nn.Module, name: str = "") -> FrozenWeight:
     return frozen
 
 
+def frozen_in(model: nn.Module, module: nn.Module, name: str = "") -> FrozenWeight:
+    """As `frozen_of`; the dtype of other libraries' codes is that of the model's first parameter that has one of `DTYPES`, as
+    a rule the embedding."""
+    frozen = frozen_of(module, name)
+    if isinstance(frozen, QuantizedWeight) and not isinstance(frozen.module, QuantizedLinear):
+        frozen.compute_dtype = next((p.dtype for p in model.parameters() if p.dtype in DTYPES), None)
+    return frozen
+
+
 def find_frozen(module: nn.Module) -> FrozenWeight | None:
     """As `frozen_of`, but None where that raises."""
     carried = getattr(module, "frozen", None)
@@ -156,8 +179,8 @@ def find_frozen(module: nn.Module) -> FrozenWeight | None:
     plain = isinstance(module, nn.Linear) or is_transposed(module)
     if plain and _is_dense(weight):
         return FrozenWeight(module)
-    codes = codes_of(module)
-    return QuantizedWeight(module, codes) if codes is not None else None
+    reader = reader_of(module)
+    return QuantizedWeight(module, reader) if reader is not None else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -202,6 +225,20 @@ def _place(tensor: torch.Tensor) -> Any:
     return (tensor.device, pointer) if pointer else id(tensor)
 
 
+def make_dense(model: nn.Module) -> list[str]:
+    """Puts an nn.Linear with the decoded weight in the place of each quantised linear module; returns their names."""
+    names = []
+    for name, module in list(model.named_modules()):
+        frozen = find_frozen(module) if "frozen" not in vars(module) and is_linear(module) else None
+        if frozen is not None and frozen.kind != "dense":
+            parent, _, child = name.rpartition(".")
+            weight = frozen_in(model, module, name).dequantize()
+            setattr(model.get_submodule(parent), child, linear_of(weight, module))
+            names.append(name)
+    forget_quantization(model)
+    return names
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """True for a DTensor, which is spread over several ranks. (Importing that class takes torch 0.6 s.)"""
     return hasattr(tensor, "full_tensor")
@@ -217,10 +254,16 @@ def fingerprint(model: nn.Module, names: list[str]) -> list[float]:
     return [value for name in sorted(names) for value in frozen_of(model.get_submodule(name), name).fingerprint()]
 
 
-def same_fingerprint(one: list[float], two: list[float]) -> bool:
-    """True where they agree within 1 %: rounding to bfloat16 moves a weight by at most 0.4 %."""
+def kinds_of(model: nn.Module, names: Iterable[str]) -> str:
+    """How the weights of the named linear modules are stored: "dense", or "nf4", or "dense, nf4"."""
+    return ", ".join(sorted({frozen_of(model.get_submodule(name), name).kind for name in names}))
+
+
+def same_fingerprint(one: list[float], two: list[float], within: float = SAME) -> bool:
+    """True where they agree within 1 %: rounding to bfloat16 moves a weight by at most 0.4 %. Between a dense and a quantised
+    model, `within` is `SAME_QUANTIZED`."""
     a, b = torch.tensor(one), torch.tensor(two)
-    return a.shape == b.shape and bool((a - b).norm() <= 0.01 * a.norm())
+    return a.shape == b.shape and bool((a - b).norm() <= within * a.norm())
 
 
 def _is_dense(weight: Any) -> bool:

@@ -97,7 +97,8 @@ def _candidates(module: Any) -> tuple[Callable[[str, str], Lean], tuple[str, ...
     merged, gate, up, down = (isinstance(part, nn.Module) for part in parts)
     frozen = find_frozen(parts[0] if merged else parts[1]) if down and (merged or (gate and up)) else None
     if frozen and not is_sharded(frozen.stored):
-        return lambda kind, backend: LeanMLP(module, kind, backend), torch_blocks.ACTS, frozen.shape[1], frozen.stored
+        like = frozen.stored.new_empty(0, dtype=frozen.dtype)
+        return lambda kind, backend: LeanMLP(module, kind, backend), torch_blocks.ACTS, frozen.shape[1], like
     weight: Any = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)
     is_frozen_vector = isinstance(weight, nn.Parameter) and weight.dim() == 1 and not weight.requires_grad

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels import library_codes, torch_codes  # noqa: F401  # the first registers the operations that decode
-from ..kernels.codes import NF4, Codes, Scaled, dense, frozen_linear
+from ..kernels.codes import NF4, Codes, Scaled, frozen_linear
 from ..support.errors import ModelError
 
 KINDS = ("nf4", "int8", "fp8")
@@ -22,8 +22,8 @@ FP8_BLOCK = (128, 128)
 class QuantizedLinear(nn.Module):
     """A frozen linear module of `kind` "nf4", "int8" or "fp8" that takes the place of an nn.Linear.
 
-    Its parameters are `weight`, the codes, and what decodes them: `absmax` (nf4; with `nested_absmax` and `nested_code` where
-    the absmax are codes, too), or `scale`. None of them is trained. `model.to(dtype)` changes `dtype`, that of the output,
+    Its parameters are `weight`, the codes (those of fp8 as bytes, which no cast of a model touches), and what decodes them:
+    `absmax` (nf4; with `nested_absmax` and `nested_code` where the absmax are codes, too), or `scale`. None of them is trained. `model.to(dtype)` changes `dtype`, that of the output,
     and leaves codes and scales as they are.
     """
 
@@ -49,7 +49,7 @@ class QuantizedLinear(nn.Module):
         else:
             high, wide = self.block
             shapes = {
-                "weight": ((n_out, n_in), torch.int8 if kind == "int8" else torch_codes.E4M3),
+                "weight": ((n_out, n_in), torch.int8 if kind == "int8" else torch.uint8),
                 "scale": ((-(-n_out // high), -(-n_in // wide)), torch.float32),
             }
         for name, (shape, of) in shapes.items():
@@ -61,7 +61,8 @@ class QuantizedLinear(nn.Module):
         held: dict[str, Any] = self._parameters
         shape = self.out_features, self.in_features
         if self.kind != "nf4":
-            return Scaled(held["weight"], held["scale"], self.block, shape, self.dtype)
+            codes = held["weight"] if self.kind == "int8" else held["weight"].view(torch_codes.E4M3)
+            return Scaled(codes, held["scale"], self.block, shape, self.dtype)
         nested = (held["nested_code"], held["nested_absmax"], self.nested_offset) if "nested_code" in held else None
         return NF4(held["weight"], held["absmax"], shape, self.dtype, nested)
 
@@ -69,22 +70,13 @@ class QuantizedLinear(nn.Module):
         """x [..., K] -> [..., N]"""
         return frozen_linear(x, self.codes, self.bias)
 
-    def dense(self) -> nn.Linear:
-        """An nn.Linear with the decoded weight."""
-        linear: Any = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
-        linear.weight, linear.bias = _frozen(self.codes.new()), self.bias
-        return linear.train(self.training)
-
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
-        scales = [name for name, p in self.named_parameters() if name != "bias" and p.dtype == torch.float32]
-        before = {name: getattr(self, name) for name in scales}
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        kept = {name: p.detach() for name, p in self.named_parameters() if name != "bias" and p.dtype == torch.float32}
+        self.dtype = fn(self._parameters["weight"].new_empty(0, dtype=self.dtype)).dtype  # type: ignore[union-attr]
         super()._apply(fn, recurse)
-        for name, value in before.items():  # float32, whatever the model's dtype becomes
-            if (now := getattr(self, name)).dtype != value.dtype:
-                setattr(self, name, _frozen(value.detach().to(now.device)))
-        if self.weight.dtype not in (torch.uint8, torch.int8, torch_codes.E4M3):
-            raise ModelError("fp8 weights cannot be cast as a whole: load the model without --quantize")
+        for name, scales in kept.items():  # float32, whatever the model's dtype becomes
+            if (now := getattr(self, name)).dtype != scales.dtype:
+                setattr(self, name, _frozen(scales.to(now.device)))
         return self
 
     def extra_repr(self) -> str:
@@ -106,7 +98,8 @@ def encoded(weight: torch.Tensor, kind: str, *, nested: bool = False) -> dict[st
     if kind == "int8":
         return dict(zip(("weight", "scale"), torch_codes.encode_int8(weight), strict=True))
     if kind == "fp8":
-        return dict(zip(("weight", "scale"), torch_codes.encode_fp8(weight, FP8_BLOCK), strict=True))
+        codes, scale = torch_codes.encode_fp8(weight, FP8_BLOCK)
+        return {"weight": codes.view(torch.uint8), "scale": scale}
     if weight.numel() % 2:
         raise ModelError(f"nf4 puts two values into a byte, and {list(weight.shape)} holds an odd number: take int8")
     packed, absmax = torch_codes.encode_nf4(weight)
@@ -130,27 +123,64 @@ def quantized(linear: nn.Linear, kind: str, *, nested: bool = False) -> Quantize
     return made.train(linear.training)
 
 
-def codes_of(module: nn.Module) -> Callable[[], Codes] | None:
-    """A function that gives the codes of a module's weight as they are now; None for other modules than plopfast's,
-    bitsandbytes' Linear4bit (nf4) and Linear8bitLt, and transformers' FP8Linear, which are known by what they hold."""
+def linear_of(weight: torch.Tensor, module: nn.Module) -> nn.Linear:
+    """An nn.Linear with the weight [N, K], and the bias and the mode of `module`."""
+    bias: Any = module.bias
+    linear: Any = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    linear.weight, linear.bias = _frozen(weight), bias if bias is None else _frozen(bias.detach())
+    return linear.train(module.training)
+
+
+def is_nested(codes: Codes) -> bool:
+    """Whether the scales are codes, too."""
+    return isinstance(codes, NF4) and codes.nested is not None
+
+
+def forget_quantization(model: Any) -> None:
+    """Takes away what marks a model of transformers as quantised."""
+    for name in ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit"):
+        vars(model).pop(name, None)
+    for config in {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}.values():
+        for name in ("quantization_config", "_is_quantized"):
+            vars(config).pop(name, None)
+
+
+def reader_of(module: nn.Module) -> Callable[[Any], Codes] | None:
+    """A function that reads the codes of such a module's weight; None for other modules than plopfast's, bitsandbytes'
+    Linear4bit (nf4) and Linear8bitLt, and transformers' FP8Linear, which are known by what they hold."""
     if isinstance(module, QuantizedLinear):
-        return lambda: module.codes
-    any_module: Any = module
+        return _own
     weight: Any = getattr(module, "weight", None)
     state = getattr(weight, "quant_state", None)
     if state is not None and getattr(state, "quant_type", None) == "nf4" and state.blocksize == torch_codes.BLOCK:
-        return lambda: _of_bitsandbytes_4bit(any_module.weight)
+        return _of_bitsandbytes_4bit
     if getattr(weight, "SCB", None) is not None or getattr(getattr(module, "state", None), "SCB", None) is not None:
-        return lambda: _of_bitsandbytes_8bit(any_module)
+        return _of_bitsandbytes_8bit
     if getattr(weight, "dtype", None) == torch_codes.E4M3 and getattr(module, "weight_scale_inv", None) is not None:
-        return lambda: _of_fp8_linear(any_module)
+        return _of_fp8_linear
     return None
 
 
-def _of_bitsandbytes_4bit(weight: Any) -> Codes:
-    state = weight.quant_state
+def _own(module: QuantizedLinear) -> Codes:
+    return module.codes
+
+
+def _of_bitsandbytes_4bit(module: Any) -> Codes:
+    weight, state = module.weight, module.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        return _of_bitsandbytes_on_a_cpu(weight.data, state)
     nested = (state.state2.code, state.state2.absmax, float(state.offset)) if state.nested else None
     return NF4(weight.data.view(torch.uint8), state.absmax, state.shape, state.dtype, nested)
+
+
+def _of_bitsandbytes_on_a_cpu(packed: torch.Tensor, state: Any) -> Codes:
+    """The codes that bitsandbytes reorders in a model's first evaluation on a CPU with AVX-512 bfloat16: a byte has the same
+    place in two of 64 codes, and 32 rows lie side by side; absmax, in bfloat16, is transposed."""
+    n_out, n_in = state.shape
+    codes = torch.cat([packed.reshape(-1, 32) & 15, packed.reshape(-1, 32) >> 4], 1)
+    codes = codes.view(n_out // 32, n_in // 2, 32, 2).transpose(1, 2).reshape(-1, 2)
+    absmax = state.absmax.T.reshape(-1).float()
+    return NF4(codes[:, :1] << 4 | codes[:, 1:], absmax, state.shape, state.original_dtype)
 
 
 def _of_bitsandbytes_8bit(module: Any) -> Codes:
@@ -162,14 +192,9 @@ def _of_bitsandbytes_8bit(module: Any) -> Codes:
 
 
 def _of_fp8_linear(module: Any) -> Codes:
-    codes, scale = module.weight.data, module.weight_scale_inv
+    codes, scale = module.weight.data, module.weight_scale_inv.detach()
     scale = scale.float().reshape(-1, 1) if scale.dim() < 2 else scale.float()
     high, wide = (-(-size // count) for size, count in zip(codes.shape, scale.shape, strict=True))
     block = tuple(module.block_size) if getattr(module, "block_size", None) else (high, wide)
     bias = module.bias
     return Scaled(codes, scale, block, codes.shape, bias.dtype if bias is not None else torch.bfloat16)
-
-
-def decoded(codes: Codes) -> torch.Tensor:
-    """W [N, K] in memory of its own, without a gradient."""
-    return dense(codes).clone()

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
+from ..models.frozen import make_dense
 from ..models.lean import lean_modules
 from ..models.running import device_of
 from ..support.config import TrainConfig
@@ -133,6 +134,7 @@ class Step:
         config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
         with mode:
             if placement is None:
+                make_dense(model)
                 _widen(model)
                 model.requires_grad_(True)
             else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results

@@ -16,6 +16,7 @@ from ..data.rows import IGNORE
 from ..lora.layer import LoRALinear
 from ..models.cross_entropy import chunked_cross_entropy
 from ..models.frozen import frozen_of
+from ..models.quantized import QuantizedLinear
 from ..models.running import body, evaluating, output_head, run_for_logits
 
 SHORT_ROW = 128
@@ -30,12 +31,12 @@ class Head:
     cap: float | None = None
 
     @property
-    def weight_VH(self) -> torch.Tensor:
+    def weight_VH(self) -> Any:
         return frozen_of(self.module).weight_NK
 
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """Returns logits [n, vocabulary] in float32 for hidden states [n, hidden]."""
-        z_nV = nn.functional.linear(hidden_nH, self.weight_VH, self.module.bias).float()  # type: ignore[arg-type]
+        z_nV = self.module(hidden_nH).float()
         if self.multiplier != 1.0:
             z_nV *= self.multiplier
         return z_nV if self.cap is None else z_nV.div_(self.cap).tanh_().mul_(self.cap)
@@ -44,7 +45,7 @@ class Head:
 def head_of(model: nn.Module) -> Head | None:
     """Returns the model's output head where plopfast knows what happens to its logits, else None."""
     module, config = output_head(model), getattr(model, "config", None)
-    if not isinstance(module, nn.Linear) or isinstance(module, LoRALinear):
+    if isinstance(module, LoRALinear) or not isinstance(module, nn.Linear | QuantizedLinear):
         return None
     names = ("logit_scale", "lm_head_multiplier", "logits_scaling")  # Cohere's, Falcon-H1's, Granite's
     cohere, falcon, granite = (getattr(config, name, None) or 1.0 for name in names)

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+from torch import nn
 
+from plopfast.kernels import codes
+from plopfast.kernels.accuracy import assert_no_worse
 from plopfast.models import cross_entropy
 from plopfast.models.cross_entropy import LEAST, MOST, chunk_bytes, chunked_cross_entropy
+from plopfast.models.quantized import quantized
 
 GPU = torch.device("cuda", 0)
 
@@ -98,3 +102,23 @@ def test_a_chunk_holds_as_many_logits_as_its_bytes(monkeypatch):
     h, w = torch.zeros(25, 4, dtype=torch.bfloat16), torch.zeros(100, 4, dtype=torch.bfloat16)
     chunked_cross_entropy(h, w, torch.zeros(25, dtype=torch.long))
     assert sizes == [10, 10, 5], "in plain torch they are float32"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_quantised_head_is_decoded_in_slices(dtype, kind, monkeypatch):
+    """Losses and gradients are those of the decoded head, to the dtype's precision."""
+    monkeypatch.setattr(codes, "SLICE", 128 * 64)
+    torch.manual_seed(0)
+    head = quantized(nn.Linear(64, 500).to(dtype).requires_grad_(False), kind)
+    weight, targets = head.codes.new(), torch.randint(500, (30,))
+    hidden = torch.randn(30, 64).to(dtype).requires_grad_()
+    assert len(head.codes.slices()) == 4
+    losses, found = [], []
+    for one, bias in ((head.codes, head.bias), (weight, head.bias), (weight.double(), head.bias.double())):
+        h = hidden.double() if one.dtype == torch.float64 else hidden
+        loss = chunked_cross_entropy(h, one, targets, bias, multiplier=0.7, cap=5.0)
+        losses.append(loss.detach())
+        found.append(torch.autograd.grad(loss, hidden)[0])
+    assert_no_worse(losses[0].view(1), losses[1].view(1), losses[2].view(1))
+    assert_no_worse(found[0], found[1], found[2])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from helpers import CONFIGS, build
+from helpers import CONFIGS, build, quantize
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -113,6 +113,17 @@ def test_full_fine_tuning_is_in_float32():
     size = sum(p.nbytes for p in build("llama").parameters()) / MIB
     assert got.adapters_mib == pytest.approx(4 * size), "gradient, two moments, best values"
     assert got.total_mib > 5 * size
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
+def test_quantised_weights_are_counted_as_codes(kind):
+    """All weights, though, are trained dense."""
+    dense, model = build("llama"), quantize(build("llama"), kind)
+    want, got = estimated(dense, placement_on(dense)), estimated(model, placement_on(model))
+    saved = sum(p.nbytes for p in dense.parameters()) - sum(p.nbytes for p in model.parameters())
+    assert want.weights_mib - got.weights_mib == pytest.approx(saved / MIB) and saved > 0
+    assert got.activations_mib == want.activations_mib and got.tflops_per_step == want.tflops_per_step
+    assert dataclasses.astuple(estimated(model, None)) == dataclasses.astuple(estimated(dense, None))
 
 
 def test_the_model_stays_as_it_is():
