@@ -263,7 +263,7 @@ def _check_masks(linear: Callable[..., Tensor], like: Tensor, p: float) -> None:
 
 def _layer(info: LinearInfo, backend: str, rank: int) -> str:
     """Compares our adapter on one module with PEFT's, says how far they differ. ArithmeticError if ours is worse."""
-    base, w_NK, generator = info.module, info.frozen.weight_NK, torch.Generator().manual_seed(0)
+    base, w_NK, generator = info.module, info.frozen.dequantize(), torch.Generator().manual_seed(0)
     bias_N: Any = base.bias
     rank = min(rank, full_rank(info.n_in, info.n_out))
     shapes = (96, info.n_in), (96, info.n_out), (rank, info.n_in), (info.n_out, rank)
@@ -272,6 +272,8 @@ def _layer(info: LinearInfo, backend: str, rank: int) -> str:
     module, theirs, whose = LoRALinear(base, rank, SCALING * rank, backend=backend), None, "PEFT's"
     ours = lambda x, a, b: functional_call(module, {"lora_A": a, "lora_B": b}, (x,))  # noqa: E731
     try:
+        if info.frozen.kind != "dense":
+            raise ImportError(f"PEFT takes {info.frozen.kind} weights with bitsandbytes alone")
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=rank, lora_alpha=SCALING * rank, target_modules=["m"], fan_in_fan_out=info.transposed)
@@ -279,7 +281,8 @@ def _layer(info: LinearInfo, backend: str, rank: int) -> str:
         at = "lora_{}.default.weight".format
         theirs = lambda x, a, b: functional_call(peft, {at("A"): a.to(x.dtype), at("B"): b.to(x.dtype)}, (x,))  # noqa: E731
     except ImportError as error:
-        whose = f"plain torch's ({error}; to compare with PEFT's: pip install peft)"
+        hint = "" if info.frozen.kind != "dense" else "; to compare with PEFT's: pip install peft"
+        whose = f"plain torch's ({error}{hint})"
     found = _compare(ours, theirs, given)
     apart = ", ".join(f"{name} {one.difference:.1e}" for name, one in found.items())
     figures = f"relative difference from {whose}: {apart}"
