@@ -1,0 +1,45 @@
+"""What aot_jobs.py compiles of quantised weights, with shapes of an 8-billion model: decodings, and products of few tokens."""
+
+import torch
+
+from plopfast.kernels import nf4_ops
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _nf4(n: int, k: int, double: bool) -> tuple[torch.Tensor, torch.Tensor, nf4_ops.Nested | None]:
+    blocks = n * k // 64
+    absmax = _empty(blocks, dtype=torch.uint8 if double else torch.float32)
+    return _empty(n * k // 2, 1, dtype=torch.uint8), absmax, (_empty(256), _empty(blocks // 256), 0.5) if double else None
+
+
+def nf4_decodings(target: str) -> None:
+    for double in (False, True):
+        for dtype in DTYPES:
+            nf4_ops.decode(*_nf4(14336, 4096, double), _empty(14336, 4096, dtype=dtype))
+
+
+def nf4_products(target: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """One token and 64, with adapters of rank 16, 64 and none."""
+    n, k = 14336, 4096
+    for m in (1, 64):
+        x, bias = _empty(m, k, dtype=dtype), _empty(n, dtype=dtype)
+        for double in (False, True):
+            nf4_ops.gemm(x, *_nf4(n, k, double), n, _empty(m, 16, dtype=dtype), _empty(n, 16), bias)
+        nf4_ops.gemm(x, *_nf4(n, k, True), n, _empty(m, 64, dtype=dtype), _empty(n, 64))
+        nf4_ops.gemm(x, *_nf4(n, k, True), n)
+
+
+def nf4_products_in_float32(target: str) -> None:
+    """Where torch's products may take TF32, and where they may not."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for matmul.fp32_precision in ("ieee", "tf32"):
+            nf4_products(target, torch.float32)
+    finally:
+        matmul.fp32_precision = before
