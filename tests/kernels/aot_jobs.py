@@ -261,6 +261,8 @@ JOBS = {
     "nf4": Job(aot_quantized.nf4_products, {"lora_gemm_nf4": Expect(matrix="any", stores=True)}),
     "nf4, float32": Job(aot_quantized.nf4_products_in_float32, {"lora_gemm_nf4": Expect()}, _ONE_OF_EACH),
     "nf4, decode": Job(aot_quantized.nf4_decodings, {"decode_nf4": Expect(stores=True)}),
+    "scaled, decode": Job(aot_quantized.scaled_decodings, {"decode_scaled": Expect(stores=True)}),
+    "odd decodings": Job(aot_quantized.odd_decodings, {}, _NOT_BY_DEFAULT),
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from plopfast.kernels import nf4_ops
+from plopfast.kernels import nf4_ops, scaled_ops
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,3 +43,23 @@ def nf4_products_in_float32(target: str) -> None:
             nf4_products(target, torch.float32)
     finally:
         matmul.fp32_precision = before
+
+
+def scaled_decodings(target: str) -> None:
+    """int8 with a scale a row, float8 with one for 128 x 128."""
+    n, k = 14336, 4096
+    for dtype in DTYPES:
+        w = _empty(n, k, dtype=dtype)
+        scaled_ops.decode(_empty(n, k, dtype=torch.int8), _empty(n), (1, k), w)
+        scaled_ops.decode(_empty(n, k, dtype=torch.float8_e4m3fn), _empty(n // 128, k // 128), (128, 128), w)
+
+
+def odd_decodings(target: str) -> None:
+    """Rows of no multiple of 16, blocks of columns that share no sixteen, and a short last block of NF4."""
+    n, k = 4099, 4097
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        scaled_ops.decode(_empty(n, k, dtype=dtype), _empty(n), (1, k), _empty(n, k, dtype=torch.bfloat16))
+        scales = _empty(-(-n // 8) * -(-k // 5))
+        scaled_ops.decode(_empty(n, k, dtype=dtype), scales, (8, 5), _empty(n, k, dtype=torch.bfloat16))
+    blocks = -(-(n + 1) * k // 64)
+    nf4_ops.decode(_empty((n + 1) * k // 2, dtype=torch.uint8), _empty(blocks), None, _empty(n + 1, k))
