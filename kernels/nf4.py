@@ -101,9 +101,7 @@ def _decode(
 
 
 @triton.jit(do_not_specialize=["size"])
-def decode_nf4(
-    packed, absmax, code, nested, levels, w, size, offset, DOUBLE: tl.constexpr, BLOCKS: tl.constexpr
-):
+def decode_nf4(packed, absmax, code, nested, levels, w, size, offset, DOUBLE: tl.constexpr, BLOCKS: tl.constexpr):
     """w [2 size] in w's dtype out of packed [size]; the last block may be shorter than 64."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
     if (first + BLOCKS) * 32 <= size:  # without masks loads and stores are wide whatever the size

@@ -28,19 +28,17 @@ def decode(packed: torch.Tensor, absmax: torch.Tensor, nested: Nested | None, ou
     code, scales, offset = nested or (absmax, absmax, 0.0)
     assert packed.is_contiguous() and absmax.is_contiguous() and scales.is_contiguous() and out.is_contiguous()
     run = plan(
-        _decode, packed.device, packed.numel(), absmax.numel(), absmax.dtype, code.dtype, scales.dtype, scales.numel(), offset,
-        out.dtype, out.numel(),
+        _decode, packed.device, packed.shape, absmax.shape, absmax.dtype, code.dtype, scales.dtype, scales.shape, offset, out.dtype,
+        out.shape,
     )  # fmt: skip
     run(packed, absmax, code, scales, out)
     return out
 
 
-def _decode(
-    device: torch.device, size: int, blocks: int, *facts: Any,
-) -> Callable[..., None]:  # fmt: skip
-    *scales, offset, dtype, count = facts
-    double = _checked(size, blocks, *scales)
-    assert count == 2 * size and dtype in (torch.float32, torch.bfloat16, torch.float16), (count, size, dtype)
+def _decode(device: torch.device, packed: torch.Size, absmax: torch.Size, *facts: Any) -> Callable[..., None]:
+    *scales, offset, dtype, shape = facts
+    size, blocks, double = _checked(packed, absmax, *scales)
+    assert shape.numel() == 2 * size and dtype in (torch.float32, torch.bfloat16, torch.float16), (shape, size, dtype)
     if not size:
         return lambda *_: None
     launch = Planned(
@@ -64,15 +62,15 @@ def gemm(
             b_NR = b_NR.contiguous()
         lora = s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype
     run = plan(
-        _gemm, x_MK.device, packed.numel(), absmax.numel(), absmax.dtype, code.dtype, scales.dtype, scales.numel(), offset,
-        x_MK.dtype, x_MK.shape, n, lora, None if bias_N is None else bias_N.dtype, precision(x_MK),
+        _gemm, x_MK.device, packed.shape, absmax.shape, absmax.dtype, code.dtype, scales.dtype, scales.shape, offset, x_MK.dtype,
+        x_MK.shape, n, lora, None if bias_N is None else bias_N.dtype, precision(x_MK),
     )  # fmt: skip
     return run(x_MK.contiguous(), packed, absmax, code, scales, s_MR, b_NR, bias_N)
 
 
-def _gemm(device: torch.device, size: int, blocks: int, *facts: Any) -> Callable[..., torch.Tensor]:
+def _gemm(device: torch.device, packed: torch.Size, absmax: torch.Size, *facts: Any) -> Callable[..., torch.Tensor]:
     *scales, offset, dtype, (m, k), n, (rank, s_strides, b_strides, _), bias, exact = facts
-    double = _checked(size, blocks, *scales)
+    size, _, double = _checked(packed, absmax, *scales)
     assert k % nf4.BLOCK == 0 and 2 * size == n * k, (n, k, size)
     if not m or not n:
         return lambda x, *_: x.new_empty(m, n)
@@ -106,14 +104,16 @@ def _tile(m: int, dtype: torch.dtype) -> tuple[int, int, int]:
 
 
 def _checked(
-    size: int, blocks: int, absmax: torch.dtype, code: torch.dtype, scales: torch.dtype, count: int
-) -> bool:
-    """Whether the absmax are quantised too; the caller has checked what users may get wrong."""
-    double = absmax == torch.uint8
+    packed: torch.Size, absmax: torch.Size, kind: torch.dtype, code: torch.dtype, scales: torch.dtype, nested: torch.Size
+) -> tuple[int, int, bool]:  # fmt: skip
+    """Bytes, blocks, and whether absmax is quantised too. Callers check what users may get wrong."""
+    size, blocks, double = packed.numel(), absmax.numel(), kind == torch.uint8
     assert blocks == triton.cdiv(2 * size, nf4.BLOCK), f"{blocks} absmax for {size} bytes"
-    assert count == (triton.cdiv(blocks, nf4.NESTED) if double else blocks), f"{count} nested absmax for {blocks}"
+    assert nested.numel() == (triton.cdiv(blocks, nf4.NESTED) if double else blocks), (
+        f"{nested} scales for {blocks} absmax"
+    )
     assert code == scales == torch.float32, (code, scales)
-    return double
+    return size, blocks, double
 
 
 def _levels(device: torch.device) -> torch.Tensor:

@@ -8,7 +8,6 @@ M tokens, K in, C columns, N out, R rank.
 
 import pytest
 import torch
-import triton
 import triton.runtime.interpreter as stock
 from cases import BF16, FP32, normal
 from interpreter import checked, far_apart
@@ -26,6 +25,7 @@ from plopfast.kernels import (
     norm,
     reduce,
     reference,
+    scaled,
     shrink,
     torch_rows,
     triton_ops,
@@ -277,6 +277,21 @@ def test_blocks_of_nf4_decoding(tail, programs_from):
     found = packed[-count:].long()
     codes = torch.stack([found >> 4, found & 15], -1).flatten()
     close(w[-2 * count :], LEVELS[codes] * values.repeat_interleave(64)[: 2 * count])
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_the_last_rows_of_a_scaled_weight(e4m3, programs_from):
+    """More than 2^31 elements of W, and of its scales."""
+    n, k = HALF, 48
+    q, w = far_apart((n, k), (k, 1), torch.int8), far_apart((n, k), (k, 1), FP32)
+    scale = far_apart((n, 3), (3, 1), FP32)
+    last = q[-16:].copy_(torch.arange(16 * k).view(16, k) % 127)
+    scale[-16:] = 1 + torch.arange(48).view(16, 3)
+    programs_from(n // 16 - 1)
+    with checked():
+        scaled.decode_scaled[1,](q, scale, w, n, 3, 1, 16, k, E4M3=e4m3, GRAIN=16, BN=16, BK=64)
+    numbers = last.view(torch.float8_e4m3fn) if e4m3 else last
+    close(w[-16:], reference.scaled(numbers, scale[-16:], (1, 16)).float())
 
 
 TALL = (1 << 27) + 16  # rows of 16 elements, the last of which lie beyond 2^31

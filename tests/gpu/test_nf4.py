@@ -18,7 +18,9 @@ def quantized(n, k, double=False, seed=0):
     codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
     codes.view(-1)[:16] = torch.arange(16)[: n * k]
     flat, blocks = codes.flatten().tolist(), math.ceil(n * k / 64)
-    packed = torch.tensor([[16 * high + low] for high, low in zip(flat[::2], flat[1::2], strict=True)], dtype=torch.uint8)
+    packed = torch.tensor(
+        [[16 * high + low] for high, low in zip(flat[::2], flat[1::2], strict=True)], dtype=torch.uint8
+    )
     draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     if not double:
         absmax = draw(blocks) * 0.2 + 0.01

@@ -14,7 +14,11 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def _nf4(n: int, k: int, double: bool) -> tuple[torch.Tensor, torch.Tensor, nf4_ops.Nested | None]:
     blocks = n * k // 64
     absmax = _empty(blocks, dtype=torch.uint8 if double else torch.float32)
-    return _empty(n * k // 2, 1, dtype=torch.uint8), absmax, (_empty(256), _empty(blocks // 256), 0.5) if double else None
+    return (
+        _empty(n * k // 2, 1, dtype=torch.uint8),
+        absmax,
+        (_empty(256), _empty(blocks // 256), 0.5) if double else None,
+    )
 
 
 def nf4_decodings(target: str) -> None:
