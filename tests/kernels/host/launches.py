@@ -312,7 +312,8 @@ def variants():
         groups.backward(dy, x, s, weights, all_a, all_b, group, need, dtypes)
         rows(x, dy[0])
         if m == tokens[0]:
-            decodings(1024, 1024, (BF16, FP32, torch.float16), "meta")
+            for shape in ((1024, 1024), (999, 112)):
+                decodings(*shape, (BF16, FP32, torch.float16), "meta")
         nf4_ops.gemm(x, *nf4_weight(1024, 1024, True, "meta"), 1024, made(m, rank), made(1024, rank))
 
     triton.knobs.runtime.jit_cache_hook = note
