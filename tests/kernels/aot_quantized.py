@@ -27,15 +27,25 @@ def nf4_decodings(target: str) -> None:
             nf4_ops.decode(*_nf4(14336, 4096, double), _empty(14336, 4096, dtype=dtype))
 
 
-def nf4_products(target: str, dtype: torch.dtype = torch.bfloat16) -> None:
-    """One token and 64, with adapters of rank 16, 64 and none."""
-    n, k = 14336, 4096
+def nf4_products(target: str) -> None:
+    """One token and 64, with adapters of rank 16."""
+    _nf4_product(1, 16, True)
+    _nf4_product(64, 16, True)
+    _nf4_product(64, 16, False)
+
+
+def nf4_products_of_others(target: str, dtype: torch.dtype = torch.bfloat16) -> None:
+    """No adapter, and one of rank 64."""
     for m in (1, 64):
-        x, bias = _empty(m, k, dtype=dtype), _empty(n, dtype=dtype)
-        for double in (False, True):
-            nf4_ops.gemm(x, *_nf4(n, k, double), n, _empty(m, 16, dtype=dtype), _empty(n, 16), bias)
-        nf4_ops.gemm(x, *_nf4(n, k, True), n, _empty(m, 64, dtype=dtype), _empty(n, 64))
-        nf4_ops.gemm(x, *_nf4(n, k, True), n)
+        _nf4_product(m, 16, False, dtype)
+        for r in (0, 64):
+            _nf4_product(m, r, True, dtype)
+
+
+def _nf4_product(m: int, r: int, double: bool, dtype: torch.dtype = torch.bfloat16) -> None:
+    n, k = 14336, 4096
+    low = (_empty(m, r, dtype=dtype), _empty(n, r)) if r else (None, None)
+    nf4_ops.gemm(_empty(m, k, dtype=dtype), *_nf4(n, k, double), n, *low, _empty(n, dtype=dtype) if r == 16 else None)
 
 
 def nf4_products_in_float32(target: str) -> None:
@@ -44,7 +54,7 @@ def nf4_products_in_float32(target: str) -> None:
     before = matmul.fp32_precision
     try:
         for matmul.fp32_precision in ("ieee", "tf32"):
-            nf4_products(target, torch.float32)
+            nf4_products_of_others(target, torch.float32)
     finally:
         matmul.fp32_precision = before
 
