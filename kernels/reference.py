@@ -94,3 +94,23 @@ def cross_entropy(z_nV, targets_n, bias_V=None, multiplier=1.0, cap=None) -> tor
     z_nV = (z_nV.double() + (0 if bias_V is None else bias_V.double())) * multiplier
     z_nV = z_nV if cap is None else cap * (z_nV / cap).tanh()
     return z_nV.logsumexp(-1) - z_nV.gather(1, targets_n[:, None])[:, 0]
+
+
+def nf4(packed, absmax, levels, n, k, nested=None) -> torch.Tensor:
+    """W = levels[code] absmax; byte i holds codes 2 i (high half) and 2 i + 1 of the row-major stream, 64 share an absmax.
+
+    If `nested` is (code, scales, offset), an absmax is code[byte] scale + offset, and 256 of them share a scale.
+    """
+    if nested is not None:
+        code, scales, offset = nested
+        absmax = code.double()[absmax.long()] * scales.double().repeat_interleave(256)[: absmax.numel()] + offset
+    codes = torch.stack([packed.flatten() >> 4, packed.flatten() & 15], -1).flatten().long()
+    return (levels.double()[codes] * absmax.double().repeat_interleave(64)[: n * k]).view(n, k)
+
+
+def scaled(q_NK, scale, block) -> torch.Tensor:
+    """w[n, k] = q[n, k] scale[n // BN, k // BK], block (BN, BK)"""
+    rows, columns = (
+        torch.arange(size, device=q_NK.device) // step for size, step in zip(q_NK.shape, block, strict=True)
+    )
+    return q_NK.double() * scale.double()[rows][:, columns]

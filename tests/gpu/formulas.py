@@ -220,6 +220,39 @@ def cross_entropy(at: Launch) -> Cost:
     return Cost(loads, stores | ({"z": loads["z"]} if at.GRADIENT else {}))
 
 
+def lora_gemm_nf4(at: Launch) -> Cost:
+    """X, packed W and its scales, S and B, a bias in; Y out."""
+    loads = {"x": at.M * at.K * at.itemsize("x")} | _nf4_operands(at, at.N * at.K // 2)
+    if at.LORA:
+        loads |= {"s": at.M * at.RANK * at.itemsize("s"), "b": at.N * at.RANK * at.itemsize("b")}
+    if at.BIAS:
+        loads["bias"] = at.N * at.itemsize("bias")
+    rank = at.RANK if at.LORA else 0
+    return Cost(
+        loads, {"y": at.M * at.N * at.itemsize("y")},
+        useful=2 * at.M * at.N * (at.K + rank),
+        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * (at.K + _up(rank, at.BR)),
+    )  # fmt: skip
+
+
+def decode_nf4(at: Launch) -> Cost:
+    """Packed W and its scales in, W out: each byte once."""
+    return Cost(_nf4_operands(at, at.size), {"w": 2 * at.size * at.itemsize("w")})
+
+
+def _nf4_operands(at: Launch, size: int) -> dict[str, int]:
+    """With all of the 256 codes of absmax that so many blocks can hold."""
+    blocks = _up(size, 32) // 32
+    loads = {"packed": size, "absmax": blocks * at.itemsize("absmax"), "levels": 16 * 4}
+    return loads | ({"code": 4 * min(blocks, 256), "nested": 4 * (_up(blocks, 256) // 256)} if at.DOUBLE else {})
+
+
+def decode_scaled(at: Launch) -> Cost:
+    """Bytes and scales in, W out."""
+    scales = at.columns * (_up(at.N, at.rows_of) // at.rows_of)
+    return Cost({"q": at.N * at.K, "scale": 4 * scales}, {"w": at.N * at.K * at.itemsize("w")})
+
+
 def addmm_(at: Launch) -> Cost:
     """The vendor's Y = beta Y + alpha X W: X, W and, if beta is not 0, Y in; Y out. With L as its Y it is LoRA-first's GEMM."""
     product = mm(Launch("mm", (), {"x": at.x, "w": at.w, "y": at.y}, at.frozen))
@@ -257,8 +290,14 @@ BLOCKS: dict[str, Callable[[Launch], Cost]] = {
     "gate": gated("g", "u", stores=("y",)),
     "gate_grad": gated("dy", "g", "u", stores=("dg", "du")),
 }
+QUANTIZED: dict[str, Callable[[Launch], Cost]] = {
+    "lora_gemm_nf4": lora_gemm_nf4,
+    "decode_nf4": decode_nf4,
+    "decode_scaled": decode_scaled,
+}
 FORMULAS: dict[str, Callable[[Launch], Cost]] = {
     **BLOCKS,
+    **QUANTIZED,
     "lora_shrink": lora_shrink,
     "lora_gemm": lora_gemm,
     "lora_gemm_tma": lora_gemm,

@@ -8,7 +8,6 @@ M tokens, K in, C columns, N out, R rank.
 
 import pytest
 import torch
-import triton
 import triton.runtime.interpreter as stock
 from cases import BF16, FP32, normal
 from interpreter import checked, far_apart
@@ -26,6 +25,7 @@ from plopfast.kernels import (
     norm,
     reduce,
     reference,
+    scaled,
     shrink,
     torch_rows,
     triton_ops,
@@ -187,36 +187,47 @@ def test_columns_and_rows_of_row_norms(programs_from):
     close(tall_norms[-16:], tall[-16:, 0].float().abs())
 
 
-def nf4_levels():
-    return torch.tensor(nf4.LEVELS)
+LEVELS = torch.tensor(nf4.LEVELS)
+NF4_GEMM = {"DOUBLE": True, "RANK": 1, "BR": 16, "LORA": False, "BIAS": False, "PRECISION": "ieee", "BM": 16, "BN": 32,
+            "GROUP": 8}  # fmt: skip
+
+
+def nf4_bytes(codes):
+    """[N, K / 2], the first of two codes in the high half."""
+    return codes[:, ::2] << 4 | codes[:, 1::2]
+
+
+def far_scales(blocks, last):
+    """(absmax, code, nested) of so many blocks, of which the last are known; and their values."""
+    absmax, nested = far_apart((blocks,), (1,), torch.uint8), far_apart((-(-blocks // 256),), (1,), FP32)
+    absmax[-last:], code = torch.arange(last) + 7, normal(256, seed=5)
+    nested[-2:] = torch.tensor([3.0, 5.0])
+    block = torch.arange(blocks - last, blocks)
+    return (absmax, code, nested), code[absmax[-last:].long()] * nested[block // 256]
 
 
 def test_columns_of_an_nf4_product(programs_from):
     """W [N, 64] has N / 2 times 64 bytes. The last 32 of its columns."""
     n = (1 << 26) + 32
-    packed, absmax = far_apart((n, 32), (32, 1), torch.uint8), far_apart((n, 1), (1, 1), FP32)
+    packed, (scales, values) = far_apart((n, 32), (32, 1), torch.uint8), far_scales(n, 32)
     y, x = far_apart((1, n), (n, 1), FP32), normal(1, 64, seed=1)
     codes = torch.randint(0, 16, (32, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    packed[-32:] = codes[:, 32:] << 4 | codes[:, :32]
-    absmax[-32:] = normal(32, 1, seed=2).abs()
+    packed[-32:] = nf4_bytes(codes)
     programs_from(n // 32 - 1)
     with checked():
-        nf4.lora_gemm_nf4[1,](
-            x, packed, absmax, nf4_levels(), x, x, x, y, 1, n, 64, 64, 0, 0, 0, n,
-            RANK=1, BR=16, LORA=False, BIAS=False, PRECISION="ieee", BM=16, BN=32, GROUP=8,
-        )  # fmt: skip
-    close(y[:, -32:], x @ (nf4_levels()[codes.long()] * absmax[-32:]).T)
+        nf4.lora_gemm_nf4[1,](x, packed, *scales, LEVELS, x, x, x, y, 1, 0.0, n, 64, 64, 0, 0, 0, n, **NF4_GEMM)
+    close(y[:, -32:], x @ (LEVELS[codes.long()] * values[:, None]).T)
 
 
 def test_rows_of_an_nf4_product():
     x, y = far_apart((4, 64), (HALF, 1), FP32).copy_(normal(4, 64, seed=1)), far_apart((4, 32), (HALF, 1), FP32)
-    codes = torch.arange(16, dtype=torch.uint8).repeat(32, 4)
+    codes, ones = torch.arange(16, dtype=torch.uint8).repeat(32, 4), torch.ones(32)
+    constants = NF4_GEMM | {"DOUBLE": False}
     with checked():
         nf4.lora_gemm_nf4[1,](
-            x, codes[:, 32:] << 4 | codes[:, :32], torch.ones(32, 1), nf4_levels(), x, x, x, y, 4, 32, 64, HALF, 0, 0, 0,
-            HALF, RANK=1, BR=16, LORA=False, BIAS=False, PRECISION="ieee", BM=16, BN=32, GROUP=8,
-        )  # fmt: skip
-    close(y, x @ nf4_levels()[codes.long()].T)
+            x, nf4_bytes(codes), ones, ones, ones, LEVELS, x, x, x, y, 4, 0.0, 32, 64, HALF, 0, 0, 0, HALF, **constants
+        )
+    close(y, x @ LEVELS[codes.long()].T)
 
 
 @pytest.mark.parametrize("kernel", ["lora_gemm", "lora_gemm_tma", "lora_expand"])
@@ -234,17 +245,37 @@ def test_an_adapter_with_far_rows_is_copied(kernel):
     close(y, (s.float() @ b.to(BF16).float().T).to(BF16))
 
 
-def test_blocks_of_nf4_decoding(programs_from):
-    blocks = (1 << 26) + 16
-    packed, absmax = far_apart((blocks, 32), (32, 1), torch.uint8), far_apart((blocks,), (1,), FP32)
-    w, code = far_apart((blocks, 64), (64, 1), FP32), 0x2D
-    packed[-16:], absmax[-16:] = code, 2.0
-    programs_from(triton.cdiv(blocks, 16) - 1)
+@pytest.mark.parametrize("tail", [0, 17])
+def test_blocks_of_nf4_decoding(tail, programs_from):
+    """W has 2^32 elements; its last block may be short, and then it is masked."""
+    size = (1 << 31) + 16 * 32 + tail
+    blocks = -(-size // 32)
+    packed, w = far_apart((size,), (1,), torch.uint8), far_apart((2 * size,), (1,), FP32)
+    scales, values = far_scales(blocks, 16)
+    count = size - (blocks - 16) * 32
+    packed[-count:] = torch.arange(count) % 251
+    first, programs = blocks // 16 - 1, 2 if tail else 1
+    programs_from(first)
     with checked():
-        nf4.decode_nf4[1,](packed, absmax, nf4_levels(), w, blocks, BLOCKS=16)
-    last = w[(blocks - 1) // 16 * 16 :]
-    close(last[:, :32], torch.full_like(last[:, :32], 2 * nf4.LEVELS[code & 15]))
-    close(last[:, 32:], torch.full_like(last[:, 32:], 2 * nf4.LEVELS[code >> 4]))
+        nf4.decode_nf4[programs,](packed, *scales, LEVELS, w, size, 0.0, DOUBLE=True, BLOCKS=16)
+    found = packed[-count:].long()
+    codes = torch.stack([found >> 4, found & 15], -1).flatten()
+    close(w[-2 * count :], LEVELS[codes] * values.repeat_interleave(64)[: 2 * count])
+
+
+@pytest.mark.parametrize("e4m3", [False, True])
+def test_the_last_rows_of_a_scaled_weight(e4m3, programs_from):
+    """More than 2^31 elements of W, and of its scales."""
+    n, k = HALF, 48
+    q, w = far_apart((n, k), (k, 1), torch.int8), far_apart((n, k), (k, 1), FP32)
+    scale = far_apart((n, 3), (3, 1), FP32)
+    last = q[-16:].copy_(torch.arange(16 * k).view(16, k) % 127)
+    scale[-16:] = 1 + torch.arange(48).view(16, 3)
+    programs_from(n // 16 - 1)
+    with checked():
+        scaled.decode_scaled[1,](q, scale, w, n, 3, 1, 16, k, E4M3=e4m3, GRAIN=16, BN=16, BK=64)
+    numbers = last.view(torch.float8_e4m3fn) if e4m3 else last
+    close(w[-16:], reference.scaled(numbers, scale[-16:], (1, 16)).float())
 
 
 TALL = (1 << 27) + 16  # rows of 16 elements, the last of which lie beyond 2^31

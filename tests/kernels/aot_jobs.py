@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import aot_blocks
+import aot_quantized
 import aot_rows
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
-from plopfast.kernels import dispatch, nf4_ops, triton_groups, triton_ops
+from plopfast.kernels import dispatch, triton_groups, triton_ops
 from plopfast.kernels.launch import summing_both
 
 SEED = 1 << 40  # seeds have 64 bits, which is another argument type than a small number's
@@ -60,7 +61,6 @@ def operands(m: int = 8192, n: int = 4096, k: int = 4096, r: int = 16, dtype: to
     return SimpleNamespace(
         x=empty(m, k), w=empty(n, k), s=empty(m, r), dy=empty(m, n), bias=empty(n),
         a=empty(r, k, dtype=torch.float32), b=empty(n, r, dtype=torch.float32),
-        packed=empty(n, k // 2, dtype=torch.uint8), absmax=empty(n, k // 64, dtype=torch.float32),
     )  # fmt: skip
 
 
@@ -194,22 +194,13 @@ def _row_norms(target: str) -> None:
     triton_ops.row_norms((o := operands()).dy, o.bias)
 
 
-def _nf4(target: str, **shape: Any) -> None:
-    o = operands(**shape)
-    nf4_ops.gemm_nf4(o.x, o.packed, o.absmax, o.s, o.b, o.bias)
-
-
-def _decode_nf4(target: str) -> None:
-    nf4_ops.decode_nf4((o := operands()).packed, o.absmax, o.w)
-
-
 def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None]:
     return lambda target: function(target, **arguments)
 
 
 _LARGE = {name: Expect(matrix="large", loads=True, stores=True) for name in ("lora_gemm", "lora_gemm_tma")}
 _NORMS = {name: Expect(matrix="large", loads=True) for name in _LARGE}
-_SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_tma", "lora_gemm_nf4")}
+_SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_tma")}
 _READ = {name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads")}
 _MIXED = {"lora_shrink": Expect(matrix="any")}  # three A in float32 outweigh X's tile
 _TF32 = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_shrink", "lora_grads", "lora_expand")}
@@ -267,9 +258,12 @@ JOBS = {
     "cross-entropy": Job(aot_rows.cross_entropy, {"cross_entropy": Expect(loads=True, stores=True)}),
     "cross-entropy, others": Job(aot_rows.cross_entropy_of_others, {}, _SLOW),
     "losses": Job(aot_rows.losses, {"cross_entropy": Expect(loads=True)}),
-    "nf4": Job(_nf4, _SMALL),
-    "nf4, 1 token": Job(_of(_nf4, m=1), _SMALL),
-    "nf4, decode": Job(_decode_nf4),
+    "nf4": Job(aot_quantized.nf4_products, {"lora_gemm_nf4": Expect(matrix="any", stores=True)}),
+    "nf4, others": Job(aot_quantized.nf4_products_of_others, {"lora_gemm_nf4": Expect(matrix="any")}, _SLOW),
+    "nf4, float32": Job(aot_quantized.nf4_products_in_float32, {"lora_gemm_nf4": Expect()}, _SLOW),
+    "nf4, decode": Job(aot_quantized.nf4_decodings, {"decode_nf4": Expect(stores=True)}),
+    "scaled, decode": Job(aot_quantized.scaled_decodings, {"decode_scaled": Expect(stores=True)}),
+    "odd decodings": Job(aot_quantized.odd_decodings, {}, _NOT_BY_DEFAULT),
 }
 
 

@@ -56,6 +56,16 @@ def test_hopper_and_blackwell_take_tiles_by_tma_and_the_others_by_copies(target)
             assert set(one.resources.copies) == {16} and count["cp.async"] > 0
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_double_quantised_scale_is_rounded_twice(target):
+    """As bitsandbytes does: no multiply-add is made of code * nested + offset. Products in float32 keep theirs."""
+    for one in built(target)["nf4, decode"]:
+        assert one.resources.instructions["fma"] == 0
+    for one in built(target).get("nf4, float32", ()):
+        count = one.resources.instructions
+        assert count["fma"] >= 256 or any(count[name] for name in aot.LIMITS[target].matrix)
+
+
 def test_tf32_is_taken_where_it_is_allowed_and_nowhere_else():
     found = {name: [one.launch.constants["PRECISION"] for one in built("sm_90")[name] if "PRECISION" in one.launch.constants]
              for name in aot_jobs.JOBS if "sm_90" in aot_jobs.JOBS[name].targets}  # fmt: skip

@@ -100,9 +100,8 @@ def test_what_the_compiled_kernel_was_not_made_for_takes_the_plain_way(why, monk
     assert [one[0] for one in seen] == ["plain"]
 
 
-@pytest.mark.parametrize("kernel", ["lora_gemm_tma", "lora_gemm_nf4", "decode_nf4"])
-def test_kernels_without_plans_are_launched_on_the_tensors_device(kernel, monkeypatch):
-    from plopfast.kernels import launch, nf4, nf4_ops, triton_ops
+def test_a_kernel_without_plans_is_launched_on_the_tensors_device(monkeypatch):
+    from plopfast.kernels import launch, triton_ops
 
     entered, seen = [], []
 
@@ -112,24 +111,37 @@ def test_kernels_without_plans_are_launched_on_the_tensors_device(kernel, monkey
         yield
         entered.pop()
 
-    for module in (launch, nf4_ops, triton_ops):
-        monkeypatch.setattr(module, "on_device", guard)
+    monkeypatch.setattr(triton_ops, "on_device", guard)
     monkeypatch.setattr(dispatch, "target_of", lambda device: dispatch.Target("sm_90", 3))
-    monkeypatch.setattr(triton_ops if "tma" in kernel else nf4, kernel, recorder(seen, lambda: len(entered)))
+    monkeypatch.setattr(triton_ops, "lora_gemm_tma", recorder(seen, lambda: len(entered)))
     launch.forget_plans()
     x, w = torch.zeros(300, 64, dtype=torch.bfloat16), torch.zeros(520, 64, dtype=torch.bfloat16)
-    packed, absmax = torch.zeros(520, 32, dtype=torch.uint8), torch.ones(520, 1)
-    if kernel == "decode_nf4":
-        nf4_ops.decode_nf4(packed, absmax, w)
-    elif kernel == "lora_gemm_nf4":
-        nf4_ops.gemm_nf4(x, packed, absmax)
-    else:
-        triton_ops.gemm(x, w, tiles=dispatch.GEMM_TILES["sm_90"][0])
+    triton_ops.gemm(x, w, tiles=dispatch.GEMM_TILES["sm_90"][0])
     launch.forget_plans()
     ((guards, grid, _, constants),) = seen
-    assert guards == 1
-    programs = {"lora_gemm_tma": 3, "lora_gemm_nf4": 5 * 5, "decode_nf4": 9}  # TMA: one for each SM, nine tiles
-    assert grid == (programs[kernel],) and constants.get("GROUP", 8) == 8
+    assert (guards, grid, constants["GROUP"]) == (1, (3,), 8)  # one program for each SM, nine tiles
+
+
+@pytest.mark.parametrize("m, programs", [(300, 5 * 9), (16, 9)])
+def test_programs_of_the_nf4_kernels(m, programs, monkeypatch):
+    """A program for each tile, 64 tiles of blocks; tiles are grouped, and no multiply-add is made of a double-quantised
+    absmax."""
+    from plopfast.kernels import launch, nf4, nf4_ops
+
+    seen, second = [], (torch.ones(256), torch.ones(3), 0.5)
+    for kernel in ("lora_gemm_nf4", "decode_nf4"):
+        monkeypatch.setattr(nf4, kernel, recorder(seen, lambda: 0))
+    launch.forget_plans()
+    x, w = torch.zeros(m, 64, dtype=torch.bfloat16), torch.zeros(520, 64, dtype=torch.bfloat16)
+    packed, absmax = torch.zeros(520 * 32, dtype=torch.uint8), torch.zeros(520, dtype=torch.uint8)
+    nf4_ops.gemm(x, packed, absmax, second, 520)
+    nf4_ops.decode(packed, absmax, second, w)
+    launch.forget_plans()
+    product, decoding = seen
+    assert product[1] == (programs, 1, 1) and product[3]["GROUP"] == 8 and decoding[1] == (9, 1, 1)
+    for _, _, arguments, constants in seen:
+        assert 0.5 in [one for one in arguments if type(one) is float] and constants["DOUBLE"]
+        assert constants["enable_fp_fusion"] is False
 
 
 @pytest.mark.parametrize("capturing", [False, True])

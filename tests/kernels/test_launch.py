@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
     "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink", "gate", "gate_grad",
-    "rotary", "cross_entropy",
+    "rotary", "cross_entropy", "lora_gemm_nf4", "decode_nf4", "decode_scaled",
 }  # fmt: skip
 GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 
@@ -66,7 +66,7 @@ def test_a_second_step_makes_no_plan(found):
 
 
 def test_a_launch_costs_few_calls(found):
-    assert len(found["each"]) == 6
+    assert len(found["each"]) == 8
     for launcher, (python, c) in found["each"].items():
         assert python <= 15 and c <= 15, (launcher, python, c)
 
