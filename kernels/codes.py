@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from . import torch_codes
+from . import dispatch, torch_codes
 
+FEW = 64  # tokens: one tile of lora_gemm_nf4's rows
 SLICE = 1 << 24  # elements of W that are decoded at a time where all of it is not needed at once
 
 
@@ -111,6 +112,10 @@ class NF4(Codes):
         return NF4(packed, absmax, (end - begin, n_in), self.dtype)
 
     def decode(self, out: torch.Tensor) -> torch.Tensor:
+        if dispatch.runs_kernels(out.device, out.dtype):
+            from . import nf4_ops  # only where it can run
+
+            return nf4_ops.decode(self.packed, self.absmax, self.nested, out)
         return torch_codes.decode_nf4(self.packed, self.scales(), out)
 
     def new(self) -> torch.Tensor:
@@ -148,6 +153,10 @@ class Scaled(Codes):
         return Scaled(self.codes[begin:end], scale, self.block, (end - begin, self.shape[1]), self.dtype)
 
     def decode(self, out: torch.Tensor) -> torch.Tensor:
+        if dispatch.runs_kernels(out.device, out.dtype):
+            from . import scaled_ops
+
+            return scaled_ops.decode(self.codes, self.scale, self.block, out)
         return torch_codes.decode_scaled(self.codes, self.scale, self.block, out)
 
     def new(self) -> torch.Tensor:
@@ -163,11 +172,16 @@ def dense(weight: Weight) -> torch.Tensor:
     if isinstance(weight, torch.Tensor):
         return weight
     first = weight.tensors[0]
-    real = type(first) in (torch.Tensor, torch.nn.Parameter) and first.device.type != "meta"
-    if not real or torch.compiler.is_compiling():
+    if not _is_real(first):
         return weight.new()
     with torch.no_grad():
         return weight.decode(_workspace(first.device, weight.dtype, weight.shape))
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    """Whether it has values, now."""
+    real = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type != "meta"
+    return real and not torch.compiler.is_compiling()
 
 
 def _workspace(device: torch.device, dtype: torch.dtype, shape: tuple[int, int]) -> torch.Tensor:
@@ -189,8 +203,30 @@ def free_workspaces() -> None:
     _KEPT.clear()
 
 
+def few(x_MK: torch.Tensor, weight: Weight) -> bool:
+    """Whether a kernel decodes W inside the product: for so few tokens that W would be written and read for one tile of Y."""
+    fits = isinstance(weight, NF4) and x_MK.shape[0] <= FEW and not weight.shape[1] % torch_codes.BLOCK
+    return fits and _is_real(x_MK) and dispatch.runs_kernels(x_MK.device, x_MK.dtype)
+
+
+def linear_of_few(
+    x_MK: torch.Tensor,
+    weight: Weight,
+    bias_N: torch.Tensor | None,
+    s_MR: torch.Tensor | None = None,
+    b_NR: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Y = X W^T + S B^T + bias [M, N], where `few(x, weight)`."""
+    from . import nf4_ops
+
+    assert isinstance(weight, NF4)
+    return nf4_ops.gemm(x_MK, weight.packed, weight.absmax, weight.nested, weight.shape[0], s_MR, b_NR, bias_N)
+
+
 def linear(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor | None) -> torch.Tensor:
     """Y = X W^T + bias [M, N]"""
+    if few(x_MK, weight):
+        return linear_of_few(x_MK, weight, bias_N)
     return torch.nn.functional.linear(x_MK, dense(weight), bias_N)
 
 

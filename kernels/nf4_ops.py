@@ -14,6 +14,7 @@ import triton
 
 from . import nf4
 from .launch import Planned, is_near, plan, precision, rank_chunk
+from .torch_codes import BLOCK, LEVELS, NESTED
 
 Nested = tuple[torch.Tensor, torch.Tensor, float]
 BLOCKS = 64  # that a program of `decode_nf4` takes
@@ -71,7 +72,7 @@ def gemm(
 def _gemm(device: torch.device, packed: torch.Size, absmax: torch.Size, *facts: Any) -> Callable[..., torch.Tensor]:
     *scales, offset, dtype, (m, k), n, (rank, s_strides, b_strides, _), bias, exact = facts
     size, _, double = _checked(packed, absmax, *scales)
-    assert k % nf4.BLOCK == 0 and 2 * size == n * k, (n, k, size)
+    assert k % BLOCK == 0 and 2 * size == n * k, (n, k, size)
     if not m or not n:
         return lambda x, *_: x.new_empty(m, n)
     bm, bn, warps = _tile(m, dtype)
@@ -108,15 +109,13 @@ def _checked(
 ) -> tuple[int, int, bool]:  # fmt: skip
     """Bytes, blocks, and whether absmax is quantised too. Callers check what users may get wrong."""
     size, blocks, double = packed.numel(), absmax.numel(), kind == torch.uint8
-    assert blocks == triton.cdiv(2 * size, nf4.BLOCK), f"{blocks} absmax for {size} bytes"
-    assert nested.numel() == (triton.cdiv(blocks, nf4.NESTED) if double else blocks), (
-        f"{nested} scales for {blocks} absmax"
-    )
+    assert blocks == triton.cdiv(2 * size, BLOCK), f"{blocks} absmax for {size} bytes"
+    assert nested.numel() == (triton.cdiv(blocks, NESTED) if double else blocks), f"{nested} scales for {blocks} absmax"
     assert code == scales == torch.float32, (code, scales)
     return size, blocks, double
 
 
 def _levels(device: torch.device) -> torch.Tensor:
     if device not in _LEVELS:
-        _LEVELS[device] = torch.tensor(nf4.LEVELS, dtype=torch.float32, device=device)
+        _LEVELS[device] = torch.tensor(LEVELS, dtype=torch.float32, device=device)
     return _LEVELS[device]

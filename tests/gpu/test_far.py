@@ -27,6 +27,7 @@ from plopfast.kernels import (
     reference,
     scaled,
     shrink,
+    torch_codes,
     torch_rows,
     triton_ops,
     triton_rows,
@@ -187,7 +188,7 @@ def test_columns_and_rows_of_row_norms(programs_from):
     close(tall_norms[-16:], tall[-16:, 0].float().abs())
 
 
-LEVELS = torch.tensor(nf4.LEVELS)
+LEVELS = torch.tensor(torch_codes.LEVELS)
 NF4_GEMM = {"DOUBLE": True, "RANK": 1, "BR": 16, "LORA": False, "BIAS": False, "PRECISION": "ieee", "BM": 16, "BN": 32,
             "GROUP": 8}  # fmt: skip
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from cases import BF16, DEVICE, FP16, FP32, name_of, normal, product
 
-from plopfast.kernels import nf4, nf4_ops, reference, triton_ops
+from plopfast.kernels import nf4_ops, reference, torch_codes, triton_ops
 from plopfast.kernels.accuracy import assert_no_worse
 
-LEVELS = torch.tensor(nf4.LEVELS, dtype=FP32, device=DEVICE)
+LEVELS = torch.tensor(torch_codes.LEVELS, dtype=FP32, device=DEVICE)
 
 
 def quantized(n, k, double=False, seed=0):
@@ -46,7 +46,7 @@ def test_levels_are_quantiles_of_the_normal_distribution():
     """Eight above zero and seven below, from bitsandbytes' offset on, over the largest."""
     above, below = (torch.linspace(0.9677083, 0.5, steps, dtype=torch.float64)[:-1] for steps in (9, 8))
     quantiles = torch.cat([-torch.special.ndtri(below), torch.zeros(1), torch.special.ndtri(above).flip(0)])
-    levels = torch.tensor(nf4.LEVELS, dtype=torch.float64)
+    levels = torch.tensor(torch_codes.LEVELS, dtype=torch.float64)
     torch.testing.assert_close(levels, quantiles / quantiles.max(), rtol=0, atol=1e-6)
 
 
