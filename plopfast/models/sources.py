@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from ..support import files
 from ..support.errors import ModelError
+from .quantized import FP8_BLOCK
 
-SMALL = ("config.json", "adapter_config.json", "tokenizer_config.json", "model.safetensors.index.json")
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+SMALL = ("config.json", "adapter_config.json", "tokenizer_config.json", INDEX)
 LOCAL = {  # what transformers has itself; other values name kernels on the hub, or packages that fall back to them
     "_attn_implementation": (None, "eager", "sdpa", "flex_attention"),
     "_experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
@@ -40,8 +42,10 @@ def checked_config(source: str) -> Any:
     if code_wanted(source) and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise remote_code(source)
     _refuse_pickle(source, raw)
-    _refuse_quantised(source, raw)
+    codes_stored(source)
     config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+    for part in config, config.get_text_config():
+        vars(part).pop("quantization_config", None)  # plopfast reads codes itself
     for attribute, known in LOCAL.items():
         if (asked := getattr(config, attribute, None)) not in known:
             setattr(config, attribute, None)  # then transformers chooses
@@ -83,11 +87,9 @@ def refuse_adapter(source: str) -> None:
 
 def _refuse_pickle(source: str, raw: dict[str, Any]) -> None:
     named = raw.get("transformers_weights")
-    index = _small_file(source, "model.safetensors.index.json").get("weight_map") or {}
+    index = _small_file(source, INDEX).get("weight_map") or {}
     if not isinstance(index, dict):
-        raise ModelError(
-            f"{source}: weight_map in model.safetensors.index.json: expected names and files, got {index!r:.80}"
-        )
+        raise ModelError(f"{source}: weight_map in {INDEX}: expected names and files, got {index!r:.80}")
     pickled = [
         name
         for name in dict.fromkeys([*([] if named is None else [named]), *index.values()])
@@ -97,14 +99,59 @@ def _refuse_pickle(source: str, raw: dict[str, Any]) -> None:
         raise ModelError(f"{source}: weights are read from .safetensors files only, but it names {pickled[0]!r:.80}")
 
 
-def _refuse_quantised(source: str, raw: dict[str, Any]) -> None:
+def codes_stored(source: str) -> tuple[str, tuple[int, int]] | None:
+    """The kind of codes that config.json says the linear weights are, and the block of fp8; None for dense weights.
+
+    Raises ModelError for codes that plopfast does not read.
+    """
+    raw = _small_file(source, "config.json")
     parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     how = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
-    if how:
-        method = how.get("quant_method") if isinstance(how, dict) else how
-        raise ModelError(
-            f"{source}: quantised weights ({method!r:.80}) are not supported yet: give the checkpoint in bfloat16 or float32"
-        )
+    if not how:
+        return None
+    method = how.get("quant_method") if isinstance(how, dict) else how
+    if isinstance(how, dict):
+        four, eight = how.get("load_in_4bit"), how.get("load_in_8bit")
+        if method in ("bitsandbytes", None) and bool(four) != bool(eight):
+            if not four:
+                return "int8", FP8_BLOCK
+            if (type_ := how.get("bnb_4bit_quant_type", "fp4")) == "nf4":
+                return "nf4", FP8_BLOCK
+            method = f"bitsandbytes' {type_}"
+        if method == "fp8":
+            block = how.get("weight_block_size") or FP8_BLOCK
+            if not (isinstance(block, list | tuple) and len(block) == 2 and all(_is_size(size) for size in block)):
+                raise ModelError(
+                    f"{source}: weight_block_size in config.json: expected two whole numbers, such as [128, 128], got {block!r:.80}"
+                )
+            return "fp8", (block[0], block[1])
+    raise ModelError(
+        f"{source}: quantised weights ({method!r:.80}) are not supported; those of bitsandbytes (nf4, int8) and FineGrainedFP8 "
+        "(fp8) are: give the checkpoint in bfloat16 or float32, and --quantize nf4"
+    )
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def weight_files(source: str) -> list[Path]:
+    """The safetensors files of a model folder or hub id; the latter's are downloaded unless the cache has them."""
+    index = _small_file(source, INDEX).get("weight_map")
+    names = (
+        sorted(set(index.values()))
+        if index
+        else [_small_file(source, "config.json").get("transformers_weights") or SINGLE]
+    )
+    if Path(source).is_dir():
+        folder = Path(source)
+    else:
+        from huggingface_hub import snapshot_download
+
+        folder = Path(snapshot_download(source, allow_patterns=names))
+    if missing := [name for name in names if not (folder / name).is_file()]:
+        raise ModelError(f"{source}: no file {missing[0]}, which holds weights: download or save the checkpoint again")
+    return [folder / name for name in names]
 
 
 def _check_sizes(source: str, config: Any) -> None:

@@ -1,6 +1,6 @@
 """Are a model's weights all there, and finite? Asked when a model is loaded, and again before it is written."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -33,7 +33,11 @@ def check_finite(model: nn.Module, who: str) -> None:
 
     Every rank has to call this for a sharded model.
     """
-    bad = [name for name, tensor in model.state_dict().items() if not is_finite(whole(tensor))]
+    refuse_nonfinite([name for name, tensor in model.state_dict().items() if not is_finite(whole(tensor))], who)
+
+
+def refuse_nonfinite(bad: Collection[str], who: str) -> None:
+    """Raises ModelError where there are names of tensors that are NaN or infinite somewhere."""
     if bad:
         raise ModelError(f"{who}: NaN or infinity in {len(bad)} of its weights ({_few(bad)})")
 
@@ -42,6 +46,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
     """False where one value is NaN or infinite. The smallest and largest value tell, without a mask of all values."""
     if not tensor.is_floating_point() or not tensor.numel() or tensor.is_meta:
         return True
+    if tensor.dtype == torch.float8_e4m3fn:  # it has no infinity, and NaN is all ones but for the sign
+        return not bool((tensor.detach().view(torch.uint8) & 0x7F).max() == 0x7F)
     return all(bool(end.isfinite()) for end in tensor.detach().aminmax())
 
 

@@ -13,10 +13,15 @@ def reset_peak(device: torch.device | None = None) -> None:
     """Starts a new measurement of a GPU's peak memory, or of the peak resident memory where the system can (Linux)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # glibc keeps freed memory, which hides what follows
-        ctypes.CDLL(None).malloc_trim(0)
+    trim()  # what is kept would hide what follows
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def trim() -> None:
+    """Gives freed memory back to the system; glibc keeps that of tensors below 32 MiB."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_mib(device: torch.device | None = None) -> float:

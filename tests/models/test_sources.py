@@ -146,8 +146,8 @@ def test_pickled_weights_are_never_read(model_folder, monkeypatch):
 
 
 def test_quantised_weights_are_refused_before_they_are_loaded(model_folder):
-    edit(model_folder, quantization_config={"quant_method": "fp8"})
-    with pytest.raises(ModelError, match=r"quantised weights \('fp8'\) are not supported yet"):
+    edit(model_folder, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(ModelError, match=r"quantised weights \('gptq'\) are not supported"):
         pf.load_model(model_folder)
 
 
