@@ -143,7 +143,11 @@ def _doctor(call: Call) -> int:
     if path(device, "auto") != "torch":
         print(tuning.load() or tuning.describe())
     dtype = devices.dtype_for(config.dtype, device)
-    return 0 if examine(config.model, config.device, config.backend, dtype, seconds=seconds, rank=config.rank) else 1
+    healthy = examine(
+        config.model, config.device, config.backend, dtype, quantize=config.quantize, quantize_head=config.quantize_head,
+        seconds=seconds, rank=config.rank,
+    )  # fmt: skip
+    return 0 if healthy else 1
 
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings

@@ -86,7 +86,7 @@ def check_quantize(quantize: str | None, head: bool) -> None:
     if quantize is not None and quantize not in KINDS:
         raise ConfigError(f"quantize: expected one of {', '.join(KINDS)}, got {shown(quantize)}")
     if head and quantize is None:
-        raise ConfigError("--quantize-head needs --quantize nf4, int8 or fp8")
+        raise ConfigError('quantize_head needs quantize: "nf4", "int8" or "fp8"')
 
 
 def _way(source: str, quantize: str | None, head: bool) -> quantizer.Way | None:
