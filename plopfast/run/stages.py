@@ -13,6 +13,7 @@ from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
+from ..models.linears import words_of_codes
 from ..models.loading import load_model
 from ..models.weights import check_finite
 from ..scoring import eva
@@ -194,13 +195,17 @@ def run_report(run: Run) -> Path:
 
 
 def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> Path:
-    """Writes the model with its adapter merged in, as Hugging Face does: merged/. Arguments as in `run_eval`."""
+    """Writes the model with its adapter merged in, as Hugging Face does: merged/. Weights that are codes become dense.
+    Arguments as in `run_eval`."""
     if run.config.full:
         raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
         load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
-        drift = merge_checked(run.model)
+        codes = words_of_codes(run.model)
+        drift = merge_checked(run.model, into="dense" if codes else None)
         run.say(f"merged: the logits moved by {drift:.1g} of their norm, by rounding")
+        if codes:
+            run.say(f"the model kept {codes}: all of its weights are dense now")
         _save_model(run, target)
     return target
