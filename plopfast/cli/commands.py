@@ -113,7 +113,8 @@ def _eval(call: Call) -> None:
 def _merge(call: Call) -> None:
     from ..run.stages import run_merge
 
-    print(run_merge(call.run(), call.arguments.adapter, call.arguments.any_base))
+    given = call.arguments
+    print(run_merge(call.run(), given.adapter, given.any_base, given.requantize))
 
 
 def _verify(call: Call) -> int:
@@ -143,7 +144,11 @@ def _doctor(call: Call) -> int:
     if path(device, "auto") != "torch":
         print(tuning.load() or tuning.describe())
     dtype = devices.dtype_for(config.dtype, device)
-    return 0 if examine(config.model, config.device, config.backend, dtype, seconds=seconds, rank=config.rank) else 1
+    healthy = examine(
+        config.model, config.device, config.backend, dtype, quantize=config.quantize, quantize_head=config.quantize_head,
+        seconds=seconds, rank=config.rank,
+    )  # fmt: skip
+    return 0 if healthy else 1
 
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
@@ -199,7 +204,7 @@ COMMANDS = {
     ),
     "merge": Command(
         "write the model with its adapter merged in: merged/",
-        _merge, (MODEL,), without=("backend",), flags=OF_AN_ADAPTER, needs_out=True,
+        _merge, (MODEL,), without=("backend",), flags=(*OF_AN_ADAPTER, "requantize"), needs_out=True,
     ),
     "verify": Command(
         "find out whether a run folder's files, and what they were made from, are still what they were; exit code 1 if not",

@@ -21,7 +21,7 @@ from ..kernels import accuracy, compile_time, dispatch, philox, reference
 from ..lora.layer import LoRALinear
 from ..lora.ops import linear_norms, lora_linear, path, row_norms
 from ..lora.placement import full_rank
-from ..models.linears import LinearInfo, linear_modules
+from ..models.linears import LinearInfo, linear_modules, words_of_codes
 from ..models.loading import load_model
 from ..support import machine
 from ..support.devices import device_for
@@ -111,23 +111,26 @@ class _Checks:
 
 def examine(
     model: str | None = None, device: str = "auto", backend: str = "auto", dtype: torch.dtype = torch.float32, *,
-    seconds: float = 60.0, rank: int = 16, out: Callable[[str], object] = print,
+    quantize: str | None = None, quantize_head: bool = False, seconds: float = 60.0, rank: int = 16,
+    out: Callable[[str], object] = print,
 ) -> bool:  # fmt: skip
     """Checks this machine and this model: one line to `out` for each check, then a verdict. True if healthy.
 
-    `model` is as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine
+    `model`, `quantize` and `quantize_head` are as in load_model; `device`, `backend` and `dtype` are as in a run. Each strategy and dtype runs nine
     kernel cases, one of each shape, and more while `seconds` last. The time that Triton compiles does not count, so the
     first visit on a GPU checks as much as later ones, and takes longer. Adapters have `rank`. Whatever goes wrong is a
     failed check, except that ConfigError is raised for a device that this machine does not have.
     """
     with compile_time.watched() as compiling:
         checks = _Checks(out)
-        _examine(checks, compiling, model, device_for(device), backend, dtype, seconds, rank)
+        where = device_for(device)
+        load = partial(load_model, model, dtype=dtype, device=where, quantize=quantize, quantize_head=quantize_head)
+        _examine(checks, compiling, lambda: load()[0], where, backend, dtype, seconds, rank)
         return checks.verdict(compiling)
 
 
 def _examine(
-    checks: _Checks, compiling: compile_time.Compiling, model: str | None, where: torch.device, backend: str,
+    checks: _Checks, compiling: compile_time.Compiling, load: Callable[[], Any], where: torch.device, backend: str,
     dtype: torch.dtype, seconds: float, rank: int,
 ) -> None:  # fmt: skip
     checks.run("versions", lambda: " ".join(f"{name} {version}" for name, version in machine.versions().items()))
@@ -143,7 +146,7 @@ def _examine(
     for kind in dict.fromkeys(kind for _, kind in kinds):
         checks.run(f"norms, gates, rotary embedding and loss in {kind}", partial(blocks, where, backend, kind))
     loaded = checks.run(
-        "model", lambda: load_model(model, dtype=dtype, device=where)[0], lambda found: found.name_or_path
+        "model", load, lambda found: ", ".join(filter(None, (found.name_or_path, words_of_codes(found))))
     )
     if loaded is not None:
         for info in _middle_layer(loaded):

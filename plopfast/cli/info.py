@@ -8,7 +8,7 @@ from torch import nn
 from ..kernels import library
 from ..lora import tuning
 from ..lora.ops import or_backend_error, path
-from ..models.linears import linear_modules
+from ..models.linears import linear_modules, words_of_codes
 from ..models.loading import load_model
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
@@ -22,8 +22,9 @@ def info(config: RunConfig) -> str:
     lines = [tuning.describe()]
     if path(device, config.backend) != "torch":
         tuning.load()
-    model, _ = load_model(config.model)
-    lines.append(f"model: {model.name_or_path}")
+    model, _ = load_model(config.model, quantize=config.quantize, quantize_head=config.quantize_head)
+    codes = words_of_codes(model)
+    lines.append(f"model: {model.name_or_path}" + (f", {codes}" if codes else ""))
     lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")
     dtype = dtype_for(config.dtype, device)
     for number, type_, shape, plan in module_paths(model, device, dtype, config.rank, config.backend):

@@ -25,6 +25,10 @@ FLAGS: dict[str, dict[str, Any]] = {
     "resume": {"action": "store_true", "help": "go on with what was interrupted"},
     "adapter": {"type": arguments.path, "metavar": "DIR", "help": "take this adapter (default: OUT/adapter)"},
     "any_base": {"action": "store_true", "help": "accept an adapter that was trained on other base weights"},
+    "requantize": {
+        "action": "store_true",
+        "help": "of a quantised model: write codes again, which rounds the merged weights, instead of dense weights",
+    },
     "seconds": {
         "type": arguments.number(float, 1e6),
         "default": 60.0,

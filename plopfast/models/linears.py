@@ -1,12 +1,14 @@
 """The structure of a causal language model: its linear modules, their types, and its repeated layers."""
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..support.errors import ModelError
-from .frozen import FrozenWeight, frozen_of, is_linear
+from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear
+from .quantized import QuantizedLinear
 from .running import output_head
 
 _LAYER = re.compile(r"(.*?\.)??\d+(?=\.)")  # a name up to its first number
@@ -62,6 +64,20 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
         n_out, n_in = frozen.shape
         infos.append(LinearInfo(name, module, types[inner], layer, n_in, n_out, frozen.transposed))
     return infos
+
+
+def words_of_codes(model: nn.Module) -> str:
+    """Says which linear weights are kept as codes, such as "nf4 codes in 210 linear modules"; empty where none are."""
+    kinds = Counter(frozen.kind for module in model.modules() if is_linear(module) and (frozen := find_frozen(module)))
+    return ", ".join(f"{kind} codes in {count} linear modules" for kind, count in kinds.items() if kind != "dense")
+
+
+def number_of_weights(model: nn.Module) -> int:
+    """The number of parameters; a weight kept as codes counts as the matrix that it stands for."""
+    codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    held = sum(p.numel() for module in codes for name, p in module.named_parameters() if name != "bias")
+    stand_for = sum(module.in_features * module.out_features for module in codes)
+    return sum(p.numel() for p in model.parameters()) - held + stand_for
 
 
 def shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

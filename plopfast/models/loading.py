@@ -55,19 +55,7 @@ def load_model(
     with _explained(name, source):
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        way = _way(source, quantize, quantize_head)
-        if way is not None:
-            model, found = quantizer.load(source, config, dtype, way)
-        else:
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                source,
-                config=config,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
-            model, found = loaded
+        model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head))
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     _check_text_only(model)
@@ -86,7 +74,7 @@ def check_quantize(quantize: str | None, head: bool) -> None:
     if quantize is not None and quantize not in KINDS:
         raise ConfigError(f"quantize: expected one of {', '.join(KINDS)}, got {shown(quantize)}")
     if head and quantize is None:
-        raise ConfigError("--quantize-head needs --quantize nf4, int8 or fp8")
+        raise ConfigError('quantize_head needs quantize: "nf4", "int8" or "fp8"')
 
 
 def _way(source: str, quantize: str | None, head: bool) -> quantizer.Way | None:

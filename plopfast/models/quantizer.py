@@ -42,19 +42,22 @@ class Way(Protocol):
         """Completes what transformers has found missing, and raises ModelError for values that are no numbers."""
 
 
-def load(source: str, config: Any, dtype: torch.dtype, way: Way) -> tuple[Any, dict[str, Any]]:
-    """As transformers' from_pretrained with output_loading_info: (model, what was missing, unexpected or mismatched)."""
+def load(source: str, config: Any, dtype: torch.dtype, way: Way | None) -> tuple[Any, dict[str, Any]]:
+    """As transformers' from_pretrained with output_loading_info: (model, what was missing, unexpected or mismatched).
+
+    Without a `way` all weights are dense.
+    """
     import transformers
 
-    asked = _config_class()(way)
+    asked = None if way is None else _config_class()(way)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source, config=config, quantization_config=asked, dtype=dtype, use_safetensors=True, trust_remote_code=False,
-        output_loading_info=True,
+        source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+        **({} if asked is None else {"quantization_config": asked}),
     )  # fmt: skip
     model, found = loaded
-    found = dict(found)
-    for key in "missing_keys", "unexpected_keys", "mismatched_keys":
-        found[key] = set(found[key])
+    if way is None or asked is None:
+        return model, found
+    found = dict(found) | {key: set(found[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     way.check(source, found)
     found["mismatched_keys"] |= asked.mismatched(model)
     _unmark(model)

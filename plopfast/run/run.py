@@ -16,12 +16,12 @@ from ..data.notices import Notices
 from ..data.rows import Row, Rows
 from ..data.text import read_text
 from ..models.frozen import fingerprint
-from ..models.linears import linear_modules
+from ..models.linears import linear_modules, number_of_weights, words_of_codes
 from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
 from ..support import files, machine, ranks
 from ..support.config import FILES, FREE, ROWS, RunConfig
 from ..support.devices import device_for, dtype_for
-from ..support.errors import ConfigError, DataError
+from ..support.errors import ConfigError, DataError, ModelError
 from ..support.inputs import check_same
 from ..support.progress import say
 from ..support.settings_file import load_settings
@@ -76,14 +76,23 @@ class Run:
                 self.config.model,
                 dtype=dtype_for(self.config.dtype, device, self.config.full),
                 device="cpu" if sharded else device,
+                quantize=self.config.quantize,
+                quantize_head=self.config.quantize_head,
             )
             noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
         if path := path_of(self.config.model):
             self.at.reads.append(path)
         if sharded:
             parallel.shard(model, device)
-        size = sum(p.numel() for p in model.parameters()) / 1e6
-        self.say(f"{model.name_or_path}: {size:.1f}M parameters, {model.dtype}, {device}")
+        codes = words_of_codes(model)
+        if self.config.full and codes:
+            raise ModelError(
+                f"--full trains all weights, and {model.name_or_path} holds {codes}: give it dense weights"
+            )
+        more = f", {codes}" if codes else ""
+        self.say(
+            f"{model.name_or_path}: {number_of_weights(model) / 1e6:.1f}M parameters, {model.dtype}{more}, {device}"
+        )
         if self.config.dtype == "auto" and device.type == "cpu" and machine.has_bfloat16():
             self.say("this CPU multiplies bfloat16 faster than float32: try --dtype bfloat16")
         return model, tokenizer

@@ -13,7 +13,9 @@ from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
+from ..models.linears import words_of_codes
 from ..models.loading import load_model
+from ..models.saved import save_model
 from ..models.weights import check_finite
 from ..scoring import eva
 from ..scoring.report import NFNReport
@@ -131,7 +133,7 @@ def _save_model(run: Run, target: Path) -> None:
     """Writes the model as Hugging Face does. Raises ModelError for weights that are not finite."""
     check_finite(run.model, f"{target}: not written")
     with run.at.ledger.replacing(target.name) as scratch:
-        run.model.save_pretrained(scratch)
+        save_model(run.model, scratch)
         run.tokenizer.save_pretrained(scratch)
 
 
@@ -193,14 +195,22 @@ def run_report(run: Run) -> Path:
     return run.file("report")
 
 
-def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False) -> Path:
-    """Writes the model with its adapter merged in, as Hugging Face does: merged/. Arguments as in `run_eval`."""
+def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, requantize: bool = False) -> Path:
+    """Writes the model with its adapter merged in, as Hugging Face does: merged/. Weights that are codes become dense, or
+    with `requantize` codes again. Other arguments as in `run_eval`."""
     if run.config.full:
         raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
         load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
-        drift = merge_checked(run.model)
-        run.say(f"merged: the logits moved by {drift:.1g} of their norm, by rounding")
+        codes = words_of_codes(run.model)
+        if requantize and not codes:
+            raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")
+        drift = merge_checked(run.model, into=("quantized" if requantize else "dense") if codes else None)
+        run.say(
+            f"merged: the logits moved by {drift:.1g} of their norm, by rounding{' to codes' if requantize else ''}"
+        )
+        if codes and not requantize:
+            run.say(f"the model kept {codes}: all of its weights are dense now")
         _save_model(run, target)
     return target

@@ -42,8 +42,20 @@ class ModelSettings(Backend):
         "always float32",
         ("auto", "float32", "bfloat16", "float16"),
     )
+    quantize: str | None = option(
+        None,
+        "keep the linear weights of the layers as codes, to save memory: a half (nf4) or one (int8, fp8) byte a weight "
+        "(default: as the checkpoint holds them)",
+        ("nf4", "int8", "fp8"),
+    )
+    quantize_head: bool = option(False, "with --quantize: the output head, too")
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 or mps", free=True)
     threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, below=1025, free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.quantize_head and not self.quantize:
+            raise ConfigError("quantize_head needs --quantize nf4, int8 or fp8: give it, or leave out --quantize-head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,6 +336,10 @@ class RunConfig(
         super().__post_init__()
         if self.full and self.parallel == "fsdp":
             raise ConfigError("--parallel fsdp spreads frozen weights, --full trains them: leave one of them out")
+        if self.quantize and self.parallel == "fsdp":
+            raise ConfigError("--parallel fsdp spreads dense weights, --quantize keeps codes: leave one of them out")
+        if self.full and self.quantize:
+            raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
         if self.full:
             plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
             given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]

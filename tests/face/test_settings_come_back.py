@@ -43,6 +43,7 @@ ALSO = {  # what an option needs beside it
     "granularity": {"budget": "2M"},
     "cap": {"budget": "2M", "granularity": "module"},
     "unlabeled_share": {"unlabeled": "text.txt"},
+    "quantize_head": {"quantize": "nf4"},
 }
 
 

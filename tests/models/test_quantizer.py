@@ -130,7 +130,7 @@ def test_damaged_weights_are_refused(kind, change, message, model_folder):
 def test_wrong_settings(model_folder):
     with pytest.raises(ConfigError, match=r"quantize: expected one of nf4, int8, fp8, got 'int4'"):
         pf.load_model(model_folder, quantize="int4")
-    with pytest.raises(ConfigError, match="--quantize-head needs --quantize"):
+    with pytest.raises(ConfigError, match="quantize_head needs quantize"):
         pf.load_model(model_folder, quantize_head=True)
 
 

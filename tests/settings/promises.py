@@ -97,6 +97,29 @@ option(
     merge="merged",
     info="",
 )
+option(
+    "quantize",
+    "--quantize=int8",
+    score=SCORES,
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval",
+    merge="merged",
+    info="said",
+)
+option(
+    "quantize_head",
+    "--quantize-head",
+    "--quantize=int8",
+    score="",
+    audit="",
+    estimate="",
+    train=LEARNED,
+    eval="eval",
+    merge="merged",
+    info="said",
+)
 WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))

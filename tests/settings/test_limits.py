@@ -34,7 +34,7 @@ CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
     "bad_rows": "error skip", "learn": "assistant last all", "long": "error skip cut", "init": "kaiming gaussian orthogonal eva",
     "score_tokens": "all prompt completion system user assistant tool", "baseline": "closed-form monte-carlo",
-    "compat": "official", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
+    "compat": "official", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
     "nonfinite": "stop skip",
 }  # fmt: skip
 TEXTS = {
@@ -44,11 +44,11 @@ TEXTS = {
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
-    "offload": False, "compile": False, "liger": False,
+    "offload": False, "compile": False, "liger": False, "quantize_head": False,
 }  # fmt: skip
-FIRST = {"compat": None}  # the default of a choice is its first one, but here
+FIRST = {"compat": None, "quantize": None}  # the default of a choice is its first one, but here
 NEEDS = {"cap": {"granularity": "module", "budget": "9M"}, "granularity": {"budget": "9M"}, "ranks": {"budget": "9M"},
-         "unlabeled_share": {"unlabeled": "a.txt"}}  # fmt: skip
+         "unlabeled_share": {"unlabeled": "a.txt"}, "quantize_head": {"quantize": "nf4"}}  # fmt: skip
 ROWS = ("train", "valid", "test")
 
 
