@@ -71,7 +71,7 @@ INSTRUCTIONS = {
     "cp.async": r"\bcp\.async\.c[ag]",
     "tma load": r"\bcp\.async\.bulk\.tensor\.\dd\.shared::\w+\.global",
     "tma store": r"\bcp\.(?:reduce\.)?async\.bulk\.tensor\.\dd\.global",
-    "fma": r"\bfma\.|\bv_(?:pk_|dual_)?fma",
+    "fma": r"\bfma\.|\bv_(?:pk_|dual_)?fma(?:c|ak|mk)?_f32",  # not a product that is rounded to 16 bits at once
     "atomic": r"\b(?:red|atom)\.|\b(?:global|buffer|flat)_atomic_",
 }
 
