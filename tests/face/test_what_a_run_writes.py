@@ -60,6 +60,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "lora/placement.py": f"{TRIPS}test_a_placement",
     "lora/tuning.py": f"{TRIPS}test_the_tuning_table",
     "models/loading.py": "models/test_models.py",
+    "models/saved.py": "models/test_saved.py::test_it_is_read_as_it_was",
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
     "run/costs.py": HERE,
     "run/folder.py": HERE,

@@ -199,7 +199,7 @@ def test_weights_that_are_not_finite_are_not_written(opened, monkeypatch, stage)
     model = run.model
     with torch.no_grad():
         model.lm_head.weight[3, 3] = torch.nan
-    monkeypatch.setattr(stages, "merge_checked", lambda model: 0.0)
+    monkeypatch.setattr(stages, "merge_checked", lambda model, into: 0.0)
     with pytest.raises(pf.PlopfastError):
         getattr(stages, f"run_{stage}")(run)
     assert not (run.folder / ("merged" if stage == "merge" else "model")).exists()
