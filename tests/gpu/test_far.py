@@ -22,6 +22,7 @@ from plopfast.kernels import (
     gemm_tma,
     grads,
     nf4,
+    nf4_ops,
     norm,
     reduce,
     reference,
@@ -231,7 +232,7 @@ def test_rows_of_an_nf4_product():
     close(y, x @ LEVELS[codes.long()].T)
 
 
-@pytest.mark.parametrize("kernel", ["lora_gemm", "lora_gemm_tma", "lora_expand"])
+@pytest.mark.parametrize("kernel", ["lora_gemm", "lora_gemm_tma", "lora_expand", "lora_gemm_nf4"])
 def test_an_adapter_with_far_rows_is_copied(kernel):
     """Epilogues read B by 32-bit offsets, which save registers."""
     s, b = normal(5, 4, dtype=BF16, seed=1), normal(32, 4, seed=2)
@@ -239,6 +240,9 @@ def test_an_adapter_with_far_rows_is_copied(kernel):
     with checked() as check:
         if kernel == "lora_expand":
             y = triton_ops.low_rank(s, far_b)
+        elif kernel == "lora_gemm_nf4":
+            packed, absmax = torch.zeros(32 * 32, dtype=torch.uint8), torch.ones(32)
+            y = nf4_ops.gemm(torch.zeros(5, 64, dtype=BF16), packed, absmax, None, 32, s, far_b)
         else:
             tiles = dispatch.Tiles(32, 32, 32, 4, 2, descriptor=kernel == "lora_gemm_tma")
             y = triton_ops.gemm(nothing, torch.zeros(32, 32, dtype=BF16), s, far_b, tiles=tiles)[0]

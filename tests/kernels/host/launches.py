@@ -9,6 +9,7 @@ import stub_driver
 
 STUB = stub_driver.Stub()
 
+import quantized  # noqa: E402
 import torch  # noqa: E402
 import triton  # noqa: E402
 from torch import nn  # noqa: E402
@@ -18,8 +19,6 @@ from plopfast.kernels import (  # noqa: E402
     groups,
     launch,
     library,
-    nf4_ops,
-    scaled_ops,
     triton_blocks,
     triton_groups,
     triton_ops,
@@ -65,8 +64,8 @@ def work(o, p, seed):
     triton_groups.low_rank_sum([o["s"]] * 3, [o["a"].T] * 3, p, (seed, seed + 1, seed + 2))
     blocks(o, p, seed)
     rows(o["x"], o["dy"])
-    decodings(len(o["w"]), o["w"].shape[1], (BF16,), "cpu")
-    products(o["x"].new_zeros(len(o["x"]), 64), 48, o["s"], o["b"][:48])
+    quantized.decodings(len(o["w"]), o["w"].shape[1], (BF16,), "cpu")
+    quantized.products(o["x"].new_zeros(len(o["x"]), 64), 48, o["s"], o["b"][:48])
 
 
 def blocks(o, p, seed):
@@ -89,31 +88,6 @@ def rows(x, z):
     targets = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     triton_rows.cross_entropy(z, targets, z[0], multiplier=0.5, cap=30.0)
     triton_rows.cross_entropy(z, targets, gradient=False)
-
-
-def nf4_weight(n, k, double, device):
-    blocks = -(-n * k // 64)
-    made = lambda *shape, dtype=FP32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
-    nested = (made(256), made(-(-blocks // 256)), 0.25) if double else None
-    return made(n * k // 2, 1, dtype=torch.uint8), made(blocks, dtype=torch.uint8 if double else FP32), nested
-
-
-def decodings(n, k, dtypes, device):
-    """Every kind of quantised weight [n, k], into each dtype."""
-    for dtype in dtypes:
-        w = torch.empty(n, k, dtype=dtype, device=device)
-        for double in (False, True):
-            nf4_ops.decode(*nf4_weight(n, k, double, device), w)
-        for kind, block in ((torch.int8, (1, k)), (torch.float8_e4m3fn, (128, 128))):
-            scale = torch.empty(-(-n // block[0]), -(-k // block[1]), device=device)
-            scaled_ops.decode(torch.empty(n, k, dtype=kind, device=device), scale, block, w)
-
-
-def products(x, n, s, b):
-    """x [M, K] by packed weights [n, K]."""
-    for double in (False, True):
-        nf4_ops.gemm(x, *nf4_weight(n, x.shape[1], double, x.device), n, s, b)
-    nf4_ops.gemm(x, *nf4_weight(n, x.shape[1], True, x.device), n, bias_N=x.new_empty(n))
 
 
 def sent(call, count, narrow):
@@ -275,12 +249,7 @@ def each():
         "gate": lambda: triton_blocks.gate(o["x"], o["x"], "silu"),
         "d gate": lambda: triton_blocks.gate_grad(o["x"], o["x"], o["x"], "silu"),
     }
-    (n, k), int8 = o["w"].shape, torch.empty(768, 1024, dtype=torch.int8)
-    packed, scale = nf4_weight(n, k, True, "cpu"), torch.empty(n)
-    calls |= {
-        "nf4 decode": lambda: nf4_ops.decode(*packed, o["w"]),
-        "int8 decode": lambda: scaled_ops.decode(int8, scale, (1, k), o["w"]),
-    }
+    calls |= quantized.each(o["w"])
     return {name: STUB.calls(call) for name, call in calls.items()}
 
 
@@ -313,8 +282,8 @@ def variants():
         rows(x, dy[0])
         if m == tokens[0]:
             for shape in ((1024, 1024), (999, 112)):
-                decodings(*shape, (BF16, FP32, torch.float16), "meta")
-        nf4_ops.gemm(x, *nf4_weight(1024, 1024, True, "meta"), 1024, made(m, rank), made(1024, rank))
+                quantized.decodings(*shape, (BF16, FP32, torch.float16), "meta")
+        quantized.products(x, 1024, made(m, rank), made(1024, rank), plain=False)
 
     triton.knobs.runtime.jit_cache_hook = note
     try:
