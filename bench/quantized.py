@@ -5,8 +5,8 @@
 Arms: plopfast with dense, nf4, int8 and fp8 weights, and PEFT with bitsandbytes' nf4 and int8 and the Hugging Face Trainer.
 All train the same adapters of SmolLM2-135M (rank 16 on v, up and down, from the same values) on the same rows of the demo, 8
 a step, in float32, with AdamW and a cosine schedule. Each training has a process of its own; the arms take turns within a
-seed. "peak" is the process's resident memory at its highest, loading included; "held" that of codes, scales and dense
-weights inside the layers. The loss is that of 200 validation rows after the last step, a mean over label tokens, measured
+seed. "peak" is the process's resident memory at its highest in training, "loading" while the model was read, pages of the
+mapped file included; "held" are codes, scales and dense weights of the linear modules inside the layers. The loss is that of 200 validation rows after the last step, a mean over label tokens, measured
 by plopfast for all; its ratio to the dense arm's has the 95 % interval of Student's t over the seeds, from the logarithm.
 
 Then the NFN of each module type on 64 rows, with its 95 % interval, for each kind of weights, and the untrained model's loss
@@ -87,6 +87,8 @@ def train(arm: str, seed: int, steps: int) -> dict[str, Any]:
     began = time.perf_counter()
     model, tokenizer = loaded(arm)
     load_seconds, load_mib, held = time.perf_counter() - began, memory.peak_mib(), held_mib(model)
+    memory.trim()
+    memory.reset_peak()
     names = [info.name for info in pf.linear_modules(model) if info.type in TYPES]
     placement = pf.Placement(dict.fromkeys(names, (RANK, bench_arms.ALPHA * RANK)), list(TYPES), "types", 0)
     examples = rows_of("train", tokenizer, steps * ROWS, seed)

@@ -60,6 +60,7 @@ def load(source: str, config: Any, dtype: torch.dtype, way: Way | None) -> tuple
     found = dict(found) | {key: set(found[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     way.check(source, found)
     found["mismatched_keys"] |= asked.mismatched(model)
+    _let_files_go(model)
     _unmark(model)
     return model, found
 
@@ -143,6 +144,14 @@ class Encoding:
         }
         found["missing_keys"] -= of_codes | self._other.keys()  # no checkpoint holds the former
         found["mismatched_keys"] |= {(name, *shapes) for name, shapes in self._other.items()}
+
+
+def _let_files_go(model: nn.Module) -> None:
+    """Copies what lies in a file that is mapped into memory: one such tensor keeps all of the file there, dense weights too."""
+    for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
+        if not tensor.is_meta and tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    memory.trim()
 
 
 def _unmark(model: Any) -> None:
