@@ -148,6 +148,23 @@ def test_an_odd_number_of_values(saved):
     pf.load_model(folder, quantize="int8")
 
 
+def test_modules_that_compute_in_a_way_of_their_own(saved):
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)
+    folder = saved(transformers.AutoModelForCausalLM.from_config(config))
+    pf.load_model(folder)
+    with pytest.raises(ModelError, match=r"its linear modules \(FalconLinear\) are neither nn.Linear nor Conv1D"):
+        pf.load_model(folder, quantize="int8")
+
+
+def test_the_default_model(default_model):
+    """It comes from a GGUF file, which is converted to float32 once and quantised from that."""
+    dense, _ = default_model
+    loaded, _ = pf.load_model(quantize="int8")
+    assert loaded.name_or_path == dense.name_or_path and len(codes_in(loaded)) == 210
+    assert (logits(loaded) - logits(dense)).norm() < 0.1 * logits(dense).norm()
+
+
 def test_nan_in_fp8():
     codes = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn)
     wrong = ~codes.float().isfinite()
