@@ -14,6 +14,7 @@ from torch import nn
 import plopfast as pf
 from plopfast.models.frozen import make_dense
 from plopfast.models.quantized import KINDS, QuantizedLinear, quantized
+from plopfast.models.quantizer import Encoding
 from plopfast.models.running import output_head
 from plopfast.models.weights import is_finite
 from plopfast.support.errors import ConfigError, ModelError
@@ -148,15 +149,25 @@ def test_an_odd_number_of_values(saved):
     pf.load_model(folder, quantize="int8")
 
 
-def test_modules_that_compute_in_a_way_of_their_own(saved):
-    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = transformers.FalconConfig(**sizes, bos_token_id=1, eos_token_id=2)
-    folder = saved(transformers.AutoModelForCausalLM.from_config(config))
-    pf.load_model(folder)
-    with pytest.raises(ModelError, match=r"its linear modules \(FalconLinear\) are neither nn.Linear nor Conv1D"):
-        pf.load_model(folder, quantize="int8")
+class OwnLinear(nn.Linear):
+    """As Falcon's: what it computes is its own matter."""
+
+    def forward(self, x):
+        return x @ self.weight.T
 
 
+def test_modules_that_compute_in_a_way_of_their_own(llama):
+    infos = pf.linear_modules(llama)
+    for info in infos[1:]:
+        info.module.__class__ = OwnLinear
+    Encoding("int8", head=False).swap(llama)
+    assert codes_in(llama) == [infos[0].name]
+    llama.set_submodule(infos[0].name, infos[1].module)
+    with pytest.raises(ModelError, match=r"its linear modules \(OwnLinear\) are neither nn.Linear nor Conv1D"):
+        Encoding("int8", head=False).swap(llama)
+
+
+@pytest.mark.slow  # its path from the conversion on is that of any folder
 def test_the_default_model(default_model):
     """It comes from a GGUF file, which is converted to float32 once and quantised from that."""
     dense, _ = default_model
