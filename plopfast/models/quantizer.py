@@ -116,6 +116,11 @@ class Encoding:
             # until its codes come: transformers casts what it reads to the dtype that it finds here
             made.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
             self._modules[info.name] = (made, weight.shape, info.transposed)
+        if not self._modules:
+            raise ModelError(
+                f"model {model.name_or_path!r}: its linear modules ({type(infos[0].module).__name__}) are neither nn.Linear nor "
+                "Conv1D, so none of them can keep codes: leave out --quantize"
+            )
 
     def takes(self, name: str) -> bool:
         module, _, parameter = name.rpartition(".")

@@ -14,6 +14,7 @@ from torch import nn
 import plopfast as pf
 from plopfast.models.frozen import make_dense
 from plopfast.models.quantized import KINDS, QuantizedLinear, quantized
+from plopfast.models.quantizer import Encoding
 from plopfast.models.running import output_head
 from plopfast.models.weights import is_finite
 from plopfast.support.errors import ConfigError, ModelError
@@ -146,6 +147,33 @@ def test_an_odd_number_of_values(saved):
     with pytest.raises(ModelError, match=r"gate_proj: nf4 puts two values into a byte, and 45 x 33 is an odd number"):
         pf.load_model(folder, quantize="nf4")
     pf.load_model(folder, quantize="int8")
+
+
+class OwnLinear(nn.Linear):
+    """As Falcon's: what it computes is its own matter."""
+
+    def forward(self, x):
+        return x @ self.weight.T
+
+
+def test_modules_that_compute_in_a_way_of_their_own(llama):
+    infos = pf.linear_modules(llama)
+    for info in infos[1:]:
+        info.module.__class__ = OwnLinear
+    Encoding("int8", head=False).swap(llama)
+    assert codes_in(llama) == [infos[0].name]
+    llama.set_submodule(infos[0].name, infos[1].module)
+    with pytest.raises(ModelError, match=r"its linear modules \(OwnLinear\) are neither nn.Linear nor Conv1D"):
+        Encoding("int8", head=False).swap(llama)
+
+
+@pytest.mark.slow  # its path from the conversion on is that of any folder
+def test_the_default_model(default_model):
+    """It comes from a GGUF file, which is converted to float32 once and quantised from that."""
+    dense, _ = default_model
+    loaded, _ = pf.load_model(quantize="int8")
+    assert loaded.name_or_path == dense.name_or_path and len(codes_in(loaded)) == 210
+    assert (logits(loaded) - logits(dense)).norm() < 0.1 * logits(dense).norm()
 
 
 def test_nan_in_fp8():
