@@ -97,3 +97,18 @@ def test_every_weight_counts_once(model_folder, llama):
         assert (
             any(isinstance(module, QuantizedLinear) for module in model.modules()) and number_of_weights(model) == dense
         )
+
+
+@pytest.mark.parametrize("kind", ["nf4", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("int8", "fp8"))])
+def test_the_default_model_is_placed_as_when_it_is_dense(kind, tmp_path):
+    """SmolLM2-135M-Instruct keeps the order of its types."""
+    out = tmp_path / "out"
+    assert plopfast("score", "--quantize", kind, "--score-prompts", "16", "--confidence", "0", "--out", out) == 0
+    types = json.loads((out / "scores.json").read_text())["types"]
+    assert sorted(types, key=types.__getitem__)[:3] == ["v_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.slow  # minutes
+def test_the_default_run_learns_its_task_on_nf4(tmp_path):
+    assert plopfast("run", "--quantize", "nf4", "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "eval.json").read_text())["tuned"]["accuracy"] >= 0.80
