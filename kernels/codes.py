@@ -248,10 +248,11 @@ def frozen_linear(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None = No
     Nothing but the codes is kept for the backward pass. Under autocast everything is computed in the autocast dtype.
     """
     kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # which raises for meta, where tools trace
         x = x.to(torch.get_autocast_dtype(kind))
+        with torch.autocast(kind, enabled=False):
+            return frozen_linear(x, weight, bias)
     bias = bias if bias is None else bias.to(x.dtype)
     x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-    with torch.autocast(kind, enabled=False) if kind != "meta" else torch.enable_grad():
-        y = _Linear.apply(x_MK, weight.to(x.dtype), bias)
+    y = _Linear.apply(x_MK, weight.to(x.dtype), bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
