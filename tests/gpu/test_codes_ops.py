@@ -56,9 +56,11 @@ def test_decoded_into_the_workspace_to_the_bit(kind, nested, dtype, watched):
     ]
 
 
-@pytest.mark.parametrize("backend", ["fused", "lora-first", "torch"])
-@pytest.mark.parametrize(("kind", "nested"), KINDS)
-def test_a_lora_linear_is_that_of_the_decoded_weight(kind, nested, backend, watched):
+PATHS = [("fused", "nf4", True), *(("lora-first", *kind) for kind in KINDS), ("torch", "fp8", False)]
+
+
+@pytest.mark.parametrize(("backend", "kind", "nested"), PATHS)
+def test_a_lora_linear_is_that_of_the_decoded_weight(backend, kind, nested, watched):
     """Forward and backward decode once each, where x has a gradient."""
     m, n, k, r = 80, 40, 64, 4
     weight = made(kind, nested, n, k, BF16)

@@ -165,7 +165,7 @@ def test_a_merged_model_that_is_not_finite_is_not_written(model_folder, llama, t
     pf.inject(llama, placement(UP.format(0)))
     adapter = pf.save_adapter(llama, tmp_path / "adapter")
 
-    def spoiled(model):
+    def spoiled(model, into):
         model.lm_head.weight.data[3, 3] = math.nan
         return 0.0
 
