@@ -153,10 +153,10 @@ class Encoding:
 
 def _let_files_go(model: nn.Module) -> None:
     """Copies what lies in a file that is mapped into memory: one such tensor keeps all of the file there, dense weights too."""
+    mapped = memory.mapped_files()
     for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-        if not tensor.is_meta and tensor.device.type == "cpu":
+        if any(tensor.device.type == "cpu" and tensor.data_ptr() in where for where in mapped):
             tensor.data = tensor.data.clone()
-    memory.trim()
 
 
 def _unmark(model: Any) -> None:

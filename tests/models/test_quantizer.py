@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from plopfast.models.quantizer import Encoding
 from plopfast.models.running import output_head
 from plopfast.models.weights import is_finite
 from plopfast.support.errors import ConfigError, ModelError
+from plopfast.support.memory import mapped_files
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -219,3 +221,15 @@ def test_a_model_of_another_kind_keeps_its_generation_config(model_folder):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"top_k": 7}))
     loaded, _ = pf.load_model(model_folder, quantize="int8")
     assert loaded.generation_config.top_k == 7 and loaded.name_or_path == str(model_folder)
+
+
+def test_files_are_let_go(model_folder):
+    """A dense model lies in its file, as it is mapped into memory. One whose layers are codes must not keep that there."""
+
+    def in_a_file(model):
+        return [name for name, p in model.named_parameters() if any(p.data_ptr() in where for where in mapped_files())]
+
+    dense, _ = pf.load_model(model_folder)
+    assert "model.embed_tokens.weight" in in_a_file(dense) or sys.platform != "linux"
+    loaded, _ = pf.load_model(model_folder, quantize="nf4")
+    assert in_a_file(loaded) == [] and loaded.lm_head.weight is not loaded.model.embed_tokens.weight
