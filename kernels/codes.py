@@ -6,6 +6,7 @@ functions keep the codes and decode again in the backward pass, which costs one 
 N out, K in.
 """
 
+import copy
 import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -49,7 +50,11 @@ class Codes:
 
     def to(self, dtype: torch.dtype) -> "Codes":
         """The same codes for products in another dtype."""
-        raise NotImplementedError
+        if dtype == self.dtype:
+            return self
+        other = copy.copy(self)
+        other.dtype = dtype
+        return other
 
     def rows(self, begin: int, end: int) -> "Codes":
         """W[begin:end]; `begin` is a multiple of 128."""
@@ -97,9 +102,6 @@ class NF4(Codes):
         super().__init__((packed, absmax, *(nested[:2] if nested else ())), shape, dtype)
         self.packed, self.absmax, self.nested = packed, absmax, nested
 
-    def to(self, dtype: torch.dtype) -> "NF4":
-        return self if dtype == self.dtype else NF4(self.packed, self.absmax, self.shape, dtype, self.nested)
-
     def scales(self) -> torch.Tensor:
         """absmax [blocks] in float32."""
         return self.absmax if self.nested is None else torch_codes.nested_scales(self.absmax, *self.nested)
@@ -108,7 +110,7 @@ class NF4(Codes):
         n_in = self.shape[1]
         first, last = begin * n_in, end * n_in
         packed = self.packed.view(-1)[first // 2 : -(-last // 2)]
-        absmax = self.scales()[first // 64 : -(-last // 64)]
+        absmax = self.scales()[first // torch_codes.BLOCK : -(-last // torch_codes.BLOCK)]
         return NF4(packed, absmax, (end - begin, n_in), self.dtype)
 
     def decode(self, out: torch.Tensor) -> torch.Tensor:
@@ -138,9 +140,6 @@ class Scaled(Codes):
     @property
     def kind(self) -> str:  # type: ignore[override]
         return "int8" if self.codes.dtype == torch.int8 else "fp8"
-
-    def to(self, dtype: torch.dtype) -> "Scaled":
-        return self if dtype == self.dtype else Scaled(self.codes, self.scale, self.block, self.shape, dtype)
 
     def rows(self, begin: int, end: int) -> "Scaled":
         high = self.block[0]

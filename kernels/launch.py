@@ -194,6 +194,16 @@ def is_near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) < 2**31
 
 
+def low_rank_facts(s_MR: torch.Tensor | None, b_NR: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
+    """(B, what a plan has to know of S and B: rank, S's row stride, B's strides and dtype). B is dense where its strides leave
+    32 bits."""
+    if s_MR is None or b_NR is None:
+        return b_NR, (1, (), (), None)
+    if not is_near(b_NR.shape, b_NR.stride()):
+        b_NR = b_NR.contiguous()
+    return b_NR, (s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype)
+
+
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device the current one, on which Triton launches."""
     if tensor.device.type == "cuda" and tensor.device.index != torch.cuda.current_device():

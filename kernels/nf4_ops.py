@@ -13,7 +13,7 @@ import torch
 import triton
 
 from . import nf4
-from .launch import Planned, is_near, plan, precision, rank_chunk
+from .launch import Planned, low_rank_facts, plan, precision, rank_chunk
 from .torch_codes import BLOCK, LEVELS, NESTED
 
 Nested = tuple[torch.Tensor, torch.Tensor, float]
@@ -57,11 +57,7 @@ def gemm(
     """Y = X W^T + S B^T + bias, with W [n, K] decoded inside. K is a multiple of 64."""
     code, scales, offset = nested or (absmax, absmax, 0.0)
     assert packed.is_contiguous() and absmax.is_contiguous() and scales.is_contiguous()
-    lora: tuple[Any, ...] = (1, (), (), None)
-    if s_MR is not None and b_NR is not None:
-        if not is_near(b_NR.shape, b_NR.stride()):
-            b_NR = b_NR.contiguous()
-        lora = s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype
+    b_NR, lora = low_rank_facts(s_MR, b_NR)
     run = plan(
         _gemm, x_MK.device, packed.shape, absmax.shape, absmax.dtype, code.dtype, scales.dtype, scales.shape, offset, x_MK.dtype,
         x_MK.shape, n, lora, None if bias_N is None else bias_N.dtype, precision(x_MK),

@@ -23,7 +23,18 @@ from .gemm import lora_gemm
 from .gemm_tma import lora_gemm_tma
 from .grads import lora_grads
 from .grids import STAGES, grads_grid, shrink_grid
-from .launch import Planned, is_near, on_device, padded_rank, plan, precision, rank_chunk, summing, summing_both
+from .launch import (
+    Planned,
+    is_near,
+    low_rank_facts,
+    on_device,
+    padded_rank,
+    plan,
+    precision,
+    rank_chunk,
+    summing,
+    summing_both,
+)
 from .reduce import row_norms as row_norms_kernel
 from .shrink import lora_shrink
 
@@ -147,11 +158,7 @@ def gemm(
         tiles = tiles or dispatch.candidates(target, x_MK.dtype)[0]
         if not (describable(x_MK, w_NK) if tiles.descriptor else copyable(x_MK, w_NK)):
             tiles = dispatch.unaligned(target)
-    lora: tuple[Any, ...] = (1, (), (), None)
-    if s_MR is not None and b_NR is not None:
-        if not is_near(b_NR.shape, b_NR.stride()):
-            b_NR = b_NR.contiguous()
-        lora = s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype
+    b_NR, lora = low_rank_facts(s_MR, b_NR)
     run = plan(
         _gemm, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), w_NK.shape[0], w_NK.stride(), lora, bias_N is not None,
         p, norms, store, tiles, precision(x_MK),

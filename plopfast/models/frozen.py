@@ -18,9 +18,8 @@ from ..support.errors import ModelError
 from .quantized import QuantizedLinear, forget_quantization, is_nested, linear_of, quantized, reader_of
 
 SAME = 0.01
-SAME_QUANTIZED = (
-    0.35  # nf4 moves the four weights of a module by 0.09 of their norm, and rarely by 0.3; other models', by 1.4
-)
+# nf4 moves the four weights of a module by 0.09 of their norm, and rarely by 0.3; those of another model are 1.4 away
+SAME_QUANTIZED = 0.35
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -231,9 +230,7 @@ def make_dense(model: nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         frozen = find_frozen(module) if "frozen" not in vars(module) and is_linear(module) else None
         if frozen is not None and frozen.kind != "dense":
-            parent, _, child = name.rpartition(".")
-            weight = frozen_in(model, module, name).dequantize()
-            setattr(model.get_submodule(parent), child, linear_of(weight, module))
+            model.set_submodule(name, linear_of(frozen_in(model, module, name).dequantize(), module))
             names.append(name)
     forget_quantization(model)
     return names

@@ -23,8 +23,8 @@ class QuantizedLinear(nn.Module):
     """A frozen linear module of `kind` "nf4", "int8" or "fp8" that takes the place of an nn.Linear.
 
     Its parameters are `weight`, the codes (those of fp8 as bytes, which no cast of a model touches), and what decodes them:
-    `absmax` (nf4; with `nested_absmax` and `nested_code` where the absmax are codes, too), or `scale`. None of them is trained. `model.to(dtype)` changes `dtype`, that of the output,
-    and leaves codes and scales as they are.
+    `absmax` (nf4; with `nested_absmax` and `nested_code` where the absmax are codes, too), or `scale`. None of them is
+    trained. `model.to(dtype)` changes `dtype`, that of the output, and leaves codes and scales as they are.
     """
 
     def __init__(

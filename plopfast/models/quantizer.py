@@ -15,7 +15,7 @@ from ..support import memory
 from ..support.errors import ModelError
 from . import weights
 from .linears import linear_modules
-from .quantized import QuantizedLinear, encoded
+from .quantized import QuantizedLinear, encoded, forget_quantization
 from .running import output_head
 
 METHOD = "plopfast"  # transformers' name for this quantiser
@@ -164,12 +164,10 @@ def _unmark(model: Any) -> None:
 
     `hf_quantizer` stays, because it is what refuses `save_pretrained`.
     """
-    model.hf_quantizer.quantization_config.way = None
-    for attribute in {"is_quantized", "quantization_method"} & vars(model).keys():
-        delattr(model, attribute)
-    for config in [module.config for module in model.modules() if hasattr(module, "config")]:
-        for attribute in "quantization_config", "_is_quantized":
-            vars(config).pop(attribute, None)
+    quantizer = model.hf_quantizer
+    quantizer.quantization_config.way = None
+    forget_quantization(model)
+    model.hf_quantizer = quantizer
 
 
 @functools.cache
