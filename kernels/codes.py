@@ -6,9 +6,10 @@ functions keep the codes and decode again in the backward pass, which costs one 
 N out, K in.
 """
 
+import contextlib
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -172,7 +173,7 @@ def dense(weight: Weight) -> torch.Tensor:
         return weight
     first = weight.tensors[0]
     if not _is_real(first):
-        return weight.new()
+        return weight.new() if _COUNTED is None else _COUNTED.space(weight)
     with torch.no_grad():
         return weight.decode(_workspace(first.device, weight.dtype, weight.shape))
 
@@ -195,6 +196,39 @@ def _workspace(device: torch.device, dtype: torch.dtype, shape: tuple[int, int])
         kept = _KEPT[key] = torch.empty(0)  # frees the smaller one first
         kept = _KEPT[key] = torch.empty(count, dtype=torch.uint8, device=device)
     return kept[:count].view(dtype).view(shape)
+
+
+class _Counted:
+    """The workspace of tensors without values, one for each device; `noted` is called for each buffer that is made."""
+
+    def __init__(self, noted: Callable[[torch.Tensor], None]) -> None:
+        self.noted = noted
+        self.kept: dict[torch.device, torch.Tensor] = {}
+
+    def space(self, weight: Codes) -> torch.Tensor:
+        count, kept = weight.shape[0] * weight.shape[1] * weight.dtype.itemsize, self.kept.get(weight.device)
+        with torch.no_grad():
+            if kept is None or kept.numel() < count:
+                self.kept.pop(weight.device, None)  # frees the smaller one first
+                kept = None
+                kept = self.kept[weight.device] = torch.empty(count, dtype=torch.uint8, device=weight.device)
+                self.noted(kept)
+            return kept[:count].view(weight.dtype).view(weight.shape)
+
+
+_COUNTED: _Counted | None = None
+
+
+@contextlib.contextmanager
+def one_workspace(noted: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While it lasts, codes without values are decoded into one workspace for each device too, as those with values are: for
+    who counts bytes. `noted` is called for each buffer that is made."""
+    global _COUNTED
+    before, _COUNTED = _COUNTED, _Counted(noted)
+    try:
+        yield
+    finally:
+        _COUNTED = before
 
 
 def free_workspaces() -> None:

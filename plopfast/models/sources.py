@@ -104,7 +104,11 @@ def codes_stored(source: str) -> tuple[str, tuple[int, int]] | None:
 
     Raises ModelError for codes that plopfast does not read.
     """
-    raw = _small_file(source, "config.json")
+    return kind_in(_small_file(source, "config.json"), source)
+
+
+def kind_in(raw: dict[str, Any], source: str) -> tuple[str, tuple[int, int]] | None:
+    """As `codes_stored`, for the JSON object of a config.json."""
     parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     how = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if not how:
