@@ -4,7 +4,13 @@ from typing import Any
 
 _LLAMA3 = {"model_type": "llama", "vocab_size": 128256, "rms_norm_eps": 1e-5, "max_position_embeddings": 8192}
 _LLAMA32 = _LLAMA3 | {"max_position_embeddings": 131072, "tie_word_embeddings": True}
-_QWEN3 = {"model_type": "qwen3", "vocab_size": 151936, "rms_norm_eps": 1e-6, "max_position_embeddings": 40960, "head_dim": 128}
+_QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "head_dim": 128,
+}
 
 
 def _sizes(hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> dict[str, int]:

@@ -104,6 +104,17 @@ def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrai
     return tokenizer, getattr(text, "max_position_embeddings", None)
 
 
+def shapes_source(name: str | os.PathLike[str] | None) -> str:
+    """A folder with the config.json of the model that `load_model(name)` loads; of a hub id only the small files are fetched.
+
+    Errors as for `load_model`.
+    """
+    source, _ = _source(name)
+    with _explained(name, source):
+        sources.checked_config(source)
+        return str(sources.folder_of(source))
+
+
 def path_of(name: str | os.PathLike[str] | None) -> Path | None:
     """Returns the folder or GGUF file that `load_model(name)` reads; None for a model of the hub."""
     path = find_default_gguf() if name is None else Path(name)

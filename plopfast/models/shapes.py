@@ -14,19 +14,27 @@ from typing import Any
 import torch
 
 from ..support import files
-from ..support.errors import ConfigError, ModelError, PlopfastError, nearest
+from ..support.errors import ModelError, PlopfastError, nearest
 from . import sources
 from .known import KNOWN, known
 from .loading import check_quantize
 from .quantizer import Encoding
 
 MOST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 24, "intermediate_size": 1 << 22}
-NOT_CAUSAL = ("MaskedLM", "Classification", "ConditionalGeneration", "Answering", "PreTraining", "Seq2Seq", "MultipleChoice")
+NOT_CAUSAL = (
+    "MaskedLM",
+    "Classification",
+    "ConditionalGeneration",
+    "Answering",
+    "PreTraining",
+    "Seq2Seq",
+    "MultipleChoice",
+)
 SMALL = {
-    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": 128, "num_hidden_layers": 2,
-    "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "vocab_size": 128, "pad_token_id": None,
+    "bos_token_id": None, "eos_token_id": None,
 }  # fmt: skip
-HEADS, HEAD_DIM = 4, 16
+LAYERS, HEADS, HEAD_DIM = 2, 4, 16
 
 
 def config_of(name: str) -> tuple[Any, dict[str, Any]]:
@@ -107,9 +115,10 @@ def _check(name: str, config: Any, raw: dict[str, Any]) -> None:
 
 
 def model_of(
-    name: str, *, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None, quantize_head: bool = False
-) -> Any:
-    """A causal language model on "meta" as `loading.load_model` would load it, in evaluation mode.
+    name: str, *, dtype: torch.dtype = torch.bfloat16, quantize: str | None = None, quantize_head: bool = False,
+    layers: int | None = None,
+) -> Any:  # fmt: skip
+    """A causal language model on "meta" as `loading.load_model` would load it, in evaluation mode. `layers`: only so many.
 
     Raises what `config_of` raises; ModelError for a model that cannot be quantised, and ConfigError for a kind that there is
     not.
@@ -119,6 +128,8 @@ def model_of(
     stored = sources.kind_in(raw, name)
     if stored is not None and quantize is not None:
         raise ModelError(f"{name}: its weights are {stored[0]} already: leave out --quantize")
+    if layers is not None:
+        _cut(config.get_text_config(), layers)
     try:
         model = _built(config, dtype, torch.device("meta"))
     except PlopfastError:
@@ -131,6 +142,13 @@ def model_of(
     if kind is not None:
         Encoding(kind, quantize_head).shape(model)
     return model.eval()
+
+
+def _cut(text: Any, layers: int) -> None:
+    """Leaves so many layers."""
+    text.num_hidden_layers = min(layers, text.num_hidden_layers)
+    if isinstance(getattr(text, "layer_types", None), list):
+        text.layer_types = text.layer_types[:layers]
 
 
 def _built(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
@@ -157,8 +175,7 @@ def miniature(model: Any) -> Any | None:
         for name, value in sizes.items():
             if hasattr(text, name):
                 setattr(text, name, value)
-        if isinstance(getattr(text, "layer_types", None), list):
-            text.layer_types = text.layer_types[: SMALL["num_hidden_layers"]]
+        _cut(text, LAYERS)
         with torch.random.fork_rng(devices=[]):
             return _built(config, model.dtype, torch.device("cpu")).eval()
     except Exception:  # a family whose sizes depend on one another in a way of its own

@@ -201,11 +201,11 @@ def _small_file(source: str, name: str) -> dict[str, Any]:
 
 
 def _path(source: str, name: str) -> Path | None:
-    return path if (path := _folder(source) / name).is_file() else None
+    return path if (path := folder_of(source) / name).is_file() else None
 
 
 @functools.cache
-def _folder(source: str) -> Path:
+def folder_of(source: str) -> Path:
     """A folder with the small files of a model folder or hub id. Without a network, one question to the hub fails at once,
     where transformers asks for each file six times in 23 s.
     """

@@ -141,7 +141,6 @@ class Step:
                 model.requires_grad_(True)
             else:
                 inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
-            batch = self._batch()
             for tensor, part in _parts_of(model):
                 live.add(tensor, part)
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -158,13 +157,7 @@ class Step:
             with live, one_workspace(lambda space: live.name(space, WORKSPACE)):
                 live.part = CASTS
                 with prepared_blocks(model, config, self.lean), Prepared(model):
-                    for _ in range(passes):
-                        before, live.part = live.now, KEPT
-                        loss = objective(batch)
-                        saved, logits = live.now - before, live.peak - live.now
-                        live.part = BACKWARD
-                        loss.backward()
-                        del loss
+                    saved, logits = self._passes(objective, passes, live)
         return Estimate(
             name=name,
             types=placement.types if placement is not None else [],
@@ -179,6 +172,19 @@ class Step:
             host_mib=live.host_peak / MIB,
             crossed_mib=live.crossed / passes * config.accumulate / MIB,
         )
+
+    def _passes(self, objective: Objective, passes: int, live: Meter) -> tuple[int, int]:
+        """Runs micro-batches forward and backward. Returns the bytes that the first one keeps for its backward pass, and how
+        much more there was at the most until then."""
+        batch, found = self._batch(), []
+        for _ in range(passes):
+            live.part = KEPT
+            loss = objective(batch)
+            found.append((live.parts[KEPT] + live.parts[LOSS], live.peak - live.now))
+            live.part = BACKWARD
+            loss.backward()
+            del loss
+        return found[0]
 
     def _kept(self, trained: list[nn.Parameter]) -> list[tuple[torch.Tensor, str]]:
         """What lives as long as the training does, beside the parameters."""
@@ -233,7 +239,9 @@ def _move(model: nn.Module, device: torch.device) -> None:
                     continue
                 if tensor not in moved:
                     made = torch.empty_like(tensor, device=device)
-                    moved[tensor] = nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    moved[tensor] = (
+                        nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+                    )
                 tensors[name] = moved[tensor]  # type: ignore[assignment]
 
 

@@ -20,8 +20,8 @@ class Meter(TorchDispatchMode):
     that were alive at one time, `peak`. Counts the `flops` of products too, a multiplication with its addition being two.
 
     With `device` only storages of that kind of device count so: the bytes of all others are `host_now` and `host_peak`, and
-    `crossed` are the bytes that operations copied from one to the other. `part` names what is made from now on, and
-    `at_peak` says how many bytes of each part were alive at the peak: they sum to it.
+    `crossed` are the bytes that operations copied from one to the other. `part` names what is made from now on,
+    `parts` says how many bytes of each part are alive, which sum to `now`, and `at_peak` how many were at the peak.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
@@ -30,7 +30,7 @@ class Meter(TorchDispatchMode):
         self.now = self.peak = self.flops = self.host_now = self.host_peak = self.crossed = 0
         self.part = ""
         self.at_peak: Counter[str] = Counter()
-        self._parts: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
         self._known: dict[int, str] = {}
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
@@ -44,9 +44,9 @@ class Meter(TorchDispatchMode):
         self._known[key] = (self.part if part is None else part) if on_card else HOST
         if on_card:
             self.now += size
-            self._parts[self._known[key]] += size
+            self.parts[self._known[key]] += size
             if self.now > self.peak:
-                self.peak, self.at_peak = self.now, self._parts.copy()
+                self.peak, self.at_peak = self.now, self.parts.copy()
         else:
             self.host_now += size
             self.host_peak = max(self.host_peak, self.host_now)
@@ -57,8 +57,8 @@ class Meter(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if self._known.get(key, HOST) != HOST:
-            self._parts[self._known[key]] -= size
-            self._parts[part] += size
+            self.parts[self._known[key]] -= size
+            self.parts[part] += size
             self._known[key] = part
 
     def _gone(self, key: int, size: int) -> None:
@@ -67,7 +67,7 @@ class Meter(TorchDispatchMode):
             self.host_now -= size
         else:
             self.now -= size
-            self._parts[part] -= size
+            self.parts[part] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))

@@ -1,0 +1,187 @@
+"""--fit: the cheapest options with which a step fits into a device's memory.
+
+`LADDER` lists the options, the cheapest first. They are taken one after the other until the step fits; then those that turn
+out not to be needed are left out again, the dearest first. While it chooses, a model with few layers stands for the whole
+one: bytes and FLOPs grow by the same amount with each layer. What is chosen is then counted on the whole model.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..support.config import RunConfig
+from ..support.errors import ConfigError, ModelError
+from ..support.sizes import bytes_of
+from ..training.dry import MIB, Estimate
+from .shapes import Shapes
+
+FEW, MORE = 4, 6  # layers from which those of a deeper model are reckoned
+NEAR = 1.02  # what few layers show is this near, at least
+LEAST_SAVED = 0.5  # MiB: an option that saves less is left out
+
+
+@dataclass(frozen=True)
+class Rung:
+    """An option: the settings that it changes, its words on a command line, and what it costs beside the FLOPs and copies that
+    are counted. `for_cpu`: it saves memory where the CPU trains, too. `given` tells that the user has chosen about it."""
+
+    words: str
+    changes: dict[str, Any]
+    price: str = ""
+    for_cpu: bool = True
+    changes_results: bool = False
+    needs: Callable[[RunConfig], bool] = lambda config: True
+
+    def is_open(self, config: RunConfig, on_cpu: bool) -> bool:
+        """Whether it can be taken, beside what the settings say."""
+        plain = RunConfig()
+        chosen = any(getattr(config, name) not in (getattr(plain, name), value) for name, value in self.changes.items())
+        taken = all(getattr(config, name) == value for name, value in self.changes.items())
+        return not chosen and not taken and (self.for_cpu or not on_cpu) and self.needs(config)
+
+
+def _frozen(config: RunConfig) -> bool:
+    return not config.full and config.parallel != "fsdp"
+
+
+LADDER: tuple[Rung, ...] = (
+    Rung("--checkpointing", {"checkpointing": True}),
+    Rung(
+        "--quantize nf4", {"quantize": "nf4"}, "weights rounded to 4 bits, decoded for each product",
+        changes_results=True, needs=_frozen,
+    ),
+    Rung(
+        "--quantize-head", {"quantize_head": True}, "the output head rounded, too", changes_results=True,
+        needs=lambda config: bool(config.quantize) and _frozen(config),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The settings with which a step fits, its estimate, and lines that say what was chosen and what it costs."""
+
+    config: RunConfig
+    estimate: Estimate
+    lines: list[str] = field(default_factory=list)
+
+
+def fit(shapes: Shapes, config: RunConfig, budget: str, ladder: Sequence[Rung] = LADDER) -> Fitted:
+    """Chooses options for `budget`, such as "6GB". Raises ConfigError where nothing fits: it names the least that would, and the
+    largest part of that."""
+    room = bytes_of(budget)
+    assert room is not None
+    limit = room / MIB
+    search = _Search(shapes, config, limit)
+    seen = search.reckoned([])
+    exact = shapes.count(config) if seen is None or seen.total_mib <= NEAR * limit else None
+    if exact is not None and exact.total_mib <= limit:
+        return Fitted(config, exact, [f"fit {budget}: {exact.total_mib / 1024:.2f} GiB, as the settings are"])
+    taken = search.climb(ladder)
+    while True:
+        settings = search.settings(taken)
+        exact = shapes.count(settings)
+        if exact.total_mib <= limit:
+            break
+        if not (further := search.climb(ladder, taken)):
+            raise ConfigError(_least(shapes, budget, taken, exact))
+        taken = further
+    pruned = search.prune(taken)
+    if pruned != taken and (again := shapes.count(search.settings(pruned))).total_mib <= limit:
+        taken, exact = pruned, again
+    return Fitted(search.settings(taken), exact, search.lines(taken, exact, budget))
+
+
+class _Search:
+    """Which rungs are taken, by what few layers show."""
+
+    def __init__(self, shapes: Shapes, config: RunConfig, limit: float) -> None:
+        self.shapes, self.config, self.limit = shapes, config, limit
+        self.known: dict[str, Estimate | None] = {}
+
+    def settings(self, taken: Sequence[Rung]) -> RunConfig:
+        changes: dict[str, Any] = {}
+        for rung in taken:
+            changes |= rung.changes
+        return dataclasses.replace(self.config, **changes)
+
+    def reckoned(self, taken: Sequence[Rung]) -> Estimate | None:
+        """About what a step takes; None where the model does not allow these options."""
+        settings = self.settings(taken)
+        key = repr(settings)
+        if key not in self.known:
+            try:
+                self.known[key] = reckon(self.shapes, settings)
+            except (ConfigError, ModelError):
+                self.known[key] = None
+        return self.known[key]
+
+    def climb(self, ladder: Sequence[Rung], taken: Sequence[Rung] = ()) -> list[Rung]:
+        """Takes rungs, after those that were taken, until the step seems to fit; empty where there are no more."""
+        start, found = len(taken), list(taken)
+        on_cpu = self.shapes.device.type == "cpu"
+        for rung in ladder:
+            if rung in found or not rung.is_open(
+                self.settings([r for r in found if not r.changes.keys() & rung.changes.keys()]), on_cpu
+            ):
+                continue
+            before, after = self.reckoned(found), self.reckoned([*found, rung])
+            if before is None or after is None or before.total_mib - after.total_mib < LEAST_SAVED:
+                continue
+            found.append(rung)
+            if after.total_mib <= self.limit:
+                break
+        return found if len(found) > start else []
+
+    def prune(self, taken: Sequence[Rung]) -> list[Rung]:
+        """Leaves out what is not needed, the dearest first; the last one is."""
+        kept = list(taken)
+        for rung in reversed(taken[:-1]):
+            others = [one for one in kept if one is not rung]
+            if not all(one.needs(self.settings(others[: others.index(one)])) for one in others):
+                continue
+            found = self.reckoned(others)
+            if found is not None and found.total_mib <= self.limit:
+                kept = others
+        return kept
+
+    def lines(self, taken: Sequence[Rung], exact: Estimate, budget: str) -> list[str]:
+        """What was chosen, and what each costs."""
+        said = [f"fit {budget}: {' '.join(rung.words for rung in taken)}: {exact.total_mib / 1024:.2f} GiB"]
+        for number, rung in enumerate(taken):
+            before, after = self.reckoned(taken[:number]), self.reckoned(taken[: number + 1])
+            if before is None or after is None:
+                continue
+            costs = [rung.price] if rung.price else []
+            if (more := after.tflops_per_step / before.tflops_per_step - 1) > 0.005:
+                costs.append(f"{more:.0%} more FLOPs")
+            if (crossed := (after.crossed_mib - before.crossed_mib) / 1024) > 0.005:
+                costs.append(f"{crossed:.2f} GiB a step between CPU and GPU")
+            saved = (before.total_mib - after.total_mib) / 1024
+            said.append(f"  {rung.words}: {saved:.2f} GiB less; {', '.join(costs) or 'costs hardly anything'}")
+        if changing := [rung.words for rung in taken if rung.changes_results]:
+            said.append(
+                f"  {' and '.join(changing)} changes the weights, and so the results: chosen by --fit, not by you"
+            )
+        return said
+
+
+def reckon(shapes: Shapes, config: RunConfig) -> Estimate:
+    """About what a step takes, from models of few layers; exactly, where there are not many more."""
+    if shapes.layers <= MORE + 2:
+        return shapes.count(config)
+    low, high = shapes.count(config, FEW), shapes.count(config, MORE)
+    layers = (shapes.layers - FEW) / (MORE - FEW)
+    names = ("total_mib", "tflops_per_step", "host_mib", "crossed_mib")
+    by_name = {name: getattr(low, name) + layers * (getattr(high, name) - getattr(low, name)) for name in names}
+    return dataclasses.replace(high, **by_name)
+
+
+def _least(shapes: Shapes, budget: str, taken: Sequence[Rung], exact: Estimate) -> str:
+    part, most = max(exact.parts.items(), key=lambda item: item[1])
+    tried = " ".join(rung.words for rung in taken) or "the settings as they are"
+    return (
+        f"fit {budget}: nothing that plopfast can choose fits. The least is {exact.total_mib / 1024:.2f} GiB, with {tried}; "
+        f"its largest part: {part}, {most / 1024:.2f} GiB. Give a larger --fit, shorter rows or a lower --rank"
+    )

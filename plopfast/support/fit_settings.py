@@ -1,0 +1,37 @@
+"""Settings of what fits: a model by its configuration alone, and the memory that a training may take."""
+
+from dataclasses import dataclass
+
+from .errors import ConfigError, shown
+from .options import Settings, option
+from .sizes import bytes_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShapeSettings(Settings):
+    """A model that is not loaded."""
+
+    title = "model and device"
+    model_config: str | None = option(
+        None,
+        "estimate by a configuration alone, without weights, data or a run folder: {models}, a config.json, a folder with one, "
+        "or a hub id in the cache",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings(Settings):
+    """The memory of the card, or of the CPU where that trains."""
+
+    title = "training"
+    fit: str | None = option(
+        None,
+        "memory of the device, such as 6GB or 4.5GiB: choose the cheapest options with which a step fits, and say what they "
+        "cost (options that you give stay)",
+        free=True,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fit is not None and bytes_of(self.fit) is None:
+            raise ConfigError(f"fit: expected a size of memory such as 6GB, 6GiB or 4.5GiB, got {shown(self.fit)}")
