@@ -62,7 +62,7 @@ def fit_run(run: Run, placement: Placement | None = None) -> None:
 
     `placement` is the run's own, if it has one; else the largest that it may choose counts. A resumed run keeps what it has.
     """
-    if run.config.fit is None:
+    if run.config.fit is None or run.is_loaded:  # then the run has chosen
         return
     if run.resume:
         run.say(f"fit {run.config.fit}: a resumed run keeps the options that it began with")

@@ -1,6 +1,7 @@
 """What a step of a model costs that is not loaded: its shapes come from a configuration, its placement from a rule."""
 
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,8 +50,9 @@ class Shapes:
 
     def count(self, config: RunConfig, layers: int | None = None) -> Estimate:
         """Counts a step of `config`; `layers`: of a model with only so many."""
-        how = {"quantize": config.quantize, "quantize_head": config.quantize_head}
-        model = model_of(self.name, dtype=self.dtype, layers=layers, **how)
+        model = model_of(
+            self.name, dtype=self.dtype, quantize=config.quantize, quantize_head=config.quantize_head, layers=layers
+        )
         (found,) = estimate_shapes(
             model, {"": self.place(model, config)}, config.training, rows=self.rows, row_tokens=self.tokens,
             label_tokens=self.labels, best=self.best, device=self.device,
@@ -93,7 +95,8 @@ def shapes_of(config: RunConfig, *, default_rule: bool) -> Shapes:
 
 def without_scores(report: NFNReport, settings: RunConfig) -> Placement:
     """Places by a rule that needs no scores. Raises PlacementError for the others."""
-    rules = [settings.rule, *([settings.budget.split(":")[1]] if (settings.budget or "").count(":") > 1 else [])]
+    match = re.fullmatch("match:([^:]+):.*", settings.budget or "")
+    rules = [settings.rule, *(match.groups() if match else ())]
     for name in rules:
         rule = RULES.get(name)
         if rule and rule.ranks_by:

@@ -204,7 +204,7 @@ def _kinds(model: nn.Module) -> dict[str, str]:
     """What `lean_modules` finds in a model with values, which stays as it is: name -> kind."""
     found = {}
     for name, module in lean_modules(model).items():
-        found[name] = str(module.forward.kind)  # type: ignore[union-attr]
+        found[name] = str(module.forward.kind)  # type: ignore[attr-defined]
         del module.forward
     return found
 
