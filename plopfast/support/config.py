@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
 from .fit_settings import FitSettings, ShapeSettings
+from .memory_settings import MemorySettings
 from .model_settings import Backend, ModelSettings, RankSettings, Seed
 from .options import Settings, option
 
@@ -139,7 +140,7 @@ class AdapterSettings(Init, Seed, Backend):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings(Settings):
+class StepSettings(MemorySettings):
     """What the memory and time of a training step depend on."""
 
     title = "training"
@@ -155,9 +156,6 @@ class StepSettings(Settings):
     dropout: float = option(0.0, "LoRA dropout", below=1)
     ema: float = option(
         0.0, "keep and validate a moving average of the adapters with this decay; 0: keep the adapters", below=1
-    )
-    checkpointing: bool = option(
-        False, "save memory: compute activations again in the backward pass, block by block", free=True
     )
 
 
@@ -212,6 +210,11 @@ class TrainConfig(StepSettings, Seed):
         if self.max_steps and self.epochs:
             raise ConfigError(
                 f"max_steps {self.max_steps} and epochs {self.epochs:g} both say how long to train: leave one of them out"
+            )
+        if self.mlp_rows and self.compile:
+            raise ConfigError(
+                "mlp_rows and compile exclude each other: torch.compile cannot trace a product that is computed again in the "
+                "backward pass; leave one out"
             )
         if self.packing and self.neftune:
             raise ConfigError(
@@ -289,6 +292,10 @@ class RunConfig(
             raise ConfigError("--parallel fsdp spreads dense weights, --quantize keeps codes: leave one of them out")
         if self.fit and self.parallel == "fsdp":
             raise ConfigError("--fit counts what one device holds, --parallel fsdp spreads it: leave one of them out")
+        if self.mlp_rows and self.parallel == "fsdp":
+            raise ConfigError(
+                "--mlp-rows computes MLPs again when --parallel fsdp may have given their weights back: leave one of them out"
+            )
         if self.full and self.quantize:
             raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
         if self.full:

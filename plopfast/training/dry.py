@@ -39,6 +39,7 @@ from ..models.quantized import one_workspace
 from ..models.rotary import rotated
 from ..models.running import body, device_of, output_head
 from ..models.shapes import miniature
+from ..models.tiles import TOKENS, token_wise
 from ..support.config import TrainConfig
 from .blocks import prepared_blocks
 from .loss import Objective
@@ -83,7 +84,7 @@ class Estimate:
 class Step:
     """A step to estimate: all but the placement.
 
-    `lean` tells what `lean_modules` found in a model with values: name -> kind. `like` is that model: its family's rotary
+    `lean` tells what `recognised` found in a model with values: name -> kind. `like` is that model: its family's rotary
     embedding is compared there. A micro-batch has `rows` of `tokens` tokens, of which the last `labels` have a label.
     """
 
@@ -101,7 +102,7 @@ class Step:
     def of_model(cls, model: nn.Module, config: TrainConfig, **of: Any) -> "Step":
         """A step of a model with values, on its own device; `of` are the fields rows, tokens, labels and best."""
         objective = Objective(model, recomputed=config.checkpointing)
-        return cls(objective, model, _kinds(model), config, device=device_of(model), **of)
+        return cls(objective, model, recognised(model, config), config, device=device_of(model), **of)
 
     @classmethod
     def of_shapes(cls, model: Any, config: TrainConfig, **of: Any) -> "Step":
@@ -111,7 +112,7 @@ class Step:
         computes it.
         """
         small = miniature(model)
-        kinds = _kinds(small) if small is not None else {}
+        kinds = recognised(small, config) if small is not None else {}
         by_place: dict[str, set[str | None]] = {}
         for name, _ in small.named_modules() if small is not None else ():
             by_place.setdefault(_numberless(name), set()).add(kinds.get(name))
@@ -200,13 +201,17 @@ class Step:
         return {"input_ids": ids, "labels": ids, "at": (row, columns.repeat(self.rows))}
 
 
-def _kinds(model: nn.Module) -> dict[str, str]:
-    """What `lean_modules` finds in a model with values, which stays as it is: name -> kind."""
-    found = {}
-    for name, module in lean_modules(model).items():
-        found[name] = str(module.forward.kind)  # type: ignore[attr-defined]
-        del module.forward
-    return found
+def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:
+    """Returns the kinds of the modules that `prepared_blocks` would give another forward, by name; it takes them where the
+    tensors have no values. `model` stays as it is."""
+    lean = lean_modules(model)
+    kinds = {name: str(module.forward.kind) for name, module in lean.items()}  # type: ignore[attr-defined]
+    try:
+        alone = token_wise(model)[0] if config.mlp_rows else {}
+    finally:
+        for module in lean.values():
+            del module.forward
+    return dict.fromkeys(alone, TOKENS) | kinds
 
 
 def _numberless(name: str) -> str:
