@@ -224,6 +224,12 @@ def _place(tensor: torch.Tensor) -> Any:
     return (tensor.device, pointer) if pointer else id(tensor)
 
 
+def streamed_in(model: nn.Module) -> list[str]:
+    """The names of the linear modules whose weights are streamed."""
+    carried = [(name, module, vars(module).get("frozen")) for name, module in model.named_modules()]
+    return [name for name, own, f in carried if isinstance(f, FrozenWeight) and f.streamed and f.module is own]
+
+
 def make_dense(model: nn.Module) -> list[str]:
     """Puts an nn.Linear with the decoded weight in the place of each quantised linear module; returns their names."""
     names = []
