@@ -30,6 +30,8 @@ class FrozenWeight:
     module's place. It is cheap to make, and a LoRALinear keeps one as its attribute `frozen`.
     """
 
+    streamed = False  # whether the values lie elsewhere than on `device`, see streaming.py
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.transposed = is_transposed(module)  # PEFT's fan_in_fan_out

@@ -119,7 +119,7 @@ class Streamer:
     in their slot; they are to be used at once, and brings the block first where it is not there. `owner[slot]` is the block
     that a slot holds.
 
-    A test may set `trace` to a list; it gets ("enter", block, slot), ("fence", slot), ("copy", slot, block), ("wait", slot)
+    A test may set `trace` to a list; it gets ("enter", block), ("fence", slot), ("copy", slot, block), ("wait", slot)
     and ("use", slot, block) in their order.
     """
 
@@ -155,9 +155,8 @@ class Streamer:
     def enter(self, block: int, step: int) -> None:
         """Begins a block's pass: it is there for the products that follow, and the next one, `step` further, is copied
         meanwhile."""
-        slot = self._bring(block, block + step)
-        self._note("enter", block, slot)
-        self._wait(slot)
+        self._note("enter", block)
+        self._wait(self._bring(block, block + step))
         if 0 <= block + step < len(self.payloads):
             self._bring(block + step, block)
 
@@ -176,7 +175,7 @@ class Streamer:
         """The slot that holds the block, after a copy where none does: not into that of `keep`."""
         if block in self.owner:
             return self.owner.index(block)
-        slot = next(number for number, owner in enumerate(self.owner) if owner is None or owner != keep)
+        slot = min(range(len(self.owner)), key=lambda number: (self.owner[number] == keep, self.owner[number] is not None))
         self.owner[slot], self.waited[slot] = None, False  # an exception below leaves it empty
         self._note("fence", slot)
         self._queue.fence(slot)

@@ -146,16 +146,32 @@ def _streamed_class(plain: type) -> type:
     return type(plain.__name__, (_StreamedModule, plain), {"__module__": __name__, "plain": plain})
 
 
-class _Turn:
-    """A hook before a block's forward (`step` 1) or backward pass (-1). An object, so that a copied model has its own."""
+class _Forward:
+    """A hook before a block's forward pass. An object, so that a copied model has its own."""
 
-    def __init__(self, streamer: Streamer, block: int, step: int) -> None:
-        self.streamer, self.block, self.step = streamer, block, step
+    def __init__(self, streamer: Streamer, block: int) -> None:
+        self.streamer, self.block = streamer, block
 
-    def __call__(self, module: nn.Module, given: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any) -> None:
         # a block that is computed again within the backward pass has been brought for that already
-        if self.step < 0 or torch._C._current_graph_task_id() == -1:
-            self.streamer.enter(self.block, self.step)
+        if torch._C._current_graph_task_id() == -1:
+            self.streamer.enter(self.block, 1)
+
+
+class _Backward(_Forward):
+    """A hook after a block's forward pass: the gradient of its output begins its backward pass.
+
+    torch's full backward pre-hook would say the same, and warn at the first block, whose input has no gradient.
+    """
+
+    def __call__(self, module: nn.Module, args: Any, output: Any = None) -> None:
+        outputs = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else (output,)
+        for one in outputs:
+            if isinstance(one, torch.Tensor) and one.requires_grad:
+                one.register_hook(self.begin)
+
+    def begin(self, gradient: torch.Tensor) -> None:
+        self.streamer.enter(self.block, -1)
 
 
 class _Stays:
@@ -276,8 +292,8 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
             for key in _weights(module):
                 module._parameters[key] = None
             module.__class__ = _streamed_class(type(module))
-        block.register_forward_pre_hook(_Turn(streamer, index, 1))
-        block.register_full_backward_pre_hook(_Turn(streamer, index, -1))
+        block.register_forward_pre_hook(_Forward(streamer, index))
+        block.register_forward_hook(_Backward(streamer, index))
     model.to(device)
     model.computes_on, model._apply = device, _Stays(model, device)
     where = ("pageable" if pageable else "pinned") + " memory" if device.type == "cuda" else "memory and mapped files"
@@ -313,8 +329,8 @@ def unstream(model: Any) -> list[str]:
     for module in model.modules():
         if isinstance(carried := vars(module).get("frozen"), StreamedWeight):  # of the adapter around a module
             module.frozen = carried.host
-        for hooks in (module._forward_pre_hooks, module._backward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, _Turn)]:
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Forward)]:
                 del hooks[key]
     for attribute in {"computes_on", "_apply", "streaming"} & vars(model).keys():
         delattr(model, attribute)
