@@ -294,11 +294,24 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
             module.__class__ = _streamed_class(type(module))
         block.register_forward_pre_hook(_Forward(streamer, index))
         block.register_forward_hook(_Backward(streamer, index))
-    model.to(device)
+    _move(model, device)
     model.computes_on, model._apply = device, _Stays(model, device)
     where = ("pageable" if pageable else "pinned") + " memory" if device.type == "cuda" else "memory and mapped files"
     model.streaming = Streaming(streamer, len(chosen), stay, where)
     return model.streaming
+
+
+def _move(model: nn.Module, device: torch.device) -> None:
+    """As `model.to(device)`, which cannot exchange tensors without values."""
+    if all(type(parameter) is nn.Parameter for parameter in model.parameters()):
+        model.to(device)
+        return
+    moved: dict[torch.Tensor, Any] = {}
+    for module in model.modules():
+        for name, p in [(name, p) for name, p in module._parameters.items() if p is not None]:
+            module._parameters[name] = moved.setdefault(p, nn.Parameter(p.detach().to(device), p.requires_grad))
+        for name, buffer in [(name, b) for name, b in module._buffers.items() if b is not None]:
+            module._buffers[name] = moved.setdefault(buffer, buffer.to(device))
 
 
 def _weights(module: nn.Module) -> dict[str, Any]:

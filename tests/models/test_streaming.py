@@ -38,7 +38,7 @@ def broken(trace, count=2):
             case "fence", slot:
                 fenced[slot] = True
             case "copy", slot, block:
-                if not fenced[slot] or holds[slot] == inside:
+                if not fenced[slot] or None is not holds[slot] == inside != block:
                     return event
                 holds[slot], waited[slot], fenced[slot] = block, False, False
             case "wait", slot:
@@ -290,11 +290,11 @@ def test_a_copy_without_values_streams_to_the_stand_in_of_a_card():
     with FakeCopyMode(mode):
         fake = copy.deepcopy(plain)
     with mode:
-        streamer = traced_to_meta = stream(fake, "meta").streamer
+        streamer = stream(fake, "meta").streamer
         adapted(fake)
         ids = ids.to("meta")
         fake(ids, labels=ids, use_cache=False).loss.backward()
-    assert traced_to_meta.slots[0].device.type == "meta" and streamer.payloads[0].tensors["mlp.up_proj"]["weight"].is_cpu
+    assert streamer.slots[0].device.type == "meta" and streamer.payloads[0].tensors["mlp.up_proj"]["weight"].is_cpu
 
 
 def test_moves_casts_and_updates_are_refused():
