@@ -22,8 +22,10 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device of the model's first parameter."""
-    return next(model.parameters()).device
+    """Returns the device that the model computes on: `computes_on`, where parts of it live elsewhere, else that of its first
+    parameter."""
+    device = getattr(model, "computes_on", None)
+    return next(model.parameters()).device if device is None else device
 
 
 @contextlib.contextmanager
