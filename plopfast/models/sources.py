@@ -180,7 +180,10 @@ def _check_sizes(source: str, config: Any) -> None:
 
 
 def _shapes(file: Path) -> Iterator[list[int]]:
-    with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="numpy") as tensors:  # loading says more
+    with (
+        contextlib.suppress(SafetensorError, OSError),
+        safe_open(file, framework="numpy") as tensors,
+    ):  # loading says more
         for key in tensors.keys():  # noqa: SIM118
             yield tensors.get_slice(key).get_shape()
 

@@ -51,6 +51,7 @@ LADDER: tuple[Rung, ...] = (
         "--quantize nf4", {"quantize": "nf4"}, "weights rounded to 4 bits, decoded for each product",
         changes_results=True, needs=_frozen,
     ),
+    Rung("--mlp-rows 512", {"mlp_rows": 512}, "MLPs in tiles", needs=lambda config: not config.compile),
     Rung(
         "--quantize-head", {"quantize_head": True}, "the output head rounded, too", changes_results=True,
         needs=lambda config: bool(config.quantize) and _frozen(config),

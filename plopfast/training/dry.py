@@ -39,6 +39,7 @@ from ..models.quantized import one_workspace
 from ..models.rotary import rotated
 from ..models.running import body, device_of, output_head
 from ..models.shapes import miniature
+from ..models.streaming import stream
 from ..models.tiles import TOKENS, token_wise
 from ..support.config import TrainConfig
 from .blocks import prepared_blocks
@@ -47,12 +48,13 @@ from .meter import Meter
 
 MIB = 2**20
 LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and other weights"
+SLOTS, STREAMED = "slots of streamed blocks", "streamed blocks in CPU memory"
 WORKSPACE = "workspace of a decoded weight"
 ADAPTERS, CASTS, GRADIENTS, MOMENTS = "adapters", "adapters in the weights' dtype", "gradients", "AdamW's moments"
 BEST, AVERAGE = "best values so far", "moving average"
 KEPT, LOSS, BACKWARD = "kept for the backward pass", "loss", "backward pass, a block at a time"
 PARTS = (
-    LINEAR, EMBEDDING, HEAD, OTHER, WORKSPACE, ADAPTERS, CASTS, GRADIENTS, MOMENTS, BEST, AVERAGE, KEPT, LOSS, BACKWARD,
+    LINEAR, STREAMED, SLOTS, EMBEDDING, HEAD, OTHER, WORKSPACE, ADAPTERS, CASTS, GRADIENTS, MOMENTS, BEST, AVERAGE, KEPT, LOSS, BACKWARD,
 )  # fmt: skip
 
 
@@ -97,6 +99,7 @@ class Step:
     labels: int
     best: bool
     device: torch.device
+    resident_share: float | None = None  # a model without values is streamed, but for this share of its blocks
 
     @classmethod
     def of_model(cls, model: nn.Module, config: TrainConfig, **of: Any) -> "Step":
@@ -135,7 +138,11 @@ class Step:
         config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
         rotary = rotated(self.like) if self.like is not None else contextlib.nullcontext()
         with rotary, mode:  # compared before values are gone
-            _move(model, self.device)
+            if self.resident_share is None:
+                _move(model, self.device)
+            else:
+                _move(model, torch.device("cpu"))
+                stream(model, self.device, self.resident_share)
             if placement is None:
                 make_dense(model)
                 _widen(model)
@@ -232,6 +239,12 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
             yield tensor, ADAPTERS if name in ("lora_A", "lora_B") else part
     for tensor in model.buffers():
         yield tensor, OTHER
+    if streaming := getattr(model, "streaming", None):
+        for tensor in streaming.streamer.slots:
+            yield tensor, SLOTS
+        for payload in streaming.streamer.payloads:
+            for tensors in payload.tensors.values():
+                yield from ((tensor, STREAMED) for tensor in tensors.values())
 
 
 def _move(model: nn.Module, device: torch.device) -> None:

@@ -56,15 +56,22 @@ def estimate_shapes(
     label_tokens: int | None = None,
     best: bool = True,
     device: str | torch.device = "meta",
+    resident_share: float | None = None,
     progress: bool = False,
 ) -> list[Estimate]:
     """As `estimate`, for a model without values, as `models.shapes.model_of` builds it. `device` "meta" stands for a card;
-    "cpu" counts a training on the CPU.
+    "cpu" counts a training on the CPU. With `resident_share` all other blocks are streamed from CPU memory.
 
         estimate_shapes(model_of("meta-llama-3-8b", quantize="nf4"), {"mine": placement}, config, rows=1, row_tokens=2048)
     """
     labels = row_tokens - 1 if label_tokens is None else label_tokens
-    of: dict[str, Any] = {"rows": rows, "tokens": row_tokens, "labels": labels, "best": best}
+    of: dict[str, Any] = {
+        "rows": rows,
+        "tokens": row_tokens,
+        "labels": labels,
+        "best": best,
+        "resident_share": resident_share,
+    }
     step = Step.of_shapes(model, config, device=torch.device(device), **of)
     return _of(step, placements, progress)
 
