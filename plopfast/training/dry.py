@@ -124,8 +124,8 @@ class Step:
             found = by_place.get(_numberless(name), set())
             if len(found) == 1 and (kind := next(iter(found))) is not None:
                 lean[name] = kind
-        compared = Objective(small) if small is not None else None
-        objective = Objective(model, recomputed=config.checkpointing, like=compared)
+        why = Objective(small).why if small is not None else "no small model of its family can be built to compare"
+        objective = Objective(model, recomputed=config.checkpointing, why=why)
         return cls(objective, small, lean, config, **of)
 
     def estimate(self, name: str, placement: Placement | None) -> Estimate:
@@ -184,7 +184,8 @@ class Step:
     def _passes(self, objective: Objective, passes: int, live: Meter) -> tuple[int, int]:
         """Runs micro-batches forward and backward. Returns the bytes that the first one keeps for its backward pass, and how
         much more there was at the most until then."""
-        batch, found = self._batch(), []
+        live.part, found = KEPT, []
+        batch = self._batch()
         for _ in range(passes):
             live.part = KEPT
             loss = objective(batch)
