@@ -13,6 +13,7 @@ import torch
 from ..support import files
 from ..support.errors import ConfigError, ModelError, PlopfastError, shown
 from . import quantizer, sources, streaming, weights
+from .embedding import PLACES, at_home, move
 from .quantized import KINDS
 from .spool import Kept, Spool, mapped_tensors
 from .stored import Stored
@@ -34,6 +35,7 @@ def load_model(
     quantize_head: bool = False,
     stream: bool = False,
     resident_share: float = 0.0,
+    embedding: str = "device",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
@@ -49,14 +51,19 @@ def load_model(
     through two slots on the device, all but a `resident_share` of the layers (see streaming.py); `print(model.streaming)`
     says how.
 
+    With `embedding="cpu"` the rows of the input embedding are looked up in CPU memory and only these go to the device;
+    `model.computes_on` is the device then. A model with a tied output head is refused, as its head needs all rows.
+
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
     another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
-    of its own, or cannot be streamed; ConfigError for a `quantize` that is no kind and a `resident_share` that is no share of a
-    streamed model; and FileError where the cache cannot be written, or has no room.
+    of its own, or cannot be streamed; ConfigError for a `quantize` or `embedding` that is no kind and a `resident_share` that is
+    no share of a streamed model; and FileError where the cache cannot be written, or has no room.
 
     >>> model, tokenizer = pf.load_model(quantize="nf4")
     """
     check_quantize(quantize, quantize_head)
+    if embedding not in PLACES:
+        raise ConfigError(f"embedding: expected one of {', '.join(PLACES)}, got {shown(embedding)}")
     check_stream(stream, resident_share)
     device = torch.device(device)
     spool = Spool() if stream and device.type == "cpu" else None
@@ -77,10 +84,11 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
     if stream:
-        streaming.stream(model, device, resident_share)
+        with at_home(model, device, embedding):
+            streaming.stream(model, device, resident_share)
         quantizer.let_files_go(model)  # what is not streamed
     else:
-        model.to(device)
+        move(model, device, embedding)
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 

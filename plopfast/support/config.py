@@ -296,6 +296,9 @@ class RunConfig(
             raise ConfigError(
                 "--mlp-rows computes MLPs again when --parallel fsdp may have given their weights back: leave one of them out"
             )
+        if self.embedding == "cpu" and (self.full or self.parallel == "fsdp"):
+            other = "--full trains the embedding, too" if self.full else "--parallel fsdp has it on each device"
+            raise ConfigError(f"--embedding cpu keeps a frozen embedding in CPU memory, {other}: leave one of them out")
         if self.full and self.quantize:
             raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
         if self.full:

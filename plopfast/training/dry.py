@@ -33,13 +33,14 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
+from ..models.embedding import at_home
 from ..models.frozen import find_frozen, is_linear, make_dense
 from ..models.lean import lean_modules
 from ..models.quantized import one_workspace
 from ..models.rotary import rotated
 from ..models.running import body, device_of, output_head
 from ..models.shapes import miniature
-from ..models.streaming import stream
+from ..models.streaming import stream, unstream
 from ..models.tiles import TOKENS, token_wise
 from ..support.config import TrainConfig
 from .blocks import prepared_blocks
@@ -100,6 +101,7 @@ class Step:
     best: bool
     device: torch.device
     resident_share: float | None = None  # a model without values is streamed, but for this share of its blocks
+    embedding: str = "device"  # where its rows are looked up, of a model without values
 
     @classmethod
     def of_model(cls, model: nn.Module, config: TrainConfig, **of: Any) -> "Step":
@@ -138,12 +140,9 @@ class Step:
         config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
         rotary = rotated(self.like) if self.like is not None else contextlib.nullcontext()
         with rotary, mode:  # compared before values are gone
-            if self.resident_share is None:
-                _move(model, self.device)
-            else:
-                _move(model, torch.device("cpu"))
-                stream(model, self.device, self.resident_share)
+            self._place(model)
             if placement is None:
+                unstream(model)
                 make_dense(model)
                 _widen(model)
                 model.requires_grad_(True)
@@ -180,6 +179,19 @@ class Step:
             host_mib=live.host_peak / MIB,
             crossed_mib=live.crossed / passes * config.accumulate / MIB,
         )
+
+    def _place(self, model: nn.Module) -> None:
+        """Puts a model without values on its devices, as `loading.load_model` puts one with values."""
+        if self.like is self.objective.model:
+            return
+        apart = self.resident_share is not None or self.embedding == "cpu"
+        put_on(model, torch.device("cpu") if apart else self.device)
+        if self.resident_share is not None:
+            with at_home(model, self.device, self.embedding):
+                stream(model, self.device, self.resident_share)
+        elif apart:
+            with at_home(model, self.device, self.embedding):
+                put_on(model, self.device)
 
     def _passes(self, objective: Objective, passes: int, live: Meter) -> tuple[int, int]:
         """Runs micro-batches forward and backward. Returns the bytes that the first one keeps for its backward pass, and how
@@ -248,7 +260,7 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
                 yield from ((tensor, STREAMED) for tensor in tensors.values())
 
 
-def _move(model: nn.Module, device: torch.device) -> None:
+def put_on(model: nn.Module, device: torch.device) -> None:
     """Puts the fake tensors of a model from "meta" on the device that it would be on."""
     moved: dict[torch.Tensor, torch.Tensor] = {}
     for module in model.modules():

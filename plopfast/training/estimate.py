@@ -57,10 +57,12 @@ def estimate_shapes(
     best: bool = True,
     device: str | torch.device = "meta",
     resident_share: float | None = None,
+    embedding: str = "device",
     progress: bool = False,
 ) -> list[Estimate]:
     """As `estimate`, for a model without values, as `models.shapes.model_of` builds it. `device` "meta" stands for a card;
-    "cpu" counts a training on the CPU. With `resident_share` all other blocks are streamed from CPU memory.
+    "cpu" counts a training on the CPU. With `resident_share` all other blocks are streamed from CPU memory, and with
+    `embedding="cpu"` rows are looked up there.
 
         estimate_shapes(model_of("meta-llama-3-8b", quantize="nf4"), {"mine": placement}, config, rows=1, row_tokens=2048)
     """

@@ -121,6 +121,7 @@ option(
     info="said",
 )
 WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
+option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU, that is where it is
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)

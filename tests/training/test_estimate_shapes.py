@@ -133,7 +133,7 @@ def test_what_mixes_the_devices_is_an_error(llama):
         model.model.norm.weight = torch.nn.Parameter(torch.ones(HIDDEN, dtype=torch.bfloat16), requires_grad=False)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ModelError, match="FakeTensorDeviceMismatch|devices"):
-        patch.setattr(dry, "_move", left_behind)
+        patch.setattr(dry, "put_on", left_behind)
         counted(model_of(llama))
 
 
