@@ -110,7 +110,9 @@ class Encoding:
     """Makes codes of `kind` of the linear weights in the repeated layers, and with `head` of the output head, too. `keep` may
     put them elsewhere than into memory."""
 
-    def __init__(self, kind: str, head: bool, keep: Callable[[torch.Tensor], torch.Tensor] = lambda codes: codes) -> None:
+    def __init__(
+        self, kind: str, head: bool, keep: Callable[[torch.Tensor], torch.Tensor] = lambda codes: codes
+    ) -> None:
         self.kind, self.head, self.keep = kind, head, keep
         self.ignored: list[str] = []
         self._modules: dict[

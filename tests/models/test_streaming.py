@@ -265,7 +265,9 @@ def test_a_copy_streams_on_its_own_and_shares_the_payload():
     adapted(model)
     again = copy.deepcopy(model)
     other = again.streaming.streamer
-    assert other is not streamer and other.payloads[0] is streamer.payloads[0] and other.slots[0] is not streamer.slots[0]
+    assert (
+        other is not streamer and other.payloads[0] is streamer.payloads[0] and other.slots[0] is not streamer.slots[0]
+    )
     other.trace = []
     assert equal(steps(model), steps(again)) and copies(other.trace)
     again.to("cpu")
@@ -348,7 +350,10 @@ def test_resident_blocks_are_spread_evenly():
 
 
 def test_fields_are_aligned_and_one_buffer_holds_them():
-    tensors = {"a": {"weight": torch.arange(7.0)}, "b": {"weight": torch.arange(3, dtype=torch.uint8), "s": torch.ones(2)}}
+    tensors = {
+        "a": {"weight": torch.arange(7.0)},
+        "b": {"weight": torch.arange(3, dtype=torch.uint8), "s": torch.ones(2)},
+    }
     payload = payload_of(tensors)
     assert list(payload.begins.values()) == [0, ALIGNED, 2 * ALIGNED] and payload.size == 3 * ALIGNED
     whole = in_one_buffer(payload, torch.zeros(payload.size, dtype=torch.uint8))
