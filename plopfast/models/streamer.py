@@ -35,9 +35,7 @@ class Payload:
     tensors: Tensors
     begins: Mapping[tuple[str, str], int]
     size: int
-    whole: torch.Tensor | None = (
-        None  # uint8 [size], where the tensors are views of one buffer: one copy brings them all
-    )
+    whole: torch.Tensor | None = None  # uint8 [size], of which the tensors are views: one copy brings them all
 
     def copied_into(self, slot: torch.Tensor) -> None:
         """Copies the block to the start of a slot, without waiting for it on a GPU."""
@@ -177,9 +175,8 @@ class Streamer:
         """The slot that holds the block, after a copy where none does: not into that of `keep`."""
         if block in self.owner:
             return self.owner.index(block)
-        slot = min(
-            range(len(self.owner)), key=lambda number: (self.owner[number] == keep, self.owner[number] is not None)
-        )
+        owner = self.owner
+        slot = min(range(len(owner)), key=lambda number: (owner[number] == keep, owner[number] is not None))
         self.owner[slot], self.waited[slot] = None, False  # an exception below leaves it empty
         self._note("fence", slot)
         self._queue.fence(slot)

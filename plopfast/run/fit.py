@@ -45,16 +45,35 @@ def _frozen(config: RunConfig) -> bool:
     return not config.full and config.parallel != "fsdp"
 
 
+def _streamable(config: RunConfig) -> bool:
+    return _frozen(config) and not config.compile
+
+
 LADDER: tuple[Rung, ...] = (
     Rung("--checkpointing", {"checkpointing": True}),
     Rung(
-        "--quantize nf4", {"quantize": "nf4"}, "weights rounded to 4 bits, decoded for each product",
+        "--quantize nf4", {"quantize": "nf4"}, "weights rounded to 4 bits, and decoded for each product",
         changes_results=True, needs=_frozen,
     ),
-    Rung("--mlp-rows 512", {"mlp_rows": 512}, "MLPs in tiles", needs=lambda config: not config.compile),
     Rung(
-        "--quantize-head", {"quantize_head": True}, "the output head rounded, too", changes_results=True,
+        "--mlp-rows 512", {"mlp_rows": 512}, "smaller products",
+        needs=lambda config: not config.compile and config.parallel != "fsdp",
+    ),
+    Rung(
+        "--embedding cpu", {"embedding": "cpu"}, "a wait for each micro-batch's rows of the embedding",
+        for_cpu=False, needs=_frozen,
+    ),
+    Rung(
+        "--quantize-head", {"quantize_head": True}, "the output head rounded and decoded, too", changes_results=True,
         needs=lambda config: bool(config.quantize) and _frozen(config),
+    ),
+    Rung(
+        "--stream --resident-share 0.5", {"stream": True, "resident_share": 0.5},
+        "every second layer copied from pinned CPU memory, forwards and backwards", needs=_streamable,
+    ),
+    Rung(
+        "--stream", {"stream": True, "resident_share": 0.0},
+        "each layer copied from pinned CPU memory, forwards and backwards", needs=_streamable,
     ),
 )  # fmt: skip
 

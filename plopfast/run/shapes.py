@@ -56,7 +56,7 @@ class Shapes:
         (found,) = estimate_shapes(
             model, {"": self.place(model, config)}, config.training, rows=self.rows, row_tokens=self.tokens,
             label_tokens=self.labels, best=self.best, device=self.device,
-            resident_share=getattr(config, "resident_share", 0.0) if getattr(config, "stream", False) else None,
+            resident_share=config.resident_share if config.stream else None, embedding=config.embedding,
         )  # fmt: skip
         return found
 

@@ -67,13 +67,8 @@ def estimate_shapes(
         estimate_shapes(model_of("meta-llama-3-8b", quantize="nf4"), {"mine": placement}, config, rows=1, row_tokens=2048)
     """
     labels = row_tokens - 1 if label_tokens is None else label_tokens
-    of: dict[str, Any] = {
-        "rows": rows,
-        "tokens": row_tokens,
-        "labels": labels,
-        "best": best,
-        "resident_share": resident_share,
-    }
+    of: dict[str, Any] = {"rows": rows, "tokens": row_tokens, "labels": labels, "best": best}
+    of |= {"resident_share": resident_share, "embedding": embedding}
     step = Step.of_shapes(model, config, device=torch.device(device), **of)
     return _of(step, placements, progress)
 

@@ -109,6 +109,10 @@ option(
     info="said",
 )
 option(
+    "stream", "--stream", score="", audit="", estimate="estimate", train="", eval=""
+)  # bit for bit the same on a CPU
+option("resident_share", "--resident-share=0.5", "--stream", score="", audit="", estimate="estimate", train="", eval="")
+option(
     "quantize_head",
     "--quantize-head",
     "--quantize=int8",
