@@ -20,7 +20,7 @@ from ..support.errors import ConfigError, ModelError, PlacementError
 from ..training.estimate import as_rows, estimate
 from ..training.plan import Plan
 from .apply import placed, unscored
-from .fit import Fitted, fit
+from .fit import Fitted, fit, limit_of
 from .run import Run
 from .shapes import Shapes, largest
 
@@ -76,8 +76,10 @@ def fit_run(run: Run, placement: Placement | None = None) -> None:
 
 def fitted(run: Run, placement: Placement | None) -> Fitted:
     """What `fit` chooses for a run's model, rows and placement."""
-    config, shape = run.config, _shape(run)
+    config = run.config
     assert config.fit is not None
+    limit_of(config.fit)  # before the rows are read
+    shape = _shape(run)
     device = device_for(config.device)
 
     def place(model: Any, settings: RunConfig) -> Placement | None:

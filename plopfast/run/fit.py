@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..support.config import RunConfig
-from ..support.errors import ConfigError, ModelError
+from ..support.errors import ConfigError, ModelError, shown
 from ..support.sizes import bytes_of
 from ..training.dry import MIB, Estimate
 from .shapes import Shapes
@@ -90,9 +90,7 @@ class Fitted:
 def fit(shapes: Shapes, config: RunConfig, budget: str, ladder: Sequence[Rung] = LADDER) -> Fitted:
     """Chooses options for `budget`, such as "6GB". Raises ConfigError where nothing fits: it names the least that would, and the
     largest part of that."""
-    room = bytes_of(budget)
-    assert room is not None
-    limit = room / MIB
+    limit = limit_of(budget)
     search = _Search(shapes, config, limit)
     seen = search.reckoned([])
     exact = shapes.count(config) if seen is None or seen.total_mib <= NEAR * limit else None
@@ -111,6 +109,14 @@ def fit(shapes: Shapes, config: RunConfig, budget: str, ladder: Sequence[Rung] =
     if pruned != taken and (again := shapes.count(search.settings(pruned))).total_mib <= limit:
         taken, exact = pruned, again
     return Fitted(search.settings(taken), exact, search.lines(taken, exact, budget))
+
+
+def limit_of(budget: str) -> float:
+    """The MiB of a budget. Raises ConfigError for a text that is no size of memory."""
+    size = bytes_of(budget)
+    if size is None:
+        raise ConfigError(f"fit: expected a size of memory such as 6GB, 6GiB or 4.5GiB, got {shown(budget)}")
+    return size / MIB
 
 
 class _Search:

@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-from .errors import ConfigError, shown
 from .options import Settings, option
-from .sizes import bytes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +28,3 @@ class FitSettings(Settings):
         "cost (options that you give stay)",
         free=True,
     )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.fit is not None and bytes_of(self.fit) is None:
-            raise ConfigError(f"fit: expected a size of memory such as 6GB, 6GiB or 4.5GiB, got {shown(self.fit)}")

@@ -10,7 +10,7 @@ def size_of(text: str) -> tuple[Fraction, bool] | None:
     >>> size_of("8MiB")
     (Fraction(8388608, 1), True)
     """
-    found = re.fullmatch(r"(?P<number>\d{1,18}(\.\d{1,18})?) *(?P<unit>|[kKMG]|[kKMG]i?B|B)", text)
+    found = re.fullmatch(r"(?P<number>\d{1,18}(\.\d{1,18})?) *(?P<unit>|[kKMG]|[kKMG]i?B|B)", text, re.ASCII)
     if not found:
         return None
     base, power = 1024 if "i" in found["unit"] else 1000, "BKMG".index((found["unit"].upper() or "B")[0])

@@ -55,7 +55,7 @@ ADAPTERS, CASTS, GRADIENTS, MOMENTS = "adapters", "adapters in the weights' dtyp
 BEST, AVERAGE = "best values so far", "moving average"
 KEPT, LOSS, BACKWARD = "kept for the backward pass", "loss", "backward pass, a block at a time"
 PARTS = (
-    LINEAR, STREAMED, SLOTS, EMBEDDING, HEAD, OTHER, WORKSPACE, ADAPTERS, CASTS, GRADIENTS, MOMENTS, BEST, AVERAGE, KEPT, LOSS, BACKWARD,
+    LINEAR, SLOTS, EMBEDDING, HEAD, OTHER, WORKSPACE, ADAPTERS, CASTS, GRADIENTS, MOMENTS, BEST, AVERAGE, KEPT, LOSS, BACKWARD,
 )  # fmt: skip
 
 
@@ -149,7 +149,7 @@ class Step:
             else:
                 inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
             for tensor, part in _parts_of(model):
-                live.add(tensor, part)
+                live.add(tensor, part, host=part == STREAMED)  # on a CPU it lies in a mapped file, which the system may drop
             trained = [p for p in model.parameters() if p.requires_grad]
             values = sum(p.nbytes for p in trained)
             weights = live.now - (values if placement is not None else 0)

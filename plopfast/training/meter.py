@@ -34,13 +34,14 @@ class Meter(TorchDispatchMode):
         self._known: dict[int, str] = {}
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
-    def add(self, tensor: torch.Tensor, part: str | None = None) -> None:
-        """Counts a tensor's storage until it is freed; a storage that is known counts once."""
+    def add(self, tensor: torch.Tensor, part: str | None = None, *, host: bool = False) -> None:
+        """Counts a tensor's storage until it is freed; a storage that is known counts once. `host`: it does not lie on the
+        device, whatever its own says."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
-        on_card = self.card is None or tensor.device.type == self.card
+        on_card = not host and (self.card is None or tensor.device.type == self.card)
         self._known[key] = (self.part if part is None else part) if on_card else HOST
         if on_card:
             self.now += size

@@ -40,7 +40,7 @@ CHOICES = {
 TEXTS = {
     "model": None, "device": "auto", "train": None, "valid": None, "test": None, "unlabeled": None, "columns": None,
     "rule": "plop", "budget": None, "log_to": "none", "arms": "plop,plop-inverse,attn,mlp,all", "lrs": "5e-4,1e-3,2e-3",
-    "seeds": "0,1,2", "general": None,
+    "seeds": "0,1,2", "general": None, "fit": None, "model_config": None,
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
@@ -142,7 +142,7 @@ CONTRADICTIONS = [
     {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
-    {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
+    {"fit": "6GB", "parallel": "fsdp"}, {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
     {"stream": True, "arms": "plop,full"}, {"resident_share": 0.5},
 ]  # fmt: skip
 
