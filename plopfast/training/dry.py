@@ -38,7 +38,7 @@ from ..models.frozen import find_frozen, is_linear, make_dense
 from ..models.lean import lean_modules
 from ..models.quantized import one_workspace
 from ..models.rotary import rotated
-from ..models.running import body, device_of, output_head
+from ..models.running import body, device_of, output_head, remember_requires_grad
 from ..models.shapes import miniature
 from ..models.streaming import stream, unstream
 from ..models.tiles import TOKENS, token_wise
@@ -224,6 +224,8 @@ class Step:
 def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:
     """Returns the kinds of the modules that `prepared_blocks` would give another forward, by name; it takes them where the
     tensors have no values. `model` stays as it is."""
+    put_back = remember_requires_grad(model)
+    model.requires_grad_(False)  # as beside adapters; weights that are trained go other ways by themselves
     lean = lean_modules(model)
     kinds = {name: str(module.forward.kind) for name, module in lean.items()}  # type: ignore[attr-defined]
     try:
@@ -231,6 +233,7 @@ def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:
     finally:
         for module in lean.values():
             del module.forward
+        put_back()
     return dict.fromkeys(alone, TOKENS) | kinds
 
 
