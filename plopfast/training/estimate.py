@@ -165,7 +165,8 @@ class Step:
                     saved, logits = live.now - before, live.peak - live.now
                     loss.backward()
                     del loss
-        kept = values * (2 + self.best + bool(config.ema))  # AdamW's moments, the best values and the moving average
+        best = self.best and (config.keep_best == "device" or device_of(model).type == "cpu")
+        kept = values * (2 + best + bool(config.ema))  # AdamW's moments, the best values and the moving average
         return Estimate(
             name=name,
             types=placement.types if placement is not None else [],
