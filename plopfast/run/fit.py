@@ -60,6 +60,9 @@ LADDER: tuple[Rung, ...] = (
         needs=lambda config: not config.compile and config.parallel != "fsdp",
     ),
     Rung(
+        "--keep-best cpu", {"keep_best": "cpu"}, "a copy of the adapters to CPU memory at each better validation", for_cpu=False
+    ),
+    Rung(
         "--embedding cpu", {"embedding": "cpu"}, "a wait for each micro-batch's rows of the embedding",
         for_cpu=False, needs=_frozen,
     ),

@@ -18,3 +18,6 @@ class MemorySettings(Settings):
         "save memory: compute each MLP so many tokens at a time, and again in the backward pass (default: all at once)",
         positive=True,
     )
+    keep_best: str = option(
+        "device", "where the best adapters so far are kept; cpu saves the device's memory", ("device", "cpu"), free=True
+    )

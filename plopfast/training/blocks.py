@@ -66,6 +66,8 @@ def prepared_blocks(
             notes.append("blocks compiled by torch.compile")
         if config.mlp_rows:
             notes.append(undo.enter_context(tiled(model, config.mlp_rows, lean)))
+        if config.keep_best == "cpu" and device.type != "cpu":
+            notes.append("the best adapters so far kept in CPU memory")
         if config.offload:
             undo.enter_context(offloaded(model))
             notes.append("activations kept in CPU memory until the backward pass")

@@ -170,7 +170,7 @@ class Step:
             types=placement.types if placement is not None else [],
             parameters=sum(p.numel() for p in trained),
             weights_mib=weights / MIB,
-            adapters_mib=(sum(t.nbytes for t, _ in kept) + (2 if placement is not None else 1) * values) / MIB,
+            adapters_mib=(sum(t.nbytes for t, _ in kept if t.device.type == self.device.type) + (2 if placement is not None else 1) * values) / MIB,
             activations_mib=saved / MIB,
             logits_mib=logits / MIB,
             total_mib=live.peak / MIB,
@@ -210,7 +210,8 @@ class Step:
     def _kept(self, trained: list[nn.Parameter]) -> list[tuple[torch.Tensor, str]]:
         """What lives as long as the training does, beside the parameters."""
         parts = [MOMENTS, MOMENTS, *([BEST] if self.best else []), *([AVERAGE] if self.config.ema else [])]
-        return [(torch.empty_like(p), part) for part in parts for p in trained]
+        host = {BEST: "cpu"} if self.config.keep_best == "cpu" else {}
+        return [(torch.empty_like(p, device=host.get(part, p.device)), part) for part in parts for p in trained]
 
     def _batch(self) -> dict[str, Any]:
         """Returns what `Objective` takes; the places of the labels are indices, as fake labels cannot be read."""

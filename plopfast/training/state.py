@@ -36,16 +36,22 @@ class TrainState:
     `parameters` are the model's own, by name. `best` are the values of `best_step`, which had the lowest validation loss,
     `best_loss` (empty without validation); `average` is their moving average (empty without one). `tokens` and
     `positions` are the tokens learned from and the positions computed for them. `worse` counts the validations since the
-    best one, `skipped` the last steps without a finite loss.
+    best one, `skipped` the last steps without a finite loss. `best_on_cpu` keeps `best` in CPU memory.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, validated: bool, averaged: bool
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        validated: bool,
+        averaged: bool,
+        best_on_cpu: bool = False,
     ) -> None:
         self.parameters, self.optimizer = parameters, optimizer
         self.step = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
-        self.best = self.copy() if validated else {}
+        self.best = self.copy("cpu" if best_on_cpu else None) if validated else {}
         self.average = self.copy() if averaged else {}
 
     @torch.no_grad()
@@ -54,9 +60,9 @@ class TrainState:
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
-    def copy(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of the parameters' values."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+    def copy(self, device: str | None = None) -> dict[str, torch.Tensor]:
+        """Returns a copy of the parameters' values, on their own device or on another."""
+        return {name: p.detach().to(device or p.device, copy=True) for name, p in self.parameters.items()}
 
     def keep_best(self, loss: float) -> None:
         """Notes that the parameters are the best so far."""
@@ -104,19 +110,21 @@ class TrainState:
             state |= {f"{kind}/{name}": held[kind] for kind in KINDS if held.get(kind) is not None}
         return state | {name: getattr(self, name) for name in COUNTERS}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state that `state_dict` gave. Raises TrainingError where its parameters are others, before
         anything is changed."""
         self._check(state)
         for name, parameter in self.parameters.items():
-            of = {kind: state[f"{kind}/{name}"].to(parameter.device) for kind in KINDS if f"{kind}/{name}" in state}
+            of = {kind: state[f"{kind}/{name}"] for kind in KINDS if f"{kind}/{name}" in state}
             self.take({name: of["now"]})
             if self.best:
-                self.best[name] = of.get("best", of["now"])  # there is no best where nothing was validated
+                self.best[name].copy_(of.get("best", of["now"]))  # there is no best where nothing was validated
             if self.average:
-                self.average[name] = of["average"]
+                self.average[name].copy_(of["average"])
             if "exp_avg" in of:
-                step = of["step"] if self.optimizer.defaults["fused"] else of["step"].cpu()
+                of |= {key: of[key].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
+                step = of["step"].to(parameter.device) if self.optimizer.defaults["fused"] else of["step"]
                 self.optimizer.state[parameter] = {"step": step, **{key: of[key] for key in ("exp_avg", "exp_avg_sq")}}
         torch.set_rng_state(state[f"rng/{ranks.rank()}"])
         generator = state.get(f"rng_cuda/{ranks.rank()}")

@@ -95,8 +95,7 @@ class Trainer:
         on_valid: Callable[[int, float], None] | None = None,
     ) -> None:
         self.model, self.config, self.progress, self.on_valid = model, config, progress, on_valid
-        self.valid = valid[: config.eval_rows]
-        self.out = Path(out) if out is not None else None
+        self.valid, self.out = valid[: config.eval_rows], Path(out) if out is not None else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
@@ -113,7 +112,8 @@ class Trainer:
         self.prepared = Prepared(model)
         self.parallel = parallel.averaged(self.objective)
         self.optimizer = make_optimizer(self.parameters, config)
-        self.state = TrainState(self.parameters, self.optimizer, validated=bool(valid), averaged=bool(config.ema))
+        kept = {"validated": bool(valid), "averaged": bool(config.ema), "best_on_cpu": config.keep_best == "cpu"}
+        self.state = TrainState(self.parameters, self.optimizer, **kept)
         self.records = Records(self.out)
         self.history = self.records.history
         self.notes: list[str] = []

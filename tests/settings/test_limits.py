@@ -34,7 +34,7 @@ CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
     "bad_rows": "error skip", "learn": "assistant last all", "long": "error skip cut", "init": "kaiming gaussian orthogonal eva",
     "score_tokens": "all prompt completion system user assistant tool", "baseline": "closed-form monte-carlo",
-    "compat": "official", "embedding": "device cpu", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
+    "compat": "official", "keep_best": "device cpu", "embedding": "device cpu", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
     "nonfinite": "stop skip",
 }  # fmt: skip
 TEXTS = {
@@ -161,7 +161,7 @@ def test_cap_0_contradicts_nothing():
 
 
 def test_what_may_change_at_resume():
-    names = {"device", "embedding", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share", "fit"}  # fmt: skip
+    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share", "fit"}  # fmt: skip
     assert names == FREE
 
 
