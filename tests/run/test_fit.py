@@ -18,7 +18,7 @@ WEIGHTS, KEPT, HEAD, WIDE = 1000.0, 600.0, 200.0, 100.0  # MiB
 class Counted:
     """What shapes ask for: sums of the settings. `seen` are the settings that were counted, with the layers."""
 
-    device: torch.device = torch.device("meta")
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("meta"))
     layers: int = 4
     refuses: str = ""
     wrong: float = 0.0  # how much more the whole model takes than its few layers say
