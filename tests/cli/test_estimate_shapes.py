@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from helpers import SMALL, plopfast
 
-from plopfast.support.schema import checked  # noqa: F401
-
 
 @pytest.fixture
 def config(tmp_path):
@@ -76,9 +74,11 @@ def test_what_is_refused(config, capsys, words, error):
     assert (code, out) == (2, "") and error in err and err.count("error:") == 1
 
 
-def test_a_run_folder_has_a_model_of_its_own(base, config, tmp_path, capsys):
+def test_a_run_folder_has_a_model_of_its_own(model_folder, data, config, tmp_path, capsys):
     out = tmp_path / "run"
-    assert plopfast("data", *base, "--out", out) == 0
+    assert plopfast("data", "--model", model_folder, *data, "--out", out) == 0
     capsys.readouterr()
     code, _, err = said(capsys, "--model-config", config, "--out", out)
-    assert code == 2 and "without weights and data" in err and Path(out, "config.json").exists()
+    assert code == 2 and "it is a file, such as estimate.json, not a run folder" in err and Path(out, "config.json").exists()
+    code, _, err = said(capsys, "--model-config", config, "--config", out / "config.json")
+    assert code == 2 and "without weights and data, so --model, --train, " in err

@@ -127,7 +127,7 @@ option(
 WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
 option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU, that is where it is
 option("model_config", "--model-config=smollm2-135m", estimate=REFUSED)  # in a run folder, which has a model
-option("fit", "--fit=1GB", train="", estimate="")  # it fits as it is
+option("fit", "--fit=1GB", train="passes", estimate="passes")  # it fits as it is; models without values are counted
 option("fit", "--fit=1kB", train=REFUSED, estimate=REFUSED)
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
