@@ -18,6 +18,7 @@ class MemorySettings(Settings):
         "save memory: compute each MLP so many tokens at a time, and again in the backward pass (default: all at once)",
         positive=True,
     )
+    offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
     keep_best: str = option(
         "device", "where the best adapters so far are kept; cpu saves the device's memory", ("device", "cpu"), free=True
     )

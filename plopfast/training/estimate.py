@@ -6,7 +6,7 @@ counted, and the FLOPs of every product are added up. So a model that would not 
 fine-tuning too.
 
 Counted: the tensors that this process allocates for the step, and the optimizer's state. Not counted: what libraries and
-the allocator take for themselves. liger-kernel, torch.compile and offload are not modelled: plopfast's own operations are.
+the allocator take for themselves. liger-kernel and torch.compile are not modelled: plopfast's own operations are.
 """
 
 import copy
@@ -142,7 +142,7 @@ class Step:
             objective = copy.deepcopy(self.objective)
         model = objective.model
         _without_mask(model, self.tokens)
-        config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
+        config = dataclasses.replace(self.config, liger=False, compile=False)
         with mode:
             if placement is None:
                 make_dense(model)

@@ -249,7 +249,7 @@ option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.tx
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
-option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
+option("offload", "--offload", train=REFUSED, estimate=REFUSED)  # the CPU's memory is where it would go
 option("compile", "--compile", train="adapter metrics training compiled")  # rounding
 option("liger", "--liger", train=REFUSED)  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")
