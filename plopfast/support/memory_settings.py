@@ -19,6 +19,11 @@ class MemorySettings(Settings):
         positive=True,
     )
     offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
+    optimizer: str = option(
+        "adamw",
+        "adamw8bit saves memory: it keeps AdamW's moments in 8 bits, through bitsandbytes or torchao",
+        ("adamw", "adamw8bit"),
+    )
     keep_best: str = option(
         "device", "where the best adapters so far are kept; cpu saves the device's memory", ("device", "cpu"), free=True
     )

@@ -17,6 +17,7 @@ from ..models.running import device_of
 from ..models.tiles import Tiled, token_wise
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
+from .moments import library
 from .offload import offloaded
 
 
@@ -60,6 +61,8 @@ def prepared_blocks(
             notes.append("blocks compiled by torch.compile")
         if config.mlp_rows:
             notes.append(undo.enter_context(tiled(model, config.mlp_rows, lean)))
+        if config.optimizer == "adamw8bit":
+            notes.append(f"AdamW's moments in 8 bits, by {library()}")
         if config.keep_best == "cpu" and device.type != "cpu":
             notes.append("the best adapters so far kept in CPU memory")
         if config.offload:

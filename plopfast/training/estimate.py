@@ -32,6 +32,7 @@ from ..support.progress import bar
 from .blocks import prepared_blocks
 from .loss import Objective
 from .meter import Meter
+from .moments import bytes_of_moments
 
 MIB = 2**20
 
@@ -166,7 +167,8 @@ class Step:
                     loss.backward()
                     del loss
         best = self.best and (config.keep_best == "device" or device_of(model).type == "cpu")
-        kept = values * (2 + best + bool(config.ema))  # AdamW's moments, the best values and the moving average
+        # the moments, the best values and the moving average
+        kept = bytes_of_moments(trained, config.optimizer) + values * (best + bool(config.ema))
         return Estimate(
             name=name,
             types=placement.types if placement is not None else [],
