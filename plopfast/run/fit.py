@@ -6,6 +6,7 @@ one: bytes and FLOPs grow by the same amount with each layer. What is chosen is 
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,10 @@ def _streamable(config: RunConfig) -> bool:
     return _frozen(config) and not config.compile
 
 
+def _has_8bit() -> bool:
+    return any(importlib.util.find_spec(name) for name in ("bitsandbytes", "torchao"))
+
+
 LADDER: tuple[Rung, ...] = (
     Rung("--checkpointing", {"checkpointing": True}),
     Rung(
@@ -59,6 +64,7 @@ LADDER: tuple[Rung, ...] = (
         "--mlp-rows 512", {"mlp_rows": 512}, "smaller products",
         needs=lambda config: not config.compile and config.parallel != "fsdp",
     ),
+    Rung("--offload", {"offload": True}, "what blocks keep is copied to CPU memory and back", for_cpu=False),
     Rung(
         "--keep-best cpu", {"keep_best": "cpu"}, "a copy of the adapters to CPU memory at each better validation", for_cpu=False
     ),
@@ -69,6 +75,10 @@ LADDER: tuple[Rung, ...] = (
     Rung(
         "--quantize-head", {"quantize_head": True}, "the output head rounded and decoded, too", changes_results=True,
         needs=lambda config: bool(config.quantize) and _frozen(config),
+    ),
+    Rung(
+        "--optimizer adamw8bit", {"optimizer": "adamw8bit"}, "AdamW's moments rounded to 8 bits", changes_results=True,
+        needs=lambda config: _has_8bit(),
     ),
     Rung(
         "--stream --resident-share 0.5", {"stream": True, "resident_share": 0.5},

@@ -200,7 +200,6 @@ class TrainConfig(StepSettings, Seed):
         None, "steps between two checkpoints (default: as --eval-every)", positive=True, free=True
     )
     keep: int = option(2, "newest checkpoints to keep while training", positive=True, free=True)
-    offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
     compile: bool = option(False, "compile each block with torch.compile: slow to start, then faster")
     liger: bool = option(False, "use liger-kernel's norm, SwiGLU and RoPE in place of plopfast's (GPU)")
     log_to: str = option("none", "log to tensorboard, wandb or both (with a comma), beside metrics.jsonl", free=True)

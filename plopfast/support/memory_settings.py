@@ -18,6 +18,12 @@ class MemorySettings(Settings):
         "save memory: compute each MLP so many tokens at a time, and again in the backward pass (default: all at once)",
         positive=True,
     )
+    offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
+    optimizer: str = option(
+        "adamw",
+        "adamw8bit saves memory: it keeps AdamW's moments in 8 bits, through bitsandbytes or torchao",
+        ("adamw", "adamw8bit"),
+    )
     keep_best: str = option(
         "device", "where the best adapters so far are kept; cpu saves the device's memory", ("device", "cpu"), free=True
     )

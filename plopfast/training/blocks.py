@@ -3,11 +3,9 @@
 import contextlib
 import importlib.util
 import sys
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..lora.layer import adapters
@@ -20,8 +18,8 @@ from ..models.running import device_of
 from ..models.tiles import Tiled, token_wise
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
-
-OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
+from .moments import library
+from .offload import offloaded
 
 
 @contextlib.contextmanager
@@ -66,11 +64,13 @@ def prepared_blocks(
             notes.append("blocks compiled by torch.compile")
         if config.mlp_rows:
             notes.append(undo.enter_context(tiled(model, config.mlp_rows, lean)))
+        if config.optimizer == "adamw8bit":
+            notes.append(f"AdamW's moments in 8 bits, by {library()}")
         if config.keep_best == "cpu" and device.type != "cpu":
             notes.append("the best adapters so far kept in CPU memory")
         if config.offload:
             undo.enter_context(offloaded(model))
-            notes.append("activations kept in CPU memory until the backward pass")
+            notes.append("activations kept in CPU memory until the backward pass, and fetched a block ahead")
         try:
             yield notes
         except RuntimeError as error:
@@ -160,36 +160,3 @@ def recomputed(model: Any) -> Iterator[None]:
                         hook.remove()
                 now.pop(name, None)
             now.update(before)
-
-
-class _Moved:
-    """A tensor's copy in CPU memory, and the `device` it was on."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.device, self.origin = tensor.device, weakref.ref(tensor)
-        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self.kept = kept.copy_(tensor, non_blocking=True)
-
-
-def offloaded(model: nn.Module) -> Any:
-    """Returns a context in which tensors that autograd saves move to CPU memory, until the backward pass needs them.
-
-    Parameters and small tensors stay. What several operations save is moved once. The copies go to pinned memory without
-    a wait: the stream keeps their order.
-    """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    moved: weakref.WeakValueDictionary[Any, _Moved] = weakref.WeakValueDictionary()
-
-    def pack(tensor: torch.Tensor) -> Any:
-        if tensor.nbytes < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in weights:
-            return tensor
-        key = tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
-        found = moved.get(key)
-        if found is None or found.origin() is None:  # else the address may have been given to another tensor
-            found = moved[key] = _Moved(tensor)
-        return found
-
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else packed.kept.to(packed.device, non_blocking=True)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

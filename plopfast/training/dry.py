@@ -46,6 +46,7 @@ from ..support.config import TrainConfig
 from .blocks import prepared_blocks
 from .loss import Objective
 from .meter import Meter
+from .moments import bytes_of_moments
 
 MIB = 2**20
 LINEAR, EMBEDDING, HEAD, OTHER = "linear weights", "embedding", "output head", "norms and other weights"
@@ -137,7 +138,7 @@ class Step:
             objective = copy.deepcopy(self.objective)
         model = objective.model
         _choose_attention(model, self.tokens, self.device)
-        config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
+        config = dataclasses.replace(self.config, liger=False, compile=False)
         rotary = rotated(self.like) if self.like is not None else contextlib.nullcontext()
         with rotary, mode:  # compared before values are gone
             self._place(model)
@@ -209,9 +210,11 @@ class Step:
 
     def _kept(self, trained: list[nn.Parameter]) -> list[tuple[torch.Tensor, str]]:
         """What lives as long as the training does, beside the parameters."""
-        parts = [MOMENTS, MOMENTS, *([BEST] if self.best else []), *([AVERAGE] if self.config.ema else [])]
+        parts = [*([BEST] if self.best else []), *([AVERAGE] if self.config.ema else [])]
+        moments = torch.empty(bytes_of_moments(trained, self.config.optimizer), dtype=torch.uint8, device=self.device)
         host = {BEST: "cpu"} if self.config.keep_best == "cpu" else {}
-        return [(torch.empty_like(p, device=host.get(part, p.device)), part) for part in parts for p in trained]
+        copies = [(torch.empty_like(p, device=host.get(part, p.device)), part) for part in parts for p in trained]
+        return [(moments, MOMENTS), *copies]
 
     def _batch(self) -> dict[str, Any]:
         """Returns what `Objective` takes; the places of the labels are indices, as fake labels cannot be read."""

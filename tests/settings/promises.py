@@ -236,6 +236,7 @@ option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate=
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
 option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
 option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate", trial="")
+option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
 option("lr", "--lr=0.01", train=LEARNED)
 option("schedule", "--schedule=linear", train=LEARNED)
@@ -256,7 +257,7 @@ option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.tx
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
-option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
+option("offload", "--offload", train=REFUSED, estimate=REFUSED)  # the CPU's memory is where it would go
 option("compile", "--compile", train="adapter metrics training compiled")  # rounding
 option("liger", "--liger", train=REFUSED)  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")

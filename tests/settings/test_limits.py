@@ -34,7 +34,7 @@ CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
     "bad_rows": "error skip", "learn": "assistant last all", "long": "error skip cut", "init": "kaiming gaussian orthogonal eva",
     "score_tokens": "all prompt completion system user assistant tool", "baseline": "closed-form monte-carlo",
-    "compat": "official", "keep_best": "device cpu", "embedding": "device cpu", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
+    "compat": "official", "optimizer": "adamw adamw8bit", "keep_best": "device cpu", "embedding": "device cpu", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
     "nonfinite": "stop skip",
 }  # fmt: skip
 TEXTS = {
