@@ -105,10 +105,10 @@ def _way(source: str, quantize: str | None, head: bool, spool: Spool | None) -> 
     """How the linear modules get their codes; None where they are to be dense. With a `spool`, weights stay in files."""
     stored = sources.codes_stored(source)
     keep: dict[str, Any] = {} if spool is None else {"keep": spool.keep}
-    if stored is None and quantize is None:
-        return None if spool is None else Kept(spool)
     if stored is None:
-        return quantizer.Encoding(quantize, head, **keep)
+        if quantize is not None:
+            return quantizer.Encoding(quantize, head, **keep)
+        return None if spool is None else Kept(spool)
     kind, block = stored
     if quantize is not None:
         raise ModelError(f"{source}: its weights are {kind} already: leave out --quantize")

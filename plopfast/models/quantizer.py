@@ -60,10 +60,13 @@ def load(
     how: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if asked is not None:
         how["quantization_config"] = asked
+    loaded: Any
     if state is None:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
     else:
-        model, found = _class_of(config).from_pretrained(None, state_dict=state, **how)
+        loaded = _class_of(config).from_pretrained(None, state_dict=state, **how)
+    model, found = loaded
+    if state is not None:
         model.name_or_path = model.config.name_or_path = source
         with contextlib.suppress(OSError):  # most checkpoints have the file
             model.generation_config = transformers.GenerationConfig.from_pretrained(source)

@@ -143,7 +143,7 @@ CONTRADICTIONS = [
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
     {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
-    {"stream": True, "arms": "plop,full"}, {"resident_share": 0.5},
+    {"resident_share": 0.5},
 ]  # fmt: skip
 
 
