@@ -65,7 +65,7 @@ def test_what_is_cast_or_quantised_is_in_a_file_without_a_name(how, saved, tmp_p
 @pytest.mark.parametrize("kind", ["nf4", "int8", "fp8"])
 def test_checkpoints_of_codes(kind, saved):
     _, model = both(saved(quantize(build("llama"), kind)))
-    large = [tensor for tensor in host_tensors(model) if tensor.dim() == 2 and tensor.shape[1] > 1 or kind == "nf4"]
+    large = [tensor for tensor in host_tensors(model) if (tensor.dim() == 2 and tensor.shape[1] > 1) or kind == "nf4"]
     assert len(large) >= 21 and all(is_mapped(tensor) for tensor in large)
 
 
