@@ -106,9 +106,8 @@ def _way(source: str, quantize: str | None, head: bool, spool: Spool | None) -> 
     stored = sources.codes_stored(source)
     keep: dict[str, Any] = {} if spool is None else {"keep": spool.keep}
     if stored is None:
-        if quantize is not None:
-            return quantizer.Encoding(quantize, head, **keep)
-        return None if spool is None else Kept(spool)
+        dense = None if spool is None else Kept(spool)
+        return dense if quantize is None else quantizer.Encoding(quantize, head, **keep)
     kind, block = stored
     if quantize is not None:
         raise ModelError(f"{source}: its weights are {kind} already: leave out --quantize")
