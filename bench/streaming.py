@@ -34,6 +34,7 @@ threads.set_waiting_policy()
 import measure
 import torch
 import transformers
+from tokenizers import Tokenizer, models
 
 import plopfast as pf
 from plopfast.cli import bench_arms
@@ -121,7 +122,9 @@ def large_model(folder: Path, gib: float, dtype: torch.dtype) -> float:
     draw = torch.randn(2 * wide * wide, generator=torch.Generator().manual_seed(0)) * wide**-0.5
     for name, parameter in list(model.named_parameters()):
         values = draw[: parameter.numel()].view(parameter.shape) if parameter.dim() == 2 else torch.ones(wide)
-        model.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(values.to(dtype), requires_grad=False)
+        model.get_submodule(name.rpartition(".")[0]).weight = torch.nn.Parameter(
+            values.to(dtype, copy=True), requires_grad=False
+        )
     model.save_pretrained(folder, max_shard_size="400MB")
     return sum(p.numel() for p in model.parameters()) * 4 / 2**20
 
@@ -136,18 +139,13 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
 
 
 def over_the_limit(gib: float, limit: int) -> list[dict[str, Any]]:
-    _, tokenizer = load_model()
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         with tempfile.TemporaryDirectory() as folder:
             size = large_model(Path(folder), gib, dtype)
-            from tokenizers import Tokenizer, models
-
-            words = {"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}
-            small = Tokenizer(models.WordLevel(words, unk_token="a"))
-            transformers.PreTrainedTokenizerFast(
-                tokenizer_object=small, pad_token="<pad>", eos_token="</s>"
-            ).save_pretrained(folder)
+            small = Tokenizer(models.WordLevel({"<pad>": 0, "<s>": 1, "</s>": 2, "a": 3}, unk_token="a"))
+            wrapped = transformers.PreTrainedTokenizerFast(tokenizer_object=small, pad_token="<pad>", eos_token="</s>")
+            wrapped.save_pretrained(folder)
             for stream in (False, True):
                 one = in_a_process("--over", folder, str(limit), json.dumps({"stream": True} if stream else {}))
                 found.append({"files": str(dtype), "stream": stream, "weights_mib": size, "limit_mib": limit, **one})
