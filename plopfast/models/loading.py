@@ -113,10 +113,9 @@ def _way(source: str, quantize: str | None, head: bool, spool: Spool | None) -> 
     """How the linear modules get their codes; None where they are to be dense. With a `spool`, weights stay in files."""
     stored = sources.codes_stored(source)
     keep: dict[str, Any] = {} if spool is None else {"keep": spool.keep}
-    if stored is None and quantize is None:
-        return None if spool is None else Kept(spool)
     if stored is None:
-        return quantizer.Encoding(quantize, head, **keep)
+        dense = None if spool is None else Kept(spool)
+        return dense if quantize is None else quantizer.Encoding(quantize, head, **keep)
     kind, block = stored
     if quantize is not None:
         raise ModelError(f"{source}: its weights are {kind} already: leave out --quantize")

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..support import memory
-from ..support.errors import ModelError
+from ..support.errors import ModelError, PlopfastError
 from . import weights
 from .linears import linear_modules
 from .quantized import QuantizedLinear, encoded, forget_quantization
@@ -60,10 +60,16 @@ def load(
     how: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     if asked is not None:
         how["quantization_config"] = asked
-    if state is None:
-        model, found = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
-    else:
-        model, found = _class_of(config).from_pretrained(None, state_dict=state, **how)
+    loaded: Any
+    try:
+        if state is None:
+            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
+        else:
+            loaded = _class_of(config).from_pretrained(None, state_dict=state, **how)
+    except _Left as left:
+        raise left.error from left.error.__cause__
+    model, found = loaded
+    if state is not None:
         model.name_or_path = model.config.name_or_path = source
         with contextlib.suppress(OSError):  # most checkpoints have the file
             model.generation_config = transformers.GenerationConfig.from_pretrained(source)
@@ -76,6 +82,13 @@ def load(
         let_files_go(model)
     _unmark(model)
     return model, found
+
+
+class _Left(BaseException):
+    """Carries an error out of transformers' loading, which would note it and go on. So it is no Exception."""
+
+    def __init__(self, error: PlopfastError) -> None:
+        self.error = error
 
 
 def _class_of(config: Any) -> Any:
@@ -232,7 +245,10 @@ def _config_class() -> Any:
             result: dict[str, Any] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                result |= self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
+                try:
+                    result |= self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
+                except PlopfastError as error:
+                    raise _Left(error) from error
             return result
 
     @register_quantizer(METHOD)

@@ -76,22 +76,33 @@ def _part(slot: torch.Tensor, begin: int, like: torch.Tensor) -> torch.Tensor:
 
 
 class _AtOnce:
-    """Copies without a stream: the CPU's, and those of tensors without values."""
+    """Copies without a stream: the CPU's, and those of tensors without values. It notes each call in `trace`, if there is one."""
+
+    def __init__(self) -> None:
+        self.trace: list[tuple[Any, ...]] | None = None
+
+    def note(self, *event: Any) -> None:
+        if self.trace is not None:
+            self.trace.append(event)
 
     def fence(self, slot: int) -> None:
-        pass
+        """What is copied from now on waits for the products that were launched so far."""
+        self.note("fence", slot)
 
-    def copy(self, payload: Payload, slot: int, memory: torch.Tensor) -> None:
+    def copy(self, payload: Payload, block: int, slot: int, memory: torch.Tensor) -> None:
+        self.note("copy", slot, block)
         payload.copied_into(memory)
 
     def wait(self, slot: int) -> None:
-        pass
+        """Products that are launched from now on wait for the slot's copy."""
+        self.note("wait", slot)
 
 
-class _OnAStream:
-    """Copies on a GPU's stream of their own."""
+class _OnAStream(_AtOnce):
+    """Copies on a stream of their own, of a GPU."""
 
     def __init__(self, slots: Sequence[torch.Tensor]) -> None:
+        super().__init__()
         self.device = slots[0].device
         self.stream: Any = torch.cuda.Stream(self.device)
         self.used: list[Any] = [torch.cuda.Event() for _ in slots]
@@ -100,15 +111,17 @@ class _OnAStream:
             slot.record_stream(self.stream)  # freed while a copy is under way, it is given away after it
 
     def fence(self, slot: int) -> None:
+        super().fence(slot)
         self.used[slot].record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self.used[slot])
 
-    def copy(self, payload: Payload, slot: int, memory: torch.Tensor) -> None:
+    def copy(self, payload: Payload, block: int, slot: int, memory: torch.Tensor) -> None:
         with torch.cuda.stream(self.stream):
-            payload.copied_into(memory)
+            super().copy(payload, block, slot, memory)
             self.ready[slot].record(self.stream)
 
     def wait(self, slot: int) -> None:
+        super().wait(slot)
         torch.cuda.current_stream(self.device).wait_event(self.ready[slot])
 
 
@@ -119,7 +132,7 @@ class Streamer:
     in their slot; they are to be used at once, and brings the block first where it is not there. `owner[slot]` is the block
     that a slot holds.
 
-    A test may set `trace` to a list; it gets ("enter", block), ("fence", slot), ("copy", slot, block), ("wait", slot)
+    A test may set `queue.trace` to a list; it gets ("enter", block), ("fence", slot), ("copy", slot, block), ("wait", slot)
     and ("use", slot, block) in their order.
     """
 
@@ -131,10 +144,9 @@ class Streamer:
         count = min(2, len(self.payloads))
         self.slots = slots or [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(count)]
         real = type(self.slots[0]) is torch.Tensor
-        self._queue = _OnAStream(self.slots) if real and device.type == "cuda" else _AtOnce()
+        self.queue = _OnAStream(self.slots) if real and device.type == "cuda" else _AtOnce()
         self.owner: list[int | None] = [None] * count
         self.waited = [False] * count  # whether the compute stream has waited for the slot's last copy
-        self.trace: list[tuple[Any, ...]] | None = None
         self._views: dict[tuple[int, int], Tensors] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Streamer":
@@ -155,7 +167,7 @@ class Streamer:
     def enter(self, block: int, step: int) -> None:
         """Begins a block's pass: it is there for the products that follow, and the next one, `step` further, is copied
         meanwhile."""
-        self._note("enter", block)
+        self.queue.note("enter", block)
         self._wait(self._bring(block, block + step))
         if 0 <= block + step < len(self.payloads):
             self._bring(block + step, block)
@@ -165,7 +177,7 @@ class Streamer:
         slot = self._bring(block, block + 1)
         if not self.waited[slot]:
             self._wait(slot)
-        self._note("use", slot, block)
+        self.queue.note("use", slot, block)
         found = self._views.get((slot, block))
         if found is None:
             found = self._views[slot, block] = self.payloads[block].views(self.slots[slot])
@@ -178,18 +190,11 @@ class Streamer:
         owner = self.owner
         slot = min(range(len(owner)), key=lambda number: (owner[number] == keep, owner[number] is not None))
         self.owner[slot], self.waited[slot] = None, False  # an exception below leaves it empty
-        self._note("fence", slot)
-        self._queue.fence(slot)
-        self._note("copy", slot, block)
-        self._queue.copy(self.payloads[block], slot, self.slots[slot])
+        self.queue.fence(slot)
+        self.queue.copy(self.payloads[block], block, slot, self.slots[slot])
         self.owner[slot] = block
         return slot
 
     def _wait(self, slot: int) -> None:
-        self._note("wait", slot)
-        self._queue.wait(slot)
+        self.queue.wait(slot)
         self.waited[slot] = True
-
-    def _note(self, *event: Any) -> None:
-        if self.trace is not None:
-            self.trace.append(event)

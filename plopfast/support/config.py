@@ -302,7 +302,6 @@ class RunConfig(
             raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
         if self.stream:
             odd = {"--full": self.full, "--compile": self.compile, "--parallel fsdp": self.parallel == "fsdp"}
-            odd["--arms full"] = "full" in self.arms.split(",")
             if given := [name for name, value in odd.items() if value]:
                 raise ConfigError(
                     f"--stream keeps frozen weights elsewhere, and {given[0]} needs them in place: leave one of them out"

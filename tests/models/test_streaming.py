@@ -78,7 +78,7 @@ def adapted(model, where=None, dropout=0.0):
 
 def traced(model, share=0.0):
     found = stream(model, "cpu", share)
-    found.streamer.trace = []
+    found.streamer.queue.trace = []
     return found.streamer
 
 
@@ -116,7 +116,7 @@ def test_losses_and_gradients_are_the_resident_models(architecture, kind):
         else:
             found = steps(model)
         assert equal(expected, found), how
-        assert broken(streamer.trace) is None
+        assert broken(streamer.queue.trace) is None
         assert len(streamer.payloads) == (2 if how == "every second" else 3)
 
 
@@ -128,12 +128,12 @@ def test_a_micro_batch_takes_2n_minus_4_copies(count, checkpointing):
     adapted(model)
     with recomputed(model) if checkpointing else torch.enable_grad():
         steps(model, 1)
-        first = copies(streamer.trace)
+        first = copies(streamer.queue.trace)
         forward = list(range(count))
         assert first == forward + list(range(count - 3, -1, -1)), "the backward pass begins with what is there"
         steps(model, 1)
-    assert len(copies(streamer.trace)) - len(first) == max(0, 2 * count - 4)
-    assert broken(streamer.trace, len(streamer.slots)) is None
+    assert len(copies(streamer.queue.trace)) - len(first) == max(0, 2 * count - 4)
+    assert broken(streamer.queue.trace, len(streamer.slots)) is None
 
 
 def test_a_missing_fence_or_wait_is_seen():
@@ -141,7 +141,7 @@ def test_a_missing_fence_or_wait_is_seen():
     model = model_of()
     streamer = traced(model)
     steps(adapted(model))
-    trace = streamer.trace
+    trace = streamer.queue.trace
     assert broken(trace) is None
     assert broken([event for event in trace if event[0] != "fence"]) is not None
     assert broken([event for event in trace if event[0] != "wait"]) is not None
@@ -154,7 +154,7 @@ def test_no_adapter_in_a_block_and_adapters_in_one_alone():
         expected = steps(adapted(model_of(), where))
         model = model_of()
         streamer = traced(model)
-        assert equal(expected, steps(adapted(model, where))) and broken(streamer.trace) is None
+        assert equal(expected, steps(adapted(model, where))) and broken(streamer.queue.trace) is None
 
 
 def test_two_forward_passes_before_a_backward_pass_and_evaluation_between():
@@ -170,7 +170,7 @@ def test_two_forward_passes_before_a_backward_pass_and_evaluation_between():
     expected = losses(adapted(model_of(layers=5)))
     model = model_of(layers=5)
     streamer = traced(model)
-    assert equal(expected, losses(adapted(model))) and broken(streamer.trace) is None
+    assert equal(expected, losses(adapted(model))) and broken(streamer.queue.trace) is None
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
@@ -181,14 +181,14 @@ def test_a_step_after_an_interrupted_one_is_right(error, at, monkeypatch):
     streamer = traced(model)
     adapted(model)
     loss, calls = model(IDS, labels=IDS).loss, []
-    holder, name = (streamer._queue, "copy") if at == "copy" else (streamer, "views")
+    holder, name = (streamer.queue, "copy") if at == "copy" else (streamer, "views")
     before = getattr(holder, name)
 
     def fails(*args):
         calls.append(args)
         if len(calls) == 2:
             if at == "copy":
-                streamer.slots[args[1]].fill_(1)  # half of a copy has arrived
+                streamer.slots[args[2]].fill_(1)  # half of a copy has arrived
             raise error("stopped")
         return before(*args)
 
@@ -196,9 +196,14 @@ def test_a_step_after_an_interrupted_one_is_right(error, at, monkeypatch):
     with pytest.raises(error):
         loss.backward()
     monkeypatch.undo()
+    for slot, block in enumerate(streamer.owner):
+        held = {} if block is None else streamer.payloads[block].views(streamer.slots[slot])
+        for of, tensors in held.items():
+            host = streamer.payloads[block].tensors[of]
+            assert all(torch.equal(tensor, host[name]) for name, tensor in tensors.items()), "it is what it says"
     del loss
     model.zero_grad()
-    assert equal(expected, steps(model, 1)) and broken(streamer.trace) is None
+    assert equal(expected, steps(model, 1)) and broken(streamer.queue.trace) is None
 
 
 def test_modules_that_are_called_outside_their_block_bring_it():
@@ -212,7 +217,7 @@ def test_modules_that_are_called_outside_their_block_bring_it():
         assert any(len(group) == 3 for group in find_shared_inputs(each))
         with Prepared(each):
             found.append(steps(each))
-    assert equal(*found) and broken([event for event in streamer.trace if event[0] != "enter"]) is None
+    assert equal(*found) and broken([event for event in streamer.queue.trace if event[0] != "enter"]) is None
     x = torch.randn(5, 32)
     for number in (2, 0, 1):  # in any order
         name = f"model.layers.{number}.mlp"
@@ -268,8 +273,8 @@ def test_a_copy_streams_on_its_own_and_shares_the_payload():
     assert (
         other is not streamer and other.payloads[0] is streamer.payloads[0] and other.slots[0] is not streamer.slots[0]
     )
-    other.trace = []
-    assert equal(steps(model), steps(again)) and copies(other.trace)
+    other.queue.trace = []
+    assert equal(steps(model), steps(again)) and copies(other.queue.trace)
     again.to("cpu")
     unstream(again)
     again.to(torch.bfloat16)
@@ -285,9 +290,9 @@ def test_a_copy_without_values_streams_to_the_stand_in_of_a_card():
         fake = copy.deepcopy(model)
     with mode:
         adapted(fake)
-        fake.streaming.streamer.trace, ids = [], torch.zeros(2, 12, dtype=torch.long)
+        fake.streaming.streamer.queue.trace, ids = [], torch.zeros(2, 12, dtype=torch.long)
         fake(ids, labels=ids, use_cache=False).loss.backward()
-    assert len(copies(fake.streaming.streamer.trace)) == 4
+    assert len(copies(fake.streaming.streamer.queue.trace)) == 4
     plain = model_of()
     with FakeCopyMode(mode):
         fake = copy.deepcopy(plain)

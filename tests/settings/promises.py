@@ -108,10 +108,9 @@ option(
     merge="merged",
     info="said",
 )
-option(
-    "stream", "--stream", score="", audit="", estimate="estimate", train="", eval=""
-)  # bit for bit the same on a CPU
-option("resident_share", "--resident-share=0.5", "--stream", score="", audit="", estimate="estimate", train="", eval="")
+UNCHANGED = {"score": "", "audit": "", "train": "", "eval": ""}  # bit for bit, on a CPU
+option("stream", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
+option("resident_share", "--resident-share=0.5", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
 option(
     "quantize_head",
     "--quantize-head",

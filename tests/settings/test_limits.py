@@ -142,8 +142,9 @@ CONTRADICTIONS = [
     {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
-    {"fit": "6GB", "parallel": "fsdp"}, {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
-    {"stream": True, "arms": "plop,full"}, {"resident_share": 0.5},
+    {"fit": "6GB", "parallel": "fsdp"},
+    {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
+    {"resident_share": 0.5},
 ]  # fmt: skip
 
 
