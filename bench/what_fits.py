@@ -1,0 +1,99 @@
+"""What fits on a card: models x settings x GiB, counted on shapes alone, no card and no weights.
+
+Each row is a whole optimizer step of two micro-batches of one row of 2048 tokens, rank 16, bfloat16 (see plopfast/training/dry.py
+for what is counted, and what is not). The table is written after each row, as the large ones take minutes.
+
+python bench/what_fits.py [--models meta-llama-3-8b,...]         writes results/what_fits.json
+"""
+
+import argparse
+import dataclasses
+import time
+
+import torch
+from measure import save
+
+from plopfast.run.apply import unscored
+from plopfast.run.shapes import Shapes, without_scores
+from plopfast.support.config import RunConfig
+
+TOKENS, RANK = 2048, 16
+FEW, ALL = "v_proj,o_proj,down_proj", "all"
+NF4 = {"quantize": "nf4", "checkpointing": True}
+HEAD = {"quantize_head": True, "embedding": "cpu"}
+LEAN = {"mlp_rows": 512, "offload": True, "keep_best": "cpu", "optimizer": "adamw8bit"}
+SETTINGS = {
+    "NF4, recomputed": NF4,
+    "resident": NF4 | HEAD | LEAN,
+    "streamed": NF4 | HEAD | LEAN | {"stream": True},
+    "half streamed": NF4 | HEAD | LEAN | {"stream": True, "resident_share": 0.5},
+}
+ROWS = [  # model, placement, setting, goal in GiB
+    ("meta-llama-3-8b", FEW, "resident", 4.5), ("meta-llama-3-8b", FEW, "streamed", 1.5),
+    ("meta-llama-3-70b", FEW, "streamed", 4.0), ("meta-llama-3-8b", ALL, "resident", None),
+    ("meta-llama-3-8b", ALL, "streamed", None), ("meta-llama-3-8b", FEW, "NF4, recomputed", None),
+    ("qwen3-0.6b", FEW, "resident", None), ("smollm2-135m", FEW, "resident", None),
+    ("meta-llama-3-70b", ALL, "streamed", None), ("meta-llama-3-8b", ALL, "NF4, recomputed", None),
+    ("qwen3-0.6b", FEW, "NF4, recomputed", None), ("smollm2-135m", FEW, "NF4, recomputed", None),
+    ("qwen3-0.6b", FEW, "streamed", None), ("smollm2-135m", FEW, "streamed", None),
+]  # fmt: skip
+MEASURED = [  # by others, on their cards
+    "torchtune, QLoRA of Llama-3-8B, 2 x 2048 tokens, RTX 4090: 7.4 GiB, measured by torchtune",
+    "Unsloth, QLoRA of an 8B: 7.37 GB and 212 kB a token, measured by Unsloth",
+]
+
+
+def counted(model, rule, changes):
+    tied = model in ("qwen3-0.6b", "smollm2-135m")  # neither their head nor their embedding can be apart
+    config = RunConfig(
+        rule=rule,
+        rank=RANK,
+        accumulate=2,
+        **(changes | ({"quantize_head": False, "embedding": "device"} if tied else {})),
+    )
+
+    def place(made, settings):
+        return without_scores(unscored(made), settings)
+
+    shapes = Shapes(model, 1, TOKENS, TOKENS - 1, torch.device("meta"), torch.bfloat16, place)
+    return shapes.count(config), config
+
+
+def table(rows):
+    lines = [
+        f"{'model':<18}{'adapters on':<26}{'setting':<18}{'GiB':>7}{'goal':>6}{'CPU GiB':>9}{'GiB a step':>12}{'TFLOPs':>8}  largest part"
+    ]
+    for row in rows:
+        e = row["estimate"]
+        part = max(e["parts"], key=e["parts"].get)
+        lines.append(
+            f"{row['model']:<18}{row['rule']:<26}{row['setting']:<18}{e['total_mib'] / 1024:>7.2f}{row['goal'] or '':>6}"
+            f"{e['host_mib'] / 1024:>9.2f}{e['crossed_mib'] / 1024:>12.2f}{e['tflops_per_step']:>8.1f}  {part} {e['parts'][part] / 1024:.2f}"
+        )
+    lines += [
+        "2 x (1 x 2048) tokens, rank 16, bfloat16. Counted, not measured on a card; the CUDA context is not in it.",
+        *MEASURED,
+    ]
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", help="only these, with commas")
+    only = parser.parse_args().models
+    rows = []
+    for model, rule, setting, goal in ROWS:
+        if only and model not in only.split(","):
+            continue
+        began = time.process_time()
+        found, config = counted(model, rule, SETTINGS[setting])
+        options = {name: value for name in SETTINGS["half streamed"] if (value := getattr(config, name))}
+        rows.append({
+            "model": model, "rule": rule, "setting": setting, "options": options, "goal": goal,
+            "estimate": dataclasses.asdict(found), "seconds": time.process_time() - began,
+        })  # fmt: skip
+        save("what_fits", table(rows), {"rows": rows, "measured_by_others": MEASURED})
+
+
+if __name__ == "__main__":
+    main()
