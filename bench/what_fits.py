@@ -1,19 +1,23 @@
 """What fits on a card: models x settings x GiB, counted on shapes alone, no card and no weights.
 
 Each row is a whole optimizer step of two micro-batches of one row of 2048 tokens, rank 16, bfloat16 (see plopfast/training/dry.py
-for what is counted, and what is not). The table is written after each row, as the large ones take minutes.
+for what is counted, and what is not). Rows with a goal are counted on the whole model; the others on four and on six layers,
+from which the rest is reckoned, as `plopfast estimate --fit` does while it chooses ("whole": false). The table is written
+after each row, as the large ones take minutes; rows that are there already are kept.
 
-python bench/what_fits.py [--models meta-llama-3-8b,...]         writes results/what_fits.json
+python bench/what_fits.py            writes results/what_fits.json
 """
 
-import argparse
 import dataclasses
+import json
 import time
+from functools import partial
 
 import torch
-from measure import save
+from measure import RESULTS, save
 
 from plopfast.run.apply import unscored
+from plopfast.run.fit import reckon
 from plopfast.run.shapes import Shapes, without_scores
 from plopfast.support.config import RunConfig
 
@@ -43,7 +47,7 @@ MEASURED = [  # by others, on their cards
 ]
 
 
-def counted(model, rule, changes):
+def counted(model, rule, changes, whole):
     tied = model in ("qwen3-0.6b", "smollm2-135m")  # neither their head nor their embedding can be apart
     config = RunConfig(
         rule=rule,
@@ -56,7 +60,7 @@ def counted(model, rule, changes):
         return without_scores(unscored(made), settings)
 
     shapes = Shapes(model, 1, TOKENS, TOKENS - 1, torch.device("meta"), torch.bfloat16, place)
-    return shapes.count(config), config
+    return (shapes.count if whole else partial(reckon, shapes))(config), config
 
 
 def table(rows):
@@ -78,20 +82,19 @@ def table(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", help="only these, with commas")
-    only = parser.parse_args().models
-    rows = []
+    path, rows = RESULTS / "what_fits.json", []
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
     for model, rule, setting, goal in ROWS:
-        if only and model not in only.split(","):
-            continue
-        began = time.process_time()
-        found, config = counted(model, rule, SETTINGS[setting])
-        options = {name: value for name in SETTINGS["half streamed"] if (value := getattr(config, name))}
-        rows.append({
-            "model": model, "rule": rule, "setting": setting, "options": options, "goal": goal,
-            "estimate": dataclasses.asdict(found), "seconds": time.process_time() - began,
-        })  # fmt: skip
+        known = [row for row in kept if (row["model"], row["rule"], row["setting"]) == (model, rule, setting)]
+        if not known:
+            began = time.process_time()
+            found, config = counted(model, rule, SETTINGS[setting], goal is not None)
+            options = {name: value for name in SETTINGS["half streamed"] if (value := getattr(config, name))}
+            known = [{
+                "model": model, "rule": rule, "setting": setting, "options": options, "goal": goal, "whole": goal is not None,
+                "estimate": dataclasses.asdict(found), "seconds": time.process_time() - began,
+            }]  # fmt: skip
+        rows += known
         save("what_fits", table(rows), {"rows": rows, "measured_by_others": MEASURED})
 
 

@@ -170,6 +170,7 @@ class Scaled(Codes):
 
 Weight = torch.Tensor | Codes
 _KEPT: dict[tuple[Any, ...], torch.Tensor] = {}  # workspaces, by device, stream and thread
+_NOTED: Callable[[torch.Tensor], None] | None = None  # see `one_workspace`
 
 
 def held(weight: Weight) -> Weight:
@@ -184,7 +185,10 @@ def dense(weight: Weight) -> torch.Tensor:
         return weight
     first = weight.tensors[0]
     if not _is_real(first):
-        return weight.new() if _COUNTED is None else _COUNTED.space(weight)
+        if _NOTED is None:
+            return weight.new()
+        with torch.no_grad():
+            return _workspace(first.device, weight.dtype, weight.shape)
     with torch.no_grad():
         return weight.decode(_workspace(first.device, weight.dtype, weight.shape))
 
@@ -206,40 +210,21 @@ def _workspace(device: torch.device, dtype: torch.dtype, shape: tuple[int, int])
     if kept is None or kept.numel() < count:
         kept = _KEPT[key] = torch.empty(0)  # frees the smaller one first
         kept = _KEPT[key] = torch.empty(count, dtype=torch.uint8, device=device)
+        if _NOTED is not None:
+            _NOTED(kept)
     return kept[:count].view(dtype).view(shape)
-
-
-class _Counted:
-    """The workspace of tensors without values, one for each device; `noted` is called for each buffer that is made."""
-
-    def __init__(self, noted: Callable[[torch.Tensor], None]) -> None:
-        self.noted = noted
-        self.kept: dict[torch.device, torch.Tensor] = {}
-
-    def space(self, weight: Codes) -> torch.Tensor:
-        count, kept = weight.shape[0] * weight.shape[1] * weight.dtype.itemsize, self.kept.get(weight.device)
-        with torch.no_grad():
-            if kept is None or kept.numel() < count:
-                self.kept.pop(weight.device, None)  # frees the smaller one first
-                kept = None
-                kept = self.kept[weight.device] = torch.empty(count, dtype=torch.uint8, device=weight.device)
-                self.noted(kept)
-            return kept[:count].view(weight.dtype).view(weight.shape)
-
-
-_COUNTED: _Counted | None = None
 
 
 @contextlib.contextmanager
 def one_workspace(noted: Callable[[torch.Tensor], None]) -> Iterator[None]:
     """While it lasts, codes without values are decoded into one workspace for each device too, as those with values are: for
     who counts bytes. `noted` is called for each buffer that is made."""
-    global _COUNTED
-    before, _COUNTED = _COUNTED, _Counted(noted)
+    global _KEPT, _NOTED
+    before, _KEPT, _NOTED = (_KEPT, _NOTED), {}, noted
     try:
         yield
     finally:
-        _COUNTED = before
+        _KEPT, _NOTED = before
 
 
 def free_workspaces() -> None:

@@ -214,7 +214,12 @@ def reckon(shapes: Shapes, config: RunConfig) -> Estimate:
     layers = (shapes.layers - FEW) / (MORE - FEW)
     names = ("total_mib", "tflops_per_step", "host_mib", "crossed_mib")
     by_name = {name: getattr(low, name) + layers * (getattr(high, name) - getattr(low, name)) for name in names}
-    return dataclasses.replace(high, **by_name)
+    parts = {
+        part: low.parts.get(part, 0.0) + layers * (high.parts.get(part, 0.0) - low.parts.get(part, 0.0))
+        for part in high.parts
+    }
+    count = low.parameters + round(layers * (high.parameters - low.parameters))
+    return dataclasses.replace(high, parameters=count, parts=parts, **by_name)
 
 
 def _least(shapes: Shapes, budget: str, taken: Sequence[Rung], exact: Estimate) -> str:

@@ -150,7 +150,9 @@ class Step:
             else:
                 inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
             for tensor, part in _parts_of(model):
-                live.add(tensor, part, host=part == STREAMED)  # on a CPU it lies in a mapped file, which the system may drop
+                live.add(
+                    tensor, part, host=part == STREAMED
+                )  # on a CPU it lies in a mapped file, which the system may drop
             trained = [p for p in model.parameters() if p.requires_grad]
             values = sum(p.nbytes for p in trained)
             weights = live.now - (values if placement is not None else 0)
@@ -171,7 +173,11 @@ class Step:
             types=placement.types if placement is not None else [],
             parameters=sum(p.numel() for p in trained),
             weights_mib=weights / MIB,
-            adapters_mib=(sum(t.nbytes for t, _ in kept if t.device.type == self.device.type) + (2 if placement is not None else 1) * values) / MIB,
+            adapters_mib=(
+                sum(t.nbytes for t, _ in kept if t.device.type == self.device.type)
+                + (2 if placement is not None else 1) * values
+            )
+            / MIB,
             activations_mib=saved / MIB,
             logits_mib=logits / MIB,
             total_mib=live.peak / MIB,

@@ -22,7 +22,9 @@ def said(capsys, *words):
 
 def test_a_table_and_the_same_as_json(config, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    code, text, _ = said(capsys, "--model-config", config, "--rule", "v_proj,o_proj", "--rank", 4, "--max-length", 64, "--out", out)
+    code, text, _ = said(
+        capsys, "--model-config", config, "--rule", "v_proj,o_proj", "--rank", 4, "--max-length", 64, "--out", out
+    )
     value = json.loads(out.read_text())
     assert code == 0 and value["plopfast"] == "estimate of shapes" and value["types"] == ["v_proj", "o_proj"]
     assert (value["rows"], value["row_tokens"], value["label_tokens"], value["rank"]) == (1, 64, 63, 4)
@@ -33,7 +35,9 @@ def test_a_table_and_the_same_as_json(config, tmp_path, capsys):
     assert "which cannot be counted" in text and "bfloat16 on a GPU" in text
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "figures.json"], "no run folder"
     assert said(capsys, "--model-config", config, "--rule", "all", "--out", out)[0] == 2
-    assert said(capsys, "--model-config", config, "--rule", "all", "--max-length", 64, "--out", out, "--overwrite")[0] == 0
+    assert (
+        said(capsys, "--model-config", config, "--rule", "all", "--max-length", 64, "--out", out, "--overwrite")[0] == 0
+    )
 
 
 def test_without_a_rule_every_module_counts(config, capsys):
@@ -68,7 +72,9 @@ REFUSED = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "error"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else "")
+@pytest.mark.parametrize(
+    ("words", "error"), REFUSED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
 def test_what_is_refused(config, capsys, words, error):
     code, out, err = said(capsys, "--model-config", config, *words)
     assert (code, out) == (2, "") and error in err and err.count("error:") == 1
@@ -79,6 +85,10 @@ def test_a_run_folder_has_a_model_of_its_own(model_folder, data, config, tmp_pat
     assert plopfast("data", "--model", model_folder, *data, "--out", out) == 0
     capsys.readouterr()
     code, _, err = said(capsys, "--model-config", config, "--out", out)
-    assert code == 2 and "it is a file, such as estimate.json, not a run folder" in err and Path(out, "config.json").exists()
+    assert (
+        code == 2
+        and "it is a file, such as estimate.json, not a run folder" in err
+        and Path(out, "config.json").exists()
+    )
     code, _, err = said(capsys, "--model-config", config, "--config", out / "config.json")
     assert code == 2 and "without weights and data, so --model, --train, " in err

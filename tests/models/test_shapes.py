@@ -110,7 +110,9 @@ def test_what_cannot_be_quantised():
 
 
 def test_shapes_take_no_code_of_a_files_own(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "auto_map": {"AutoConfig": "x.C"}, "_attn_implementation": "owner/kernel"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**LLAMA, "auto_map": {"AutoConfig": "x.C"}, "_attn_implementation": "owner/kernel"})
+    )
     assert type(model_of(str(tmp_path))).__name__ == "LlamaForCausalLM"
     with pytest.raises(ModelError):
         load_model(str(tmp_path))

@@ -71,23 +71,22 @@ def test_flops_are_those_of_plain_arithmetic(llama):
     assert got.tflops_per_step * 1e12 == pytest.approx(forward + 3.5 * attention + into_x + of_adapters, rel=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{}, {"checkpointing": True, "accumulate": 2}], ids=["plain", "recomputed"])
 @pytest.mark.parametrize("kind", [None, "nf4"])
-def test_a_model_without_values_counts_as_one_with_them(tmp_path, kind, settings):
+def test_a_model_without_values_counts_as_one_with_them(tmp_path, kind):
     """As the estimate of the model itself, and as the meter of a real training on the CPU."""
     model = build("llama")
     model.config.save_pretrained(tmp_path)
     if kind:
         quantize(model, kind)
-    choice = placement_on(model)
+    choice, settings = placement_on(model), config_of(checkpointing=kind is not None)
     of = {"dtype": torch.float32, "quantize": kind}
-    got = estimate_shapes(model_of(str(tmp_path), **of), {"this": choice}, config_of(**settings), device="cpu", **SHAPE)[0]
-    assert got == estimated(model, choice, config_of(**settings))
+    got = estimate_shapes(model_of(str(tmp_path), **of), {"this": choice}, settings, device="cpu", **SHAPE)[0]
+    assert got == estimated(model, choice, settings)
     if kind is None:
-        assert got.total_mib == pytest.approx(measured(model, choice, config_of(**settings))[0], rel=0.03)
+        assert got.total_mib == pytest.approx(measured(model, choice, settings)[0], rel=0.03)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
 def test_the_stand_in_for_a_gpu_counts_what_the_cpu_takes(tmp_path, architecture):
     model = build(architecture)
     model.config.save_pretrained(tmp_path)
