@@ -134,7 +134,8 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
         out = Path(folder) / "found.json"
         done = subprocess.run([sys.executable, __file__, *arguments, "--out", str(out)], capture_output=True, text=True)
         if done.returncode:
-            return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+            said = [line for line in done.stderr.splitlines() if "Error: " in line] or ["killed"]
+            return {"failed": re.sub(r"'/\S+'", "FOLDER", said[-1].partition("Error: ")[2] or said[-1])[:300]}
         return json.loads(out.read_text())
 
 

@@ -163,6 +163,9 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
         if device.type == "cuda":
             payload, pinned = _pinned(payload)
             pageable |= not pinned
+            for n, m in modules.items():
+                for key, p in _weights(m).items():
+                    p.data = payload.tensors[n][key]  # so the memory that it was read into is free for the next block
         payloads.append(payload)
     if pageable:
         warnings.warn(
