@@ -74,7 +74,6 @@ def anonymous_mib() -> float:
 
 
 def train(arm: str, repeat: int, steps: int) -> dict[str, Any]:
-    load_model(**ARMS[arm])  # a GGUF file is converted once
     memory.trim()
     memory.reset_peak()
     watch = Anonymous()
@@ -203,6 +202,7 @@ def main() -> None:
         given.out.write_text(json.dumps(train(given.one[0], int(given.one[1]), given.steps)))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    load_model()  # a GGUF file is converted once
     limited = over_the_limit(given.weights, given.limit)
     runs: list[dict[str, Any]] = []
     for repeat in range(given.repeats):

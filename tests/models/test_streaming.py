@@ -50,6 +50,16 @@ def broken(trace, count=2):
     return None
 
 
+def late(trace):
+    """Blocks that were copied only when they were entered."""
+    found, entered = [], None
+    for event in trace:
+        entered = event[1] if event[0] == "enter" else entered
+        if event[0] == "copy" and event[2] == entered:
+            found.append(entered)
+    return found
+
+
 def copies(trace):
     return [event[2] for event in trace if event[0] == "copy"]
 
@@ -133,6 +143,9 @@ def test_a_micro_batch_takes_2n_minus_4_copies(count, checkpointing):
         assert first == forward + list(range(count - 3, -1, -1)), "the backward pass begins with what is there"
         steps(model, 1)
     assert len(copies(streamer.queue.trace)) - len(first) == max(0, 2 * count - 4)
+    assert late(streamer.queue.trace) == [0], (
+        "but for the first one, each copy begins while the block before it is computed"
+    )
     assert broken(streamer.queue.trace, len(streamer.slots)) is None
 
 
