@@ -74,7 +74,6 @@ def anonymous_mib() -> float:
 
 
 def train(arm: str, repeat: int, steps: int) -> dict[str, Any]:
-    load_model(**ARMS[arm])  # a GGUF file is converted once
     memory.trim()
     memory.reset_peak()
     watch = Anonymous()
@@ -134,7 +133,8 @@ def in_a_process(*arguments: str) -> dict[str, Any]:
         out = Path(folder) / "found.json"
         done = subprocess.run([sys.executable, __file__, *arguments, "--out", str(out)], capture_output=True, text=True)
         if done.returncode:
-            return {"failed": (done.stderr.strip().splitlines() or ["killed"])[-1][:300]}
+            said = [line for line in done.stderr.splitlines() if "Error: " in line] or ["killed"]
+            return {"failed": re.sub(r"'/\S+'", "FOLDER", said[-1].partition("Error: ")[2] or said[-1])[:300]}
         return json.loads(out.read_text())
 
 
@@ -202,6 +202,7 @@ def main() -> None:
         given.out.write_text(json.dumps(train(given.one[0], int(given.one[1]), given.steps)))
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    load_model()  # a GGUF file is converted once
     limited = over_the_limit(given.weights, given.limit)
     runs: list[dict[str, Any]] = []
     for repeat in range(given.repeats):

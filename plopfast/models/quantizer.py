@@ -57,22 +57,24 @@ def load(
     import transformers
 
     asked = None if way is None else _config_class()(way, source)
-    how: dict[str, Any] = {"config": config, "dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
+    how: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if asked is not None:
         how["quantization_config"] = asked
     loaded: Any
     try:
         if state is None:
-            loaded = transformers.AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, **how)
+            auto = transformers.AutoModelForCausalLM
+            loaded = auto.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **how)
         else:
-            loaded = _class_of(config).from_pretrained(None, state_dict=state, **how)
+            loaded = _class_of(config).from_pretrained(None, state_dict=state, trust_remote_code=False, **how)
     except _Left as left:
         raise left.error from left.error.__cause__
     model, found = loaded
     if state is not None:
         model.name_or_path = model.config.name_or_path = source
         with contextlib.suppress(OSError):  # most checkpoints have the file
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+            of_files = transformers.GenerationConfig.from_pretrained(source, trust_remote_code=False)
+            model.generation_config = of_files
     if way is None or asked is None:
         return model, found
     found = dict(found) | {key: set(found[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}

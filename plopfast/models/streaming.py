@@ -30,6 +30,7 @@ from .streamed import Streamed, StreamedWeight, streamed_class
 from .streamer import Payload, Streamer, in_one_buffer, payload_of
 
 MIB = 2**20
+PINNED_FOR = ("cuda",)  # types of devices that copy from pinned memory while they compute
 
 
 class _Forward:
@@ -160,9 +161,12 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
     pageable, payloads = False, []
     for _, modules in chosen:
         payload = payload_of({n: {key: p.detach() for key, p in _weights(m).items()} for n, m in modules.items()})
-        if device.type == "cuda":
+        if device.type in PINNED_FOR:
             payload, pinned = _pinned(payload)
             pageable |= not pinned
+            for n, m in modules.items():
+                for key, p in _weights(m).items():
+                    p.data = payload.tensors[n][key]  # so the memory that it was read into is free for the next block
         payloads.append(payload)
     if pageable:
         warnings.warn(
@@ -183,7 +187,8 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
         block.register_forward_hook(_Backward(streamer, index))
     _move(model, device)
     model.computes_on, model._apply = device, _Stays(model, device)
-    where = ("pageable" if pageable else "pinned") + " memory" if device.type == "cuda" else "memory and mapped files"
+    pinned_words = "partly pageable memory" if pageable else "pinned memory"
+    where = pinned_words if device.type in PINNED_FOR else "memory and mapped files"
     model.streaming = Streaming(streamer, len(chosen), stay, where)
     return model.streaming
 

@@ -50,6 +50,16 @@ def broken(trace, count=2):
     return None
 
 
+def late(trace):
+    """Blocks that were copied only when they were entered."""
+    found, entered = [], None
+    for event in trace:
+        entered = event[1] if event[0] == "enter" else entered
+        if event[0] == "copy" and event[2] == entered:
+            found.append(entered)
+    return found
+
+
 def copies(trace):
     return [event[2] for event in trace if event[0] == "copy"]
 
@@ -133,6 +143,9 @@ def test_a_micro_batch_takes_2n_minus_4_copies(count, checkpointing):
         assert first == forward + list(range(count - 3, -1, -1)), "the backward pass begins with what is there"
         steps(model, 1)
     assert len(copies(streamer.queue.trace)) - len(first) == max(0, 2 * count - 4)
+    assert late(streamer.queue.trace) == [0], (
+        "but for the first one, each copy begins while the block before it is computed"
+    )
     assert broken(streamer.queue.trace, len(streamer.slots)) is None
 
 
@@ -370,14 +383,19 @@ def test_fields_are_aligned_and_one_buffer_holds_them():
     assert streamer.views(0)["b"]["s"].data_ptr() == begin + 2 * ALIGNED and streamer.nbytes == 2 * (28 + 3 + 8)
 
 
-def test_without_pinned_memory_a_line_says_so(monkeypatch):
-    """A machine without a GPU refuses pinned memory as one does that has no more of it."""
-    payload = payload_of({"a": {"weight": torch.arange(7.0)}})
-    made, pinned = streaming._pinned(payload)
-    if torch.cuda.is_available():
-        assert pinned and made.whole.is_pinned()
-    else:
-        assert not pinned and torch.equal(made.tensors["a"]["weight"], torch.arange(7.0))
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU refuses pinned memory")
+def test_without_pinned_memory_a_warning_says_so(monkeypatch):
+    """As a machine does that has no more of it. Each block is one buffer, which one copy brings."""
+    monkeypatch.setattr(streaming, "PINNED_FOR", ("cpu",))
+    plain, model = model_of(kind="nf4"), model_of(kind="nf4")
+    with pytest.warns(UserWarning, match="no more pinned memory.*pageable") as said:
+        found = stream(model, "cpu")
+    assert len(said) == 1 and "partly pageable memory" in str(found)
+    for payload in found.streamer.payloads:
+        begin, end = payload.whole.data_ptr(), payload.whole.data_ptr() + payload.size
+        assert all(begin <= t.data_ptr() < end for of in payload.tensors.values() for t in of.values())
+    assert equal(steps(adapted(plain)), steps(adapted(model)))
+    assert unstream(model) and torch.equal(logits(plain), logits(model))
 
 
 def test_it_says_what_it_streams():
