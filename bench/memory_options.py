@@ -1,6 +1,6 @@
 """What each option that saves memory saves, and what it costs, on a CPU.
 
-    OMP_NUM_THREADS=1 python bench/memory_options.py [--steps 3] [--turns 2] [--rows 8] [--tokens 256]
+    OMP_NUM_THREADS=1 python bench/memory_options.py [--steps 1] [--turns 3] [--rows 2] [--tokens 128]
 
 A training step of SmolLM2-135M (rank 16 on v, up and down, float32) with each option off and on. "peak" are the bytes of
 all tensors that are alive at one time, counted in a real step by plopfast's Meter; "estimate" is what plopfast estimate says
@@ -40,9 +40,9 @@ MIB = 2**20
 TYPES = ("v_proj", "up_proj", "down_proj")
 ARMS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "--mlp-rows 256": {"mlp_rows": 256},
+    "--mlp-rows 64": {"mlp_rows": 64},
     "--checkpointing": {"checkpointing": True},
-    "--checkpointing --mlp-rows 256": {"checkpointing": True, "mlp_rows": 256},
+    "--checkpointing --mlp-rows 64": {"checkpointing": True, "mlp_rows": 64},
     "--optimizer adamw8bit": {"optimizer": "adamw8bit"},
 }
 
@@ -83,7 +83,7 @@ class Arm:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("steps", 3), ("turns", 2), ("rows", 8), ("tokens", 256)):
+    for name, value in (("steps", 1), ("turns", 3), ("rows", 2), ("tokens", 128)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "memory_options.json"))
     given = parser.parse_args()
