@@ -234,7 +234,7 @@ option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
 option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
-option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate", trial="")
+option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
 option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
 option("lr", "--lr=0.01", train=LEARNED)

@@ -80,10 +80,10 @@ def test_a_training_with_the_best_in_cpu_memory_is_the_same(examples, tmp_path):
 
 
 def wide():
-    """A model of whose adapters one matrix in each layer has 4096 numbers and more: B [600, 8]."""
+    """A model of whose adapters one matrix in each layer has 4096 numbers and more: B [640, 8], of whole blocks of 256."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(**SMALL | {"intermediate_size": 600})
+        transformers.LlamaConfig(**SMALL | {"intermediate_size": 640})
     )
     names = [info.name for info in pf.linear_modules(model) if info.type in ("up_proj", "v_proj")]
     pf.inject(model, pf.Placement(dict.fromkeys(names, (8, 8.0)), [], "types", 0))
