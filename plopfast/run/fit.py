@@ -19,7 +19,7 @@ from .shapes import Shapes
 
 FEW, MORE = 4, 6  # layers from which those of a deeper model are reckoned
 NEAR = 1.02  # what few layers show is this near, at least
-LEAST_SAVED = 0.5  # MiB: an option that saves less is left out
+LEAST_SAVED = 0.001  # of the peak: an option that saves less is left out
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def fit(shapes: Shapes, config: RunConfig, budget: str, ladder: Sequence[Rung] =
     seen = search.reckoned([])
     exact = shapes.count(config) if seen is None or seen.total_mib <= NEAR * limit else None
     if exact is not None and exact.total_mib <= limit:
-        return Fitted(config, exact, [f"fit {budget}: {exact.total_mib / 1024:.2f} GiB, as the settings are"])
+        return Fitted(config, exact, [f"fit {budget}: {_size(exact.total_mib)}, as the settings are"])
     taken = search.climb(ladder)
     while True:
         settings = search.settings(taken)
@@ -166,7 +166,7 @@ class _Search:
             ):
                 continue
             before, after = self.reckoned(found), self.reckoned([*found, rung])
-            if before is None or after is None or before.total_mib - after.total_mib < LEAST_SAVED:
+            if before is None or after is None or before.total_mib - after.total_mib < LEAST_SAVED * before.total_mib:
                 continue
             found.append(rung)
             if after.total_mib <= self.limit:
@@ -187,7 +187,7 @@ class _Search:
 
     def lines(self, taken: Sequence[Rung], exact: Estimate, budget: str) -> list[str]:
         """What was chosen, and what each costs."""
-        said = [f"fit {budget}: {' '.join(rung.words for rung in taken)}: {exact.total_mib / 1024:.2f} GiB"]
+        said = [f"fit {budget}: {' '.join(rung.words for rung in taken)}: {_size(exact.total_mib)}"]
         for number, rung in enumerate(taken):
             before, after = self.reckoned(taken[:number]), self.reckoned(taken[: number + 1])
             if before is None or after is None:
@@ -195,10 +195,10 @@ class _Search:
             costs = [rung.price] if rung.price else []
             if (more := after.tflops_per_step / before.tflops_per_step - 1) > 0.005:
                 costs.append(f"{more:.0%} more FLOPs")
-            if (crossed := (after.crossed_mib - before.crossed_mib) / 1024) > 0.005:
-                costs.append(f"{crossed:.2f} GiB a step between CPU and GPU")
-            saved = (before.total_mib - after.total_mib) / 1024
-            said.append(f"  {rung.words}: {saved:.2f} GiB less; {', '.join(costs) or 'costs hardly anything'}")
+            if (crossed := after.crossed_mib - before.crossed_mib) > 1:
+                costs.append(f"{_size(crossed)} a step between CPU and GPU")
+            saved = _size(before.total_mib - after.total_mib)
+            said.append(f"  {rung.words}: {saved} less; {', '.join(costs) or 'costs hardly anything'}")
         if changing := [rung.words for rung in taken if rung.changes_results]:
             said.append(
                 f"  {' and '.join(changing)} changes the weights, and so the results: chosen by --fit, not by you"
@@ -222,10 +222,14 @@ def reckon(shapes: Shapes, config: RunConfig) -> Estimate:
     return dataclasses.replace(high, parameters=count, parts=parts, **by_name)
 
 
+def _size(mib: float) -> str:
+    return f"{mib / 1024:.2f} GiB" if mib >= 100 else f"{mib:.2f} MiB"
+
+
 def _least(shapes: Shapes, budget: str, taken: Sequence[Rung], exact: Estimate) -> str:
     part, most = max(exact.parts.items(), key=lambda item: item[1])
     tried = " ".join(rung.words for rung in taken) or "the settings as they are"
     return (
-        f"fit {budget}: nothing that plopfast can choose fits. The least is {exact.total_mib / 1024:.2f} GiB, with {tried}; "
-        f"its largest part: {part}, {most / 1024:.2f} GiB. Give a larger --fit, shorter rows or a lower --rank"
+        f"fit {budget}: nothing that plopfast can choose fits. The least is {_size(exact.total_mib)}, with {tried}; "
+        f"its largest part: {part}, {_size(most)}. Give a larger --fit, shorter rows or a lower --rank"
     )
