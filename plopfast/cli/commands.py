@@ -212,10 +212,10 @@ COMMANDS = {
     ),
     "info": Command(
         "show versions, devices, the model's linear modules and the path that each one takes",
-        _info, (MODEL, "rank"), without=("threads",), flags=(),
+        _info, (MODEL, "rank"), without=("threads", "embedding"), flags=(),
     ),
     "doctor": Command(
         "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
-        _doctor, (MODEL, "rank"), without=("threads",), flags=("seconds",),
+        _doctor, (MODEL, "rank"), without=("threads", "embedding"), flags=("seconds",),
     ),
 }  # fmt: skip

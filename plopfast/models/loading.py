@@ -13,6 +13,7 @@ import torch
 from ..support import files
 from ..support.errors import ConfigError, ModelError, PlopfastError, shown
 from . import quantizer, sources, weights
+from .embedding import PLACES, move
 from .quantized import KINDS
 from .stored import Stored
 
@@ -31,6 +32,7 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     quantize_head: bool = False,
+    embedding: str = "device",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
@@ -42,13 +44,18 @@ def load_model(
     while they are read; `quantize_head` does so with the output head. Embedding, norms and biases keep `dtype`. A
     checkpoint of bitsandbytes' nf4 or int8, or of FineGrainedFP8, is read as it is, without the package that made it.
 
+    With `embedding="cpu"` the rows of the input embedding are looked up in CPU memory and only these go to the device;
+    `model.computes_on` is the device then. A model with a tied output head is refused, as its head needs all rows.
+
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
     another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
-    of its own; ConfigError for a `quantize` that is no kind; and FileError where the cache cannot be written.
+    of its own; ConfigError for a `quantize` or `embedding` that is no kind; and FileError where the cache cannot be written.
 
     >>> model, tokenizer = pf.load_model(quantize="nf4")
     """
     check_quantize(quantize, quantize_head)
+    if embedding not in PLACES:
+        raise ConfigError(f"embedding: expected one of {', '.join(PLACES)}, got {shown(embedding)}")
     source, gguf = _source(name)
     import transformers
 
@@ -64,7 +71,7 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
-    model.to(torch.device(device))
+    move(model, torch.device(device), embedding)
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 

@@ -78,6 +78,7 @@ class Run:
                 device="cpu" if sharded else device,
                 quantize=self.config.quantize,
                 quantize_head=self.config.quantize_head,
+                embedding=self.config.embedding,
             )
             noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
         if path := path_of(self.config.model):

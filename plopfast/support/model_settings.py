@@ -41,6 +41,12 @@ class ModelSettings(Backend):
         ("nf4", "int8", "fp8"),
     )
     quantize_head: bool = option(False, "with --quantize: the output head, too")
+    embedding: str = option(
+        "device",
+        "where the embedding's rows are looked up: cpu saves the device's memory where the output head has a weight of its own",
+        ("device", "cpu"),
+        free=True,
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 or mps", free=True)
     threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, below=1025, free=True)
 
