@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import library_codes, torch_codes  # noqa: F401  # the first registers the operations that decode
 from ..kernels.codes import NF4, Codes, Scaled, frozen_linear
@@ -172,8 +173,20 @@ def _of_bitsandbytes_4bit(module: Any) -> Codes:
     weight, state = module.weight, module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         return _of_bitsandbytes_on_a_cpu(weight.data, state)
-    nested = (state.state2.code, state.state2.absmax, float(state.offset)) if state.nested else None
+    nested = (state.state2.code, state.state2.absmax, _number(state.offset)) if state.nested else None
     return NF4(weight.data.view(torch.uint8), state.absmax, state.shape, state.dtype, nested)
+
+
+_NUMBERS: Any = WeakIdKeyDictionary()
+
+
+def _number(value: torch.Tensor | float) -> float:
+    """The value of a 0-d tensor that nobody changes, read once: on a GPU, reading waits for all work before it."""
+    if not isinstance(value, torch.Tensor):
+        return float(value)
+    if value not in _NUMBERS:
+        _NUMBERS[value] = float(value)
+    return _NUMBERS[value]
 
 
 def _of_bitsandbytes_on_a_cpu(packed: torch.Tensor, state: Any) -> Codes:

@@ -12,6 +12,7 @@ import os
 
 import pytest
 import torch
+import triton.runtime.interpreter as stock
 
 from plopfast.kernels import dispatch
 from plopfast.kernels.launch import forget_plans
@@ -20,7 +21,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 if INTERPRETED:
     collect_ignore_glob = ["test_grouped_heads.py"]  # of a GPU itself
 elif torch.cuda.is_available():
-    of_the_interpreter = ["test_traffic*.py", "test_parallel_work.py", "test_far.py"]
+    of_the_interpreter = ["test_traffic*.py", "test_parallel_work.py", "test_far*.py"]
     collect_ignore_glob = ["test_interpreter_*.py", *of_the_interpreter]
 else:
     collect_ignore_glob = ["test_*.py"]
@@ -50,6 +51,22 @@ def poisoned(monkeypatch):
         return empty.fill_(float("nan")) if empty.is_floating_point() else empty
 
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
+
+
+@pytest.fixture
+def programs_from(monkeypatch):
+    """`programs_from(x)` numbers the programs of a launch from x on, along the first axis."""
+
+    def start(first):
+        program_id = stock.InterpreterBuilder.create_get_program_id
+
+        def shifted(self, axis):
+            found = program_id(self, axis)
+            return stock.TensorHandle(found.data + (first if axis == 0 else 0), found.dtype)
+
+        monkeypatch.setattr(stock.InterpreterBuilder, "create_get_program_id", shifted)
+
+    return start
 
 
 @pytest.fixture

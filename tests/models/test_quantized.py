@@ -214,6 +214,17 @@ def test_a_model_that_bitsandbytes_has_quantised(folder, kind, tmp_path):
     assert torch.equal(again(IDS).logits, model(IDS).logits)
 
 
+def test_the_offset_of_doubly_quantised_codes_is_read_once(folder):
+    """On a GPU, each reading would wait for all work before it. A copy has its own."""
+    module = of_bitsandbytes(folder, "nested nf4").model.layers[0].mlp.up_proj
+    before = frozen_of(module).dequantize()
+    module.weight.quant_state.offset.data.fill_(float("nan"))
+    assert torch.equal(frozen_of(module).dequantize(), before)
+    other = of_bitsandbytes(folder, "nested nf4").model.layers[0].mlp.up_proj
+    other.weight.quant_state.offset += 1.0
+    assert not torch.equal(frozen_of(other).dequantize(), before)
+
+
 def test_codes_that_bitsandbytes_has_reordered_for_a_cpu(folder):
     """Its own function, which its products call on CPUs with AVX-512 bfloat16."""
     from bitsandbytes import functional

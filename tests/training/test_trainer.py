@@ -7,7 +7,7 @@ from itertools import islice
 
 import pytest
 import torch
-from helpers import adapted, build, everywhere, made, parameters, same
+from helpers import adapted, build, everywhere, made, parameters, quantize, same
 
 import plopfast as pf
 from plopfast.data.example import Example
@@ -66,10 +66,10 @@ class Signalled(pf.Trainer):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_is_as_uninterrupted(examples, tmp_path, number):
+@pytest.mark.parametrize(("number", "codes"), [(signal.SIGINT, None), (signal.SIGTERM, None), (signal.SIGINT, "nf4")])
+def test_interrupted_and_resumed_is_as_uninterrupted(examples, tmp_path, number, codes):
     def build_one(kind, out):
-        model = build("llama")
+        model = build("llama") if codes is None else quantize(build("llama"), codes)
         for module in (pf.inject(model, everywhere(model), dropout=0.2), adapters(model).values())[1]:
             assert module.dropout == 0.2
         return kind(
@@ -115,8 +115,9 @@ def test_resume_refuses_another_run(examples, tmp_path):
         pf.inject(other, everywhere(other, **change))
         with pytest.raises(TrainingError, match="other inputs: .*placement"):
             made(examples, tmp_path, model=other).fit(resume=True)
-    with pytest.raises(TrainingError, match="other inputs: base model"):
-        made(examples, tmp_path, model=build("llama", seed=1)).fit(resume=True)
+    for other in (build("llama", seed=1), quantize(build("llama"), "nf4")):
+        with pytest.raises(TrainingError, match="other inputs: base model"):
+            made(examples, tmp_path, model=other).fit(resume=True)
     shuffled = [*examples[1:48], examples[0], *examples[48:]]
     with pytest.raises(TrainingError, match="other inputs: data"):
         made(shuffled, tmp_path).fit(resume=True)
