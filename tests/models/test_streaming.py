@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import adapters, build, everywhere, gradients, logits, quantize, random_batches
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 import plopfast as pf
 from plopfast.lora.shared import Prepared, find_shared_inputs
@@ -147,6 +148,29 @@ def test_a_micro_batch_takes_2n_minus_4_copies(count, checkpointing):
         "but for the first one, each copy begins while the block before it is computed"
     )
     assert broken(streamer.queue.trace, len(streamer.slots)) is None
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.tanh(self.fc(x))  # which saves its output, so there is something to compute again
+
+
+def test_a_block_that_is_computed_again_with_its_hooks_is_not_copied_again():
+    """Their hooks run in the recomputation, too, as with some versions of transformers."""
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList(Block() for _ in range(6))
+    streamer = traced(model)
+    for _ in range(2):
+        before, x = len(copies(streamer.queue.trace)), torch.ones(3, 8, requires_grad=True)
+        for layer in model.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        x.sum().backward()
+    assert len(copies(streamer.queue.trace)) - before == 2 * 6 - 4 and late(streamer.queue.trace) == [0]
+    assert broken(streamer.queue.trace) is None
 
 
 def test_a_missing_fence_or_wait_is_seen():
