@@ -30,16 +30,14 @@ SETTINGS = {
     "NF4, recomputed": NF4,
     "resident": NF4 | HEAD | LEAN,
     "streamed": NF4 | HEAD | LEAN | {"stream": True},
-    "half streamed": NF4 | HEAD | LEAN | {"stream": True, "resident_share": 0.5},
 }
 ROWS = [  # model, placement, setting, goal in GiB
     ("meta-llama-3-8b", FEW, "resident", 4.5), ("meta-llama-3-8b", FEW, "streamed", 1.5),
     ("meta-llama-3-70b", FEW, "streamed", 4.0), ("meta-llama-3-8b", ALL, "resident", None),
-    ("meta-llama-3-8b", ALL, "streamed", None), ("meta-llama-3-8b", FEW, "NF4, recomputed", None),
-    ("qwen3-0.6b", FEW, "resident", None), ("smollm2-135m", FEW, "resident", None),
-    ("meta-llama-3-70b", ALL, "streamed", None), ("meta-llama-3-8b", ALL, "NF4, recomputed", None),
-    ("qwen3-0.6b", FEW, "NF4, recomputed", None), ("smollm2-135m", FEW, "NF4, recomputed", None),
-    ("qwen3-0.6b", FEW, "streamed", None), ("smollm2-135m", FEW, "streamed", None),
+    ("meta-llama-3-8b", ALL, "streamed", None), ("meta-llama-3-70b", ALL, "streamed", None),
+    ("meta-llama-3-8b", FEW, "NF4, recomputed", None), ("qwen3-0.6b", FEW, "NF4, recomputed", None),
+    ("smollm2-135m", FEW, "NF4, recomputed", None), ("qwen3-0.6b", FEW, "resident", None),
+    ("smollm2-135m", FEW, "resident", None),
 ]  # fmt: skip
 MEASURED = [  # by others, on their cards
     "torchtune, QLoRA of Llama-3-8B, 2 x 2048 tokens, RTX 4090: 7.4 GiB, measured by torchtune",
@@ -89,7 +87,7 @@ def main():
         if not known:
             began = time.process_time()
             found, config = counted(model, rule, SETTINGS[setting], goal is not None)
-            options = {name: value for name in SETTINGS["half streamed"] if (value := getattr(config, name))}
+            options = {name: value for name in SETTINGS["streamed"] if (value := getattr(config, name))}
             known = [{
                 "model": model, "rule": rule, "setting": setting, "options": options, "goal": goal, "whole": goal is not None,
                 "estimate": dataclasses.asdict(found), "seconds": time.process_time() - began,
