@@ -213,10 +213,10 @@ COMMANDS = {
     ),
     "info": Command(
         "show versions, devices, the model's linear modules and the path that each one takes",
-        _info, (MODEL, "rank"), without=("threads", *STREAM), flags=(),
+        _info, (MODEL, "rank"), without=("threads", "embedding", *STREAM), flags=(),
     ),
     "doctor": Command(
         "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
-        _doctor, (MODEL, "rank"), without=("threads", *STREAM), flags=("seconds",),
+        _doctor, (MODEL, "rank"), without=("threads", "embedding", *STREAM), flags=("seconds",),
     ),
 }  # fmt: skip

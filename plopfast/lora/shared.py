@@ -2,7 +2,7 @@
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -180,6 +180,28 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
             (stacked[m] if m in stacked else _copy_of(m.lora_A, m.frozen.dtype), _copy_of(m.lora_B, m.frozen.dtype))
             for m in self.modules
         ]
+
+
+@contextlib.contextmanager
+def apart(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While it lasts, members inside one of `modules`, which get parts of their input, compute together on these parts alone:
+    not with members elsewhere, and not with S from a norm, which saw the whole input."""
+    places = {inner: module for module in modules for inner in module.modules() if isinstance(inner, LoRALinear)}
+    kept = {inner.shared: inner.shared.producer for inner in places if inner.shared}
+    mixed = [one for one in kept if len({places.get(member) for member in one.members}) > 1]
+    try:
+        for one in kept:
+            one.producer = None
+        for one in mixed:
+            for member in one.members:
+                member.shared = None
+        yield
+    finally:
+        for one, producer in kept.items():
+            one.producer = producer
+        for one in mixed:
+            for member in one.members:
+                member.shared = one
 
 
 def _weight_for(x: torch.Tensor, member: LoRALinear) -> Weight:

@@ -80,10 +80,10 @@ def lean_modules(model: nn.Module, known: Mapping[str, str] | None = None) -> di
     with evaluating(model):  # dropout would hide that two ways agree
         for name, module in model.named_modules():
             make, kinds, width, like = _candidates(module)
-            if not kinds or "forward" in vars(module) or not _takes_one_tensor(module):
+            if not kinds or "forward" in vars(module) or not takes_one_tensor(module):
                 continue
             kind = known.get(name) if known is not None else _kind(module, make, kinds, width, like)
-            if kind:
+            if kind in kinds:
                 found[name] = module, make(kind, "auto")
     for module, forward in found.values():  # now that nothing more can raise
         module.forward = forward
@@ -112,7 +112,7 @@ def _has_no_other_tensor(module: nn.Module) -> bool:
     return len([*module.parameters(), *module.buffers()]) == 1
 
 
-def _takes_one_tensor(module: nn.Module) -> bool:
+def takes_one_tensor(module: nn.Module) -> bool:
     """A norm with a gate, say, takes two."""
     given = [*inspect.signature(type(module).forward).parameters.values()]
     return len(given) == 2 and all(one.kind is one.POSITIONAL_OR_KEYWORD for one in given)
@@ -131,7 +131,7 @@ def _kind(
         return None
     nearest, least = None, 4 * torch.finfo(x.dtype).eps
     for kind in kinds:
-        error = _error(make(kind, "torch")(x), want)
+        error = relative_error(make(kind, "torch")(x), want)
         if error <= least and (nearest is None or error < least):
             nearest, least = kind, error
         if not error:
@@ -139,7 +139,7 @@ def _kind(
     return nearest
 
 
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """The largest relative error among the scales, infinite for another shape, another dtype or no number."""
     if not isinstance(want, torch.Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
         return math.inf

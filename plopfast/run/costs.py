@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from ..lora.layer import unload
 from ..lora.placement import Placement
+from ..models.running import device_of
 from ..placing.rules import FULL, RULES
 from ..report.tables import estimate_table
 from ..scoring.report import NFNReport
@@ -41,7 +42,7 @@ def run_estimate(run: Run) -> str:
         )  # fmt: skip
         value = {
             "plopfast": "estimate", "model": run.model.name_or_path, **dataclasses.asdict(shape),
-            "accumulate": config.accumulate, "device": str(run.model.device),
+            "accumulate": config.accumulate, "device": str(device_of(run.model)),
             "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
         }  # fmt: skip
         ranks.on_main(lambda: files.write_json(run.file("estimate"), value))

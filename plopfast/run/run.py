@@ -78,6 +78,7 @@ class Run:
                 device="cpu" if sharded else device,
                 quantize=self.config.quantize,
                 quantize_head=self.config.quantize_head,
+                embedding=self.config.embedding,
                 stream=self.config.stream,
                 resident_share=self.config.resident_share,
             )

@@ -15,6 +15,7 @@ from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
 from ..models.loading import load_model
+from ..models.running import device_of
 from ..models.saved import save_model
 from ..models.weights import check_finite
 from ..scoring import eva
@@ -91,7 +92,7 @@ def run_train(run: Run) -> TrainResult:
     with run.stage("train"):
         unfinished = checkpoints(run.folder / CHECKPOINTS)
         trainer = trainer_for(run, placement, vectors, out=run.folder)
-        advice = threads.thread_advice() if run.model.device.type == "cpu" else []
+        advice = threads.thread_advice() if device_of(run.model).type == "cpu" else []
         for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
             run.say(line)
         if placement and placement.model not in ("", name := run.model.name_or_path):

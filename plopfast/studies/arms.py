@@ -19,7 +19,7 @@ from ..data.text import read_text
 from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
-from ..models.running import context_length
+from ..models.running import context_length, device_of
 from ..models.streaming import plain_copy
 from ..report import kinds
 from ..run.apply import trainer_for
@@ -112,7 +112,7 @@ class Training:
     def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:
         run = self.run
         trainer = trainer_for(run, arm.placement, self.vectors, config=config, out=out, copied=True)
-        memory.reset_peak(run.model.device)
+        memory.reset_peak(device_of(run.model))
         value: dict[str, Any] = {"valid_loss": None}
         try:
             result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
@@ -130,7 +130,7 @@ class Training:
                 save_adapter(run.model, out / "adapter", overwrite=True)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
-        return value | {"peak_mib": round(memory.peak_mib(run.model.device), 1)}
+        return value | {"peak_mib": round(memory.peak_mib(device_of(run.model)), 1)}
 
 
 def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
+from .memory_settings import MemorySettings
 from .model_settings import Backend, ModelSettings, RankSettings, Seed
 from .options import Settings, option
 
@@ -138,7 +139,7 @@ class AdapterSettings(Init, Seed, Backend):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepSettings(Settings):
+class StepSettings(MemorySettings):
     """What the memory and time of a training step depend on."""
 
     title = "training"
@@ -154,9 +155,6 @@ class StepSettings(Settings):
     dropout: float = option(0.0, "LoRA dropout", below=1)
     ema: float = option(
         0.0, "keep and validate a moving average of the adapters with this decay; 0: keep the adapters", below=1
-    )
-    checkpointing: bool = option(
-        False, "save memory: compute activations again in the backward pass, block by block", free=True
     )
 
 
@@ -201,7 +199,6 @@ class TrainConfig(StepSettings, Seed):
         None, "steps between two checkpoints (default: as --eval-every)", positive=True, free=True
     )
     keep: int = option(2, "newest checkpoints to keep while training", positive=True, free=True)
-    offload: bool = option(False, "save GPU memory: keep activations in CPU memory until the backward pass", free=True)
     compile: bool = option(False, "compile each block with torch.compile: slow to start, then faster")
     liger: bool = option(False, "use liger-kernel's norm, SwiGLU and RoPE in place of plopfast's (GPU)")
     log_to: str = option("none", "log to tensorboard, wandb or both (with a comma), beside metrics.jsonl", free=True)
@@ -211,6 +208,11 @@ class TrainConfig(StepSettings, Seed):
         if self.max_steps and self.epochs:
             raise ConfigError(
                 f"max_steps {self.max_steps} and epochs {self.epochs:g} both say how long to train: leave one of them out"
+            )
+        if self.mlp_rows and self.compile:
+            raise ConfigError(
+                "mlp_rows and compile exclude each other: torch.compile cannot trace a product that is computed again in the "
+                "backward pass; leave one out"
             )
         if self.packing and self.neftune:
             raise ConfigError(
@@ -284,6 +286,13 @@ class RunConfig(
             raise ConfigError("--parallel fsdp spreads frozen weights, --full trains them: leave one of them out")
         if self.quantize and self.parallel == "fsdp":
             raise ConfigError("--parallel fsdp spreads dense weights, --quantize keeps codes: leave one of them out")
+        if self.mlp_rows and self.parallel == "fsdp":
+            raise ConfigError(
+                "--mlp-rows computes MLPs again when --parallel fsdp may have given their weights back: leave one of them out"
+            )
+        if self.embedding == "cpu" and (self.full or self.parallel == "fsdp"):
+            other = "--full trains the embedding, too" if self.full else "--parallel fsdp has it on each device"
+            raise ConfigError(f"--embedding cpu keeps a frozen embedding in CPU memory, {other}: leave one of them out")
         if self.full and self.quantize:
             raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
         if self.stream:

@@ -41,6 +41,12 @@ class ModelSettings(Backend):
         ("nf4", "int8", "fp8"),
     )
     quantize_head: bool = option(False, "with --quantize: the output head, too")
+    embedding: str = option(
+        "device",
+        "where the embedding's rows are looked up: cpu saves the device's memory where the output head has a weight of its own",
+        ("device", "cpu"),
+        free=True,
+    )
     stream: bool = option(
         False,
         "keep the frozen linear weights of the layers in CPU memory (with --device cpu: in files), from where two layers at a "

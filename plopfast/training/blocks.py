@@ -3,23 +3,23 @@
 import contextlib
 import importlib.util
 import sys
-import weakref
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..lora.layer import adapters
+from ..lora.shared import apart
 from ..models.frozen import is_sharded, streamed_in
 from ..models.lean import lean_modules
 from ..models.linears import blocks
 from ..models.rotary import rotated
 from ..models.running import device_of
+from ..models.tiles import Tiled, token_wise
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, TrainingError
-
-OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
+from .moments import library
+from .offload import offloaded
 
 
 @contextlib.contextmanager
@@ -27,7 +27,7 @@ def prepared_blocks(
     model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None
 ) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
-    `lean_modules` takes as `known`; given it, no rotary embedding is replaced, as tensors may have no values to compare.
+    `lean_modules` and `token_wise` take as `known`; given it, no rotary embedding is replaced, as tensors may have no values to compare.
 
     Raises ConfigError for choices that this model or device does not allow.
     """
@@ -62,9 +62,15 @@ def prepared_blocks(
                 undo.callback(setattr, block, "_compiled_call_impl", block._compiled_call_impl)
                 block.compile(dynamic=True)
             notes.append("blocks compiled by torch.compile")
+        if config.mlp_rows:
+            notes.append(undo.enter_context(tiled(model, config.mlp_rows, lean)))
+        if config.optimizer == "adamw8bit":
+            notes.append(f"AdamW's moments in 8 bits, by {library()}")
+        if config.keep_best == "cpu" and device.type != "cpu":
+            notes.append("the best adapters so far kept in CPU memory")
         if config.offload:
             undo.enter_context(offloaded(model))
-            notes.append("activations kept in CPU memory until the backward pass")
+            notes.append("activations kept in CPU memory until the backward pass, and fetched a block ahead")
         try:
             yield notes
         except RuntimeError as error:
@@ -84,6 +90,34 @@ def _check_streamed(model: nn.Module, config: TrainConfig) -> None:
         raise ConfigError(
             "streamed weights are frozen: inject(model, placement) first, or load the model without stream"
         )
+
+
+@contextlib.contextmanager
+def tiled(model: nn.Module, rows: int, known: Mapping[str, str] | None = None) -> Iterator[str]:
+    """Lets MLPs compute `rows` tokens at a time while it lasts, and yields a line about it. `known` is what `token_wise`
+    takes. Raises ConfigError where no MLP can, and for weights that are spread over several processes."""
+    if any(is_sharded(parameter) for parameter in model.parameters()):
+        raise ConfigError(
+            "mlp_rows computes MLPs again when --parallel fsdp may have given their weights back: leave it out"
+        )
+    found, others = token_wise(model, known)
+    left = f"{', '.join(others)}: not known to act on each token alone" if others else ""
+    if not found:
+        raise ConfigError(
+            f"mlp_rows: {type(model).__name__} has no MLP that can be computed some tokens at a time"
+            f"{f' ({left})' if left else ''}: leave it out"
+        )
+    before = {module: vars(module).get("forward") for module in found.values()}
+    try:
+        with apart(found.values()):
+            for module in found.values():
+                module.forward = Tiled(module, module.forward, rows)
+            yield f"{len(found)} MLPs {rows} tokens at a time, and again in the backward pass{f'; left whole: {left}' if left else ''}"
+    finally:
+        for module, forward in before.items():
+            vars(module).pop("forward", None)
+            if forward is not None:
+                module.forward = forward
 
 
 @contextlib.contextmanager
@@ -126,36 +160,3 @@ def recomputed(model: Any) -> Iterator[None]:
                         hook.remove()
                 now.pop(name, None)
             now.update(before)
-
-
-class _Moved:
-    """A tensor's copy in CPU memory, and the `device` it was on."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.device, self.origin = tensor.device, weakref.ref(tensor)
-        kept = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-        self.kept = kept.copy_(tensor, non_blocking=True)
-
-
-def offloaded(model: nn.Module) -> Any:
-    """Returns a context in which tensors that autograd saves move to CPU memory, until the backward pass needs them.
-
-    Parameters and small tensors stay. What several operations save is moved once. The copies go to pinned memory without
-    a wait: the stream keeps their order.
-    """
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    moved: weakref.WeakValueDictionary[Any, _Moved] = weakref.WeakValueDictionary()
-
-    def pack(tensor: torch.Tensor) -> Any:
-        if tensor.nbytes < OFFLOADED_BYTES or tensor.untyped_storage().data_ptr() in weights:
-            return tensor
-        key = tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), tensor.dtype
-        found = moved.get(key)
-        if found is None or found.origin() is None:  # else the address may have been given to another tensor
-            found = moved[key] = _Moved(tensor)
-        return found
-
-    def unpack(packed: Any) -> torch.Tensor:
-        return packed if isinstance(packed, torch.Tensor) else packed.kept.to(packed.device, non_blocking=True)
-
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

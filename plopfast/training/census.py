@@ -14,6 +14,7 @@ from torch import nn
 from ..lora.layer import adapters
 from ..models.frozen import is_linear
 from ..models.linears import shortest_suffixes
+from .moments import has_moved
 
 NAMED = 8  # layers in a message
 
@@ -34,7 +35,7 @@ def census(model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: 
     `parameters` are the trained ones of `model`, by name, and types are named as `linear_modules` does. On several ranks,
     gradients are those of all of them, so each rank finds the same.
     """
-    moments = [optimizer.state[p]["exp_avg_sq"] for p in parameters.values() if p in optimizer.state]
+    moments = [has_moved(optimizer, p) for p in parameters.values() if p in optimizer.state]
     largest = iter(torch.stack(torch._foreach_norm(moments, torch.inf)).tolist() if moments else [])
     moved: dict[str, bool] = {}
     for name, parameter in parameters.items():

@@ -6,7 +6,7 @@ counted, and the FLOPs of every product are added up. So a model that would not 
 fine-tuning too.
 
 Counted: the tensors that this process allocates for the step, and the optimizer's state. Not counted: what libraries and
-the allocator take for themselves. liger-kernel, torch.compile and offload are not modelled: plopfast's own operations are.
+the allocator take for themselves. liger-kernel and torch.compile are not modelled: plopfast's own operations are.
 """
 
 import copy
@@ -26,12 +26,14 @@ from ..models.frozen import make_dense
 from ..models.lean import lean_modules
 from ..models.running import device_of
 from ..models.streaming import unstream
+from ..models.tiles import TOKENS, token_wise
 from ..support.config import TrainConfig
 from ..support.errors import ModelError, PlopfastError
 from ..support.progress import bar
 from .blocks import prepared_blocks
 from .loss import Objective
 from .meter import Meter
+from .moments import bytes_of_moments
 
 MIB = 2**20
 
@@ -76,10 +78,7 @@ def estimate(
     Raises ConfigError for settings that the model cannot take, ModelError where no estimate is possible: some mixtures of
     experts, and kernels that torch does not know, need values.
     """
-    objective, lean = Objective(model, recomputed=config.checkpointing), {}
-    for name, module in lean_modules(model).items():
-        lean[name] = str(module.forward.kind)  # type: ignore[attr-defined]
-        del module.forward
+    objective, lean = Objective(model, recomputed=config.checkpointing), recognised(model, config)
     labels = row_tokens - 1 if label_tokens is None else label_tokens
     step = Step(objective, lean, config, rows, row_tokens, labels, best)
     found = []
@@ -99,6 +98,19 @@ def estimate(
     return found
 
 
+def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:
+    """Returns the kinds of the modules that `prepared_blocks` would give another forward, by name; it takes them where the
+    tensors have no values. `model` stays as it is."""
+    lean = lean_modules(model)
+    kinds = {name: str(module.forward.kind) for name, module in lean.items()}  # type: ignore[attr-defined]
+    try:
+        alone = token_wise(model)[0] if config.mlp_rows else {}
+    finally:
+        for module in lean.values():
+            del module.forward
+    return dict.fromkeys(alone, TOKENS) | kinds
+
+
 def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
     """For JSON, each with its share of the memory and FLOPs of full fine-tuning, the last one."""
     full = estimates[-1]
@@ -113,7 +125,7 @@ def as_rows(estimates: Sequence[Estimate]) -> list[dict[str, Any]]:
 class Step:
     """A step to estimate: all but the placement.
 
-    `lean` tells what `lean_modules` found in the real model: name -> kind. A micro-batch has `rows` of `tokens` tokens, of
+    `lean` tells what `lean_modules` and `token_wise` found in the real model: name -> kind. A micro-batch has `rows` of `tokens` tokens, of
     which the last `labels` have a label.
     """
 
@@ -132,7 +144,7 @@ class Step:
             objective = copy.deepcopy(self.objective)
         model = objective.model
         _without_mask(model, self.tokens)
-        config = dataclasses.replace(self.config, liger=False, compile=False, offload=False)
+        config = dataclasses.replace(self.config, liger=False, compile=False)
         with mode:
             if placement is None:
                 unstream(model)
@@ -157,7 +169,9 @@ class Step:
                     saved, logits = live.now - before, live.peak - live.now
                     loss.backward()
                     del loss
-        kept = values * (2 + self.best + bool(config.ema))  # AdamW's moments, the best values and the moving average
+        best = self.best and (config.keep_best == "device" or device_of(model).type == "cpu")
+        # the moments, the best values and the moving average
+        kept = bytes_of_moments(trained, config.optimizer) + values * (best + bool(config.ema))
         return Estimate(
             name=name,
             types=placement.types if placement is not None else [],

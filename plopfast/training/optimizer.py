@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..support.config import TrainConfig
+from .moments import eight_bit
 
 
 def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
@@ -19,11 +20,15 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes AdamW for parameters by name. With LoRA+ (Hayou et al., arXiv 2402.12354) every lora_B learns faster."""
+    """Makes the optimizer of `config` for parameters by name. With LoRA+ (Hayou et al., arXiv 2402.12354) every lora_B learns faster.
+
+    Raises ConfigError where 8-bit AdamW is not installed or does not run."""
     groups = []
     for is_b, ratio in ((False, 1.0), (True, config.lora_plus)):
         if chosen := [p for name, p in parameters.items() if name.endswith("lora_B") == is_b]:
             groups.append({"params": chosen, "ratio": ratio})
+    if config.optimizer == "adamw8bit":
+        return eight_bit(groups, config.lr, config.weight_decay)
     fused = next(iter(parameters.values())).device.type in ("cpu", "cuda")
     return torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
@@ -31,4 +36,7 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate; groups that learn faster (LoRA+) get their multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group["ratio"]
+        if isinstance(group["lr"], torch.Tensor):  # torchao's
+            group["lr"].fill_(lr * group["ratio"])
+        else:
+            group["lr"] = lr * group["ratio"]

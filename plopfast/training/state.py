@@ -23,11 +23,13 @@ from ..support.errors import FileError, TrainingError
 from ..support.inputs import check_same
 from ..support.schema import Count, checked
 from ..support.strict_json import dumps
+from .moments import CODED, PLAIN, moments_of, put_moments, shapes_of
 
 CHECKPOINTS = "checkpoints"  # their folder within a run's folder
 CHECKPOINT_FILES = ("step-*.safetensors", "step-*.damaged", f".step-*{files.SCRATCH}/*")
 COUNTERS = ("step", "tokens", "positions", "worse", "skipped", "best_step", "best_loss")
-KINDS = ("now", "best", "average", "step", "exp_avg", "exp_avg_sq")  # a parameter's tensors; the last three are AdamW's
+VALUES = ("now", "best", "average")
+KINDS = (*VALUES, *dict.fromkeys((*PLAIN, *CODED)))  # a parameter's tensors; all but its values are the optimizer's
 
 
 class TrainState:
@@ -36,16 +38,22 @@ class TrainState:
     `parameters` are the model's own, by name. `best` are the values of `best_step`, which had the lowest validation loss,
     `best_loss` (empty without validation); `average` is their moving average (empty without one). `tokens` and
     `positions` are the tokens learned from and the positions computed for them. `worse` counts the validations since the
-    best one, `skipped` the last steps without a finite loss.
+    best one, `skipped` the last steps without a finite loss. `best_on_cpu` keeps `best` in CPU memory.
     """
 
     def __init__(
-        self, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, *, validated: bool, averaged: bool
+        self,
+        parameters: dict[str, nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        *,
+        validated: bool,
+        averaged: bool,
+        best_on_cpu: bool = False,
     ) -> None:
         self.parameters, self.optimizer = parameters, optimizer
         self.step = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
-        self.best = self.copy() if validated else {}
+        self.best = self.copy("cpu" if best_on_cpu else None) if validated else {}
         self.average = self.copy() if averaged else {}
 
     @torch.no_grad()
@@ -54,9 +62,9 @@ class TrainState:
         for name, value in values.items():
             self.parameters[name].copy_(value)
 
-    def copy(self) -> dict[str, torch.Tensor]:
-        """Returns a copy of the parameters' values."""
-        return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+    def copy(self, device: str | None = None) -> dict[str, torch.Tensor]:
+        """Returns a copy of the parameters' values, on their own device or on another."""
+        return {name: p.detach().to(device or p.device, copy=True) for name, p in self.parameters.items()}
 
     def keep_best(self, loss: float) -> None:
         """Notes that the parameters are the best so far."""
@@ -99,25 +107,25 @@ class TrainState:
             generators = ranks.gather(torch.cuda.get_rng_state(self.device))
             state |= {f"rng_cuda/{rank}": kept for rank, kept in enumerate(generators)}
         for name, parameter in self.parameters.items():
-            moments = self.optimizer.state.get(parameter, {})
+            moments = moments_of(self.optimizer, parameter)
             held = {"now": parameter, "best": self.best.get(name), "average": self.average.get(name), **moments}
             state |= {f"{kind}/{name}": held[kind] for kind in KINDS if held.get(kind) is not None}
         return state | {name: getattr(self, name) for name in COUNTERS}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes over a state that `state_dict` gave. Raises TrainingError where its parameters are others, before
         anything is changed."""
         self._check(state)
         for name, parameter in self.parameters.items():
-            of = {kind: state[f"{kind}/{name}"].to(parameter.device) for kind in KINDS if f"{kind}/{name}" in state}
+            of = {kind: state[f"{kind}/{name}"] for kind in KINDS if f"{kind}/{name}" in state}
             self.take({name: of["now"]})
             if self.best:
-                self.best[name] = of.get("best", of["now"])  # there is no best where nothing was validated
+                self.best[name].copy_(of.get("best", of["now"]))  # there is no best where nothing was validated
             if self.average:
-                self.average[name] = of["average"]
-            if "exp_avg" in of:
-                step = of["step"] if self.optimizer.defaults["fused"] else of["step"].cpu()
-                self.optimizer.state[parameter] = {"step": step, **{key: of[key] for key in ("exp_avg", "exp_avg_sq")}}
+                self.average[name].copy_(of["average"])
+            if "step" in of:
+                put_moments(self.optimizer, parameter, {key: of[key] for key in of if key not in VALUES})
         torch.set_rng_state(state[f"rng/{ranks.rank()}"])
         generator = state.get(f"rng_cuda/{ranks.rank()}")
         if generator is not None and self.device.type == "cuda":
@@ -128,14 +136,19 @@ class TrainState:
     def _check(self, state: dict[str, Any]) -> None:
         """Raises TrainingError for a state that lacks a tensor, or has one of another shape."""
         for name, parameter in self.parameters.items():
-            has = {kind: tuple(state[key].shape) for kind in KINDS if (key := f"{kind}/{name}") in state}
-            moments = {"step", "exp_avg", "exp_avg_sq"}
-            needed = {"now"} | ({"average"} if self.average else set()) | (moments if moments & has.keys() else set())
+            has = {kind: state[key] for kind in KINDS if (key := f"{kind}/{name}") in state}
+            moments = shapes_of(self.optimizer, parameter)
+            values = {kind: (tuple(parameter.shape), False) for kind in VALUES}
+            needed = (
+                {"now"} | ({"average"} if self.average else set()) | (set() if has.keys() <= {*VALUES} else {*moments})
+            )
             for kind in sorted(needed | has.keys()):
-                shape = () if kind == "step" else tuple(parameter.shape)
-                if has.get(kind) != shape:
+                shape, coded = (values | moments).get(kind, ("none", False))
+                got = tuple(has[kind].shape) if kind in has else "none"
+                if got != shape or coded != (has[kind].dtype == torch.uint8):
                     raise TrainingError(
-                        f"expected {kind}/{name} of shape {shape}, got {has.get(kind, 'none')}: another placement, or damaged"
+                        f"expected {kind}/{name} of shape {shape}{' as codes' if coded else ''}, got {got}: another placement or "
+                        "optimizer, or damaged"
                     )
         own, now = state.get(f"rng/{ranks.rank()}"), torch.get_rng_state()
         if own is None or (own.shape, own.dtype) != (now.shape, now.dtype):

@@ -33,6 +33,7 @@ from .first_step import make_ready
 from .interrupt import interruptible
 from .logs import open_log, targets
 from .loss import Objective
+from .moments import maker_of
 from .neftune import neftune
 from .optimizer import lr_factor, make_optimizer, set_lr
 from .plan import Plan
@@ -95,8 +96,7 @@ class Trainer:
         on_valid: Callable[[int, float], None] | None = None,
     ) -> None:
         self.model, self.config, self.progress, self.on_valid = model, config, progress, on_valid
-        self.valid = valid[: config.eval_rows]
-        self.out = Path(out) if out is not None else None
+        self.valid, self.out = valid[: config.eval_rows], Path(out) if out is not None else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
@@ -107,13 +107,13 @@ class Trainer:
         targets(config.log_to)  # a wrong name should stop the run now
         if config.packing:
             check_packing(model)
-        self.identity = self._identity()
         self.objective = Objective(model, recomputed=config.checkpointing)
-        self.shared = find_shared_inputs(model)
-        self.prepared = Prepared(model)
+        self.shared, self.prepared = find_shared_inputs(model), Prepared(model)
         self.parallel = parallel.averaged(self.objective)
         self.optimizer = make_optimizer(self.parameters, config)
-        self.state = TrainState(self.parameters, self.optimizer, validated=bool(valid), averaged=bool(config.ema))
+        self.identity = self._identity()
+        kept = {"validated": bool(valid), "averaged": bool(config.ema), "best_on_cpu": config.keep_best == "cpu"}
+        self.state = TrainState(self.parameters, self.optimizer, **kept)
         self.records = Records(self.out)
         self.history = self.records.history
         self.notes: list[str] = []
@@ -178,8 +178,7 @@ class Trainer:
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device_of(self.model))
-        positions = 0
+        total, positions = torch.zeros((), device=device_of(self.model)), 0
         mine = examples[ranks.rank() :: ranks.size()]
         with self.prepared:
             for number, group in enumerate(mine, 1):
@@ -336,6 +335,7 @@ class Trainer:
         settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
         return {
             **settings,
+            "optimizer": f"{maker_of(self.optimizer)}'s {self.config.optimizer}",
             "max_steps": plan.max_steps,
             "batch_tokens": plan.batch_tokens,
             "batch_rows": plan.batch_rows,

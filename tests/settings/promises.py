@@ -124,6 +124,7 @@ option(
     info="said",
 )
 WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
+option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU, that is where it is
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
@@ -230,6 +231,9 @@ option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
 option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
+option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
+option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
+option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
 option("lr", "--lr=0.01", train=LEARNED)
 option("schedule", "--schedule=linear", train=LEARNED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
@@ -249,7 +253,7 @@ option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.tx
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
 option("save_every", "--save-every=2", train="checkpoints")
 option("keep", "--keep=1", train="checkpoints")
-option("offload", "--offload", train=REFUSED)  # the CPU's memory is where it would go
+option("offload", "--offload", train=REFUSED, estimate=REFUSED)  # the CPU's memory is where it would go
 option("compile", "--compile", train="adapter metrics training compiled")  # rounding
 option("liger", "--liger", train=REFUSED)  # it needs a GPU
 option("log_to", "--log-to=tensorboard", train="tensorboard")

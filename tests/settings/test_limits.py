@@ -28,13 +28,13 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "neftune": (0.0, 0, True, ANY), "max_steps": (None, 0, False, ANY), "epochs": (None, 0, False, ANY),
     "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
-    "search_trials": (20, 0, False, ANY), "resident_share": (0.0, 0, True, 1),
+    "search_trials": (20, 0, False, ANY), "resident_share": (0.0, 0, True, 1), "mlp_rows": (None, 0, False, ANY),
 }  # fmt: skip
 CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
     "bad_rows": "error skip", "learn": "assistant last all", "long": "error skip cut", "init": "kaiming gaussian orthogonal eva",
     "score_tokens": "all prompt completion system user assistant tool", "baseline": "closed-form monte-carlo",
-    "compat": "official", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
+    "compat": "official", "optimizer": "adamw adamw8bit", "keep_best": "device cpu", "embedding": "device cpu", "quantize": "nf4 int8 fp8", "ranks": "equal proportional", "granularity": "type module", "schedule": "cosine linear constant",
     "nonfinite": "stop skip",
 }  # fmt: skip
 TEXTS = {
@@ -139,7 +139,7 @@ def test_texts(name):
 
 CONTRADICTIONS = [
     {"compat": "official", "score_tokens": "user"}, {"compat": "official", "skip_first": True},
-    {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
+    {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
     {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
@@ -161,7 +161,7 @@ def test_cap_0_contradicts_nothing():
 
 
 def test_what_may_change_at_resume():
-    names = {"device", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share"}  # fmt: skip
+    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share"}  # fmt: skip
     assert names == FREE
 
 

@@ -15,8 +15,9 @@ from plopfast.lora.layer import adapters
 from plopfast.models import rotary
 from plopfast.models.linears import blocks
 from plopfast.support.errors import ConfigError, TrainingError
-from plopfast.training.blocks import OFFLOADED_BYTES, lean_modules, offloaded, prepared_blocks
+from plopfast.training.blocks import lean_modules, prepared_blocks
 from plopfast.training.loss import Objective, inputs_of
+from plopfast.training.offload import OFFLOADED_BYTES, offloaded
 
 BATCH = collate(prompted(ROWS, STARTS))
 
@@ -130,7 +131,7 @@ def test_offloaded_tensors_come_back(monkeypatch):
     want.backward()
     expected = gradients(model)
     model.zero_grad()
-    monkeypatch.setattr("plopfast.training.blocks.OFFLOADED_BYTES", 1000)
+    monkeypatch.setattr("plopfast.training.offload.OFFLOADED_BYTES", 1000)
     moved, plain = [], torch.empty_like
     monkeypatch.setattr(
         torch, "empty_like", lambda t, **how: (moved.append(t.nbytes) if how else None, plain(t, **how))[1]
@@ -225,7 +226,7 @@ def test_liger_is_not_left_out_in_silence(monkeypatch):
 def test_a_tensor_that_changes_between_two_uses_is_kept_twice():
     weight = torch.randn(600, 600, dtype=torch.float64, requires_grad=True)
     assert weight.nbytes > OFFLOADED_BYTES
-    with offloaded(torch.nn.Linear(1, 1)):
+    with offloaded(build("llama")):
         x = weight * 2
         one = x.sin()
         x.mul_(3)
