@@ -56,6 +56,11 @@ class Codes:
         other.dtype = dtype
         return other
 
+    def held(self) -> "Weight":
+        """What a product reads now: the codes themselves. A weight that lies elsewhere, and is brought here only while it is
+        needed, gives views of where it is at this moment, which must not be kept."""
+        return self
+
     def rows(self, begin: int, end: int) -> "Codes":
         """W[begin:end]; `begin` is a multiple of 128."""
         raise NotImplementedError
@@ -166,8 +171,14 @@ Weight = torch.Tensor | Codes
 _KEPT: dict[tuple[Any, ...], torch.Tensor] = {}  # workspaces, by device, stream and thread
 
 
+def held(weight: Weight) -> Weight:
+    """What a product reads now: a tensor as it is, and see `Codes.held`."""
+    return weight if isinstance(weight, torch.Tensor) else weight.held()
+
+
 def dense(weight: Weight) -> torch.Tensor:
     """W [N, K] for a product that is made at once: a tensor as it is, codes decoded into the workspace."""
+    weight = held(weight)
     if isinstance(weight, torch.Tensor):
         return weight
     first = weight.tensors[0]
@@ -224,6 +235,7 @@ def linear_of_few(
 
 def linear(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor | None) -> torch.Tensor:
     """Y = X W^T + bias [M, N]"""
+    weight = held(weight)
     if few(x_MK, weight):
         return linear_of_few(x_MK, weight, bias_N)
     return torch.nn.functional.linear(x_MK, dense(weight), bias_N)

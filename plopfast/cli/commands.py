@@ -153,6 +153,7 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
+STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
 COMMANDS = {
@@ -204,7 +205,7 @@ COMMANDS = {
     ),
     "merge": Command(
         "write the model with its adapter merged in: merged/",
-        _merge, (MODEL,), without=("backend",), flags=(*OF_AN_ADAPTER, "requantize"), needs_out=True,
+        _merge, (MODEL,), without=("backend", *STREAM), flags=(*OF_AN_ADAPTER, "requantize"), needs_out=True,
     ),
     "verify": Command(
         "find out whether a run folder's files, and what they were made from, are still what they were; exit code 1 if not",
@@ -212,10 +213,10 @@ COMMANDS = {
     ),
     "info": Command(
         "show versions, devices, the model's linear modules and the path that each one takes",
-        _info, (MODEL, "rank"), without=("threads", "embedding"), flags=(),
+        _info, (MODEL, "rank"), without=("threads", "embedding", *STREAM), flags=(),
     ),
     "doctor": Command(
         "check kernels, gradients and paths on this machine with this model; exit code 1 if anything is wrong",
-        _doctor, (MODEL, "rank"), without=("threads", "embedding"), flags=("seconds",),
+        _doctor, (MODEL, "rank"), without=("threads", "embedding", *STREAM), flags=("seconds",),
     ),
 }  # fmt: skip

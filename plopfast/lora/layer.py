@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers
+from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers, streamed_in
 from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
 from . import tuning
@@ -215,6 +215,11 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
     was, so the model computes the same; another call merges the rest.
     """
     merged = adapters(model)
+    if streamed := streamed_in(model):
+        raise AdapterError(
+            f"{streamed[0].removesuffix('.base')} is streamed, and the host's copy takes no update: unstream(model) first, or "
+            "load the model without --stream"
+        )
     for name, others in sharers(model, merged).items():
         raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
     if into not in (None, "dense", "quantized"):

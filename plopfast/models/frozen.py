@@ -30,6 +30,8 @@ class FrozenWeight:
     module's place. It is cheap to make, and a LoRALinear keeps one as its attribute `frozen`.
     """
 
+    streamed = False  # whether the values lie elsewhere than on `device`, see streaming.py
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.transposed = is_transposed(module)  # PEFT's fan_in_fan_out
@@ -222,6 +224,12 @@ def _place(tensor: torch.Tensor) -> Any:
     real = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta  # sharded and fake ones have no address
     pointer = tensor.data_ptr() if real else 0
     return (tensor.device, pointer) if pointer else id(tensor)
+
+
+def streamed_in(model: nn.Module) -> list[str]:
+    """The names of the linear modules whose weights are streamed."""
+    carried = [(name, module, vars(module).get("frozen")) for name, module in model.named_modules()]
+    return [name for name, own, f in carried if isinstance(f, FrozenWeight) and f.streamed and f.module is own]
 
 
 def make_dense(model: nn.Module) -> list[str]:

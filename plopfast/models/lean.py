@@ -97,7 +97,7 @@ def _candidates(module: Any) -> tuple[Callable[[str, str], Lean], tuple[str, ...
     merged, gate, up, down = (isinstance(part, nn.Module) for part in parts)
     frozen = find_frozen(parts[0] if merged else parts[1]) if down and (merged or (gate and up)) else None
     if frozen and not is_sharded(frozen.stored):
-        like = frozen.stored.new_empty(0, dtype=frozen.dtype)
+        like = torch.empty(0, dtype=frozen.dtype, device=frozen.device)
         return lambda kind, backend: LeanMLP(module, kind, backend), torch_blocks.ACTS, frozen.shape[1], like
     weight: Any = getattr(module, "weight", None)
     eps = next((getattr(module, name) for name in EPS_NAMES if hasattr(module, name)), None)

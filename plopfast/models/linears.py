@@ -1,5 +1,6 @@
 """The structure of a causal language model: its linear modules, their types, and its repeated layers."""
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..support.errors import ModelError
-from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear
+from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear, streamed_in
 from .quantized import QuantizedLinear
 from .running import output_head
 
@@ -73,11 +74,13 @@ def words_of_codes(model: nn.Module) -> str:
 
 
 def number_of_weights(model: nn.Module) -> int:
-    """The number of parameters; a weight kept as codes counts as the matrix that it stands for."""
+    """The number of parameters; a weight kept as codes, or streamed, counts as the matrix that it stands for."""
     codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     held = sum(p.numel() for module in codes for name, p in module.named_parameters() if name != "bias")
     stand_for = sum(module.in_features * module.out_features for module in codes)
-    return sum(p.numel() for p in model.parameters()) - held + stand_for
+    streamed = [module for module in map(model.get_submodule, streamed_in(model)) if module not in codes]
+    elsewhere = sum(math.prod(frozen_of(module).shape) for module in streamed)
+    return sum(p.numel() for p in model.parameters()) - held + stand_for + elsewhere
 
 
 def shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..support import files
+from ..support import files, memory
 from ..support.errors import ConfigError, ModelError, PlopfastError, shown
-from . import quantizer, sources, weights
+from . import quantizer, sources, streaming, weights
 from .embedding import PLACES, move
 from .quantized import KINDS
+from .spool import Kept, Spool, mapped_tensors
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def load_model(
     quantize: str | None = None,
     quantize_head: bool = False,
     embedding: str = "device",
+    stream: bool = False,
+    resident_share: float = 0.0,
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
@@ -47,22 +50,32 @@ def load_model(
     With `embedding="cpu"` the rows of the input embedding are looked up in CPU memory and only these go to the device;
     `model.computes_on` is the device then. A model with a tied output head is refused, as its head needs all rows.
 
+    `stream` keeps the linear weights of the repeated layers in host memory (on a CPU: in mapped files), from where they pass
+    through two slots on the device, all but a `resident_share` of the layers (see streaming.py); `print(model.streaming)`
+    says how.
+
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
     another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
-    of its own; ConfigError for a `quantize` or `embedding` that is no kind; and FileError where the cache cannot be written.
+    of its own, or cannot be streamed; ConfigError for a `quantize` or `embedding` that is no kind and a `resident_share` that
+    is no share of a streamed model; and FileError where the cache cannot be written, or has no room.
 
     >>> model, tokenizer = pf.load_model(quantize="nf4")
     """
     check_quantize(quantize, quantize_head)
     if embedding not in PLACES:
         raise ConfigError(f"embedding: expected one of {', '.join(PLACES)}, got {shown(embedding)}")
+    check_stream(stream, resident_share)
+    device = torch.device(device)
+    spool = Spool() if stream and device.type == "cpu" else None
     source, gguf = _source(name)
     import transformers
 
     with _explained(name, source):
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head))
+        state = None if spool is None else mapped_tensors(sources.weight_files(source))
+        with contextlib.nullcontext() if spool is None else memory.large_freed_at_once():
+            model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head, spool), state)
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     _check_text_only(model)
@@ -71,7 +84,12 @@ def load_model(
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
-    move(model, torch.device(device), embedding)
+    if stream:
+        streaming.stream(model, device, resident_share)
+        quantizer.let_files_go(model)  # what is not streamed
+        if embedding == "cpu":
+            model.get_input_embeddings().to("cpu")
+    move(model, device, embedding)
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 
@@ -84,15 +102,25 @@ def check_quantize(quantize: str | None, head: bool) -> None:
         raise ConfigError('quantize_head needs quantize: "nf4", "int8" or "fp8"')
 
 
-def _way(source: str, quantize: str | None, head: bool) -> quantizer.Way | None:
-    """How the linear modules get their codes; None where they are to be dense."""
+def check_stream(stream: bool, share: float) -> None:
+    """Raises ConfigError for a share of resident layers that leaves none to stream, or of a model that is not streamed."""
+    if not 0 <= share < 1:
+        raise ConfigError(f"resident_share: expected a number from 0 to below 1, got {share}; 1 is without --stream")
+    if share and not stream:
+        raise ConfigError("resident_share is a share of streamed layers: give --stream, or leave it out")
+
+
+def _way(source: str, quantize: str | None, head: bool, spool: Spool | None) -> quantizer.Way | None:
+    """How the linear modules get their codes; None where they are to be dense. With a `spool`, weights stay in files."""
     stored = sources.codes_stored(source)
+    keep: dict[str, Any] = {} if spool is None else {"keep": spool.keep}
     if stored is None:
-        return None if quantize is None else quantizer.Encoding(quantize, head)
+        dense = None if spool is None else Kept(spool)
+        return dense if quantize is None else quantizer.Encoding(quantize, head, **keep)
     kind, block = stored
     if quantize is not None:
         raise ModelError(f"{source}: its weights are {kind} already: leave out --quantize")
-    return Stored(source, sources.weight_files(source), kind, block)
+    return Stored(source, sources.weight_files(source), kind, block, **keep)
 
 
 def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrainedTokenizerBase", int | None]:

@@ -5,7 +5,7 @@
 N out, K in.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -59,7 +59,10 @@ class QuantizedLinear(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        held: dict[str, Any] = self._parameters
+        return self.codes_of(self._parameters)
+
+    def codes_of(self, held: Mapping[str, Any]) -> Codes:
+        """The codes whose tensors, by the parameters' names, are in `held`."""
         shape = self.out_features, self.in_features
         if self.kind != "nf4":
             codes = held["weight"] if self.kind == "int8" else held["weight"].view(torch_codes.E4M3)

@@ -5,18 +5,22 @@ weight as it has renamed, split and cast it, and `Encoding` makes codes of it; o
 (see stored.py) reads itself, while transformers reads everything else.
 """
 
+import contextlib
+import copy
 import functools
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from ..support import memory
-from ..support.errors import ModelError
+from ..support.errors import ModelError, PlopfastError
 from . import weights
 from .linears import linear_modules
 from .quantized import QuantizedLinear, encoded, forget_quantization
 from .running import output_head
+from .spool import is_mapped
 
 METHOD = "plopfast"  # transformers' name for this quantiser
 
@@ -42,27 +46,59 @@ class Way(Protocol):
         """Completes what transformers has found missing, and raises ModelError for values that are no numbers."""
 
 
-def load(source: str, config: Any, dtype: torch.dtype, way: Way | None) -> tuple[Any, dict[str, Any]]:
+def load(
+    source: str, config: Any, dtype: torch.dtype, way: Way | None, state: dict[str, torch.Tensor] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """As transformers' from_pretrained with output_loading_info: (model, what was missing, unexpected or mismatched).
 
-    Without a `way` all weights are dense.
+    Without a `way` all weights are dense. `state` has the tensors of the checkpoint by name, where they are not to be read
+    from its files; then nothing is copied out of files afterwards (see `let_files_go`).
     """
     import transformers
 
-    asked = None if way is None else _config_class()(way)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
-        **({} if asked is None else {"quantization_config": asked}),
-    )  # fmt: skip
+    asked = None if way is None else _config_class()(way, source)
+    how: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
+    if asked is not None:
+        how["quantization_config"] = asked
+    loaded: Any
+    try:
+        if state is None:
+            auto = transformers.AutoModelForCausalLM
+            loaded = auto.from_pretrained(source, use_safetensors=True, trust_remote_code=False, **how)
+        else:
+            loaded = _class_of(config).from_pretrained(None, state_dict=state, trust_remote_code=False, **how)
+    except _Left as left:
+        raise left.error from left.error.__cause__
     model, found = loaded
+    if state is not None:
+        model.name_or_path = model.config.name_or_path = source
+        with contextlib.suppress(OSError):  # most checkpoints have the file
+            of_files = transformers.GenerationConfig.from_pretrained(source, trust_remote_code=False)
+            model.generation_config = of_files
     if way is None or asked is None:
         return model, found
     found = dict(found) | {key: set(found[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     way.check(source, found)
     found["mismatched_keys"] |= asked.mismatched(model)
-    _let_files_go(model)
+    if state is None:
+        let_files_go(model)
     _unmark(model)
     return model, found
+
+
+class _Left(BaseException):
+    """Carries an error out of transformers' loading, which would note it and go on. So it is no Exception."""
+
+    def __init__(self, error: PlopfastError) -> None:
+        self.error = error
+
+
+def _class_of(config: Any) -> Any:
+    """The class of causal language models that transformers takes for a configuration."""
+    import transformers
+
+    with torch.device("meta"):
+        return type(transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False))
 
 
 def replace(model: nn.Module, name: str, n_in: int, n_out: int, kind: str, dtype: torch.dtype, **more: Any) -> Any:
@@ -86,10 +122,13 @@ def check_untied(model: Any, name: str, remedy: str) -> None:
 
 
 class Encoding:
-    """Makes codes of `kind` of the linear weights in the repeated layers, and with `head` of the output head, too."""
+    """Makes codes of `kind` of the linear weights in the repeated layers, and with `head` of the output head, too. `keep` may
+    put them elsewhere than into memory."""
 
-    def __init__(self, kind: str, head: bool) -> None:
-        self.kind, self.head = kind, head
+    def __init__(
+        self, kind: str, head: bool, keep: Callable[[torch.Tensor], torch.Tensor] = lambda codes: codes
+    ) -> None:
+        self.kind, self.head, self.keep = kind, head, keep
         self.ignored: list[str] = []
         self._modules: dict[
             str, tuple[QuantizedLinear, torch.Size, bool]
@@ -137,7 +176,7 @@ class Encoding:
             return {}
         codes = encoded(value.T if transposed else value, self.kind)
         memory.trim()  # else freed parts of the weights before add up to as much as the codes
-        return {f"{place}.{key}": nn.Parameter(tensor, requires_grad=False) for key, tensor in codes.items()}
+        return {f"{place}.{key}": nn.Parameter(self.keep(one), requires_grad=False) for key, one in codes.items()}
 
     def fill(self, model: Any) -> None:
         """They have them."""
@@ -151,11 +190,11 @@ class Encoding:
         found["mismatched_keys"] |= {(name, *shapes) for name, shapes in self._other.items()}
 
 
-def _let_files_go(model: nn.Module) -> None:
+def let_files_go(model: nn.Module) -> None:
     """Copies what lies in a file that is mapped into memory: one such tensor keeps all of the file there, dense weights too."""
     mapped = memory.mapped_files()
     for tensor in {id(t): t for t in (*model.parameters(), *model.buffers())}.values():
-        if any(tensor.device.type == "cpu" and tensor.data_ptr() in where for where in mapped):
+        if is_mapped(tensor) or any(tensor.device.type == "cpu" and tensor.data_ptr() in where for where in mapped):
             tensor.data = tensor.data.clone()
 
 
@@ -179,8 +218,8 @@ def _config_class() -> Any:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     class Config(QuantizationConfigMixin):
-        def __init__(self, way: Way) -> None:
-            self.quant_method, self.way = METHOD, way  # type: ignore[assignment]
+        def __init__(self, way: Way, source: str) -> None:
+            self.quant_method, self.way, self.source = METHOD, way, source  # type: ignore[assignment]
             self.shapes: dict[str, torch.Size] = {}
 
         def to_dict(self) -> dict[str, Any]:
@@ -202,7 +241,10 @@ def _config_class() -> Any:
             result: dict[str, Any] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
-                result |= self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
+                try:
+                    result |= self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
+                except PlopfastError as error:
+                    raise _Left(error) from error
             return result
 
     @register_quantizer(METHOD)
@@ -211,6 +253,7 @@ def _config_class() -> Any:
 
         def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
             asked = self.quantization_config
+            model.name_or_path = asked.source  # errors name it
             asked.way.swap(model)
             of_codes = {
                 f"{name}.{key}"

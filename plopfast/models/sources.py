@@ -176,7 +176,8 @@ def _check_sizes(source: str, config: Any) -> None:
 
 
 def _shapes(file: Path) -> Iterator[list[int]]:
-    with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # loading says more
+    # numpy's reader takes no memory, and loading says more about errors
+    with contextlib.suppress(SafetensorError, OSError), safe_open(file, framework="numpy") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             yield tensors.get_slice(key).get_shape()
 

@@ -11,7 +11,7 @@ NAME is that of the weight, MODULE.weight. N out, K in.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from . import weights
 from .frozen import is_transposed
 from .quantized import FP8_BLOCK, QuantizedLinear
 from .quantizer import check_untied, replace
+from .spool import mapped_tensors
 
 WORDS = {"U8": "nf4", "I8": "int8", "F8_E4M3": "fp8"}  # what a weight of this safetensors type is taken for
 PARTS = {  # what belongs to the weight of a module; without the first no code can be decoded
@@ -43,10 +44,12 @@ class Stored:
     """Reads codes of `kind` from safetensors files, for the modules whose weights are codes there; a Way of quantizer.py."""
 
     def __init__(
-        self, source: str, files: Sequence[Path], kind: str, block: tuple[int, int] = FP8_BLOCK
+        self, source: str, files: Sequence[Path], kind: str, block: tuple[int, int] = FP8_BLOCK,
+        keep: Callable[[torch.Tensor], torch.Tensor] = torch.clone,
     ) -> None:  # fmt: skip
         self.source, self.kind, self.block = source, kind, block
-        self._files = [safe_open(file, framework="pt") for file in files]
+        self._tensors, self._keep = mapped_tensors(files), keep  # by default a copy: the file may go away
+        self._files = [safe_open(file, framework="numpy") for file in files]
         self._of = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
         self._bad: dict[str, None] = {}
         self._state: dict[str, dict[str, Any]] = {}  # of nf4: name in the checkpoint -> the JSON object
@@ -66,7 +69,7 @@ class Stored:
         return self._slice(name).get_dtype()
 
     def _read(self, name: str) -> torch.Tensor:
-        return self._of[name].get_tensor(name).clone()  # the file may go away
+        return self._keep(self._tensors[name])
 
     def _finite(self, name: str) -> torch.Tensor:
         value = self._read(name)

@@ -1,6 +1,5 @@
 """Settings applied: the one call of `score`, of `place`, of `inject` and of `Trainer`, whoever asks (run, trial, search)."""
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from ..data.example import Example
 from ..lora.layer import inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
+from ..models.streaming import plain_copy
 from ..placing.place import place
 from ..placing.rules import RULES, nfn_rule, rule_of
 from ..scoring.nfn import score
@@ -84,7 +84,7 @@ def trainer_for(
     train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
     unload(model)
     if placement is None:
-        model = (copy.deepcopy(model).float() if copied else model).requires_grad_(True)
+        model = (plain_copy(model).float() if copied else model).requires_grad_(True)
     else:
         inject(
             model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, seed=config.seed,

@@ -79,6 +79,8 @@ class Run:
                 quantize=self.config.quantize,
                 quantize_head=self.config.quantize_head,
                 embedding=self.config.embedding,
+                stream=self.config.stream,
+                resident_share=self.config.resident_share,
             )
             noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
         if path := path_of(self.config.model):
@@ -94,6 +96,8 @@ class Run:
         self.say(
             f"{model.name_or_path}: {number_of_weights(model) / 1e6:.1f}M parameters, {model.dtype}{more}, {device}"
         )
+        if self.config.stream:
+            self.say(str(model.streaming))
         if self.config.dtype == "auto" and device.type == "cpu" and machine.has_bfloat16():
             self.say("this CPU multiplies bfloat16 faster than float32: try --dtype bfloat16")
         return model, tokenizer

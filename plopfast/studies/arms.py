@@ -3,7 +3,6 @@
 What is finished is kept in the folder of the training (result.json, test.json) and is not done again.
 """
 
-import copy
 import dataclasses
 import math
 import time
@@ -21,6 +20,7 @@ from ..lora.layer import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.running import context_length, device_of
+from ..models.streaming import plain_copy
 from ..report import kinds
 from ..run.apply import trainer_for
 from ..run.folder import EVA
@@ -145,7 +145,7 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
         unload(run.model)
         model = run.model
         if arm and arm.placement is None:
-            model = copy.deepcopy(run.model).float()
+            model = plain_copy(run.model).float()
             load_model(model, out / WEIGHTS)
         elif arm:
             load_adapter(model, out / "adapter", backend=run.config.backend)

@@ -20,6 +20,7 @@ import torch
 from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..lora.placement import Placement
+from ..models.linears import number_of_weights
 from ..placing.rules import FULL, arm_names
 from ..report import kinds
 from ..report.tables import trial_table
@@ -140,7 +141,7 @@ def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: di
     mean = {key: math.fsum(r[key] for r in runs) / len(runs) for key in MEASURED}
     return {
         "name": trained.arm.name, "types": placement.types if placement else [],
-        "parameters": placement.parameters if placement else sum(p.numel() for p in run.model.parameters()),
+        "parameters": placement.parameters if placement else number_of_weights(run.model),
         "rank_low": min(ranks, default=None), "rank_high": max(ranks, default=None), "lr": runs[0]["lr"],
         "sweep": {f"{lr:g}": loss for lr, loss in trained.losses.items()}, "runs": runs, **mean,
         "forgetting": mean["general_loss"] - base["general_loss"],

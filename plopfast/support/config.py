@@ -295,6 +295,12 @@ class RunConfig(
             raise ConfigError(f"--embedding cpu keeps a frozen embedding in CPU memory, {other}: leave one of them out")
         if self.full and self.quantize:
             raise ConfigError("--quantize freezes weights as codes, --full trains them: leave one of them out")
+        if self.stream:
+            odd = {"--full": self.full, "--compile": self.compile, "--parallel fsdp": self.parallel == "fsdp"}
+            if given := [name for name, value in odd.items() if value]:
+                raise ConfigError(
+                    f"--stream keeps frozen weights elsewhere, and {given[0]} needs them in place: leave one of them out"
+                )
         if self.full:
             plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
             given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]

@@ -3,10 +3,14 @@
 import contextlib
 import ctypes
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+M_MMAP_THRESHOLD = -3  # mallopt's number of it
 
 
 def reset_peak(device: torch.device | None = None) -> None:
@@ -22,6 +26,20 @@ def trim() -> None:
     """Gives freed memory back to the system; glibc keeps that of tensors below 32 MiB."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+@contextlib.contextmanager
+def large_freed_at_once() -> Iterator[None]:
+    """While it lasts, glibc gives tensors of a MiB and more back to the system when they are freed. In its heap small objects
+    come to lie between them, so that thousands of short-lived ones would add up."""
+    mallopt: Any = lambda *_: 0  # noqa: E731  # other systems
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        mallopt = ctypes.CDLL(None).mallopt
+    mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(M_MMAP_THRESHOLD, 32 << 20)  # where it ends up by itself
 
 
 def peak_mib(device: torch.device | None = None) -> float:

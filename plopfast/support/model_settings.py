@@ -47,6 +47,15 @@ class ModelSettings(Backend):
         ("device", "cpu"),
         free=True,
     )
+    stream: bool = option(
+        False,
+        "keep the frozen linear weights of the layers in CPU memory (with --device cpu: in files), from where two layers at a "
+        "time come to the device",
+        free=True,
+    )
+    resident_share: float = option(
+        0.0, "with --stream: share of the layers that stay on the device", below=1, free=True
+    )
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:1 or mps", free=True)
     threads: int | None = option(None, "CPU threads (default: torch's choice)", positive=True, below=1025, free=True)
 
@@ -54,6 +63,10 @@ class ModelSettings(Backend):
         super().__post_init__()
         if self.quantize_head and not self.quantize:
             raise ConfigError("quantize_head needs --quantize nf4, int8 or fp8: give it, or leave out --quantize-head")
+        if self.resident_share and not self.stream:
+            raise ConfigError(
+                "resident_share is a share of streamed layers: give --stream, or leave out --resident-share"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from ..lora.layer import adapters
 from ..lora.shared import apart
-from ..models.frozen import is_sharded
+from ..models.frozen import is_sharded, streamed_in
 from ..models.lean import lean_modules
 from ..models.linears import blocks
 from ..models.rotary import rotated
@@ -35,6 +36,8 @@ def prepared_blocks(
         raise ConfigError("offload moves activations to CPU memory, but the model is on the CPU: leave it out")
     if config.offload and any(is_sharded(parameter) for parameter in model.parameters()):
         raise ConfigError("offload with --parallel fsdp would move the gathered weights too: use checkpointing instead")
+    if streamed_in(model):
+        _check_streamed(model, config)
     if config.checkpointing and not getattr(model, "supports_gradient_checkpointing", False):
         raise ConfigError(f"{type(model).__name__} has no gradient checkpointing in transformers: leave it out")
     if config.liger and device.type == "cpu":
@@ -77,6 +80,16 @@ def prepared_blocks(
             raise TrainingError(
                 f"torch.compile failed on this model or machine ({first}): leave out --compile"
             ) from error
+
+
+def _check_streamed(model: nn.Module, config: TrainConfig) -> None:
+    """Raises ConfigError where all weights were to be trained, or compiled."""
+    if config.compile:
+        raise ConfigError("torch.compile would keep what a slot held when it was traced: leave out compile, or stream")
+    if not adapters(model):
+        raise ConfigError(
+            "streamed weights are frozen: inject(model, placement) first, or load the model without stream"
+        )
 
 
 @contextlib.contextmanager

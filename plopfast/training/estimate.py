@@ -25,6 +25,7 @@ from ..lora.shared import Prepared
 from ..models.frozen import make_dense
 from ..models.lean import lean_modules
 from ..models.running import device_of
+from ..models.streaming import unstream
 from ..models.tiles import TOKENS, token_wise
 from ..support.config import TrainConfig
 from ..support.errors import ModelError, PlopfastError
@@ -146,13 +147,15 @@ class Step:
         config = dataclasses.replace(self.config, liger=False, compile=False)
         with mode:
             if placement is None:
+                unstream(model)
                 make_dense(model)
                 _widen(model)
                 model.requires_grad_(True)
             else:  # torch's operations stand for the kernels, which need a GPU's tensors and allocate the same results
                 inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
             batch = self._batch(device_of(model))
-            for tensor in (*model.parameters(), *model.buffers()):
+            streaming: Any = getattr(model, "streaming", None)
+            for tensor in (*model.parameters(), *model.buffers(), *(streaming.streamer.slots if streaming else ())):
                 live.add(tensor)
             trained = [p for p in model.parameters() if p.requires_grad]
             values = sum(p.nbytes for p in trained)

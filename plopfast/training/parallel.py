@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models.frozen import is_sharded
+from ..models.frozen import is_sharded, streamed_in
 from ..models.linears import blocks
 from ..models.running import body
 from ..support.errors import TrainingError
@@ -19,8 +19,10 @@ def shard(model: nn.Module, device: torch.device) -> None:
 
     What is outside the blocks (embeddings, last norm, head) stays whole on each rank: it would be gathered from the first
     block's forward pass to the end of the backward pass anyway. Inject adapters afterwards. From then on, every rank must
-    run the model, `score` it and save its adapters equally often.
+    run the model, `score` it and save its adapters equally often. Raises TrainingError for a streamed model.
     """
+    if streamed_in(model):
+        raise TrainingError("streamed weights are whole on each rank: leave out --stream, or --parallel fsdp")
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard  # takes 0.6 s to import
 

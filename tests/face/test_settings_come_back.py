@@ -44,6 +44,7 @@ ALSO = {  # what an option needs beside it
     "cap": {"budget": "2M", "granularity": "module"},
     "unlabeled_share": {"unlabeled": "text.txt"},
     "quantize_head": {"quantize": "nf4"},
+    "resident_share": {"stream": True},
 }
 
 

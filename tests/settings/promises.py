@@ -108,6 +108,9 @@ option(
     merge="merged",
     info="said",
 )
+UNCHANGED = {"score": "", "audit": "", "train": "", "eval": ""}  # bit for bit, on a CPU
+option("stream", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
+option("resident_share", "--resident-share=0.5", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
 option(
     "quantize_head",
     "--quantize-head",

@@ -28,7 +28,7 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "neftune": (0.0, 0, True, ANY), "max_steps": (None, 0, False, ANY), "epochs": (None, 0, False, ANY),
     "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
-    "search_trials": (20, 0, False, ANY), "mlp_rows": (None, 0, False, ANY),
+    "search_trials": (20, 0, False, ANY), "resident_share": (0.0, 0, True, 1), "mlp_rows": (None, 0, False, ANY),
 }  # fmt: skip
 CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
@@ -44,11 +44,11 @@ TEXTS = {
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
-    "offload": False, "compile": False, "liger": False, "quantize_head": False,
+    "offload": False, "compile": False, "liger": False, "quantize_head": False, "stream": False,
 }  # fmt: skip
 FIRST = {"compat": None, "quantize": None}  # the default of a choice is its first one, but here
 NEEDS = {"cap": {"granularity": "module", "budget": "9M"}, "granularity": {"budget": "9M"}, "ranks": {"budget": "9M"},
-         "unlabeled_share": {"unlabeled": "a.txt"}, "quantize_head": {"quantize": "nf4"}}  # fmt: skip
+         "unlabeled_share": {"unlabeled": "a.txt"}, "quantize_head": {"quantize": "nf4"}, "resident_share": {"stream": True}}  # fmt: skip
 ROWS = ("train", "valid", "test")
 
 
@@ -142,6 +142,8 @@ CONTRADICTIONS = [
     {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
+    {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
+    {"resident_share": 0.5},
 ]  # fmt: skip
 
 
@@ -159,7 +161,7 @@ def test_cap_0_contradicts_nothing():
 
 
 def test_what_may_change_at_resume():
-    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials"}  # fmt: skip
+    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share"}  # fmt: skip
     assert names == FREE
 
 
@@ -167,7 +169,7 @@ def test_what_may_change_at_resume():
 def test_a_group_holds_the_settings_of_its_names(group):
     other = {name: low + 1 if isinstance(low, int) and high > 1 else 0.5 for name, (_, low, _, high) in NUMBERS.items()}
     config = RunConfig(
-        **{k: v for k, v in other.items() if k not in ("epochs", "cap", "unlabeled_share")},
+        **{k: v for k, v in other.items() if k not in ("epochs", "cap", "unlabeled_share", "resident_share")},
         init="gaussian",
         backend="torch",
     )

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.data.example import Example
+from plopfast.models.streaming import stream
 from plopfast.support import ranks
 from plopfast.support.errors import Interrupted, TrainingError
 from plopfast.training import evaluate, likelihoods, parallel
@@ -37,6 +38,8 @@ def adapted(kind="ddp", dropout=0.0):
     model = build("llama")
     if kind == "fsdp" and ranks.size() > 1:
         parallel.shard(model, torch.device("cpu"))
+    if kind == "streamed":
+        stream(model, "cpu")
     if kind != "full":
         pf.inject(model, everywhere(model), dropout=dropout)
     return model
@@ -73,6 +76,10 @@ def train(folder, kind):
 
 def ddp(folder):
     train(folder, "ddp")
+
+
+def streamed(folder):
+    train(folder, "streamed")
 
 
 def fsdp(folder):
@@ -218,7 +225,10 @@ def command_line():
     return main.main(sys.argv[2:])
 
 
-CHECKS = {check.__name__: check for check in (ddp, fsdp, full, score, evaluation, resume, not_finite, dies, one_fails)}
+CHECKS = {
+    check.__name__: check
+    for check in (ddp, streamed, fsdp, full, score, evaluation, resume, not_finite, dies, one_fails)
+}
 
 if __name__ == "__main__":
     if sys.argv[1] == "command_line":
