@@ -1,6 +1,6 @@
 """What streaming frozen weights saves and costs on a CPU, where the blocks stay in mapped files.
 
-    OMP_NUM_THREADS=1 taskset -c 1 python bench/streaming.py [--repeats 3] [--steps 10] [--weights 1.5] [--limit 768]
+    OMP_NUM_THREADS=1 taskset -c 1 python bench/streaming.py [--repeats 3] [--steps 10] [--weights 1.5] [--limit 896]
 
 First SmolLM2-135M (float32, rank 16 on v, up and down, 8 rows of the demo a step), dense and nf4, each resident, streamed, and
 with every second layer resident. Each training has a process of its own; they take turns within a repeat. "anonymous" is the
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--weights", type=float, default=1.5, help="GiB of the large model")
-    parser.add_argument("--limit", type=int, default=768, help="MiB of the process's own data")
+    parser.add_argument("--limit", type=int, default=896, help="MiB of the process's own data")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--over", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)

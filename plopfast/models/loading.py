@@ -33,9 +33,9 @@ def load_model(
     device: str | torch.device = "cpu",
     quantize: str | None = None,
     quantize_head: bool = False,
+    embedding: str = "device",
     stream: bool = False,
     resident_share: float = 0.0,
-    embedding: str = "device",
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
@@ -47,17 +47,17 @@ def load_model(
     while they are read; `quantize_head` does so with the output head. Embedding, norms and biases keep `dtype`. A
     checkpoint of bitsandbytes' nf4 or int8, or of FineGrainedFP8, is read as it is, without the package that made it.
 
+    With `embedding="cpu"` the rows of the input embedding are looked up in CPU memory and only these go to the device;
+    `model.computes_on` is the device then. A model with a tied output head is refused, as its head needs all rows.
+
     `stream` keeps the linear weights of the repeated layers in host memory (on a CPU: in mapped files), from where they pass
     through two slots on the device, all but a `resident_share` of the layers (see streaming.py); `print(model.streaming)`
     says how.
 
-    With `embedding="cpu"` the rows of the input embedding are looked up in CPU memory and only these go to the device;
-    `model.computes_on` is the device then. A model with a tied output head is refused, as its head needs all rows.
-
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
     another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
-    of its own, or cannot be streamed; ConfigError for a `quantize` or `embedding` that is no kind and a `resident_share` that is
-    no share of a streamed model; and FileError where the cache cannot be written, or has no room.
+    of its own, or cannot be streamed; ConfigError for a `quantize` or `embedding` that is no kind and a `resident_share` that
+    is no share of a streamed model; and FileError where the cache cannot be written, or has no room.
 
     >>> model, tokenizer = pf.load_model(quantize="nf4")
     """

@@ -186,7 +186,7 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
         block.register_forward_pre_hook(_Forward(streamer, index))
         block.register_forward_hook(_Backward(streamer, index))
     _move(model, device)
-    model.computes_on, model._apply = device, _Stays(model, device)
+    model._apply = _Stays(model, device)
     pinned_words = "partly pageable memory" if pageable else "pinned memory"
     where = pinned_words if device.type in PINNED_FOR else "memory and mapped files"
     model.streaming = Streaming(streamer, len(chosen), stay, where)
@@ -237,7 +237,7 @@ def unstream(model: Any) -> list[str]:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(hook, _Forward)]:
                 del hooks[key]
-    for attribute in {"computes_on", "_apply", "streaming"} & vars(model).keys():
+    for attribute in {"_apply", "streaming"} & vars(model).keys():
         delattr(model, attribute)
     return names
 
