@@ -29,7 +29,9 @@ class Counted:
         if self.refuses and getattr(config, self.refuses):
             raise ModelError("not this model")
         parts = {
-            "linear weights": WEIGHTS * (0.25 if config.quantize else 1) * (0.1 if config.stream else 1),
+            "linear weights": WEIGHTS
+            * {None: 1, "nf4": 0.25}.get(config.quantize, 0.5)
+            * (0.1 if config.stream else 1),
             "kept": KEPT * (0.2 if config.checkpointing else 1),
             "head": HEAD * (0.25 if config.quantize_head else 1),
             "wide": WIDE * (0.5 if config.mlp_rows else 1),
@@ -68,7 +70,7 @@ def test_the_cheapest_options_that_fit(budget, chosen):
 def test_what_turns_out_not_to_be_needed_is_left_out():
     """Streaming makes room for what came before it; the weights stay as they are where that is enough."""
     assert words(fit(Counted(), RunConfig(quantize="int8"), "300MiB"), RunConfig(quantize="int8")) == {
-        "checkpointing": True, "stream": True, "resident_share": 0.5, "quantize_head": True,
+        "checkpointing": True, "stream": True, "resident_share": 0.5, "quantize_head": True, "mlp_rows": 512,
     }  # fmt: skip
     found = fit(Counted(), RunConfig(), "520MiB")
     assert words(found) == {"checkpointing": True, "quantize": "nf4", "quantize_head": True}, "not --mlp-rows"
@@ -77,7 +79,7 @@ def test_what_turns_out_not_to_be_needed_is_left_out():
 def test_what_the_user_chose_stays():
     """Not another kind of codes, nor other tiles."""
     given = RunConfig(quantize="fp8", mlp_rows=64)
-    assert words(fit(Counted(), given, "630MiB"), given) == {"checkpointing": True}
+    assert words(fit(Counted(), given, "760MiB"), given) == {"checkpointing": True, "quantize_head": True}
     full = RunConfig(full=True)
     with pytest.raises(ConfigError, match=r"The least is 1\.34 GiB, with --checkpointing --mlp-rows 512"):
         fit(Counted(), full, "1300MiB")
