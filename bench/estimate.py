@@ -6,6 +6,11 @@ allocator that gives freed blocks back (glibc's MALLOC_MMAP_THRESHOLD_, fixed), 
 glibc's defaults, which keep and fragment freed blocks.
 
 python bench/estimate.py            writes results/estimate.json
+python bench/estimate.py --ways     dense and nf4 weights, resident and streamed, estimated from shapes alone: writes
+                                    results/estimate_ways.json
+
+A streamed model's blocks lie in mapped files, whose pages are resident, too, as long as the system does not need them: the
+estimate of resident memory is then the sum of both. Anonymous memory, which the system cannot drop, is sampled beside it.
 """
 
 import dataclasses
@@ -14,7 +19,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 from measure import save
 
@@ -24,6 +31,13 @@ CHOICES = ("plop", "attn", "all", "full")
 SHAPES = ((8, 20), (4, 256))  # rows, tokens
 PLOP = ("v_proj", "up_proj", "down_proj")  # what PLoP chooses for the default model on the demo data
 STEPS, RANK = 2, 16
+WAYS = {  # of keeping the frozen weights: what is given to load_model, and whether blocks are recomputed
+    "dense": ({}, False),
+    "dense, recomputed": ({}, True),
+    "nf4, recomputed": ({"quantize": "nf4"}, True),
+    "dense, streamed, recomputed": ({"stream": True}, True),
+    "nf4, streamed, recomputed": ({"quantize": "nf4", "stream": True}, True),
+}
 STRICT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -37,7 +51,7 @@ def placement_of(choice, model):
     return Placement({info.name: (RANK, 32.0) for info in chosen}, sorted({i.type for i in chosen}), choice, size)
 
 
-def measured(choice, rows, tokens):
+def measured(choice, rows, tokens, way="dense"):
     """Peak MiB and TFLOPs of real training steps, as JSON on the last line: run in a process of its own."""
     import torch
     import transformers
@@ -53,6 +67,8 @@ def measured(choice, rows, tokens):
     from plopfast.training.meter import FORMULAS
     from plopfast.training.trainer import Trainer
 
+    how, recomputed = WAYS[way]
+
     def trainer_of(model, rows, tokens):
         inject(model, placement_of(choice, model)) if choice != "full" else model.requires_grad_(True)
         draw = torch.Generator().manual_seed(0)
@@ -60,7 +76,8 @@ def measured(choice, rows, tokens):
             9, len(model.get_input_embeddings().weight), (rows * STEPS, tokens), generator=draw
         ).tolist()
         examples = [Example.after_prompt(tuple(row), 1, None, f"row {i}") for i, row in enumerate(drawn)]
-        return Trainer(model, RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5), examples, examples[:1])
+        config = RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5, checkpointing=recomputed)
+        return Trainer(model, config, examples, examples[:1])
 
     pf.load_model()  # its tokenizer and code stay
     small = transformers.LlamaConfig(
@@ -68,17 +85,43 @@ def measured(choice, rows, tokens):
     )
     trainer_of(transformers.AutoModelForCausalLM.from_config(small), 2, 8).fit()
     before = resident_mib()
-    model, _ = pf.load_model()
+    anonymous_before = anonymous_mib()
+    model, _ = pf.load_model(**how)
     trainer = trainer_of(model, rows, tokens)
     memory.reset_peak()
-    trainer.fit()
+    with Sampled() as sampled:
+        trainer.fit()
     mib = memory.peak_mib() - before
     batch, config = collate(trainer.rows[:rows]), trainer.config
     model.train()
     flops = FlopCounterMode(display=False, custom_mapping=FORMULAS)
     with prepared_blocks(model, config), Prepared(model), flops:
         trainer.objective(batch).backward()
-    print(json.dumps({"mib": mib, "tflops": flops.get_total_flops() / 1e12}))
+    figures = {"mib": mib, "anonymous_mib": sampled.peak - anonymous_before}
+    print(json.dumps(figures | {"tflops": flops.get_total_flops() / 1e12}))
+
+
+def anonymous_mib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+class Sampled:
+    """The largest anonymous memory that a thread saw, every 5 ms, while it lasts."""
+
+    def __enter__(self):
+        self.peak, self.ends = 0.0, threading.Event()
+        self.thread = threading.Thread(target=self._sample)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *raised):
+        self.ends.set()
+        self.thread.join()
+
+    def _sample(self):
+        while not self.ends.wait(0.005):
+            self.peak = max(self.peak, anonymous_mib())
 
 
 def resident_mib():
@@ -87,10 +130,48 @@ def resident_mib():
     return memory.peak_mib()
 
 
-def in_process(choice, rows, tokens, environment):
-    command = [sys.executable, __file__, choice, str(rows), str(tokens)]
+def in_process(choice, rows, tokens, environment, way="dense"):
+    command = [sys.executable, __file__, choice, str(rows), str(tokens), way]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def ways(rows=4, tokens=256):
+    import torch
+
+    from plopfast.models.loading import shapes_source
+    from plopfast.models.shapes import model_of
+    from plopfast.support.config import RunConfig
+    from plopfast.training.estimate import estimate_shapes
+
+    cases, folder = [], shapes_source(None)
+    for way, (how, recomputed) in WAYS.items():
+        model = model_of(folder, dtype=torch.float32, quantize=how.get("quantize"))
+        (e,) = estimate_shapes(
+            model, {"plop": placement_of("plop", model)}, RunConfig(checkpointing=recomputed), rows=rows, row_tokens=tokens,
+            device="cpu", resident_share=0.0 if how.get("stream") else None,
+        )  # fmt: skip
+        real = in_process("plop", rows, tokens, STRICT, way)
+        resident = e.total_mib + e.host_mib
+        cases.append({
+            "way": way, "rows": rows, "tokens": tokens, "estimate": dataclasses.asdict(e), "resident_mib": resident,
+            "measured": real, "memory_error": resident / real["mib"] - 1, "flops_error": e.tflops_per_step / real["tflops"] - 1,
+            "anonymous_error": e.total_mib / real["anonymous_mib"] - 1,
+        })  # fmt: skip
+    lines = [
+        f"{'':<28}{'est. MiB':>9}{'of it mapped':>13}{'resident':>9}{'error':>8}{'est. anonymous':>15}{'sampled':>8}{'error':>8}"
+    ]
+    for c in cases:
+        e, real = c["estimate"], c["measured"]
+        lines.append(
+            f"{c['way']:<28}{c['resident_mib']:>9,.0f}{e['host_mib']:>13,.0f}{real['mib']:>9,.0f}{c['memory_error']:>+8.1%}"
+            f"{e['total_mib']:>15,.0f}{real['anonymous_mib']:>8,.0f}{c['anonymous_error']:>+8.1%}"
+        )
+    worst = max(abs(c[key]) for c in cases for key in ("memory_error", "flops_error"))
+    lines.append(
+        f"{rows} rows of {tokens} tokens, rank {RANK} on v, up and down, float32; largest error of resident memory and FLOPs {worst:.1%}"
+    )
+    save("estimate_ways", "\n".join(lines), {"cases": cases, "worst": worst})
 
 
 def main():
@@ -131,7 +212,9 @@ def main():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        measured(sys.argv[1], *map(int, sys.argv[2:]))
+    if sys.argv[1:] == ["--ways"]:
+        ways()
+    elif len(sys.argv) > 1:
+        measured(sys.argv[1], *map(int, sys.argv[2:4]), *sys.argv[4:])
     else:
         main()

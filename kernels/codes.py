@@ -6,9 +6,10 @@ functions keep the codes and decode again in the backward pass, which costs one 
 N out, K in.
 """
 
+import contextlib
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -169,6 +170,7 @@ class Scaled(Codes):
 
 Weight = torch.Tensor | Codes
 _KEPT: dict[tuple[Any, ...], torch.Tensor] = {}  # workspaces, by device, stream and thread
+_NOTED: Callable[[torch.Tensor], None] | None = None  # see `one_workspace`
 
 
 def held(weight: Weight) -> Weight:
@@ -183,7 +185,10 @@ def dense(weight: Weight) -> torch.Tensor:
         return weight
     first = weight.tensors[0]
     if not _is_real(first):
-        return weight.new()
+        if _NOTED is None:
+            return weight.new()
+        with torch.no_grad():
+            return _workspace(first.device, weight.dtype, weight.shape)
     with torch.no_grad():
         return weight.decode(_workspace(first.device, weight.dtype, weight.shape))
 
@@ -205,7 +210,21 @@ def _workspace(device: torch.device, dtype: torch.dtype, shape: tuple[int, int])
     if kept is None or kept.numel() < count:
         kept = _KEPT[key] = torch.empty(0)  # frees the smaller one first
         kept = _KEPT[key] = torch.empty(count, dtype=torch.uint8, device=device)
+        if _NOTED is not None:
+            _NOTED(kept)
     return kept[:count].view(dtype).view(shape)
+
+
+@contextlib.contextmanager
+def one_workspace(noted: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """While it lasts, codes without values are decoded into one workspace for each device too, as those with values are: for
+    who counts bytes. `noted` is called for each buffer that is made."""
+    global _KEPT, _NOTED
+    before, _KEPT, _NOTED = (_KEPT, _NOTED), {}, noted
+    try:
+        yield
+    finally:
+        _KEPT, _NOTED = before
 
 
 def free_workspaces() -> None:

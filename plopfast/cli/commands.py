@@ -103,6 +103,16 @@ def _train(call: Call) -> None:
     print(f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s")
 
 
+def _estimate(call: Call) -> None:
+    given = call.arguments
+    if call.config.model_config is None:
+        return _stage("run.costs.run_estimate")(call)
+    from ..run.shapes import estimate_config
+
+    default = not hasattr(given, "rule") and call.config.rule == RunConfig().rule
+    print(estimate_config(call.config, given.out, default_rule=default, overwrite=given.overwrite))
+
+
 def _eval(call: Call) -> None:
     from ..run.stages import eval_lines, run_eval
 
@@ -153,13 +163,14 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
+FIT = groups.FitSettings
 STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
 COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
-        _stage("run.whole.run_all"), (*ALL, RANKS), flags=RESUMABLE,
+        _stage("run.whole.run_all"), (*ALL, FIT, RANKS), flags=RESUMABLE,
     ),
     "data": Command(
         "show what would be learned of your rows: lengths, learned tokens, what is left out, one whole row",
@@ -179,13 +190,14 @@ COMMANDS = {
         "choose modules by their scores: placement.json", _stage("run.stages.run_place"), (PLACE,), needs_out=True
     ),
     "estimate": Command(
-        "estimate memory and FLOPs of training on each placement, before any training: estimate.json",
-        _stage("run.costs.run_estimate"), (MODEL, DATA, "k", "rank", "budget", "ranks", "seed", STEP),
+        "estimate memory and FLOPs of training on each placement, before any training: estimate.json; or, with --model-config, "
+        "of a model that you have not got",
+        _estimate, (MODEL, groups.ShapeSettings, DATA, "rule", "k", "rank", "budget", "ranks", "seed", STEP, FIT),
         without=("backend",), needs_out=True,
     ),
     "train": Command(
         "train adapters on the placement: adapter/",
-        _train, (MODEL, DATA, ADAPTER, TRAIN, RANKS), flags=RESUMABLE, needs_out=True,
+        _train, (MODEL, DATA, ADAPTER, TRAIN, FIT, RANKS), flags=RESUMABLE, needs_out=True,
     ),
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any, get_args
 
+from ..models.known import KNOWN
 from ..placing.rules import help_words
 from ..support.config import ROWS, TYPES, RunConfig
 from ..support.options import Settings
@@ -95,7 +96,8 @@ def _title(name: str) -> str:
 def _option(name: str) -> dict[str, Any]:
     field, hint = FIELDS[name], TYPES[name]
     default = ("on" if field.default else "off") if hint is bool else field.default
-    text = field.metadata["help"].format(**help_words()) + ("" if default is None else f" (default: {default})")
+    words = help_words() | {"models": ", ".join(KNOWN)}
+    text = field.metadata["help"].format(**words) + ("" if default is None else f" (default: {default})")
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # int | None -> int
     if plain is bool:

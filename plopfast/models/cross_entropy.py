@@ -79,6 +79,8 @@ def chunk_bytes(device: torch.device) -> int:
     What torch's allocator holds unused counts as free. The size is a power of two: so small changes of what is free change
     no sum's order. While a CUDA graph is captured, it is the largest.
     """
+    if device.type == "meta":  # an estimate of a card, see training/dry.py: what is taken where memory is scarce
+        return LEAST
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return MOST
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -121,7 +123,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         dh_nH = torch.empty_like(h_nH) if need_h else None
         dw_VH = torch.zeros_like(w_VH, dtype=torch.float32) if need_w else None
         dbias_V = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
-        kernel = dispatch.runs_kernels(h_nH.device, h_nH.dtype, backend)
+        kernel = h_nH.device.type == "meta" or dispatch.runs_kernels(h_nH.device, h_nH.dtype, backend)
         vocabulary = len(w_VH)
         rows = _rows(h_nH, vocabulary, h_nH.element_size() if kernel else 4)
         padded = -(-vocabulary // ALIGNED) * ALIGNED if kernel else vocabulary

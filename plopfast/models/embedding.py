@@ -1,5 +1,7 @@
 """Embedding rows looked up in CPU memory: only the rows that are asked for go to the model's device."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,18 +35,25 @@ def move(model: Any, device: torch.device, embedding: str = "device") -> None:
 
     On the CPU there is nothing to keep. Raises ModelError where another module has the embedding's weight, too.
     """
-    if embedding == "cpu":
-        name, inner = _embedding(model)
-        if device.type != "cpu":
-            model.set_submodule(name, nn.Identity())
-            try:
-                model.to(device)
-            finally:
-                model.set_submodule(name, inner)
-            inner.forward = HostRows(inner)
-            model.computes_on = device
-            return
-    model.to(device)
+    with at_home(model, device, embedding):
+        model.to(device)
+
+
+@contextlib.contextmanager
+def at_home(model: Any, device: torch.device, embedding: str) -> Iterator[None]:
+    """While it lasts, the model has no input embedding, so that whatever moves it to `device` leaves that in CPU memory, as
+    `move` says; with `embedding="device"` nothing is done."""
+    name, inner = _embedding(model) if embedding == "cpu" else ("", None)
+    if inner is None or device.type == "cpu":
+        yield
+        return
+    model.set_submodule(name, nn.Identity())
+    try:
+        yield
+    finally:
+        model.set_submodule(name, inner)
+    inner.forward = HostRows(inner)
+    model.computes_on = device
 
 
 def _embedding(model: Any) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from ..support import files, memory
 from ..support.errors import ConfigError, ModelError, PlopfastError, shown
 from . import quantizer, sources, streaming, weights
-from .embedding import PLACES, move
+from .embedding import PLACES, at_home, move
 from .quantized import KINDS
 from .spool import Kept, Spool, mapped_tensors
 from .stored import Stored
@@ -85,11 +85,11 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     model.eval()
     if stream:
-        streaming.stream(model, device, resident_share)
+        with at_home(model, device, embedding):
+            streaming.stream(model, device, resident_share)
         quantizer.let_files_go(model)  # what is not streamed
-        if embedding == "cpu":
-            model.get_input_embeddings().to("cpu")
-    move(model, device, embedding)
+    else:
+        move(model, device, embedding)
     weights.check_finite(model, f"model {model.name_or_path!r}")
     return model, tokenizer
 
@@ -137,6 +137,17 @@ def load_tokenizer(name: str | os.PathLike[str] | None = None) -> tuple["PreTrai
         tokenizer("x")  # odd settings show when it is used
         text = config.get_text_config()
     return tokenizer, getattr(text, "max_position_embeddings", None)
+
+
+def shapes_source(name: str | os.PathLike[str] | None) -> str:
+    """A folder with the config.json of the model that `load_model(name)` loads; of a hub id only the small files are fetched.
+
+    Errors as for `load_model`.
+    """
+    source, _ = _source(name)
+    with _explained(name, source):
+        sources.checked_config(source)
+        return str(sources.folder_of(source))
 
 
 def path_of(name: str | os.PathLike[str] | None) -> Path | None:

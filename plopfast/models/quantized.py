@@ -13,9 +13,10 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import library_codes, torch_codes  # noqa: F401  # the first registers the operations that decode
-from ..kernels.codes import NF4, Codes, Scaled, frozen_linear
+from ..kernels.codes import NF4, Codes, Scaled, frozen_linear, one_workspace
 from ..support.errors import ModelError
 
+__all__ = ["one_workspace"]  # for training, which imports no kernels
 KINDS = ("nf4", "int8", "fp8")
 FP8_BLOCK = (128, 128)
 

@@ -161,6 +161,12 @@ class Encoding:
                 "Conv1D, so none of them can keep codes: leave out --quantize"
             )
 
+    def shape(self, model: Any) -> None:
+        """As `swap`, for a model that never gets values: its modules have codes of the right shapes at once."""
+        self.swap(model)
+        for name, (module, *_) in self._modules.items():
+            replace(model, name, module.in_features, module.out_features, self.kind, module.dtype)
+
     def takes(self, name: str) -> bool:
         module, _, parameter = name.rpartition(".")
         return parameter == "weight" and module in self._modules

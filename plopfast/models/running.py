@@ -22,7 +22,7 @@ def body(model: nn.Module) -> nn.Module:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Returns the device that a batch must be on: `model.computes_on` where weights are in several places, else the device of
+    """Returns the device that a batch must be on: `model.computes_on` where parts of it live elsewhere, else the device of
     the model's first parameter."""
     return getattr(model, "computes_on", None) or next(model.parameters()).device
 

@@ -104,7 +104,11 @@ def codes_stored(source: str) -> tuple[str, tuple[int, int]] | None:
 
     Raises ModelError for codes that plopfast does not read.
     """
-    raw = _small_file(source, "config.json")
+    return kind_in(_small_file(source, "config.json"), source)
+
+
+def kind_in(raw: dict[str, Any], source: str) -> tuple[str, tuple[int, int]] | None:
+    """As `codes_stored`, for the JSON object of a config.json."""
     parts = [raw, *(part for part in raw.values() if isinstance(part, dict))]
     how = next((part["quantization_config"] for part in parts if part.get("quantization_config")), None)
     if not how:
@@ -198,11 +202,11 @@ def _small_file(source: str, name: str) -> dict[str, Any]:
 
 
 def _path(source: str, name: str) -> Path | None:
-    return path if (path := _folder(source) / name).is_file() else None
+    return path if (path := folder_of(source) / name).is_file() else None
 
 
 @functools.cache
-def _folder(source: str) -> Path:
+def folder_of(source: str) -> Path:
     """A folder with the small files of a model folder or hub id. Without a network, one question to the hub fails at once,
     where transformers asks for each file six times in 23 s.
     """

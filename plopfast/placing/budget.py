@@ -3,11 +3,11 @@
 import heapq
 import re
 from collections.abc import Callable
-from fractions import Fraction
 
 from ..lora.placement import full_rank
 from ..scoring.report import ModuleScore
 from ..support.errors import PlacementError, shown
+from ..support.sizes import size_of
 
 PARAMETER_BYTES = 4  # adapters are float32
 
@@ -27,10 +27,9 @@ def allowed_parameters(budget: int | str, match: Callable[[str, int], int]) -> i
     text = str(budget).strip()
     if found := re.fullmatch(r"match:(?P<rule>[^:]+):r(?P<rank>\d{1,9})", text):
         return match(found["rule"], int(found["rank"]))
-    if found := re.fullmatch(r"(?P<number>\d{1,18}(\.\d{1,18})?) *(?P<unit>|[kKMG]|[kKMG]i?B|B)", text):
-        base, power = 1024 if "i" in found["unit"] else 1000, "BKMG".index((found["unit"].upper() or "B")[0])
-        allowed = Fraction(found["number"]) * base**power  # exact: the float 67.1 * 10**6 is below 67,100,000
-        return int(allowed / (PARAMETER_BYTES if "B" in found["unit"] else 1))
+    if size := size_of(text):
+        amount, in_bytes = size
+        return int(amount / (PARAMETER_BYTES if in_bytes else 1))
     raise PlacementError(
         f"budget {shown(budget)}: expected parameters (2396160, 2.5M), bytes (10MB, 8MiB) or match:RULE:rRANK (match:all:r8)"
     )

@@ -27,6 +27,30 @@ def estimate_table(found: dict[str, Any]) -> Table:
     return Table(f"Estimated memory and work of a training step on {step}", columns, rows, note)
 
 
+def shapes_table(found: dict[str, Any]) -> Table:
+    """An estimate by shapes alone: a part of the peak a row."""
+    peak = found["total_mib"]
+    columns = [Column("at the peak"), Column("GiB", ",.3f"), Column("share", ".1%")]
+    rows: list[Sequence[Any]] = [(part, mib / 1024, mib / peak) for part, mib in found["parts"].items()]
+    rows.append(("peak on the device", peak / 1024, 1.0))
+    more = [
+        f"{found['host_mib'] / 1024:.2f} GiB in CPU memory" if found["host_mib"] >= 1 else "",
+        f"{found['crossed_mib'] / 1024:.2f} GiB a step between CPU and GPU" if found["crossed_mib"] >= 1 else "",
+        f"{found['tflops_per_step']:.4g} TFLOPs a step",
+    ]
+    on = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value}'}"
+        for name, value in found["settings"].items()
+        if value
+    ]
+    caption = (
+        f"{found['model']} in {found['dtype']} on a {found['device']}: {found['accumulate']} x {found['rows']} rows of "
+        f"{found['row_tokens']} tokens, {found['parameters']:,} trained parameters ({_types(found['types'])}), "
+        f"{' '.join(on) or 'no options'}"
+    )
+    return Table(caption, columns, rows, f"{', '.join(filter(None, more))}.\n{found['note']}")
+
+
 def trial_table(trial: dict[str, Any]) -> Table:
     """trial.json: the base model, then a placement a row, each with its difference from the first."""
     interval = f"{100 * trial['confidence']:g}% interval"

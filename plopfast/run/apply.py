@@ -58,6 +58,12 @@ def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
     )  # fmt: skip
 
 
+def unscored(model: Any) -> NFNReport:
+    """A report in which all modules are alike, for rules that need no scores."""
+    infos = linear_modules(model)
+    return NFNReport({i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in infos}, 0, 0, 0.0)
+
+
 def check_rule(run: Run) -> None:
     """Raises PlacementError for a rule that no scores could place, so that a run stops before it scores.
 
@@ -66,9 +72,7 @@ def check_rule(run: Run) -> None:
     settings = run.config.placing
     rule = RULES.get(settings.rule)
     if not (rule and rule.needs_k and rule.from_report):
-        infos = linear_modules(run.model)
-        unscored = {i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in infos}
-        placed(NFNReport(unscored, 0, 0, 0.0), settings)
+        placed(unscored(run.model), settings)
 
 
 def trainer_for(

@@ -2,19 +2,27 @@
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from ..lora.layer import unload
 from ..lora.placement import Placement
+from ..models.loading import shapes_source
 from ..models.running import device_of
 from ..placing.rules import FULL, RULES
 from ..report.tables import estimate_table
 from ..scoring.report import NFNReport
 from ..support import files, ranks
+from ..support.config import RunConfig
+from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, ModelError, PlacementError
 from ..training.estimate import as_rows, estimate
 from ..training.plan import Plan
-from .apply import placed
+from .apply import placed, unscored
+from .fit import Fitted, fit, limit_of
 from .run import Run
+from .shapes import Shapes, largest
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,47 @@ def run_estimate(run: Run) -> str:
             "dtype": str(run.model.dtype).removeprefix("torch."), "choices": as_rows(found),
         }  # fmt: skip
         ranks.on_main(lambda: files.write_json(run.file("estimate"), value))
-    return str(estimate_table(value))
+    chosen = fitted(run, own).lines if config.fit else []
+    return "\n".join([str(estimate_table(value)), *chosen])
+
+
+def fit_run(run: Run, placement: Placement | None = None) -> None:
+    """With --fit: gives the run the options with which a step fits, before its model is loaded, and says what was chosen.
+
+    `placement` is the run's own, if it has one; else the largest that it may choose counts. A resumed run keeps what it has.
+    """
+    if run.config.fit is None or run.is_loaded:  # then the run has chosen
+        return
+    if run.resume:
+        run.say(f"fit {run.config.fit}: a resumed run keeps the options that it began with")
+        return
+    found = fitted(run, placement)
+    run.config = found.config
+    for line in found.lines:
+        run.say(line)
+
+
+def fitted(run: Run, placement: Placement | None) -> Fitted:
+    """What `fit` chooses for a run's model, rows and placement."""
+    config = run.config
+    assert config.fit is not None
+    limit_of(config.fit)  # before the rows are read
+    shape = _shape(run)
+    device = device_for(config.device)
+
+    def place(model: Any, settings: RunConfig) -> Placement | None:
+        if settings.full:
+            return None
+        if placement is None:
+            return largest(unscored(model), settings)
+        present = {name for name, _ in model.named_modules()}  # fewer, where few layers stand for the model
+        return dataclasses.replace(placement, modules={n: at for n, at in placement.modules.items() if n in present})
+
+    shapes = Shapes(
+        shapes_source(config.model), shape.rows, shape.row_tokens, shape.label_tokens,
+        device if device.type == "cpu" else torch.device("meta"), dtype_for(config.dtype, device, config.full), place,
+    )  # fmt: skip
+    return fit(shapes, config, config.fit)
 
 
 def try_estimate(run: Run) -> None:

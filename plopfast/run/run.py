@@ -106,6 +106,11 @@ class Run:
     def model(self) -> Any:
         return self._loaded[0]
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the model is in memory."""
+        return "_loaded" in vars(self)
+
     @cached_property
     def _tokenizer(self) -> tuple[Any, int | None]:
         with ranks.first_on_each_machine():

@@ -28,6 +28,7 @@ from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer, TrainResult
 from .apply import placed, scored, trainer_for, why_every_row
+from .costs import fit_run
 from .folder import EVA
 from .run import Run
 from .splits import sources_of
@@ -86,8 +87,9 @@ def run_place(run: Run) -> Placement:
 
 def run_train(run: Run) -> TrainResult:
     """Trains adapters on the placement (adapter/), or with --full all weights (model/)."""
+    placement = None if run.config.full else Placement.load(run.file("place"))
+    fit_run(run, placement)
     config = run.config
-    placement = None if config.full else Placement.load(run.file("place"))
     vectors = eva.load(run.folder / EVA)[0] if config.init == "eva" else None
     with run.stage("train"):
         unfinished = checkpoints(run.folder / CHECKPOINTS)

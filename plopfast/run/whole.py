@@ -8,7 +8,7 @@ from ..scoring.report import NFNReport
 from ..support import ranks
 from ..support.tables import Column, Table
 from .apply import check_rule
-from .costs import try_estimate
+from .costs import fit_run, try_estimate
 from .run import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
@@ -28,6 +28,7 @@ def run_all(run: Run) -> str:
     if not run.resume:
         ranks.on_main(run.at.refuse_results)
     run.rows("train")
+    fit_run(run)
     if not run.config.full:
         check_rule(run)  # before invalid settings are kept
     with run.stage("run"):  # from here on an interrupted run can be resumed

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
+from .fit_settings import FitSettings, ShapeSettings
 from .memory_settings import MemorySettings
 from .model_settings import Backend, ModelSettings, RankSettings, Seed
 from .options import Settings, option
@@ -254,6 +255,8 @@ class RunConfig(
     TrainConfig,
     TrialSettings,
     SearchSettings,
+    ShapeSettings,
+    FitSettings,
     RankSettings,
 ):
     """Every setting of a run, flat, as options and config.json name them; the properties are its groups.
@@ -286,6 +289,8 @@ class RunConfig(
             raise ConfigError("--parallel fsdp spreads frozen weights, --full trains them: leave one of them out")
         if self.quantize and self.parallel == "fsdp":
             raise ConfigError("--parallel fsdp spreads dense weights, --quantize keeps codes: leave one of them out")
+        if self.fit and self.parallel == "fsdp":
+            raise ConfigError("--fit counts what one device holds, --parallel fsdp spreads it: leave one of them out")
         if self.mlp_rows and self.parallel == "fsdp":
             raise ConfigError(
                 "--mlp-rows computes MLPs again when --parallel fsdp may have given their weights back: leave one of them out"

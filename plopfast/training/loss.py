@@ -78,16 +78,19 @@ def attention_for(ids: torch.Tensor, dtype: torch.dtype) -> contextlib.AbstractC
 class Objective(nn.Module):
     """The summed label loss of a batch. It is a module, so that torch's distributed wrappers can enclose it.
 
-    `chunked` says whether never more than a chunk of logits is held; where it is false, `why` gives the reason.
+    `chunked` says whether never more than a chunk of logits is held; where it is false, `why` gives the reason. It is found
+    out by running the model; a model without values cannot be run, and takes the reason of another of its family, or "".
     """
 
-    def __init__(self, model: nn.Module, *, recomputed: bool = False) -> None:
+    def __init__(self, model: nn.Module, *, recomputed: bool = False, why: str | None = None) -> None:
         super().__init__()
         self.model = model
         self.recomputed = recomputed  # then the backward pass runs blocks too, and must choose the same attention
         self.head = head_of(model)
         self.why = "" if self.head else "the output head is not a plain linear module"
-        if self.head and not self._agrees():
+        if self.head and why:
+            self.head, self.why = None, why
+        elif self.head and why is None and not self._agrees():
             self.head, self.why = None, f"{type(model).__name__} treats its logits in a way that plopfast does not know"
 
     @property

@@ -5,6 +5,7 @@ not the mode itself, whose module tracker keeps tensors of the backward pass ali
 """
 
 import weakref
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,36 +18,72 @@ from ..lora import ops  # noqa: F401  # registers torch.ops.plopfast, of which F
 class Meter(TorchDispatchMode):
     """Counts bytes of the storages that operations made, or that `add` was given: those still alive, `now`, and the most
     that were alive at one time, `peak`. Counts the `flops` of products too, a multiplication with its addition being two.
+
+    With `device` only storages of that kind of device count so: the bytes of all others are `host_now` and `host_peak`, and
+    `crossed` are the bytes that operations copied from one to the other. `part` names what is made from now on,
+    `parts` says how many bytes of each part are alive, which sum to `now`, and `at_peak` how many were at the peak.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
-        self._known: set[int] = set()
+        self.card = None if device is None else device.type
+        self.now = self.peak = self.flops = self.host_now = self.host_peak = self.crossed = 0
+        self.part = ""
+        self.at_peak: Counter[str] = Counter()
+        self.parts: Counter[str] = Counter()
+        self._known: dict[int, str] = {}
         self._formulas = FlopCounterMode(display=False, custom_mapping=FORMULAS).flop_registry
 
-    def add(self, tensor: torch.Tensor) -> None:
-        """Counts a tensor's storage until it is freed; a storage that is known counts once."""
+    def add(self, tensor: torch.Tensor, part: str | None = None, *, host: bool = False) -> None:
+        """Counts a tensor's storage until it is freed; a storage that is known counts once. `host`: it does not lie on the
+        device, whatever its own says."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
+        if key in self._known:
+            return
+        on_card = not host and (self.card is None or tensor.device.type == self.card)
+        self._known[key] = (self.part if part is None else part) if on_card else HOST
+        if on_card:
             self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, size)
+            self.parts[self._known[key]] += size
+            if self.now > self.peak:
+                self.peak, self.at_peak = self.now, self.parts.copy()
+        else:
+            self.host_now += size
+            self.host_peak = max(self.host_peak, self.host_now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def name(self, tensor: torch.Tensor, part: str) -> None:
+        """Says what a storage that is known is a part of."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if self._known.get(key, HOST) != HOST:
+            self.parts[self._known[key]] -= size
+            self.parts[part] += size
+            self._known[key] = part
 
     def _gone(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
+        part = self._known.pop(key)
+        if part == HOST:
+            self.host_now -= size
+        else:
+            self.now -= size
+            self.parts[part] -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in out if isinstance(out, tuple | list) else (out,):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
-        if formula := self._formulas.get(func._overloadpacket):
+        packet = func._overloadpacket
+        if packet in COPIES and len({t.device.type for t in (out, *args[:2]) if isinstance(t, torch.Tensor)}) > 1:
+            self.crossed += args[0].nbytes
+        if formula := self._formulas.get(packet):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
+
+
+HOST = "other devices"
 
 
 def _lora_forward(x: Any, w: Any, a: Any, *_: Any, **__: Any) -> int:
@@ -74,6 +111,7 @@ def attention_backward_flops(dy: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any
 
 
 _OPS, _ATEN = torch.ops.plopfast, torch.ops.aten
+COPIES = (_ATEN.copy_, _ATEN._to_copy)
 _ATTENTION = (
     "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention", "fused_attention_overrideable",
 )  # fmt: skip

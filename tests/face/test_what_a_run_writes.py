@@ -64,6 +64,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
     "run/costs.py": HERE,
     "run/folder.py": HERE,
+    "run/shapes.py": "cli/test_model_config.py::test_a_table_and_the_same_as_json",
     "run/stages.py": HERE,
     "scoring/eva.py": f"{TRIPS}test_evas_vectors",
     "scoring/report.py": f"{TRIPS}test_scores",

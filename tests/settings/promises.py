@@ -125,6 +125,9 @@ option(
 )
 WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
 option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU, that is where it is
+option("model_config", "--model-config=smollm2-135m", estimate=REFUSED)  # in a run folder, which has a model
+option("fit", "--fit=1GB", train="passes", estimate="passes")  # it fits as it is; models without values are counted
+option("fit", "--fit=1kB", train=REFUSED, estimate=REFUSED)
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
@@ -193,7 +196,7 @@ option("long", "--long=cut", "--max-length=40", "--long=error", **CHECKED)
 # what is chosen, and how it is scored
 SURE = "--confidence=0.5"
 option("rule", "--rule=plop-inverse", SURE, score="scores", place="placement")
-option("rule", "--rule=attn", place="placement")
+option("rule", "--rule=attn", place="placement", estimate="")  # with a run folder, each rule is estimated
 option("k", "--k=1", SURE, score="scores", place="placement", audit="audit", estimate="")
 option("k", "--k=1", "--budget=match:plop:r2", estimate="estimate", place="placement")
 option("rank", "--rank=3", score="", place="placement", audit="audit", estimate="estimate", info="said")

@@ -28,7 +28,7 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "neftune": (0.0, 0, True, ANY), "max_steps": (None, 0, False, ANY), "epochs": (None, 0, False, ANY),
     "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
-    "search_trials": (20, 0, False, ANY), "resident_share": (0.0, 0, True, 1), "mlp_rows": (None, 0, False, ANY),
+    "search_trials": (20, 0, False, ANY), "mlp_rows": (None, 0, False, ANY), "resident_share": (0.0, 0, True, 1),
 }  # fmt: skip
 CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
@@ -40,7 +40,7 @@ CHOICES = {
 TEXTS = {
     "model": None, "device": "auto", "train": None, "valid": None, "test": None, "unlabeled": None, "columns": None,
     "rule": "plop", "budget": None, "log_to": "none", "arms": "plop,plop-inverse,attn,mlp,all", "lrs": "5e-4,1e-3,2e-3",
-    "seeds": "0,1,2", "general": None,
+    "seeds": "0,1,2", "general": None, "fit": None, "model_config": None,
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
@@ -142,6 +142,7 @@ CONTRADICTIONS = [
     {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
     {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
+    {"fit": "6GB", "parallel": "fsdp"},
     {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
     {"resident_share": 0.5},
 ]  # fmt: skip
@@ -161,7 +162,7 @@ def test_cap_0_contradicts_nothing():
 
 
 def test_what_may_change_at_resume():
-    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share"}  # fmt: skip
+    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share", "fit"}  # fmt: skip
     assert names == FREE
 
 
