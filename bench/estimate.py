@@ -1,7 +1,7 @@
 """The estimate of a step's memory and FLOPs against measurement, on the default model.
 
 Each case trains in its own process. Compared are FLOPs, by torch's counter, and peak resident memory, less what was
-resident after loading libraries and tokenizer and a first small training. Resident memory is measured twice: with an
+resident after loading libraries and tokenizer and a first training, of a single layer. Resident memory is measured twice: with an
 allocator that gives freed blocks back (glibc's MALLOC_MMAP_THRESHOLD_, fixed), which is what the estimate means, and with
 glibc's defaults, which keep and fragment freed blocks.
 
@@ -62,6 +62,7 @@ def measured(choice, rows, tokens, way="dense"):
     from plopfast.data.example import Example
     from plopfast.lora.layer import inject
     from plopfast.lora.shared import Prepared
+    from plopfast.models.loading import shapes_source
     from plopfast.support.config import RunConfig
     from plopfast.training.blocks import prepared_blocks
     from plopfast.training.meter import FORMULAS
@@ -79,14 +80,12 @@ def measured(choice, rows, tokens, way="dense"):
         config = RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5, checkpointing=recomputed)
         return Trainer(model, config, examples, examples[:1])
 
-    pf.load_model()  # its tokenizer and code stay
-    small = transformers.LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4
-    )
-    trainer_of(transformers.AutoModelForCausalLM.from_config(small), 2, 8).fit()
+    _, tokenizer = pf.load_model()  # it stays, with the code that was loaded
+    one_layer = transformers.AutoConfig.from_pretrained(shapes_source(None), num_hidden_layers=1, dtype=torch.float32)
+    trainer_of(transformers.AutoModelForCausalLM.from_config(one_layer), rows, tokens).fit()
     before = resident_mib()
     anonymous_before = anonymous_mib()
-    model, _ = pf.load_model(**how)
+    model = pf.load_model(**how)[0]
     trainer = trainer_of(model, rows, tokens)
     memory.reset_peak()
     with Sampled() as sampled:

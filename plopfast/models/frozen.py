@@ -235,6 +235,8 @@ def streamed_in(model: nn.Module) -> list[str]:
 def make_dense(model: nn.Module) -> list[str]:
     """Puts an nn.Linear with the decoded weight in the place of each quantised linear module; returns their names."""
     names = []
+    if streamed_in(model):
+        raise ModelError(f"{type(model).__name__} is streamed: unstream(model) first")
     for name, module in list(model.named_modules()):
         frozen = find_frozen(module) if "frozen" not in vars(module) and is_linear(module) else None
         if frozen is not None and frozen.kind != "dense":

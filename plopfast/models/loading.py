@@ -15,7 +15,7 @@ from ..support.errors import ConfigError, ModelError, PlopfastError, shown
 from . import quantizer, sources, streaming, weights
 from .embedding import PLACES, at_home, move
 from .quantized import KINDS
-from .spool import Kept, Spool, mapped_tensors
+from .spool import Kept, Spool, let_pages_go, mapped_tensors
 from .stored import Stored
 
 if TYPE_CHECKING:
@@ -91,6 +91,8 @@ def load_model(
     else:
         move(model, device, embedding)
     weights.check_finite(model, f"model {model.name_or_path!r}")
+    if spool is not None:
+        let_pages_go()
     return model, tokenizer
 
 

@@ -6,6 +6,7 @@ process, all of it.) What is mapped read-only must never be written to: the proc
 """
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -17,22 +18,25 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import nn
 
 from ..support import files
-from ..support.errors import FileError
+from ..support.errors import FileError, ModelError
 from .linears import linear_modules
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "C64": torch.complex64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 MIB = 2**20
-_MAPPED: dict[int, range] = {}  # addresses of files that are mapped now
+ALIGNED = 256  # bytes
+CHUNK = 256 * MIB  # the file grows by so much at the most; it doubles until then
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAPPED: dict[int, tuple[range, weakref.ref[mmap.mmap]]] = {}  # addresses of files that are mapped now
 
 
 def mapped_tensors(paths: Iterable[Path]) -> dict[str, torch.Tensor]:
@@ -50,28 +54,39 @@ def _mapped(path: Path) -> list[tuple[str, torch.Tensor]]:
         length = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    memory = np.memmap(path, dtype=np.uint8, mode="r")
-    _note(memory, memory.ctypes.data, memory.nbytes)
+    with path.open("rb") as file:
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        whole = torch.from_numpy(memory)
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        whole = torch.frombuffer(memory, dtype=torch.uint8)
+    _note(memory, whole)
     found = []
     for name, one in header.items():
         begin, end = (8 + length + offset for offset in one["data_offsets"])
+        if one["dtype"] not in DTYPES:
+            raise ModelError(f"{path}: {name} has the type {one['dtype']}, which torch cannot read: save it in another")
         part, dtype = whole[begin:end], DTYPES[one["dtype"]]
         part = part.clone() if begin % dtype.itemsize else part  # old files are not aligned
         found.append((name, part.view(dtype).view(one["shape"])))
     return found
 
 
-def _note(owner: Any, address: int, size: int) -> None:
-    _MAPPED[address] = range(address, address + size)
-    weakref.finalize(owner, _MAPPED.pop, address, None)
+def _note(memory: mmap.mmap, whole: torch.Tensor) -> None:
+    address = whole.data_ptr()
+    _MAPPED[address] = range(address, address + whole.nbytes), weakref.ref(memory)
+    weakref.finalize(memory, _MAPPED.pop, address, None)
+
+
+def let_pages_go() -> None:
+    """Gives the memory of mapped pages back; they are read from their files again when they are needed."""
+    for _, memory in list(_MAPPED.values()):
+        if hasattr(mmap, "MADV_DONTNEED") and (found := memory()) is not None:
+            found.madvise(mmap.MADV_DONTNEED)
 
 
 def is_mapped(tensor: torch.Tensor) -> bool:
     """Whether a tensor lies in a file that this module has mapped."""
-    return tensor.device.type == "cpu" and any(tensor.data_ptr() in where for where in _MAPPED.values())
+    return tensor.device.type == "cpu" and any(tensor.data_ptr() in where for where, _ in _MAPPED.values())
 
 
 class Spool:
@@ -83,14 +98,8 @@ class Spool:
 
     def __init__(self) -> None:
         self.folder, self.size = files.cache_dir(), 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # lives as long as the maps
-        except OSError as error:
-            raise FileError(
-                f"{self.folder}: cannot write there ({error.strerror}), and streamed weights that are cast or quantised are "
-                f"kept in a file; {files.OTHER_CACHE}"
-            ) from error
+        self._file: Any = None
+        self._room = torch.empty(0, dtype=torch.uint8)  # what is mapped and not yet taken
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor's values in a file: as it is where it lies in one already, else in this one.
@@ -99,22 +108,42 @@ class Spool:
         """
         if not tensor.numel() or is_mapped(tensor):
             return tensor
-        pages = -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        aligned = -(-tensor.nbytes // ALIGNED) * ALIGNED
+        if aligned > len(self._room):
+            self._room = self._mapped(aligned)
+        taken, self._room = self._room[: tensor.nbytes], self._room[aligned:]
+        return taken.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _mapped(self, least: int) -> torch.Tensor:
+        """A new part of the file, of as many bytes at least. Few and large ones: each map holds a file descriptor."""
+        wanted = max(least, min(CHUNK, self.size))
+        pages = -(-wanted // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        try:
+            if self._file is None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  # lives as long as the maps
+        except OSError as error:
+            raise FileError(
+                f"{self.folder}: cannot write there ({error.strerror}), and streamed weights that are cast or quantised are "
+                f"kept in a file; {files.OTHER_CACHE}"
+            ) from error
         try:
             self._grow(pages)
             memory = mmap.mmap(self._file.fileno(), pages, offset=self.size)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self._file.truncate(self.size)
+            if error.errno not in FULL:
+                raise FileError(f"{self.folder}: cannot map the file of streamed weights ({error.strerror})") from error
             free = shutil.disk_usage(self.folder).free / MIB
             raise FileError(
                 f"{self.folder}: no room for the streamed weights ({error.strerror}): {self.size / MIB:.0f} MiB are written, "
-                f"{pages / MIB:.1f} MiB more are needed for the next one, and {free:.1f} MiB are free; {files.OTHER_CACHE}"
+                f"{pages / MIB:.1f} MiB more are needed for the next ones, and {free:.1f} MiB are free; {files.OTHER_CACHE}"
             ) from error
         self.size += pages
-        made = torch.frombuffer(memory, dtype=torch.uint8)[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        _note(memory, made.data_ptr(), pages)
-        return made.copy_(tensor)
+        made = torch.frombuffer(memory, dtype=torch.uint8)
+        _note(memory, made)
+        return made
 
     def _grow(self, count: int) -> None:
         """Takes room on the disk now: a full disk found by a write to the map would kill the process."""

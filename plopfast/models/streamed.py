@@ -122,6 +122,11 @@ class _StreamedModule:
         destination.update({f"{prefix}{name}": t for name, t in self.frozen.weight.host_tensors.items()})
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        if given := [name for name in self.frozen.weight.host_tensors if f"{prefix}{name}" in state_dict]:
+            raise ModelError(f"{prefix}{given[0]} is streamed and cannot be loaded into: unstream(model) first")
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         return nn.Module._apply(self, fn, recurse)  # type: ignore[arg-type]
 

@@ -111,8 +111,7 @@ def stream(model: nn.Module, device: str | torch.device, resident_share: float =
     over several processes, or that has no repeated blocks with linear weights; and where `resident_share` leaves none to stream.
     """
     device, name = torch.device(device), type(model).__name__
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = torch.empty(0, device=device).device  # as tensors there name it: "cuda:0", not "cuda"
     if streamed_in(model):
         raise ModelError(f"{name} is streamed already: unstream(model) first")
     if any(isinstance(vars(module).get("frozen"), FrozenWeight) for module in model.modules()):
@@ -175,17 +174,27 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
             stacklevel=3,
         )
     streamer = Streamer(payloads, device)
-    for index, (block, modules) in enumerate(chosen):
+    frozen: dict[Any, StreamedWeight] = {}
+    for index, (_, modules) in enumerate(chosen):
         for name, module in modules.items():
             host: Any = find_frozen(module)
-            module.frozen = StreamedWeight(host, Streamed(streamer, index, name, host))
-            for key in _weights(module):
-                module._parameters[key] = None
+            frozen[module] = StreamedWeight(host, Streamed(streamer, index, name, host))
+    taken = {module: _weights(module) for module in frozen}
+    try:
+        for module, weight in frozen.items():
             plain: Any = type(module)
-            module.__class__ = streamed_class(plain)
+            module.frozen, module.__class__ = weight, streamed_class(plain)
+            module._parameters.update(dict.fromkeys(taken[module]))
+        _move(model, device)
+    except BaseException:  # no room on the device, or Ctrl-C
+        for module in [module for module in frozen if "frozen" in vars(module)]:
+            module.__class__ = type(module).plain
+            del module.frozen
+            module._parameters.update(taken[module])
+        raise
+    for index, (block, _) in enumerate(chosen):
         block.register_forward_pre_hook(_Forward(streamer, index))
         block.register_forward_hook(_Backward(streamer, index))
-    _move(model, device)
     model._apply = _Stays(model, device)
     pinned_words = "partly pageable memory" if pageable else "pinned memory"
     where = pinned_words if device.type in PINNED_FOR else "memory and mapped files"

@@ -17,6 +17,7 @@ from ..placing.rules import RULES, nfn_rule, rule_of
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
 from ..support.config import PlaceSettings, RunConfig, ScoreSettings
+from ..support.errors import ConfigError
 from ..training.trainer import Trainer
 from .run import SCORE_ROWS, Run
 
@@ -87,6 +88,10 @@ def trainer_for(
     config, model = config or run.config, run.model
     train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
     unload(model)
+    if placement is None and hasattr(model, "computes_on"):
+        raise ConfigError(
+            "--embedding cpu keeps a frozen embedding in CPU memory, and here all weights are trained: leave one of them out"
+        )
     if placement is None:
         model = (plain_copy(model).float() if copied else model).requires_grad_(True)
     else:

@@ -203,6 +203,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, req
     with `requantize` codes again. Other arguments as in `run_eval`."""
     if run.config.full:
         raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
+    run.config = dataclasses.replace(run.config, stream=False, resident_share=0.0)  # the sum needs memory of its own
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
         load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)

@@ -31,7 +31,7 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
 
     def record(info: LinearInfo, _module: nn.Module, args: tuple[Any, ...], _output: torch.Tensor) -> None:
         z_MK = args[0].float().reshape(-1, info.n_in)
-        w_NK = info.frozen.dequantize().float()
+        w_NK = info.frozen.dequantize().to(z_MK.device, torch.float32)
         w = w_NK / (w_NK.square().mean().sqrt() + 1e-8)
         z = z_MK / (z_MK.norm(dim=1, keepdim=True) + 1e-8)
         g = torch.randn(z.shape, generator=generator, device=device)

@@ -100,6 +100,8 @@ def tiled(model: nn.Module, rows: int, known: Mapping[str, str] | None = None) -
         raise ConfigError(
             "mlp_rows computes MLPs again when --parallel fsdp may have given their weights back: leave it out"
         )
+    if (kind := device_of(model).type) not in ("cpu", "cuda", "meta"):
+        raise ConfigError(f"mlp_rows: random numbers of a {kind} device cannot be drawn again: leave it out")
     found, others = token_wise(model, known)
     left = f"{', '.join(others)}: not known to act on each token alone" if others else ""
     if not found:

@@ -11,6 +11,7 @@ With recomputation a block's input is what is saved.
 """
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -54,7 +55,7 @@ class Beside:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def copy(self, source: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, Any]:
-        target = torch.empty_like(source, device=device, pin_memory=device.type == "cpu")
+        target = _pinned(source) if device.type == "cpu" else torch.empty_like(source, device=device)
         # the source is made by products, and the target's memory may be in use by products until here
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -65,6 +66,18 @@ class Beside:
 
     def wait(self, event: Any) -> None:
         torch.cuda.current_stream(self.device).wait_event(event)
+
+
+def _pinned(source: torch.Tensor) -> torch.Tensor:
+    """CPU memory for a tensor's values: pinned, so that the copy waits for nothing, as long as the system gives it."""
+    try:
+        return torch.empty_like(source, device=CPU, pin_memory=True)
+    except RuntimeError:
+        warnings.warn(
+            "the system gives no more pinned memory: offloaded tensors go to pageable memory, and are waited for",
+            stacklevel=2,
+        )
+        return torch.empty_like(source, device=CPU)
 
 
 class _Moved:

@@ -45,7 +45,9 @@ def averaged(objective: nn.Module) -> nn.Module:
         raise TrainingError("sharded weights are frozen: train adapters, or all weights without --parallel fsdp")
     # sharded weights cannot be broadcast; they, and the adapters, are the same by construction
     device = next(p.device for p in objective.parameters() if p.requires_grad)
-    elsewhere = [name for name, p in objective.named_parameters() if p.device != device]  # rows are looked up there
+    elsewhere = [
+        name for name, p in objective.named_parameters() if p.device != device and not p.requires_grad
+    ]  # rows are looked up there
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, elsewhere)
     parallel = DistributedDataParallel(objective, init_sync=not sharded, gradient_as_bucket_view=True)
     parallel.broadcast_buffers = False  # the argument has another name from torch 2.13 on

@@ -233,4 +233,5 @@ def check_same_run(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> Non
             f"{path}: belongs to a training on {count} ranks, this one has {now['ranks']}: resume it under torchrun with "
             f"nodes x --nproc-per-node = {count}, or start anew with --overwrite"
         )
+    kept = {"optimizer": "torch's adamw"} | kept  # before there was a choice
     check_same({name: kept.get(name) for name in now}, now, path, TrainingError)  # older ones kept more settings

@@ -14,8 +14,9 @@ from plopfast.models.quantized import QuantizedLinear
 
 def test_a_whole_run(base, tmp_path, capsys):
     out = tmp_path / "out"
-    assert plopfast("run", *base, "--quantize", "nf4", "--quantize-head", "--out", out) == 0
-    assert "nf4 codes in 22 linear modules" in capsys.readouterr().err
+    assert plopfast("run", *base, "--quantize", "nf4", "--quantize-head", "--stream", "--out", out) == 0
+    said = capsys.readouterr().err
+    assert "nf4 codes in 22 linear modules" in said and "streamed: 3 blocks" in said
     settings = json.loads((out / "config.json").read_text())["settings"]
     assert settings["quantize"] == "nf4" and settings["quantize_head"] is True
     assert plopfast("run", *base, "--quantize", "int8", "--out", out, "--resume") == 2

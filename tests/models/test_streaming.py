@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import plopfast as pf
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models import streaming
-from plopfast.models.frozen import fingerprint, frozen_of, streamed_in
+from plopfast.models.frozen import fingerprint, frozen_of, make_dense, streamed_in
 from plopfast.models.lean import lean_modules
 from plopfast.models.linears import blocks, number_of_weights
 from plopfast.models.running import device_of
@@ -374,6 +374,41 @@ def test_what_cannot_be_streamed():
                 layer.get_submodule(name).weight = module.weight
     with pytest.raises(ModelError, match="leave out --stream"):
         stream(tied, "cpu")
+
+
+def test_a_device_with_a_number_is_the_one_that_tensors_name():
+    model = model_of()
+    streaming = stream(model, "cpu:0")
+    assert streaming.streamer.device == next(model.parameters()).device
+    pf.inject(model, everywhere(model))
+    model(IDS).logits.sum().backward()
+    assert all(module.lora_B.grad.norm() > 0 for module in adapters(model).values())
+
+
+def test_a_model_that_finds_no_room_on_the_device_is_as_before(monkeypatch):
+    model = model_of()
+    want = logits(model)
+
+    def no_room(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_move", no_room)
+        with pytest.raises(torch.OutOfMemoryError):
+            stream(model, "cpu")
+    assert not streamed_in(model) and torch.equal(logits(model), want)
+    stream(model, "cpu")
+    assert torch.equal(logits(model), want)
+
+
+def test_nothing_is_loaded_into_streamed_weights_or_made_dense():
+    model = model_of(kind="nf4")
+    state = model.state_dict()
+    stream(model, "cpu")
+    with pytest.raises(ModelError, match=r"is streamed and cannot be loaded into: unstream\(model\) first"):
+        model.load_state_dict(state, strict=False)
+    with pytest.raises(ModelError, match=r"is streamed: unstream\(model\) first"):
+        make_dense(model)
 
 
 def test_a_weight_that_two_modules_share_stays():
