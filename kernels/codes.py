@@ -173,14 +173,11 @@ _KEPT: dict[tuple[Any, ...], torch.Tensor] = {}  # workspaces, by device, stream
 _NOTED: Callable[[torch.Tensor], None] | None = None  # see `one_workspace`
 
 
-def held(weight: Weight) -> Weight:
-    """What a product reads now: a tensor as it is, and see `Codes.held`."""
-    return weight if isinstance(weight, torch.Tensor) else weight.held()
-
-
 def dense(weight: Weight) -> torch.Tensor:
     """W [N, K] for a product that is made at once: a tensor as it is, codes decoded into the workspace."""
-    weight = held(weight)
+    if isinstance(weight, torch.Tensor):
+        return weight
+    weight = weight.held()
     if isinstance(weight, torch.Tensor):
         return weight
     first = weight.tensors[0]
@@ -254,7 +251,7 @@ def linear_of_few(
 
 def linear(x_MK: torch.Tensor, weight: Weight, bias_N: torch.Tensor | None) -> torch.Tensor:
     """Y = X W^T + bias [M, N]"""
-    weight = held(weight)
+    weight = weight if isinstance(weight, torch.Tensor) else weight.held()
     if few(x_MK, weight):
         return linear_of_few(x_MK, weight, bias_N)
     return torch.nn.functional.linear(x_MK, dense(weight), bias_N)

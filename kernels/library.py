@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from . import dispatch, philox, torch_ops
-from .codes import Weight, dense, few, held, linear_of_few
+from .codes import Weight, dense, few, linear_of_few
 
 LIBRARY = torch.library.Library("plopfast", "DEF")
 DEVICES = ("CPU", "CUDA", "MPS", "XPU")  # "CUDA" is HIP too
@@ -123,9 +123,10 @@ def forward(
     x: torch.Tensor, s: torch.Tensor, w: Weight, b: torch.Tensor, bias: torch.Tensor | None, plan: dispatch.Plan
 ) -> torch.Tensor:
     """Y = X W^T + S B^T + bias [M, N]"""
-    w = held(w)
-    if not isinstance(w, torch.Tensor) and few(x, w):
-        return linear_of_few(x, w, bias, s, b)
+    if not isinstance(w, torch.Tensor):
+        w = w.held()
+        if not isinstance(w, torch.Tensor) and few(x, w):
+            return linear_of_few(x, w, bias, s, b)
     if plan.backend == "torch":
         return torch_ops.forward(x, s, dense(w), b, bias)
     from . import triton_ops

@@ -171,7 +171,7 @@ READ = {  # options that a command offers, and some that it does not read
     "place": ({"--rule", "--budget", "--cap", "--seed"}, {"--model", "--train", "--lr", "--max-steps"}),
     "estimate": (
         MODEL - {"--backend"} | DATA | {"--batch-tokens", "--rank", "--unlabeled"},
-        {"--max-steps", "--lr", "--rule", "--alpha", "--backend"},
+        {"--max-steps", "--lr", "--alpha", "--backend"},
     ),
     "train": (MODEL | DATA | {"--lr", "--max-steps", "--full", "--resume"}, {"--rule", "--budget", "--score-prompts"}),
     "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank"}),

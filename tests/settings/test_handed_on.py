@@ -52,6 +52,7 @@ APART = {  # what is seen elsewhere: in the rows, the folder, the model, or only
     "model", "device", "threads", "parallel", "train", "valid", "test", "unlabeled", "unlabeled_share", "columns", "allow_overlap",
     "max_length", "score_prompts", "compat", "full", "epochs", "budget", "granularity", "cap", "ranks", "packing", "offload",
     "compile", "liger", "log_to", "arms", "lrs", "seeds", "general", "search_trials", "nonfinite", "bad_rows", "save_every", "keep",
+    "model_config", "fit",
 }  # fmt: skip
 TOGETHER = sorted({*FIELDS} - APART)
 SHORT = {  # in place of long work

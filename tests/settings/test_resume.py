@@ -67,7 +67,8 @@ def test_resumed_as_it_is(shop, stopped, whole):
 def test_a_training_goes_on_as_it_began(shop, outcome, stopped, whole, name):
     promise = other(name, "train")
     if name in FREE - HERE:
-        found = shop.outcome("train", promise.other, "--resume", start=stopped, bare=True)
+        words = (*words_of("train", promise.also), promise.other)
+        found = shop.outcome("train", *words, "--resume", start=stopped, bare=True)
         assert not {key for key in RESULTS if found[key] != whole[key]}
         return
     words = (*words_of("train", promise.also), promise.other)

@@ -68,8 +68,9 @@ def in_both_ways(settings):
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_a_training_is_that_by_hand(settings):
-    """In bfloat16 products are rounded in other places, and AdamW takes a step of its own size for any gradient."""
-    loss_off, values_off = (2e-5, 0.002) if "dtype" not in settings else (0.01, 0.25)
+    """In bfloat16 products are rounded in other places, and AdamW takes a step of its own size for any gradient: values are up
+    to 0.28 of their way apart on a CPU without bfloat16 instructions, 1.4 for another training."""
+    loss_off, values_off = (2e-5, 0.002) if "dtype" not in settings else (0.01, 0.35)
     (before, theirs, *said), (start, ours, *logged) = in_both_ways(settings)
     assert all(torch.equal(start[name], value) for name, value in before.items())
     norms = [{step: record.pop("grad_norm") for step, record in records.items()} for records in (said[0], logged[0])]
