@@ -200,9 +200,7 @@ class _Search:
             saved = _size(before.total_mib - after.total_mib)
             said.append(f"  {rung.words}: {saved} less; {', '.join(costs) or 'costs hardly anything'}")
         if changing := [rung.words for rung in taken if rung.changes_results]:
-            said.append(
-                f"  {' and '.join(changing)} changes the weights, and so the results: chosen by --fit, not by you"
-            )
+            said.append(f"  {' and '.join(changing)} changes the results: chosen by --fit, not by you")
         return said
 
 

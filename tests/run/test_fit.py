@@ -123,9 +123,7 @@ def test_what_is_said():
     )
     assert "  --checkpointing: 0.47 GiB less; 33% more FLOPs" in said
     assert any(line.startswith("  --stream") and "0.98 GiB a step between CPU and GPU" in line for line in said)
-    assert said[-1].endswith(
-        "--quantize nf4 and --quantize-head changes the weights, and so the results: chosen by --fit, not by you"
-    )
+    assert said[-1].endswith("--quantize nf4 and --quantize-head changes the results: chosen by --fit, not by you")
     assert fit(Counted(), RunConfig(), "2GiB").lines == ["fit 2GiB: 1.86 GiB, as the settings are"]
 
 
