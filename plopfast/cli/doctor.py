@@ -118,8 +118,8 @@ def examine(
 
     `model`, `quantize` and `quantize_head` are as in load_model; `device`, `backend` and `dtype` are as in a run. Each
     strategy and dtype runs nine kernel cases, one of each shape, and more while `seconds` last. The time that Triton compiles
-    does not count, so the first visit on a GPU checks as much as later ones, and takes longer. Adapters have `rank`. Whatever goes wrong is a
-    failed check, except that ConfigError is raised for a device that this machine does not have.
+    does not count, so the first visit on a GPU checks as much as later ones, and takes longer. Adapters have `rank`. Whatever
+    goes wrong is a failed check, except that ConfigError is raised for a device that this machine does not have.
     """
     with compile_time.watched() as compiling:
         checks = _Checks(out)

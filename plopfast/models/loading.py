@@ -198,8 +198,7 @@ def _explained(name: object, source: str) -> Iterator[None]:
 
 def _check_text_only(model: "PreTrainedModel") -> None:
     """Raises ModelError for a model with towers for images or sound: no row of text ever reaches them."""
-    parts = [name for name in ("vision_config", "audio_config") if getattr(model.config, name, None) is not None]
-    if parts:
+    if parts := sources.towers(model.config):
         raise ModelError(
             f"model {model.name_or_path!r} is multimodal ({type(model).__name__}, with {' and '.join(parts)}): plopfast "
             "trains models whose only input is text; give a text-only checkpoint of it"

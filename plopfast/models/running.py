@@ -27,6 +27,30 @@ def device_of(model: nn.Module) -> torch.device:
     return getattr(model, "computes_on", None) or next(model.parameters()).device
 
 
+def in_backward() -> bool:
+    """Whether autograd is at work, which runs blocks again where they are recomputed."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def exchanged(model: nn.Module, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Puts `change(tensor)` in the place of each parameter and buffer; what modules share they share afterwards.
+
+    Module._apply, which `to` and `float` call, cannot do so for tensors without values.
+    """
+    made: dict[torch.Tensor, torch.Tensor] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None:
+                    continue
+                if tensor not in made:
+                    other = change(tensor.detach())
+                    made[tensor] = (
+                        nn.Parameter(other, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else other
+                    )
+                tensors[name] = made[tensor]  # type: ignore[assignment]
+
+
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Puts the model into evaluation mode, without dropout, while it lasts."""

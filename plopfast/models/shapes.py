@@ -7,14 +7,12 @@ learned what takes values to find out.
 """
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..support import files
-from ..support.errors import ModelError, PlopfastError, nearest
+from ..support.errors import ModelError, PlopfastError, first_line, nearest
 from . import sources
 from .known import KNOWN, known
 from .loading import check_quantize
@@ -58,8 +56,9 @@ def config_of(name: str) -> tuple[Any, dict[str, Any]]:
     try:
         config = transformers.CONFIG_MAPPING[family].from_dict(plain)
     except Exception as error:  # odd values make it raise anything
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ModelError(f"{name}: not a configuration of {family} ({first[0]})") from error
+        raise ModelError(
+            f"{name}: not a configuration of {family} ({first_line(error) or type(error).__name__})"
+        ) from error
     _check(name, config, raw)
     return config, raw
 
@@ -71,14 +70,7 @@ def _read(name: str) -> dict[str, Any]:
         path = path / "config.json"
     elif not path.is_file() and not name.endswith(".json"):
         path = _cached(name)
-    text = files.read_text(path, "no such file", ModelError)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, got {value!r:.80}")
-    return value
+    return sources.json_object(path)
 
 
 def _cached(name: str) -> Path:
@@ -105,7 +97,7 @@ def _check(name: str, config: Any, raw: dict[str, Any]) -> None:
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or odd:
         what = odd[0] if odd else config.model_type
         raise ModelError(f"{name}: {what} is not a causal language model: give the config.json of one")
-    if parts := [part for part in ("vision_config", "audio_config") if getattr(config, part, None) is not None]:
+    if parts := sources.towers(config):
         raise ModelError(f"{name}: a multimodal model (with {' and '.join(parts)}): give a text-only checkpoint of it")
     text = config.get_text_config()
     for key, most in MOST.items():
@@ -135,8 +127,9 @@ def model_of(
     except PlopfastError:
         raise
     except Exception as error:
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ModelError(f"{name}: no model can be built from this configuration ({first[0]})") from error
+        raise ModelError(
+            f"{name}: no model can be built from this configuration ({first_line(error) or type(error).__name__})"
+        ) from error
     model.name_or_path = name
     kind = quantize or (stored[0] if stored is not None else None)
     if kind is not None:

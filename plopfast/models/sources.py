@@ -135,6 +135,11 @@ def kind_in(raw: dict[str, Any], source: str) -> tuple[str, tuple[int, int]] | N
     )
 
 
+def towers(config: Any) -> list[str]:
+    """The parts of a configuration that are for images or sound."""
+    return [name for name in ("vision_config", "audio_config") if getattr(config, name, None) is not None]
+
+
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
@@ -189,8 +194,11 @@ def _shapes(file: Path) -> Iterator[list[int]]:
 def _small_file(source: str, name: str) -> dict[str, Any]:
     """The JSON object in a file of the folder or hub id; empty where there is no such file."""
     path = _path(source, name)
-    if path is None:
-        return {}
+    return {} if path is None else json_object(path)
+
+
+def json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError where it holds none, or cannot be read."""
     text = files.read_text(path, "no such file", ModelError)
     try:
         value = json.loads(text)  # not our strict parser: good models hold Infinity (Mamba 2) and integers of 31 digits

@@ -25,6 +25,7 @@ from torch import nn
 from ..support import files
 from ..support.errors import FileError, ModelError
 from .linears import linear_modules
+from .streamer import ALIGNED
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -33,7 +34,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 MIB = 2**20
-ALIGNED = 256  # bytes
 CHUNK = 256 * MIB  # the file grows by so much at the most; it doubles until then
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAPPED: dict[int, tuple[range, weakref.ref[mmap.mmap]]] = {}  # addresses of files that are mapped now

@@ -17,17 +17,20 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..support import memory
 from ..support.errors import ModelError
 from .frozen import FrozenWeight, find_frozen, is_sharded, is_transposed, streamed_in
 from .linears import blocks, linear_modules
 from .quantized import QuantizedLinear
+from .running import exchanged, in_backward
 from .streamed import Streamed, StreamedWeight, streamed_class
-from .streamer import Payload, Streamer, in_one_buffer, payload_of
+from .streamer import Streamer, in_one_buffer, payload_of
 
 MIB = 2**20
 PINNED_FOR = ("cuda",)  # types of devices that copy from pinned memory while they compute
@@ -40,8 +43,7 @@ class _Forward:
         self.streamer, self.block = streamer, block
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        # a block that is computed again within the backward pass has been brought for that already
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():  # else it is computed again, and has been brought for that already
             self.streamer.enter(self.block, 1)
 
 
@@ -161,8 +163,8 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
     for _, modules in chosen:
         payload = payload_of({n: {key: p.detach() for key, p in _weights(m).items()} for n, m in modules.items()})
         if device.type in PINNED_FOR:
-            payload, pinned = _pinned(payload)
-            pageable |= not pinned
+            buffer, pinned = memory.pinned(partial(torch.empty, payload.size, dtype=torch.uint8))
+            payload, pageable = in_one_buffer(payload, buffer), pageable or not pinned
             for n, m in modules.items():
                 for key, p in _weights(m).items():
                     p.data = payload.tensors[n][key]  # so the memory that it was read into is free for the next block
@@ -203,29 +205,16 @@ def _stream(model: Any, device: torch.device, chosen: list[Any], stay: int) -> S
 
 
 def _move(model: nn.Module, device: torch.device) -> None:
-    """As `model.to(device)`, which cannot exchange tensors without values."""
+    """As `model.to(device)`, for tensors without values, too."""
     if all(type(parameter) is nn.Parameter for parameter in model.parameters()):
         model.to(device)
-        return
-    moved: dict[torch.Tensor, Any] = {}
-    for module in model.modules():
-        for name, p in [(name, p) for name, p in module._parameters.items() if p is not None]:
-            module._parameters[name] = moved.setdefault(p, nn.Parameter(p.detach().to(device), p.requires_grad))
-        for name, buffer in [(name, b) for name, b in module._buffers.items() if b is not None]:
-            module._buffers[name] = moved.setdefault(buffer, buffer.to(device))
+    else:
+        exchanged(model, lambda tensor: tensor.to(device))
 
 
 def _weights(module: nn.Module) -> dict[str, Any]:
     """The parameters of a linear module that make its weight."""
     return {key: p for key, p in module._parameters.items() if key != "bias" and p is not None}
-
-
-def _pinned(payload: Payload) -> tuple[Payload, bool]:
-    """The block in one buffer of pinned memory, and whether the system gave it."""
-    try:
-        return in_one_buffer(payload, torch.empty(payload.size, dtype=torch.uint8, pin_memory=True)), True
-    except RuntimeError:  # no more of it, or no GPU
-        return in_one_buffer(payload, torch.empty(payload.size, dtype=torch.uint8)), False
 
 
 def unstream(model: Any) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from ..data.example import Example, Span
 from ..models.running import device_of
 from ..support import memory
-from ..support.errors import ConfigError, DataError, ModelError
+from ..support.errors import ConfigError, DataError, ModelError, first_line
 
 
 def random_tokens(examples: Sequence[Example], tokenizer: Any, seed: int = 0) -> list[Example]:
@@ -124,5 +124,6 @@ def random_model(model: nn.Module, seed: int = 0) -> nn.Module:
             )
             return random.eval()
     except Exception as error:  # out of memory, or what the model's own code raises
-        first = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise ModelError(f"a random {type(model).__name__} cannot be built: {first[0]}") from error
+        raise ModelError(
+            f"a random {type(model).__name__} cannot be built: {first_line(error) or type(error).__name__}"
+        ) from error

@@ -60,6 +60,11 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; "" where it has none."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
 def for_terminal(text: str) -> str:
     """The text without characters that would steer a terminal, such as ESC in the name of a file."""
     return re.sub(r"[^\n\t -~\xa0-\ud7ff\ue000-\U0010ffff]", lambda odd: ascii(odd[0])[1:-1], text)

@@ -3,7 +3,7 @@
 import contextlib
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,15 @@ def trim() -> None:
     """Gives freed memory back to the system; glibc keeps that of tensors below 32 MiB."""
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def pinned(make: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """The tensor that `make(pin_memory=True)` makes, and True; where the system gives no pinned memory, or there is no GPU,
+    that of `make()`, and False."""
+    try:
+        return make(pin_memory=True), True
+    except RuntimeError:
+        return make(), False
 
 
 @contextlib.contextmanager

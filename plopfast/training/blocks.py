@@ -17,7 +17,7 @@ from ..models.rotary import rotated
 from ..models.running import device_of
 from ..models.tiles import Tiled, token_wise
 from ..support.config import TrainConfig
-from ..support.errors import ConfigError, TrainingError
+from ..support.errors import ConfigError, TrainingError, first_line
 from .moments import library
 from .offload import offloaded
 
@@ -27,7 +27,8 @@ def prepared_blocks(
     model: nn.Module, config: TrainConfig, lean: Mapping[str, str] | None = None
 ) -> Iterator[list[str]]:
     """Applies the config's choices while it lasts, and yields a line about each one that is in force. `lean` is what
-    `lean_modules` and `token_wise` take as `known`; given it, no rotary embedding is replaced, as tensors may have no values to compare.
+    `lean_modules` and `token_wise` take as `known`; given it, no rotary embedding is replaced, as tensors may have no values
+    to compare.
 
     Raises ConfigError for choices that this model or device does not allow.
     """
@@ -76,7 +77,7 @@ def prepared_blocks(
         except RuntimeError as error:
             if not (config.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))):
                 raise
-            first = next(filter(None, str(error).splitlines()), type(error).__name__)
+            first = first_line(error) or type(error).__name__
             raise TrainingError(
                 f"torch.compile failed on this model or machine ({first}): leave out --compile"
             ) from error

@@ -38,7 +38,7 @@ from ..models.frozen import find_frozen, is_linear, make_dense
 from ..models.lean import lean_modules
 from ..models.quantized import one_workspace
 from ..models.rotary import rotated
-from ..models.running import body, device_of, output_head, remember_requires_grad
+from ..models.running import body, device_of, exchanged, output_head, remember_requires_grad
 from ..models.shapes import miniature
 from ..models.streaming import stream, unstream
 from ..models.tiles import TOKENS, token_wise
@@ -275,26 +275,12 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
 
 def put_on(model: nn.Module, device: torch.device) -> None:
     """Puts the fake tensors of a model from "meta" on the device that it would be on."""
-    moved: dict[torch.Tensor, torch.Tensor] = {}
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, tensor in tensors.items():
-                if tensor is None or tensor.device == device:
-                    continue
-                if tensor not in moved:
-                    made = torch.empty_like(tensor, device=device)
-                    moved[tensor] = (
-                        nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
-                    )
-                tensors[name] = moved[tensor]  # type: ignore[assignment]
+    exchanged(model, lambda tensor: tensor if tensor.device == device else torch.empty_like(tensor, device=device))
 
 
 def _widen(model: nn.Module) -> None:
-    """Makes all parameters float32, as full fine-tuning has them; Module.float cannot change tensors without values."""
-    wide: dict[nn.Parameter, nn.Parameter] = {}
-    for module in model.modules():
-        for name, p in list(module.named_parameters(recurse=False)):
-            setattr(module, name, wide.setdefault(p, nn.Parameter(p.detach().float())))
+    """Makes all floating-point tensors float32, as full fine-tuning has them."""
+    exchanged(model, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
 
 
 def _choose_attention(model: Any, tokens: int, device: torch.device) -> None:

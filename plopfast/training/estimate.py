@@ -12,7 +12,7 @@ from torch import nn
 
 from ..lora.placement import Placement
 from ..support.config import TrainConfig
-from ..support.errors import ModelError, PlopfastError
+from ..support.errors import ModelError, PlopfastError, first_line
 from ..support.progress import bar
 from .dry import MIB, Estimate, Step
 
@@ -83,10 +83,9 @@ def _of(step: Step, placements: Mapping[str, Placement | None], progress: bool) 
     except PlopfastError:
         raise
     except Exception as error:  # a model's own code, and torch's formulas, may raise anything without values
-        first = str(error).strip().splitlines()[:1] or [""]
         raise ModelError(
             f"{type(step.objective.model).__name__}: no estimate is possible, as what it computes depends on its values, or its "
-            f"FLOPs are unknown ({type(error).__name__}: {first[0]})"
+            f"FLOPs are unknown ({type(error).__name__}: {first_line(error)})"
         ) from error
     return found
 

@@ -14,6 +14,7 @@ import contextlib
 import warnings
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +22,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..models.linears import blocks
-from ..models.running import device_of
+from ..models.running import device_of, in_backward
+from ..support import memory
 
 OFFLOADED_BYTES = 1 << 20  # smaller tensors cost more in transfers than they free
 HELD = 2  # blocks until a tensor that moved away is let go: one whose copy may be under way, beside the present one
@@ -70,14 +72,13 @@ class Beside:
 
 def _pinned(source: torch.Tensor) -> torch.Tensor:
     """CPU memory for a tensor's values: pinned, so that the copy waits for nothing, as long as the system gives it."""
-    try:
-        return torch.empty_like(source, device=CPU, pin_memory=True)
-    except RuntimeError:
+    target, is_pinned = memory.pinned(partial(torch.empty_like, source, device=CPU))
+    if not is_pinned:
         warnings.warn(
             "the system gives no more pinned memory: offloaded tensors go to pageable memory, and are waited for",
             stacklevel=2,
         )
-        return torch.empty_like(source, device=CPU)
+    return target
 
 
 class _Moved:
@@ -148,10 +149,6 @@ class Offload:
             if number <= last:
                 self.lane.wait(event)
         self._leaving = [one for one in self._leaving if one[0] > last]
-
-
-def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 @contextlib.contextmanager

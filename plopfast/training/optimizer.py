@@ -20,9 +20,9 @@ def lr_factor(step: int, steps: int, warmup: float, schedule: str) -> float:
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes the optimizer of `config` for parameters by name. With LoRA+ (Hayou et al., arXiv 2402.12354) every lora_B learns faster.
-
-    Raises ConfigError where 8-bit AdamW is not installed or does not run."""
+    """Makes the optimizer of `config` for parameters by name. With LoRA+ (Hayou et al., arXiv 2402.12354) every lora_B learns
+    faster. Raises ConfigError where 8-bit AdamW is not installed or does not run.
+    """
     groups = []
     for is_b, ratio in ((False, 1.0), (True, config.lora_plus)):
         if chosen := [p for name, p in parameters.items() if name.endswith("lora_B") == is_b]:

@@ -20,7 +20,6 @@ from typing_extensions import TypedDict
 
 from ..support import files, ranks
 from ..support.errors import FileError, TrainingError
-from ..support.inputs import check_same
 from ..support.schema import Count, checked
 from ..support.strict_json import dumps
 from .moments import CODED, PLAIN, moments_of, put_moments, shapes_of
@@ -223,15 +222,3 @@ def load_state(folder: Path) -> tuple[Path, dict[str, Any], dict[str, Any]]:
         return path, facts["identity"], {**tensors, **{name: facts[name] for name in COUNTERS}, "best_loss": best}  # type: ignore[literal-required]
     found = "; ".join(problems.values()) or f"{folder}: no training checkpoint"
     raise FileError(f"{found}; start anew without --resume")
-
-
-def check_same_run(path: Path, kept: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises TrainingError where the run that a checkpoint belongs to (its identity is `kept`) is not this one (`now`)."""
-    count = kept.get("ranks")
-    if count != now["ranks"]:
-        raise TrainingError(
-            f"{path}: belongs to a training on {count} ranks, this one has {now['ranks']}: resume it under torchrun with "
-            f"nodes x --nproc-per-node = {count}, or start anew with --overwrite"
-        )
-    kept = {"optimizer": "torch's adamw"} | kept  # before there was a choice
-    check_same({name: kept.get(name) for name in now}, now, path, TrainingError)  # older ones kept more settings

@@ -1,7 +1,6 @@
 """A small trainer for the parameters of a causal language model that require a gradient: AdamW on label tokens."""
 
 import contextlib
-import dataclasses
 import math
 import time
 import warnings
@@ -9,20 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..data.batches import collate, collate_packed, group_by_length
-from ..data.example import Example, digest
+from ..data.example import Example
 from ..lora.layer import adapters
 from ..lora.shared import Prepared, find_shared_inputs
-from ..models.frozen import fingerprint
-from ..models.linears import linear_modules
 from ..models.running import check_packing, device_of, evaluating, modes_kept
 from ..support import machine, ranks
-from ..support.config import FREE, TrainConfig
+from ..support.config import TrainConfig
 from ..support.errors import Interrupted, TrainingError
 from ..support.ledger import Ledger
 from ..support.lock import locked
@@ -30,15 +26,15 @@ from ..support.progress import bar
 from . import census, parallel
 from .blocks import prepared_blocks
 from .first_step import make_ready
+from .identity import check_same_run, identity_of
 from .interrupt import interruptible
 from .logs import open_log, targets
 from .loss import Objective
-from .moments import maker_of
 from .neftune import neftune
 from .optimizer import lr_factor, make_optimizer, set_lr
 from .plan import Plan
 from .records import Records
-from .state import CHECKPOINT_FILES, CHECKPOINTS, TrainState, check_same_run, checkpoint_path, load_state, save_state
+from .state import CHECKPOINT_FILES, CHECKPOINTS, TrainState, checkpoint_path, load_state, save_state
 
 SKIPS_IN_A_ROW = 10  # so many steps without a finite loss, one after the other, end a training even if it skips them
 
@@ -96,7 +92,8 @@ class Trainer:
         on_valid: Callable[[int, float], None] | None = None,
     ) -> None:
         self.model, self.config, self.progress, self.on_valid = model, config, progress, on_valid
-        self.valid, self.out = valid[: config.eval_rows], Path(out) if out is not None else None
+        self.valid = valid[: config.eval_rows]
+        self.out = Path(out) if out is not None else None
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
@@ -108,12 +105,18 @@ class Trainer:
         if config.packing:
             check_packing(model)
         self.objective = Objective(model, recomputed=config.checkpointing)
-        self.shared, self.prepared = find_shared_inputs(model), Prepared(model)
+        self.shared = find_shared_inputs(model)
+        self.prepared = Prepared(model)
         self.parallel = parallel.averaged(self.objective)
         self.optimizer = make_optimizer(self.parameters, config)
-        self.identity = self._identity()
-        kept = {"validated": bool(valid), "averaged": bool(config.ema), "best_on_cpu": config.keep_best == "cpu"}
-        self.state = TrainState(self.parameters, self.optimizer, **kept)
+        self.identity = identity_of(model, config, self.plan, self.valid, self.optimizer)
+        self.state = TrainState(
+            self.parameters,
+            self.optimizer,
+            validated=bool(valid),
+            averaged=bool(config.ema),
+            best_on_cpu=config.keep_best == "cpu",
+        )
         self.records = Records(self.out)
         self.history = self.records.history
         self.notes: list[str] = []
@@ -178,7 +181,8 @@ class Trainer:
         lr = config.lr * lr_factor(state.step, self.max_steps, config.warmup, config.schedule)
         set_lr(self.optimizer, lr)
         self.optimizer.zero_grad(set_to_none=True)
-        total, positions = torch.zeros((), device=device_of(self.model)), 0
+        total = torch.zeros((), device=device_of(self.model))
+        positions = 0
         mine = examples[ranks.rank() :: ranks.size()]
         with self.prepared:
             for number, group in enumerate(mine, 1):
@@ -328,23 +332,3 @@ class Trainer:
         folder, state = self.out / CHECKPOINTS, self.state.state_dict()
         ranks.on_main(lambda: save_state(folder, self.identity, state, self.config.keep))
         return checkpoint_path(folder, self.state.step)
-
-    def _identity(self) -> dict[str, Any]:
-        """Returns what must be the same when a run is resumed: settings, data, base model, placement, ranks."""
-        model, plan, lora = self.model, self.plan, adapters(self.model)
-        settings = {f.name: getattr(self.config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
-        return {
-            **settings,
-            "optimizer": f"{maker_of(self.optimizer)}'s {self.config.optimizer}",
-            "max_steps": plan.max_steps,
-            "batch_tokens": plan.batch_tokens,
-            "batch_rows": plan.batch_rows,
-            "eval_every": plan.eval_every,
-            "examples": plan.labelled,
-            "unlabeled": len(plan.rows) - plan.labelled,
-            "data": digest(plan.rows),
-            "validation data": digest(self.valid),
-            "ranks": ranks.size(),
-            "placement": {name: [m.rank, m.scaling, m.dropout] for name, m in lora.items()},
-            "base model": fingerprint(model, list(lora) or [info.name for info in linear_modules(model)][:8]),
-        }

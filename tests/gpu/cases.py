@@ -10,6 +10,8 @@ import torch
 from plopfast.kernels import dispatch, philox
 
 DEVICE = torch.device("cpu" if dispatch.interpreting() else "cuda")
+LONG = (1 << 31) + 48
+HALF = (1 << 30) + 16  # twice that is beyond 2^31
 FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 

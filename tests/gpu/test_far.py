@@ -8,7 +8,7 @@ M tokens, K in, C columns, N out, R rank.
 
 import pytest
 import torch
-from cases import BF16, FP32, normal
+from cases import BF16, FP32, HALF, LONG, normal
 from interpreter import checked, far_apart
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -28,8 +28,6 @@ from plopfast.kernels import (
     triton_ops,
 )
 
-LONG = (1 << 31) + 48
-HALF = (1 << 30) + 16  # twice that is beyond 2^31
 close = torch.testing.assert_close
 
 

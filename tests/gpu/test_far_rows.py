@@ -5,7 +5,7 @@ M tokens, K in, C columns.
 
 import pytest
 import torch
-from cases import BF16, FP32, normal
+from cases import BF16, FP32, HALF, normal
 from interpreter import checked, far_apart
 
 from plopfast.kernels import (
@@ -17,8 +17,6 @@ from plopfast.kernels import (
     triton_rows,
 )
 
-LONG = (1 << 31) + 48
-HALF = (1 << 30) + 16  # twice that is beyond 2^31
 close = torch.testing.assert_close
 
 

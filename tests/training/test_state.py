@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from plopfast.lora.layer import adapters
 from plopfast.support.errors import FileError, TrainingError
 from plopfast.training.evaluate import evaluate
+from plopfast.training.identity import check_same_run
 from plopfast.training.interrupt import interruptible
-from plopfast.training.state import COUNTERS, check_same_run, load_state, save_state
+from plopfast.training.state import COUNTERS, load_state, save_state
 
 
 @pytest.mark.parametrize("settings", [{}, {"ema": 0.9}], ids=str)
