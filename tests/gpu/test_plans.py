@@ -5,7 +5,7 @@ import torch
 from cases import BF16, DEVICE, FP16, FP32, normal, operands, view
 
 from plopfast.kernels import dispatch, torch_blocks, triton_blocks, triton_ops
-from plopfast.kernels.launch import forget_plans
+from plopfast.kernels.launch import Planned, forget_plans
 
 SEED = 0xFEED_5EED_5EED
 POINTERS, TMA = dispatch.Tiles(32, 32, 32, 4, 2), dispatch.Tiles(32, 32, 32, 4, 2, descriptor=True)
@@ -42,6 +42,7 @@ STRIDES = {name: changed(of(BF16), **{name: lambda t: view(t, "columns")}) for n
 STRIDES |= {name: changed(of(BF16), **{name: lambda t: view(t, "odd")}) for name in ("s", "x")}
 BASE, HALF, NARROW, FULL = of(BF16), of(FP16), of(BF16, BF16), of(FP32)
 LARGER, RANK_5 = of(BF16, m=40, n=70, k=80), of(BF16, r=5)
+NARROW_B = changed(BASE, b=lambda b: b.to(BF16))
 CALLS = {
     "shrink": [
         *[lambda o=o: shrink(o) for o in (BASE, HALF, NARROW, FULL, LARGER, RANK_5, STRIDES["a"], STRIDES["x"])],
@@ -60,7 +61,7 @@ CALLS = {
     ],
     "grads": [
         *[lambda o=o: triton_ops.grad_s_and_b(o.dy, o.s, o.b, 1.5) for o in (
-            BASE, HALF, NARROW, FULL, LARGER, RANK_5, *STRIDES.values())],
+            BASE, HALF, NARROW, NARROW_B, FULL, LARGER, RANK_5, *STRIDES.values())],
         *[lambda c=c, dtype=dtype: triton_ops.grad_s_and_b(BASE.dy, BASE.s, BASE.b, c, dtype)
           for c in (1.5, 3.0) for dtype in (FP32, BF16)],
         *[lambda o=o, p=p, dtype=dtype, seed=seed: (triton_ops.grad_a(o.s, o.x, p, seed, dtype),)
@@ -108,9 +109,22 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(triton_blocks, "SHARE", 0.0)  # are enough for rms_norm_shrink
 
 
+@pytest.fixture
+def kinds(monkeypatch):
+    """The dtypes that each planned launch was given: on a GPU it reads all of them as the first ones."""
+    found, send = {}, Planned.__call__
+
+    def call(launch, pointers, free):
+        found.setdefault(launch, set()).add(tuple(pointer.dtype for pointer in pointers))
+        send(launch, pointers, free)
+
+    monkeypatch.setattr(Planned, "__call__", call)
+    return found
+
+
 @pytest.mark.parametrize("what", CALLS)
-def test_every_fact_has_a_plan_of_its_own(what, watched):
-    """All calls after each other, in both orders, give the bits that each gives with new plans."""
+def test_every_fact_has_a_plan_of_its_own(what, watched, kinds):
+    """All calls after each other, in both orders, give the bits that each gives with new plans, of one kind of tensors."""
     with watched():
         fresh = []
         for call in CALLS[what]:
@@ -121,6 +135,7 @@ def test_every_fact_has_a_plan_of_its_own(what, watched):
     for one, two, three in zip(fresh, after, before, strict=True):
         for a, b, c in zip(one, two, three, strict=True):
             assert a is b is c is None or (a.dtype == b.dtype == c.dtype and torch.equal(a, b) and torch.equal(a, c))
+    assert kinds and all(len(dtypes) == 1 for dtypes in kinds.values())
 
 
 def test_a_plan_is_for_a_precision(watched):
