@@ -28,7 +28,7 @@ SIZES: list[tuple[int, str]] = [
     ),
     (
         WIDTH,
-        "hidden_size d_model n_embd dim emb_dim embed_dim embedding_dim model_dim embedding_size lru_width input_hidden_size attention_hidden_size adapter_in_dim adapter_input_size hidden_size_global "
+        "hidden_size d_model n_embd dim emb_dim embed_dim embedding_dim model_dim embedding_size lru_width input_hidden_size attention_hidden_size adapter_in_dim adapter_input_size adapter_out_dim hidden_size_global "
         "mamba_hidden_size word_embed_proj_dim decoder_hidden_size encoder_hidden_size out_hidden_size text_hidden_size "
         "output_hidden_size hidden_dim ple_embed_dim router_hidden_size axial_norm_dim",
     ),
@@ -92,6 +92,7 @@ OWN: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "hy_v4": {"index_topk": 16},  # it keeps all tokens: of equal scores, other batches choose others
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
@@ -103,8 +104,8 @@ OWN: dict[str, dict[str, Any]] = {
     "reformer": {"hash_seed": 0, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "xlstm": {"qk_dim_factor": 1.0},
     "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
-    "zamba": {"attention_hidden_size": 64},
-    "zamba2": {"attention_hidden_size": 64},
+    "zamba": {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2},
+    "zamba2": {"attention_hidden_size": 64, "layers_block_type": ["linear_attention", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 CANNOT: dict[str, str] = {
@@ -173,7 +174,7 @@ def _cut(by_layer: list[Any]) -> list[Any]:
 
 
 def build(model_type: str, seed: int = 0) -> nn.Module:
-    """A tiny model in float32, in evaluation mode. Biases and norms are random too, so that neither can hide."""
+    """A tiny model in float32, in evaluation mode. Biases, norms and gates are random too, so that none can hide."""
     torch.manual_seed(seed)
     config = config_of(model_type)
     own = getattr(transformers, names()[model_type]).config_class
@@ -184,6 +185,8 @@ def build(model_type: str, seed: int = 0) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and not parameter.any():  # some gates begin as zeros
+                parameter.normal_(std=0.02)
             if parameter.dim() == 1 and parameter.is_floating_point():
                 parameter.add_(torch.randn_like(parameter) * (0.5 if name.endswith("bias") else 0.1))
     return model

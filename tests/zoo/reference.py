@@ -63,11 +63,13 @@ def real_logits(model, batch, weights=None):
         return logits_of(model, batch, weights)[batch["attention_mask"].bool()].float()
 
 
-def nfn(model, batches, names):
-    """(name -> NFN, the names that were never called) of modules by name, from float64 passes row by row without padding."""
-    model.double()
+def nfn(model, batches, names, dtype=torch.float64):
+    """(name -> NFN, the names that were never called) of modules by name, from passes row by row without padding."""
+    model.to(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # grouped products take no float64
+    config = model.config.get_text_config(decoder=True)
+    bos = getattr(config, "bos_token_id", None)
     seen, ratios = {}, {name: [] for name in names}
     modules = {name: model.get_submodule(name) for name in names}
     hooks = [
@@ -83,7 +85,7 @@ def nfn(model, batches, names):
                     for x in calls:
                         flat, tokens = x.reshape(-1, x.shape[-1]).double(), int(mask.sum())
                         assert len(flat) % tokens == 0, f"{name} sees {len(flat)} rows for {tokens} tokens"
-                        counted = flat.view(tokens, -1, x.shape[-1])[1:].flatten(0, 1)  # without the BOS
+                        counted = flat.view(tokens, -1, x.shape[-1])[int(ids[0] == bos) :].flatten(0, 1)
                         weight = _weight_NK(modules[name]).double()
                         z = (counted @ weight.T).norm(dim=-1) / counted.norm(dim=-1)
                         ratios[name].append(z * weight.shape[1] ** 0.5 / weight.norm())
@@ -102,7 +104,7 @@ def _weight_NK(module):
 
 
 class Adapted:
-    """A model without any adapter, and LoRA's values for it: A and B by name, as float32 leaves."""
+    """A model without any adapter, and LoRA's values for it: A and B by name. `scaling` is alpha / rank of all."""
 
     def __init__(self, model, values, scaling):
         self.model, self.scaling = model.requires_grad_(False), scaling
