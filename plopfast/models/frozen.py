@@ -186,15 +186,23 @@ def find_frozen(module: nn.Module) -> FrozenWeight | None:
 
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, transformers' Conv1D, QuantizedLinear and the linear modules of quantisation libraries, some of
-    which `frozen_of` refuses.
+    which `frozen_of` refuses. False for subclasses of nn.Linear that compute something else (`is_altered`).
 
-    It recognises the latter by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
+    It recognises those of libraries by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
     """
     if isinstance(module, nn.Linear | QuantizedLinear) or is_transposed(module):
-        return True
+        return not is_altered(module)
     return "Linear" in type(module).__name__ and any(
         t.dim() > 1 and not t.is_floating_point() for t in _own_tensors(module).values()
     )
+
+
+def is_altered(module: nn.Module) -> bool:
+    """True for a subclass of nn.Linear with a floating-point weight and a forward of its own: a router that returns a pair, or
+    a product by groups. Quantisation libraries' subclasses, which compute x W^T from codes, are none."""
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return False
+    return _is_dense(module.weight) and reader_of(module) is None
 
 
 def is_transposed(module: nn.Module) -> bool:
