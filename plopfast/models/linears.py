@@ -75,7 +75,8 @@ def left_out(model: nn.Module) -> list[str]:
         if place_in_layer(name)[0] is not None and is_altered(module):
             found.setdefault(type(module).__name__, []).append(name.rpartition(".")[2])
     return [
-        f"left out: {len(ends)} modules of the class {kind} ({', '.join(sorted(set(ends)))}), whose forward is not nn.Linear's"
+        f"left out: {len(ends)} module{'s' * (len(ends) != 1)} of the class {kind} ({', '.join(sorted(set(ends)))}), whose "
+        "forward is not nn.Linear's"
         for kind, ends in found.items()
     ]
 

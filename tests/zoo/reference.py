@@ -104,7 +104,7 @@ def _weight_NK(module):
 
 
 class Adapted:
-    """A model without any adapter, and LoRA's values for it: A and B by name. `scaling` is alpha / rank of all."""
+    """A model without any adapter, and LoRA's values for it: A and B by name. `scaling`: alpha / rank by module."""
 
     def __init__(self, model, values, scaling):
         self.model, self.scaling = model.requires_grad_(False), scaling
@@ -116,7 +116,7 @@ class Adapted:
         made = {}
         for name in self.names:
             module = self.model.get_submodule(name)
-            delta = self.scaling * self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
+            delta = self.scaling[name] * self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
             made[f"{name}.weight"] = module.weight + (delta.T if _is_transposed(module) else delta)
         return made
 

@@ -136,7 +136,8 @@ class Trial:
     def adapted(self, model):
         """The reference's account of an injected model."""
         values = {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
-        return reference.Adapted(self.plain(), values, SCALING)
+        scaling = {name: alpha / rank for name, (rank, alpha) in self.modules.items()}
+        return reference.Adapted(self.plain(), values, scaling)
 
     def gradients(self):
         model, batch = self.injected(), self.batches[0]
