@@ -84,7 +84,7 @@ def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
 
 def text_setting(model: nn.Module, name: str) -> Any:
     """Returns what the configuration says of its text model, or None. Configurations of several models hold that inside."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     value = getattr(config, name, None)
     if value is None and hasattr(config, "get_text_config"):
         value = getattr(config.get_text_config(decoder=True), name, None)

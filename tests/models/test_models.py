@@ -9,9 +9,8 @@ from helpers import SMALL, build
 from torch import nn
 
 import plopfast as pf
-from plopfast.models import linears
+from plopfast.models import linears, loading, running
 from plopfast.models.frozen import is_linear
-from plopfast.models import loading, running
 from plopfast.support.errors import ModelError
 
 TYPES = {
@@ -182,7 +181,11 @@ def test_modules_of_a_list_have_types_of_their_own():
     model.get_output_embeddings = lambda: model.heads
     model.heads = nn.ModuleList([nn.Linear(4, 9)])
     found = {i.name: (i.layer, i.type) for i in pf.linear_modules(model)}
-    assert [found[f"layers.1.{name}"] for name in ("ffn.2", "up.0.1", "up.1.1")] == [(1, "ffn.2"), (1, "up.1"), (1, "up.1")]
+    assert [found[f"layers.1.{name}"] for name in ("ffn.2", "up.0.1", "up.1.1")] == [
+        (1, "ffn.2"),
+        (1, "up.1"),
+        (1, "up.1"),
+    ]
     assert (found["layers.1.ffn.0"], found["layers.0.mix.0.ffn.0"]) == ((1, "ffn.0"), (0, "mix.ffn.0"))
     assert found["projections.1"] == (1, "projections")
     assert "heads.0" not in found, "a head of several is a head"

@@ -44,7 +44,10 @@ SIZES: list[tuple[int, str]] = [
         "num_experts_per_token moe_topk moe_top_k top_k num_codebooks n_group num_expert_group swa_num_key_value_heads "
         "num_kv_shared_layers mamba_n_groups n_groups n_mamba_heads num_dense_layers hc_count zero_expert_num",
     ),
-    (1, "topk_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts num_nextn_predict_layers indexer_kv_heads"),
+    (
+        1,
+        "topk_group first_k_dense_replace n_shared_experts num_shared_experts moe_num_shared_experts num_nextn_predict_layers indexer_kv_heads",
+    ),
     (
         8,
         "head_dim qk_rope_head_dim qk_nope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim rotary_dim "
@@ -132,7 +135,9 @@ def _tiny(config_class: Any, own: dict[str, Any]) -> Any:
         default = None
     known = default.to_dict() if default is not None else {}
     given: dict[str, Any] = {}
-    layers = next((known[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "decoder_layers") if n in known), None)
+    layers = next(
+        (known[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "decoder_layers") if n in known), None
+    )
     for name, value in known.items():
         part = vars(default).get(name)  # configurations that differ by layer refuse getattr
         if isinstance(part, transformers.PreTrainedConfig):

@@ -34,12 +34,12 @@ class Wrong(Exception):  # noqa: N818  # it is a finding, not an error of the te
     """A result that is not what the reference says."""
 
 
-def run(family):
+def run(family, steps=STEPS):
     """All that is known of a family. Steps after a failing build are left out."""
     trial = Trial(family)
     results = {"build": trial.attempt(trial.build)}
     if results["build"] == "ok":
-        results |= {name: trial.attempt(getattr(trial, name)) for name in STEPS[1:]}
+        results |= {name: trial.attempt(getattr(trial, name)) for name in steps[1:]}
     return {"family": family, "class": families.names()[family], "steps": results, "facts": trial.facts}
 
 
@@ -62,7 +62,9 @@ class Trial:
         except Wrong as error:
             return f"WRONG: {_line(error)}"
         except Exception as error:
-            at = next((f for f in reversed(traceback.extract_tb(error.__traceback__)) if "/plopfast/" in f.filename), None)
+            at = next(
+                (f for f in reversed(traceback.extract_tb(error.__traceback__)) if "/plopfast/" in f.filename), None
+            )
             where = f" ({Path(at.filename).name}, {at.name})" if at else ""
             return f"CRASH: {type(error).__name__}: {_line(error)}{where}"
         return "ok"
@@ -86,7 +88,7 @@ class Trial:
 
     def score(self):
         report = pf.score(self.plain(), self.batches)
-        self.modules = {name: (RANK, RANK * SCALING) for name in report.modules}
+        self.modules = dict.fromkeys(report.modules, (RANK, RANK * SCALING))
         self.report = report
         try:
             exact, never = reference.nfn(self.plain(), self.batches, report.modules)
@@ -173,7 +175,9 @@ class Trial:
                 raise Wrong(f"step {at}: loss {got:.5f}, and {want:.5f} by hand")
         now = dict(model.named_parameters())
         largest = max(float(g.norm()) for g in plain.gradients().values())
-        learned = [n for n, g in plain.gradients().items() if g.norm() > 1e-4 * largest]  # AdamW makes steps of noise, too
+        learned = [
+            n for n, g in plain.gradients().items() if g.norm() > 1e-4 * largest
+        ]  # AdamW makes steps of noise, too
         way = sum(float((plain.values[n].detach() - start[n]).norm()) ** 2 for n in learned) ** 0.5
         off = sum(float((now[n].detach() - plain.values[n].detach()).norm()) ** 2 for n in learned) ** 0.5
         self.facts["trained_off"] = off / way
