@@ -200,12 +200,24 @@ def test_only_what_computes_as_a_linear_module_counts():
             scores = super().forward(x)
             return scores.softmax(-1), scores
 
-    class Renamed(nn.Linear):
-        pass
+    class Same(nn.Linear):  # as Falcon has it
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
 
-    model = nn.Module()
-    model.layers = nn.ModuleList([nn.ModuleDict({"router": Router(4, 2), "up": Renamed(4, 4)}) for _ in range(2)])
-    assert [info.name for info in pf.linear_modules(model)] == ["layers.0.up", "layers.1.up"]
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def made(device="cpu"):
+        model = nn.Module()
+        parts = lambda: nn.ModuleDict({"router": Router(4, 2), "up": Same(4, 4)})  # noqa: E731
+        model.layers = nn.ModuleList([parts(), parts()])
+        return model.to(device)
+
+    model = made()
+    for found in (made("meta"), model):
+        assert [info.name for info in pf.linear_modules(found)] == ["layers.0.up", "layers.1.up"]
+    assert not is_linear(Louder(4, 4))
     (line,) = linears.left_out(model)
     assert line == "left out: 2 modules of the class Router (router), whose forward is not nn.Linear's"
     assert linears.left_out(build("gpt2")) == []
