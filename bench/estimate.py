@@ -80,7 +80,7 @@ def measured(choice, rows, tokens, way="dense"):
         config = RunConfig(batch_tokens=rows * tokens, max_steps=STEPS, lr=1e-5, checkpointing=recomputed)
         return Trainer(model, config, examples, examples[:1])
 
-    _, _tokenizer = pf.load_model()  # it stays, with the code that was loaded
+    _tokenizer = pf.load_model()[1]  # it stays, with the code that was loaded
     one_layer = transformers.AutoConfig.from_pretrained(shapes_source(None), num_hidden_layers=1, dtype=torch.float32)
     trainer_of(transformers.AutoModelForCausalLM.from_config(one_layer), rows, tokens).fit()
     before = resident_mib()

@@ -74,8 +74,9 @@ def load_model(
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         state = None if spool is None else mapped_tensors(sources.weight_files(source))
-        with contextlib.nullcontext() if spool is None else memory.large_freed_at_once():
-            model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head, spool), state)
+        if spool is not None:
+            memory.free_large_at_once()
+        model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head, spool), state)
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
     _check_text_only(model)

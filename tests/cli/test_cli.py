@@ -343,7 +343,7 @@ def test_a_run_interrupted_while_it_loads_the_model_can_be_resumed(base, tmp_pat
 
 def test_ctrl_c_and_resume(base, tmp_path):
     """A real process, a real SIGINT in mid-training: exit code 130, and the resumed run ends as an uninterrupted one."""
-    steps = [*base, "--max-steps", "150", "--patience", "99", "--eval-every", "50"]
+    steps = [*base, "--max-steps", "60", "--patience", "99", "--eval-every", "50"]
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "plopfast", "run", *steps, "--out", str(out)],
@@ -360,7 +360,7 @@ def test_ctrl_c_and_resume(base, tmp_path):
     process.send_signal(signal.SIGINT)
     _, rest = process.communicate(timeout=180)
     assert process.returncode == 130, seen + rest
-    assert re.search(r"interrupted: stopped after step \d+ of 150.*--resume --out", rest), rest
+    assert re.search(r"interrupted: stopped after step \d+ of 60.*--resume --out", rest), rest
     assert list((out / "checkpoints").glob("step-*.safetensors")) and "Traceback" not in rest
     assert plopfast("run", *steps, "--out", out) == 2, "not overwritten"
     assert plopfast("run", *steps, "--out", out, "--resume") == 0

@@ -1,4 +1,4 @@
-"""Some two hundred cases of tests/fuzz, in a process of its own, as it forks. More: PLOPFAST_FUZZ_CASES=5000 pytest tests/fuzz,
+"""Some hundred cases of tests/fuzz, in a process of its own, as it forks. More: PLOPFAST_FUZZ_CASES=5000 pytest tests/fuzz,
 or `python tests/fuzz`, which tells more."""
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-CASES = int(os.environ.get("PLOPFAST_FUZZ_CASES", "100"))
+CASES = int(os.environ.get("PLOPFAST_FUZZ_CASES", "50"))
 KILLS = int(os.environ.get("PLOPFAST_FUZZ_KILLS", str(CASES // 7)))
 
 

@@ -34,11 +34,13 @@ class Expect:
 
 @dataclass(frozen=True)
 class Job:
-    """`build(target)` calls launchers as shipped. `expect` is by the name of the kernel."""
+    """`build(target)` calls launchers as shipped. `expect` is by the name of the kernel. A default run of the tests compiles for
+    sm_90, but not what is `slow`: kernels like those of other jobs in another size or dtype."""
 
     build: Callable[[str], Any]
     expect: dict[str, Expect] = field(default_factory=dict)
     targets: tuple[str, ...] = tuple(LIMITS)
+    slow: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,29 +216,33 @@ _ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")  # ki
 _SLOW = tuple(target for target in _ONE_OF_EACH if target != "sm_90")  # which every run of the tests compiles for
 JOBS = {
     "gemm": Job(_every_tile, _LARGE),
-    "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH),
+    "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH, slow=True),
     "gemm, 64 tokens": Job(_of(_forward, m=64, norms=False), _SMALL),
     "64 tokens": Job(_few_tokens, _SMALL, _ONE_OF_EACH),
     "gemm, 1 token": Job(_of(_forward, m=1, norms=False), _SMALL),
-    "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH),
+    "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH, slow=True),
     "float32": Job(_of(_everything, dtype=torch.float32), {}, (*_ONE_OF_EACH, "sm_86")),
     "tf32": Job(_tf32, _TF32, _HAVE_TF32),
-    "tf32, rank 64": Job(_of(_tf32, r=64), _TF32, _HAVE_TF32),
-    "tf32, odd": Job(_of(_tf32, m=8191, n=4099, k=4099, r=5), _TF32, _HAVE_TF32),
-    "float16": Job(_of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942", "gfx950")),
+    "tf32, rank 64": Job(_of(_tf32, r=64), _TF32, _HAVE_TF32, slow=True),
+    "tf32, odd": Job(_of(_tf32, m=8191, n=4099, k=4099, r=5), _TF32, _HAVE_TF32, slow=True),
+    "float16": Job(
+        _of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942", "gfx950"), slow=True
+    ),
     "frozen norms": Job(_frozen_norms, _NORMS),
     "scored product": Job(_scored, _SMALL | {"lora_gemm_tma": _LARGE["lora_gemm_tma"]}, ("sm_80", "sm_100", "gfx942")),
     "shrink": Job(_shrink, _READ),
     "shrink, 3 with dropout": Job(_of(_shrink, count=3, p=0.1), _MIXED),
     "expand": Job(_of(_low_rank, p=0.1), {"lora_expand": Expect(matrix="any", stores=True)}),
     "group": Job(_of(_group, r=16), {"lora_expands": Expect(matrix="any", stores=True)}),
-    "group, rank 64": Job(_of(_group, r=64), {"lora_expand_sum": Expect(matrix="any", stores=True)}, _ONE_OF_EACH),
+    "group, rank 64": Job(
+        _of(_group, r=64), {"lora_expand_sum": Expect(matrix="any", stores=True)}, _ONE_OF_EACH, slow=True
+    ),
     "grads": Job(_of(_grads, p=0.1), _READ),
     "grads, wide": Job(_of(_grads, m=16384, n=14336), _READ, ("sm_80", "sm_90", "sm_100", "sm_103", "gfx950")),
-    "grads, rank 32": Job(_of(_grads, r=32, m=16384, n=14336), _READ),
-    "grads, rank 64": Job(_of(_grads, r=64, p=0.1), _READ, _ONE_OF_EACH),
-    "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH),
-    "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950")),
+    "grads, rank 32": Job(_of(_grads, r=32, m=16384, n=14336), _READ, slow=True),
+    "grads, rank 64": Job(_of(_grads, r=64, p=0.1), _READ, _ONE_OF_EACH, slow=True),
+    "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH, slow=True),
+    "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950"), slow=True),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "norm": Job(aot_blocks.norm, _NORM),
     "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _NOT_BY_DEFAULT),
@@ -328,6 +334,10 @@ def build_all(pairs: Iterable[tuple[str, str]], processes: int = 2) -> list[Buil
             except BrokenExecutor:
                 built.append(Built(job=job, target=target, wrong=["a compiler's process died, here or in another job"]))
         return built
+
+
+def is_slow(job: str, target: str) -> bool:
+    return target != "sm_90" or JOBS[job].slow
 
 
 def every_pair() -> list[tuple[str, str]]:

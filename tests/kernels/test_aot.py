@@ -18,37 +18,43 @@ OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 PERFORMANCE = ("spills", "stack", "wgmma serialized", "narrow")
 
 
-def marks(target):
-    return [] if target == "sm_90" else [pytest.mark.slow]
+def marks(target, job="gemm"):
+    return [pytest.mark.slow] if aot_jobs.is_slow(job, target) else []
 
 
 TARGETS = [pytest.param(target, marks=marks(target)) for target in aot.LIMITS]
-PAIRS = [pytest.param(job, target, marks=marks(target)) for job, target in aot_jobs.every_pair()]
+PAIRS = [pytest.param(job, target, marks=marks(target, job)) for job, target in aot_jobs.every_pair()]
 
 
 @functools.cache
-def built(target):
-    """Job -> what it built for the target; every job of a target is built at once, by two processes."""
+def _built(target, slow):
     found = {}
-    for one in aot_jobs.build_all(pair for pair in aot_jobs.every_pair() if pair[1] == target):
+    for one in aot_jobs.build_all(
+        pair for pair in aot_jobs.every_pair() if pair[1] == target and aot_jobs.is_slow(*pair) == slow
+    ):
         found.setdefault(one.job, []).append(one)
     return found
 
 
+def built(target, job):
+    """What the job built for the target; every job of a target that is slow, or not, is built at once, by two processes."""
+    return _built(target, aot_jobs.is_slow(job, target)).get(job, [])
+
+
 @pytest.mark.parametrize(("job", "target"), PAIRS)
 def test_shipped(job, target):
-    for one in built(target)[job]:
+    for one in built(target, job):
         wrong = [text for text in one.wrong if not (OLDER and text.startswith(PERFORMANCE))]
         assert not wrong, f"{one.launch and one.launch.kernel} {one.launch and one.launch.constants}: {wrong}"
         assert one.resources.instructions["atomic"] == 0, "sums must not depend on the order of programs"
         assert one.launch.stream_reads == 1, "the current stream is read at each launch"
-    kernels = {one.launch.kernel for one in built(target)[job]}
+    kernels = {one.launch.kernel for one in built(target, job)}
     assert set(aot_jobs.JOBS[job].expect) & kernels or not aot_jobs.JOBS[job].expect
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_hopper_and_blackwell_take_tiles_by_tma_and_the_others_by_copies(target):
-    for one in built(target)["gemm"]:
+    for one in built(target, "gemm"):
         count = one.resources.instructions
         if one.launch.kernel == "lora_gemm_tma":
             assert target in ("sm_90", "sm_100", "sm_103") and count["tma load"] >= 2
@@ -59,16 +65,16 @@ def test_hopper_and_blackwell_take_tiles_by_tma_and_the_others_by_copies(target)
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_double_quantised_scale_is_rounded_twice(target):
     """As bitsandbytes does: no multiply-add is made of code * nested + offset. Products in float32 keep theirs."""
-    for one in built(target)["nf4, decode"]:
+    for one in built(target, "nf4, decode"):
         assert one.resources.instructions["fma"] == 0
-    for one in built(target).get("nf4, float32", ()):
+    for one in built(target, "nf4, float32"):
         count = one.resources.instructions
         assert count["fma"] >= 128 or any(count[name] for name in aot.LIMITS[target].matrix)
 
 
 def test_tf32_is_taken_where_it_is_allowed_and_nowhere_else():
-    found = {name: [one.launch.constants["PRECISION"] for one in built("sm_90")[name] if "PRECISION" in one.launch.constants]
-             for name in aot_jobs.JOBS if "sm_90" in aot_jobs.JOBS[name].targets}  # fmt: skip
+    found = {name: [one.launch.constants["PRECISION"] for one in built("sm_90", name) if "PRECISION" in one.launch.constants]
+             for name, job in aot_jobs.JOBS.items() if "sm_90" in job.targets and not job.slow}  # fmt: skip
     for name, precisions in found.items():
         assert set(precisions) <= {"tf32" if name.startswith("tf32") else "ieee"}, name
     assert len(found["tf32"]) == 7
