@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,10 +82,18 @@ def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def text_setting(model: nn.Module, name: str) -> Any:
+    """Returns what the configuration says of its text model, or None. Configurations of several models hold that inside."""
+    config: Any = getattr(model, "config", None)
+    value = getattr(config, name, None)
+    if value is None and hasattr(config, "get_text_config"):
+        value = getattr(config.get_text_config(decoder=True), name, None)
+    return value
+
+
 def context_length(model: nn.Module) -> int | None:
     """Returns the most tokens that a row may have, or None where the model's configuration does not say."""
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None)
+    return text_setting(model, "max_position_embeddings")
 
 
 def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
