@@ -5,7 +5,7 @@
 #   bench/card.sh --again PIECE ...  runs these pieces whether they have finished or not
 #   bench/card.sh --dry              runs all of them on the CPU with tiny sizes: tests the scripts, measures nothing
 set -uo pipefail
-pieces="tests doctor-bfloat16 doctor-float32 host tune bench training-small training-large peers variants"
+pieces="tests doctor-bfloat16 doctor-float32 host tune bench training-small training-large memory beside peers variants"
 usage() {
     sed -n '2,6s/^# \{0,1\}//p' "$0" >&2
     echo "pieces: $pieces" >&2
@@ -47,9 +47,11 @@ run() { # PIECE: its command
     fi
     case $1 in
     tests) [ -z "$dry" ] || export TRITON_INTERPRET=1 ;;
-    doctor-* | peers)
+    doctor-* | memory | beside | peers)
         [ "$1" != peers ] || needed+=(peft accelerate)
         $python bench/card_gpu.py "${needed[@]}" || return 0
+        ;;&
+    doctor-* | peers)
         [ -z "$dry" ] || { model=$out/tiny && $python bench/card_tiny.py "$model"; }
         [ -z "$model" ] || on+=(--model "$model")
         ;;
@@ -61,6 +63,7 @@ run() { # PIECE: its command
     tune) $python -m plopfast bench --tune --seconds "$seconds" $dry ;;
     bench) $python -m plopfast bench --out "$out/timings" --overwrite --seconds "$seconds" $dry ;;
     training-*) $python bench/card_training.py --size "${1#training-}" --seconds "$seconds" --out "$out/$1.json" $dry ;;
+    memory | beside) $python bench/card_$1.py --out "$out/$1.json" --seconds "$seconds" $dry ;;
     peers) $python -m plopfast bench --train --out "$out/peers" --overwrite --seconds "$seconds" "${on[@]}" "${few[@]}" ;;
     variants) $python bench/card_variants.py --out "$out/variants.json" --seconds "$seconds" $dry ;;
     esac

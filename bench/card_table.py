@@ -72,6 +72,10 @@ def training(value: dict[str, Any]) -> Lines:
     return lines
 
 
+def told(value: dict[str, Any]) -> Lines:
+    return [f"  {line}" for line in value["table"]]
+
+
 def peers(text: str) -> Lines:
     rows = [row for line in text.splitlines() if "seconds" in (row := json.loads(line))]
     lines = [f"  {'':<10}{'tokens/s':>10}{'peak MiB':>10}{'loss':>9}"]
@@ -95,7 +99,7 @@ PIECES: dict[str, Any] = {
     "tests": (None, None), "doctor-bfloat16": (None, None), "doctor-float32": (None, None), "host": ("host.json", host),
     "tune": ("cache/tune.json", tune), "bench": ("timings/bench.jsonl", bench),
     "training-small": ("training-small.json", training), "training-large": ("training-large.json", training),
-    "peers": ("peers/bench_train.jsonl", peers), "variants": ("variants.json", variants),
+    "memory": ("memory.json", told), "beside": ("beside.json", told), "peers": ("peers/bench_train.jsonl", peers), "variants": ("variants.json", variants),
 }  # fmt: skip
 
 

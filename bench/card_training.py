@@ -1,4 +1,4 @@
-"""Tokens a second of training on this GPU: plopfast by backend, and PEFT with the Hugging Face Trainer.
+"""Tokens a second of training on this GPU: plopfast by backend, PEFT with the Hugging Face Trainer, and that with liger-kernel.
 
     python bench/card_training.py --size small|large [--seconds 240] [--out FILE] [--one-thread] [--compile] [--dry]
 
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from plopfast.support import threads
 
@@ -27,7 +28,7 @@ threads.set_waiting_policy()
 import card_gpu
 import measure
 import torch
-from card_gpu import seconds_of, wait
+from card_gpu import seconds_of
 
 import plopfast as pf
 from plopfast.cli import bench_arms as arms
@@ -59,19 +60,20 @@ def main() -> None:
         measure.save(given.out, "no figures", {"trainings": [], "graphs": []})
         return
     backends = ["torch"] if given.dry else ["torch", "lora-first", "fused", "auto"]
+    peers = ["PEFT"] + ["PEFT, liger"] * (not given.dry and not card_gpu.missing("liger_kernel"))
     size, device, dtype = ("dry", "cpu", torch.float32) if given.dry else (given.size, "cuda", torch.bfloat16)
     until, length = time.monotonic() + given.seconds, 16 if given.dry else 512
     torch.manual_seed(0)
     model = llama(SHAPES[size], device, dtype)
     lines, figures, graphs = [], [], []
     with torch.autograd.set_multithreading_enabled(not given.one_thread):
-        lines += compare(model, length, BATCHES[size], backends + ["PEFT"] * (not gone), given.compile, until, figures)
+        lines += compare(model, length, BATCHES[size], backends + peers * (not gone), given.compile, until, figures)
         for rows in (4, 32) if size == "small" else ():
-            for backend in ("torch", "lora-first"):
+            for backend, p in (("torch", 0.0), ("lora-first", 0.0), ("lora-first", 0.1)):
                 if time.monotonic() < until:
-                    graphs.append(compare_graph(adapt(model, backend), rows, length, backend))
+                    graphs.append(compare_graph(adapt(model, backend, p), rows, length, backend, p))
     lines += [
-        "{tokens} tokens, {backend}: {eager_ms:.1f} ms eagerly, {graph_ms:.1f} in a CUDA graph, {apart:.1g} apart".format(
+        "{tokens} tokens, {backend}, dropout {dropout}: {eager_ms:.1f} ms eagerly, {graph_ms:.1f} in a CUDA graph, {apart:.1g} apart, {losses} losses of 6 replays".format(
             **g
         )
         for g in graphs
@@ -132,29 +134,42 @@ def compare(
     return lines
 
 
-def adapt(model: Any, backend: str) -> Any:
+def adapt(model: Any, backend: str, dropout: float = 0.0) -> Any:
     model = copy.deepcopy(model)
-    pf.inject(model, arms.everywhere(model, RANK), backend=backend)
+    pf.inject(model, arms.everywhere(model, RANK), backend=backend, dropout=dropout)
+    for name, parameter in model.named_parameters():
+        if dropout and name.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.02)  # or no mask would change the loss
     return model
 
 
 def fitting(model: Any, examples: list[Example], arm: str, compiled: bool) -> Callable[[arms.Recipe], float]:
     """A function that trains a copy of the model on, and returns the seconds."""
-    if arm != "PEFT":
+    if not arm.startswith("PEFT"):
         tuned = adapt(model, arm)
         return lambda recipe: arms.plopfast_fit(tuned, examples, recipe, compile=compiled)()[1]
+    from transformers.models.llama import modeling_llama
+
     copied = copy.deepcopy(model)
+    rotary = modeling_llama.apply_rotary_pos_emb
+    if "liger" in arm:
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        with mock.patch.multiple(modeling_llama, apply_rotary_pos_emb=rotary, LlamaRMSNorm=None, LlamaMLP=None):
+            apply_liger_kernel_to_llama(model=copied)
+            rotary = modeling_llama.apply_rotary_pos_emb  # for this arm alone
     wrapped = arms.peft_model(copied, arms.everywhere(copied, RANK))
 
     def fit(recipe: arms.Recipe) -> float:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory() as folder, mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotary):
             return arms.hf_fit(wrapped, examples, recipe, folder)()[1]
 
     return fit
 
 
-def compare_graph(model: Any, rows: int, length: int, backend: str) -> dict[str, Any]:
-    """One forward and backward pass in a CUDA graph against the same calls without one."""
+def compare_graph(model: Any, rows: int, length: int, backend: str, p: float) -> dict[str, Any]:
+    """One forward and backward pass in a CUDA graph against the same calls without one. With dropout each replay has a mask and
+    a loss of its own, and so have the calls ("apart")."""
     objective = Objective(model.train())
     ids = torch.randint(0, model.config.vocab_size, (rows, length), device="cuda")
     batch = {
@@ -176,11 +191,14 @@ def compare_graph(model: Any, rows: int, length: int, backend: str) -> dict[str,
     graph, wanted = torch.cuda.CUDAGraph(), step()
     with torch.cuda.graph(graph):
         found = step()
-    graph.replay()
-    wait()
+    losses = set()
+    for _ in range(6):
+        graph.replay()
+        losses.add(found[0].item())
     apart = max(float((p.float() - q.float()).abs().max()) for p, q in zip(found, wanted, strict=True))
     eager, captured = (seconds_of(lambda call=call: [call() for _ in range(10)]) * 100 for call in (step, graph.replay))
-    return {"tokens": rows * length, "backend": backend, "eager_ms": eager, "graph_ms": captured, "apart": apart}
+    return {"tokens": rows * length, "backend": backend, "dropout": p, "eager_ms": eager, "graph_ms": captured,
+            "apart": apart, "losses": len(losses)}  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ def load_model(
 
     `stream` keeps the linear weights of the repeated layers in host memory (on a CPU: in mapped files), from where they pass
     through two slots on the device, all but a `resident_share` of the layers (see streaming.py); `print(model.streaming)`
-    says how.
+    says how. On a CPU it tells glibc, for the whole process, to give large freed tensors back (memory.free_large_at_once).
 
     Raises ModelError, with the remedy, where the model cannot be found or read, where weights are missing, too many, of
     another shape, NaN or infinite, quantised in another way, or already where `quantize` is given, and where it needs code
@@ -73,9 +73,10 @@ def load_model(
     with _explained(name, source):
         config = sources.checked_config(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        state = None if spool is None else mapped_tensors(sources.weight_files(source))
+        state = None
         if spool is not None:
             memory.free_large_at_once()
+            state = mapped_tensors(sources.weight_files(source))
         model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head, spool), state)
     if gguf is not None:  # not the folder of the converted model
         model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PIECES = (
-    "tests doctor-bfloat16 doctor-float32 host tune bench training-small training-large peers variants".split()  # noqa: SIM905
+    "tests doctor-bfloat16 doctor-float32 host tune bench training-small training-large memory beside peers variants".split()  # noqa: SIM905
 )
 PYTHON = """#!/bin/sh
 case "$*" in -c*) exit "${NO_GPU:-0}" ;; esac
@@ -44,7 +44,7 @@ def test_each_piece_runs_once_in_the_order_of_what_is_learned(card):
     assert code == 0 and [line[3:] for line in said.splitlines() if line in {f"== {p}" for p in PIECES}] == PIECES
     words = (
         "tests/gpu", "card_gpu", "doctor --dtype bfloat16", "card_gpu", "doctor --dtype float32", "card_profile", "--tune", "bench --out", "--size small",
-        "--size large", "card_gpu", "bench --train", "card_variants", "card_table",
+        "--size large", "card_gpu", "card_memory", "card_gpu", "card_beside", "card_gpu", "bench --train", "card_variants", "card_table",
     )  # fmt: skip
     assert len(calls) == len(words) and all(word in call for word, call in zip(words, calls, strict=True)), calls
     assert {path.name for path in card.out.iterdir()} == {*(f"{piece}.txt" for piece in PIECES), "table.txt"}
@@ -105,6 +105,7 @@ FIGURES = {
         {"op": "shrink"},
     ],
     "training-small.json": {"trainings": [TRAINED], "graphs": []},
+    "memory.json": {"table": ["arm   peak MiB", "nf4       70"]},
     "peers/bench_train.jsonl": [
         {"arm": "plopfast", "seconds": 1, "tokens_per_s": speed, "peak_mib": 7.0, "loss": 1.5} for speed in (10.0, 30.0, 40.0)
     ],
@@ -128,6 +129,10 @@ training-small [training-small.json]
        64 fused             1234       5.0      4.0        9       321
 training-large: no figures [training-large.txt]
   left out: what needs transformers, which is not installed
+memory [memory.json]
+  arm   peak MiB
+  nf4       70
+beside: no figures [beside.txt]
 peers [peers/bench_train.jsonl]
               tokens/s  peak MiB     loss
   plopfast          30         7   1.5000
@@ -168,5 +173,13 @@ def test_dry(tmp_path):
         "nothing was compiled",
     ):
         assert words in table
-    for path in ("host.json", "timings/bench.jsonl", "training-small.json", "peers/bench_train.jsonl", "variants.json"):
+    for path in (
+        "host.json",
+        "timings/bench.jsonl",
+        "training-small.json",
+        "memory.json",
+        "beside.json",
+        "peers/bench_train.jsonl",
+        "variants.json",
+    ):
         assert f"[{path}]" in table and (tmp_path / path).exists()

@@ -6,10 +6,18 @@ from cases import DEVICE, FP32, normal
 from test_groups import group_of
 from torch import nn
 
+from plopfast.kernels import triton_blocks
+from plopfast.kernels.launch import forget_plans
 from plopfast.lora.shared import Prepared, SharedInput
 from plopfast.models.lean import LeanNorm
 
 M, K = 40, 40
+
+
+@pytest.fixture(autouse=True)
+def few_are_enough(monkeypatch):
+    """rms_norm_shrink is taken for these few tokens, too, whatever number of SMs a GPU has."""
+    monkeypatch.setattr(triton_blocks, "SHARE", 0)
 
 
 class Norm(nn.Module):
@@ -50,6 +58,7 @@ def test_the_step_is_the_same(backend, ranks, p, watched, launched):
         apart = step(model, x, dy)
     assert "rms_norm" in launched and "rms_norm_shrink" not in launched
     launched.clear()
+    forget_plans()  # on a GPU, later launches of a plan aren't seen
     with Prepared(model), watched(*outputs):
         together = step(model, x, dy)
     for one, other in zip(apart, together, strict=True):

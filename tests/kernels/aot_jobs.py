@@ -211,9 +211,10 @@ _GATE = {name: Expect(loads=True, stores=True) for name in ("gate", "gate_grad")
 _NORM_SHRINK = {"rms_norm_shrink": Expect(matrix="any", loads=True, stores=True)}
 _MIXED_NORM = {"rms_norm_shrink": Expect(matrix="any")}
 _HAVE_TF32 = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-_NOT_BY_DEFAULT = ("sm_80", "sm_100", "gfx942", "gfx950", "gfx1100")  # sm_90 is compiled for in each run
 _ONE_OF_EACH = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950", "gfx1100")  # kind of matrix unit
-_SLOW = tuple(target for target in _ONE_OF_EACH if target != "sm_90")  # which every run of the tests compiles for
+_NOT_BY_DEFAULT = tuple(
+    target for target in _ONE_OF_EACH if target != "sm_90"
+)  # which every run of the tests compiles for
 JOBS = {
     "gemm": Job(_every_tile, _LARGE),
     "gemm, rank 64": Job(_of(_forward, r=64), _LARGE, _ONE_OF_EACH, slow=True),
@@ -260,13 +261,13 @@ JOBS = {
     "gate, float32": Job(_of(aot_blocks.gates, k=1536, dtype=torch.float32), _GATE, ("sm_80", "gfx942")),
     "gate, odd": Job(_of(aot_blocks.gates, m=8191, k=4099, acts=("silu",)), {}, _NOT_BY_DEFAULT),
     "rotary": Job(aot_rows.rotary, {"rotary": Expect(loads=True, stores=True)}),
-    "rotary, others": Job(aot_rows.rotary_of_others, {}, _SLOW),
+    "rotary, others": Job(aot_rows.rotary_of_others, {}, _NOT_BY_DEFAULT),
     "cross-entropy": Job(aot_rows.cross_entropy, {"cross_entropy": Expect(loads=True, stores=True)}),
-    "cross-entropy, others": Job(aot_rows.cross_entropy_of_others, {}, _SLOW),
+    "cross-entropy, others": Job(aot_rows.cross_entropy_of_others, {}, _NOT_BY_DEFAULT),
     "losses": Job(aot_rows.losses, {"cross_entropy": Expect(loads=True)}),
     "nf4": Job(aot_quantized.nf4_products, {"lora_gemm_nf4": Expect(matrix="any", stores=True)}),
-    "nf4, others": Job(aot_quantized.nf4_products_of_others, {"lora_gemm_nf4": Expect(matrix="any")}, _SLOW),
-    "nf4, float32": Job(aot_quantized.nf4_products_in_float32, {"lora_gemm_nf4": Expect()}, _SLOW),
+    "nf4, others": Job(aot_quantized.nf4_products_of_others, {"lora_gemm_nf4": Expect(matrix="any")}, _NOT_BY_DEFAULT),
+    "nf4, float32": Job(aot_quantized.nf4_products_in_float32, {"lora_gemm_nf4": Expect()}, _NOT_BY_DEFAULT),
     "nf4, decode": Job(aot_quantized.nf4_decodings, {"decode_nf4": Expect(stores=True)}),
     "scaled, decode": Job(aot_quantized.scaled_decodings, {"decode_scaled": Expect(stores=True)}),
     "odd decodings": Job(aot_quantized.odd_decodings, {}, _NOT_BY_DEFAULT),

@@ -207,7 +207,7 @@ def test_a_rank_that_fails_ends_the_others_with_its_message(options, tmp_path):
         assert re.search(f"plopfast: error: {message}", done.stderr), done.stderr
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("killed", [0, 1])
 def test_those_that_are_left_name_the_rank_that_was_killed(options, tmp_path, killed):
     out = ["--out", tmp_path / "run"]
     assert main.main([str(a) for a in ["score", *options[:-8], *out]]) == 0

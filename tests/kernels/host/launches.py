@@ -118,7 +118,9 @@ def same():
     launch.Planned.__call__ = compared
     try:
         large, odd, far = (200, 64, 304, 16), (33, 50, 70, 5), (1 << 40) + 3
-        for shape, adapters, p, seed in ((large, FP32, 0.3, far), (odd, BF16, 0.3, 16)):
+        for shape, adapters, p, seed in (
+            (large, FP32, 0.0, 0), (large, FP32, 0.3, far), (large, FP32, 0.3, 16), (odd, BF16, 0.3, far)
+        ):  # fmt: skip
             for _ in range(3):  # with pointers of its own each time
                 work(operands(*shape, adapters), p, seed)
     finally:
