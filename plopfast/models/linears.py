@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..support.errors import ModelError
-from .frozen import FrozenWeight, find_frozen, frozen_of, is_altered, is_linear, streamed_in
+from .exclusions import exclusions
+from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear, streamed_in
 from .quantized import QuantizedLinear
 from .running import output_head
 
@@ -34,7 +35,8 @@ class LinearInfo:
 
 
 def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearInfo]:
-    """Lists the linear modules inside the model's repeated layers, in order, each with its layer number and type.
+    """Lists the linear modules inside the model's repeated layers, in order, each with its layer number and type; those that
+    no rule chooses are left out (`exclusions.left_out` says which).
 
     The type is the last component of the name (`q_proj`). Where two different modules of one layer share that, it is as
     many components as tell them apart (GPT-2's `attn.c_proj` and `mlp.c_proj`). A place in a list belongs to it where the
@@ -43,6 +45,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
     """
     head = output_head(model)
     in_head = set(head.modules()) if head is not None else set()
+    excluded = exclusions(model)
     found: list[tuple[str, nn.Module, int | None, tuple[str, ...]]] = []
     module: nn.Module
     for name, module in model.named_modules():
@@ -52,7 +55,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
         if module in in_head:
             if include_head:
                 found.append((name, module, None, inner))
-        elif layer is not None:
+        elif layer is not None and name not in excluded:
             found.append((name, module, layer, inner))
     if not found:
         raise ModelError(
@@ -66,19 +69,6 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
         n_out, n_in = frozen.shape
         infos.append(LinearInfo(name, module, types[inner], layer, n_in, n_out, frozen.transposed))
     return infos
-
-
-def left_out(model: nn.Module) -> list[str]:
-    """A line for each class of modules inside the layers that are nn.Linear's by name alone (`frozen.is_altered`)."""
-    found: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
-        if place_in_layer(name)[0] is not None and is_altered(module):
-            found.setdefault(type(module).__name__, []).append(name.rpartition(".")[2])
-    return [
-        f"left out: {len(ends)} module{'s' * (len(ends) != 1)} of the class {kind} ({', '.join(sorted(set(ends)))}), whose "
-        "forward is not nn.Linear's"
-        for kind, ends in found.items()
-    ]
 
 
 def words_of_codes(model: nn.Module) -> str:

@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batches import group_by_length
 from ..lora.layer import adapters
-from ..models.linears import LinearInfo, left_out, linear_modules
+from ..models.exclusions import left_out
+from ..models.linears import LinearInfo, linear_modules
 from ..models.running import body, device_of, evaluating, text_setting
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError

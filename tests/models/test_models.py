@@ -9,7 +9,7 @@ from helpers import SMALL, build
 from torch import nn
 
 import plopfast as pf
-from plopfast.models import linears, loading, running
+from plopfast.models import exclusions, loading, running
 from plopfast.models.frozen import is_linear
 from plopfast.support.errors import ModelError
 
@@ -218,9 +218,9 @@ def test_only_what_computes_as_a_linear_module_counts():
     for found in (made("meta"), model):
         assert [info.name for info in pf.linear_modules(found)] == ["layers.0.up", "layers.1.up"]
     assert not is_linear(Louder(4, 4))
-    (line,) = linears.left_out(model)
-    assert line == "left out: 2 modules of the class Router (router), whose forward is not nn.Linear's"
-    assert linears.left_out(build("gpt2")) == []
+    (line,) = exclusions.left_out(model)
+    assert line == "left out: 2 modules of the class Router, whose forward is not nn.Linear's (router)"
+    assert exclusions.left_out(build("gpt2")) == []
     quantized = Router(4, 2)
     quantized.weight = nn.Parameter(torch.zeros(2, 4, dtype=torch.uint8), requires_grad=False)
     assert is_linear(quantized), "frozen_of says what it cannot read"

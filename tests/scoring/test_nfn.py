@@ -323,7 +323,7 @@ def test_a_subclass_that_computes_otherwise_is_named(llama):
 
     llama.model.layers[0].router = Router(32, 4)
     assert pf.score(llama, random_batches()).notes == [
-        "left out: 1 module of the class Router (router), whose forward is not nn.Linear's"
+        "left out: 1 module of the class Router, whose forward is not nn.Linear's (router)"
     ]
 
 

@@ -95,7 +95,8 @@ OWN: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
-    "hy_v4": {"index_topk": 16},  # it keeps all tokens: of equal scores, other batches choose others
+    # all tokens: of equal scores, other batches choose others
+    **{family: {"index_topk": 16} for family in ("deepseek_v32", "glm_moe_dsa", "hy_v4")},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
