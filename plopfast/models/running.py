@@ -105,12 +105,56 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
     head = output_head(model)
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; load it as a causal language model")
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][where].unsqueeze(0),))
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        if args[0].shape[:-1] != where.shape:
+            raise ModelError(
+                f"{type(model).__name__}: its output head gets {list(args[0].shape[:-1])} hidden states, where the batch has "
+                f"{list(where.shape)} tokens, so no token's own logits can be told"
+            )
+        return (args[0][where].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(gather)
     try:
         logits = model(**batch, use_cache=False).logits
     finally:
         hook.remove()
     return logits[0]
+
+
+@torch.no_grad()
+def first_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, logits) of two short rows that begin alike: the model's own logits [2, 4, vocabulary] in float32.
+
+    Raises ModelError for a model that takes no plain rows of tokens, whose logits are not those of the tokens, and whose
+    logits of a token depend on the next ones, as padding on the right would then change them.
+    """
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "model_type", "") == "reformer":
+        raise ModelError(
+            f"{kind} trains on rows of one length alone, and its reversible layers give adapters no gradient"
+        )
+    if (books := getattr(config, "num_codebooks", None) or 1) > 1:
+        raise ModelError(f"{kind} models sound: {books} rows are the codebooks of one piece, and a row is no text")
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=device_of(model))
+    try:
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+    except (IndexError, TypeError, ValueError) as error:  # of the model's own code
+        raise ModelError(f"{kind} does not take 2 rows of 4 tokens: {type(error).__name__}: {error}") from error
+    if logits.shape[:-1] != ids.shape:
+        raise ModelError(
+            f"{kind}: logits {list(logits.shape)} for {list(ids.shape)} tokens, so no token's own can be told"
+        )
+    one, other = logits[:, :2]
+    # all of them: rounding can send a token to another expert
+    within = 1e-4 if model.dtype == torch.float32 else 0.02
+    if bool(((one - other).norm(dim=-1) > within * one.norm(dim=-1)).all()):
+        raise ModelError(
+            f"{kind} is not causal: its logits of a token depend on the tokens after it, so training by the next token teaches it "
+            "to copy, and padding changes it"
+        )
+    return ids, logits
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from torch import nn
 import plopfast as pf
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import linear_modules
+from plopfast.models.running import first_logits
 from plopfast.support.errors import PlacementError, PlopfastError
 
 RANK, SCALING = 2, 2.0
@@ -144,6 +145,7 @@ class Trial:
     def gradients(self):
         model, batch = self.injected(), self.batches[0]
         plain, learned = self.adapted(model), batch["attention_mask"].bool()
+        first_logits(model)  # refuses what no training can use
         logits = reference.logits_of(model, batch)
         real = batch["attention_mask"].bool()
         _same("logits at a random B", logits[real].detach().float(), plain.logits(batch)[real].detach().float())
