@@ -105,8 +105,10 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
     head = output_head(model)
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; load it as a causal language model")
+    called: list[bool] = []
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        called.append(True)
         if args[0].shape[:-1] != where.shape:
             raise ModelError(
                 f"{type(model).__name__}: its output head gets {list(args[0].shape[:-1])} hidden states, where the batch has "
@@ -119,6 +121,8 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
         logits = model(**batch, use_cache=False).logits
     finally:
         hook.remove()
+    if not called:
+        raise ModelError(f"{type(model).__name__}: its output head, a {type(head).__name__}, is never called itself")
     return logits[0]
 
 
@@ -134,7 +138,7 @@ def first_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         raise ModelError(
             f"{kind} trains on rows of one length alone, and its reversible layers give adapters no gradient"
         )
-    if (books := getattr(config, "num_codebooks", None) or 1) > 1:
+    if (books := text_setting(model, "num_codebooks") or 1) > 1:
         raise ModelError(f"{kind} models sound: {books} rows are the codebooks of one piece, and a row is no text")
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=device_of(model))
     try:

@@ -72,6 +72,8 @@ def test_hidden_states_that_are_no_tokens():
         ModelError, match=r"output head gets \[1, 2, 3\] hidden states, where the batch has \[1, 3\] tokens"
     ):
         run_for_logits(model, {"input_ids": ids}, torch.ones(1, 3, dtype=torch.bool))
+    with pytest.raises(ModelError, match="its output head, a ModuleList, is never called itself"):
+        run_for_logits(musicgen(1), {"input_ids": ids}, torch.ones(1, 3, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
