@@ -138,13 +138,13 @@ def first_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         raise ModelError(
             f"{kind} trains on rows of one length alone, and its reversible layers give adapters no gradient"
         )
-    if (books := text_setting(model, "num_codebooks") or 1) > 1:
-        raise ModelError(f"{kind} models sound: {books} rows are the codebooks of one piece, and a row is no text")
     ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=device_of(model))
     try:
         with evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits.float()
-    except (IndexError, TypeError, ValueError) as error:  # of the model's own code
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of the model's own code
         raise ModelError(f"{kind} does not take 2 rows of 4 tokens: {type(error).__name__}: {error}") from error
     if logits.shape[:-1] != ids.shape:
         raise ModelError(

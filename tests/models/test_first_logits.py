@@ -30,12 +30,16 @@ def musicgen(books):
     return MusicgenForCausalLM(MusicgenDecoderConfig(**SMALL, ffn_dim=48, num_codebooks=books))
 
 
+def out_of_memory(**_):
+    raise torch.OutOfMemoryError
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (lambda: XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=32, n_layers=2, n_heads=4)), "is not causal"),
         (lambda: CpmAntForCausalLM(CpmAntConfig(**SMALL, dim_head=8, dim_ff=48, prompt_length=4)), "is not causal"),
-        (lambda: musicgen(4), "models sound: 4 rows are the codebooks"),
+        (lambda: musicgen(4), "does not take 2 rows of 4 tokens: RuntimeError"),
         (lambda: ReformerModelWithLMHead(ReformerConfig(is_decoder=True)), "trains on rows of one length alone"),
     ],
     ids=["xlm", "cpmant", "musicgen", "reformer"],
@@ -55,6 +59,10 @@ def test_errors_of_the_models_own_code_are_explained():
     broken.forward = lambda **given: given["input_ids"][9]
     with pytest.raises(ModelError, match=r"LlamaForCausalLM does not take 2 rows of 4 tokens: IndexError"):
         first_logits(broken)
+    full = copy.deepcopy(model)
+    full.forward = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        first_logits(full)
     short = copy.deepcopy(model)
     short.forward = lambda **given: model.forward(given["input_ids"][:, 1:])
     with pytest.raises(ModelError, match=rf"logits \[2, 3, {model.config.vocab_size}\] for \[2, 4\] tokens"):
