@@ -16,6 +16,7 @@ from ..support import files
 from ..support.errors import AdapterError, FileError
 from ..support.schema import Size, checked
 from .patterns import matches
+from .peft_targets import WEIGHT, key_of
 
 CONFIG = "adapter_config.json"
 _EMPTY: tuple[Any, ...] = (None, False, [], {})
@@ -27,6 +28,7 @@ _CONVERT = (
 
 
 Alpha = Annotated[float, Gt(0), Le(1e9)]
+Dropout = Annotated[float, Ge(0), Lt(1)]
 
 
 class Honoured(TypedDict, total=False):
@@ -35,11 +37,12 @@ class Honoured(TypedDict, total=False):
     peft_type: Literal["LORA"]
     r: Size
     lora_alpha: Alpha
-    lora_dropout: Annotated[float, Ge(0), Lt(1)] | None
+    lora_dropout: Dropout | None
     use_rslora: bool | None
     rank_pattern: dict[str, Size] | None
     alpha_pattern: dict[str, Alpha] | None
     target_modules: str | list[str] | None  # names, or a regular expression
+    target_parameters: list[str] | None  # weights of linear modules
     exclude_modules: str | list[str] | None
     layers_to_transform: int | list[int] | None
 
@@ -52,7 +55,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # field -> the values that change nothi
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
     "modules_to_save": (),
     "trainable_token_indices": (),
-    "target_parameters": (),
     "layer_replication": (),
     "use_dora": (),
     "lora_bias": (),
@@ -104,6 +106,11 @@ class AdapterConfig:
         """The base model's name, as it was in the training."""
         return self.values.get("base_model_name_or_path")
 
+    @property
+    def parameters(self) -> list[str]:
+        """The parameters that are adapted by their own names."""
+        return self.values.get("target_parameters") or []
+
     def placed(self, ranks: dict[str, int]) -> dict[str, tuple[int, float]]:
         """Returns module name -> (rank, alpha). `ranks`: module name -> the rank that its tensors have.
 
@@ -111,18 +118,19 @@ class AdapterConfig:
         """
         names = list(ranks)
         self._check_modules(names)
+        keys = {name: key_of(name, self.parameters) for name in names}
         ranks_said, alphas_said = (
-            matches(self.values.get(field) or {}, names, f"{self.file}: {field}")
+            matches(self.values.get(field) or {}, [*keys.values()], f"{self.file}: {field}")
             for field in ("rank_pattern", "alpha_pattern")
         )
         placed = {}
         for name, rank in ranks.items():
-            said = ranks_said[name] or [self.values.get("r", 8)]  # 8 is PEFT's own default, for both
+            said = ranks_said[keys[name]] or [self.values.get("r", 8)]  # 8 is PEFT's own default, for both
             if rank not in said:  # not the first alone: PEFT sorts the patterns when it saves them
                 raise AdapterError(
                     f"{self.file}: r and rank_pattern say rank {said[0]} for {name}, its tensors have rank {rank}; was it edited?"
                 )
-            alphas = alphas_said[name] or [self.values.get("lora_alpha", 8)]
+            alphas = alphas_said[keys[name]] or [self.values.get("lora_alpha", 8)]
             placed[name] = rank, float(alphas[0])
         return placed
 
@@ -133,7 +141,9 @@ class AdapterConfig:
             self.values.get(field) for field in ("target_modules", "exclude_modules", "layers_to_transform")
         )
         layers = [layers] if isinstance(layers, int) else layers or []
-        for name in names:
+        if idle := [one for one in self.parameters if all(key_of(name, [one]) == name for name in names)]:
+            raise AdapterError(_not_of_a_linear(self.file, idle))
+        for name in [name for name in names if key_of(name, self.parameters) == name]:
             ends = {name.split(".", i)[-1] for i in range(name.count(".") + 1)}
             layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
             for field, value, out in (
@@ -171,7 +181,17 @@ def read_config(folder: Path) -> AdapterConfig:
             raise AdapterError(f"{said}: this field is unknown; is it of a newer PEFT? {_MERGE}")
         if not _is_one_of(value, NEUTRAL[field]):
             raise AdapterError(f"{said} is not supported; {_CONVERT if field == 'init_lora_weights' else _MERGE}")
-    return AdapterConfig(file, values)
+    config = AdapterConfig(file, values)
+    if others := [one for one in config.parameters if not one.endswith(WEIGHT)]:
+        raise AdapterError(_not_of_a_linear(file, others))
+    return config
+
+
+def _not_of_a_linear(file: Path, parameters: list[str]) -> str:
+    return (
+        f"{file}: target_parameters = {parameters!r:.80}: expected weights of linear modules that the file has tensors for; "
+        f"adapters of other parameters, such as experts, are not supported; {_MERGE}"
+    )
 
 
 def _is_one_of(value: Any, plain: Sequence[Any]) -> bool:

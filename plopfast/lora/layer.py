@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.exclusions import READ, exclusions
 from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers, streamed_in
 from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
@@ -159,6 +160,13 @@ def inject(
         raise PlacementError(
             f"{name} shares its weight with {' and '.join(others)}, so merging would change these too: leave it out of the "
             "placement, or give it a weight of its own (for a tied head: tie_word_embeddings = False)"
+        )
+    excluded = exclusions(model)
+    if read := [name for name in placement.modules if excluded.get(name) == READ]:
+        warnings.warn(
+            f"{read[0]}{f' and {len(read) - 1} more' * (len(read) > 1)}: another module of this {type(model).__name__} reads the "
+            "weight itself, and there the adapter does not count; no rule chooses such modules",
+            stacklevel=2,
         )
     if on_gpu and (note := tuning.load()):
         warnings.warn(note, stacklevel=2)

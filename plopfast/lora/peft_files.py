@@ -24,9 +24,10 @@ from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
-from .adapter_config import CONFIG, read_config
+from .adapter_config import CONFIG, AdapterConfig, Dropout, read_config
 from .layer import LoRALinear, adapters, inject, undone_on_error
-from .placement import Placement, ends_of, ranks_and_patterns
+from .peft_targets import key_of, targets_of
+from .placement import Placement, ranks_and_patterns
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
@@ -51,6 +52,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
         "format": "pt",
         "plopfast_base": json.dumps(fingerprint(model, list(modules))),
         "plopfast_base_kind": kinds_of(model, modules),
+        "plopfast_dropout": str(next(iter(modules.values())).dropout),
     }
     if not ranks.is_main():
         return path
@@ -70,29 +72,22 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 
 def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, Any]:
     first = next(iter(modules.values()))
+    targets = targets_of(model, list(modules))
+    parameters = targets.get("target_parameters", [])
+    ranks = {key_of(name, parameters): (module.rank, module.alpha) for name, module in modules.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
         "inference_mode": True,
-        **ranks_and_patterns({name: (module.rank, module.alpha) for name, module in modules.items()}),
-        "lora_dropout": first.dropout,
+        **ranks_and_patterns(ranks),
+        "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT has none for parameters
         "use_rslora": first.rslora,
-        "target_modules": _target_modules(model, list(modules)),
+        **targets,
         "fan_in_fan_out": first.frozen.transposed,
         "bias": "none",
         "init_lora_weights": True,
     }
-
-
-def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
-    """The names' last components, the full names, or a regular expression: the first that matches no other module."""
-    others = {end for name, _ in model.named_modules() if name not in names for end in (name, *ends_of(name))}
-    lasts = {name.rpartition(".")[2] for name in names}
-    for targets in (lasts, set(names)):
-        if not targets & others:
-            return sorted(targets)
-    return "|".join(re.escape(name) for name in sorted(names))
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
@@ -128,13 +123,26 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     placement = Placement(placed, [], "adapter", 0)
     try:
         with torch.no_grad(), undone_on_error(model):
-            names = inject(model, placement, dropout=config.dropout, rslora=config.rslora, backend=backend)
+            names = inject(
+                model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, backend=backend
+            )
             for name, module in adapters(model).items():
                 module.lora_A.copy_(parts[name]["A"])
                 module.lora_B.copy_(parts[name]["B"])
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     return names
+
+
+def _dropout(path: Path, config: AdapterConfig, metadata: dict[str, str]) -> float:
+    """The dropout rate of the training: the file's where the configuration cannot hold it."""
+    if config.dropout or not config.parameters or "plopfast_dropout" not in metadata:
+        return config.dropout
+    where = f"{path / WEIGHTS}: plopfast_dropout in its metadata"
+    try:
+        return checked(Dropout, files.parse_json(where, metadata["plopfast_dropout"]), where, "was it edited?")
+    except FileError as error:
+        raise AdapterError(str(error)) from error
 
 
 def _fingerprint(path: Path, metadata: dict[str, str]) -> list[float] | None:

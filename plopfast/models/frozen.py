@@ -6,6 +6,7 @@ kind of storage is a subclass of FrozenWeight, and one line of `find_frozen` tha
 N out, K in.
 """
 
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -186,15 +187,48 @@ def find_frozen(module: nn.Module) -> FrozenWeight | None:
 
 def is_linear(module: nn.Module) -> bool:
     """True for nn.Linear, transformers' Conv1D, QuantizedLinear and the linear modules of quantisation libraries, some of
-    which `frozen_of` refuses.
+    which `frozen_of` refuses. False for subclasses of nn.Linear that compute something else (`is_altered`).
 
-    It recognises the latter by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
+    It recognises those of libraries by their names (QuantLinear, WQLinear_GEMM, HQQLinear) and a matrix of integers.
     """
     if isinstance(module, nn.Linear | QuantizedLinear) or is_transposed(module):
-        return True
+        return not is_altered(module)
     return "Linear" in type(module).__name__ and any(
         t.dim() > 1 and not t.is_floating_point() for t in _own_tensors(module).values()
     )
+
+
+def is_altered(module: nn.Module) -> bool:
+    """True for a subclass of nn.Linear with a floating-point weight that computes something else than x W^T + bias: a router
+    that returns a pair, or a product by groups. Falcon's own class, which computes just that, is none, and nor are the
+    subclasses of quantisation libraries, which compute it from codes.
+    """
+    kind = type(module)
+    if not isinstance(module, nn.Linear) or kind.forward is nn.Linear.forward:
+        return False
+    if not _is_dense(module.weight) or reader_of(module) is not None:
+        return False
+    if kind not in _ALTERED:
+        _ALTERED[kind] = not _computes_a_product(module)
+    return _ALTERED[kind]
+
+
+_ALTERED: "weakref.WeakKeyDictionary[type, bool]" = weakref.WeakKeyDictionary()  # class -> what its first module showed
+
+
+@torch.no_grad()
+def _computes_a_product(module: nn.Linear) -> bool:
+    """Whether its forward gives nn.Linear's result for two tokens; their shapes alone, where the weight has no values."""
+    x_MK = torch.randn(2, module.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(module.weight)
+    want_MN = nn.functional.linear(x_MK, module.weight, module.bias)
+    try:
+        got_MN = type(module).forward(module, x_MK)
+    except Exception:  # anybody's forward may raise anything where it takes inputs of another shape
+        return False
+    if not isinstance(got_MN, torch.Tensor) or (got_MN.shape, got_MN.dtype) != (want_MN.shape, want_MN.dtype):
+        return False
+    within = 8 * torch.finfo(want_MN.dtype).eps
+    return want_MN.is_meta or bool((got_MN - want_MN).norm() <= within * want_MN.norm())
 
 
 def is_transposed(module: nn.Module) -> bool:

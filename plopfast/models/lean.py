@@ -127,7 +127,7 @@ def _kind(
     x = (x * torch.tensor(SCALES)[:, None, None]).to(like)
     try:
         want = module(x)
-    except RuntimeError:  # it takes inputs of another shape
+    except Exception:  # anybody's forward may raise anything where it takes inputs of another shape
         return None
     nearest, least = None, 4 * torch.finfo(x.dtype).eps
     for kind in kinds:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..support.errors import ModelError
+from .exclusions import exclusions
 from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear, streamed_in
 from .quantized import QuantizedLinear
 from .running import output_head
@@ -34,25 +35,28 @@ class LinearInfo:
 
 
 def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearInfo]:
-    """Lists the linear modules inside the model's repeated layers, in order, each with its layer number and type.
+    """Lists the linear modules inside the model's repeated layers, in order, each with its layer number and type; those that
+    no rule chooses are left out (`exclusions.left_out` says which).
 
     The type is the last component of the name (`q_proj`). Where two different modules of one layer share that, it is as
-    many components as tell them apart (GPT-2's `attn.c_proj` and `mlp.c_proj`). `include_head` adds the output head.
+    many components as tell them apart (GPT-2's `attn.c_proj` and `mlp.c_proj`). A place in a list belongs to it where the
+    module is the list's own (CTRL's `ffn.0` and `ffn.2`). `include_head` adds the output head.
     Raises ModelError where there are none, and for weights that `frozen_of` does not take.
     """
-    head = output_head(model) if include_head else None
+    head = output_head(model)
+    in_head = set(head.modules()) if head is not None else set()
+    excluded = exclusions(model)
     found: list[tuple[str, nn.Module, int | None, tuple[str, ...]]] = []
     module: nn.Module
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
-        parts = tuple(name.split("."))
-        index = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if index is not None:
-            inner = tuple(part for part in parts[index + 1 :] if not part.isdigit())
-            found.append((name, module, int(parts[index]), inner))
-        elif module is head:
-            found.append((name, module, None, parts[-1:]))
+        layer, inner = place_in_layer(name)
+        if module in in_head:
+            if include_head:
+                found.append((name, module, None, inner))
+        elif layer is not None and name not in excluded:
+            found.append((name, module, layer, inner))
     if not found:
         raise ModelError(
             f"{type(model).__name__} has no linear modules (nn.Linear or transformers' Conv1D) inside repeated layers; "
@@ -83,15 +87,30 @@ def number_of_weights(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters()) - held + stand_for + elsewhere
 
 
+def place_in_layer(name: str) -> tuple[int | None, tuple[str, ...]]:
+    """Returns a module's layer, if any, and the path to it within the layer, without the numbers of experts and the like.
+
+    A number at the end stays, as it tells the modules of a list apart: `h.3.ffn.2` is (3, ("ffn", "2")). A module that is
+    itself an entry of the first list is a layer with the list's name: `projections.1` is (1, ("projections",)).
+    """
+    parts = tuple(name.split("."))
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+    if at is None:
+        return None, parts[-1:]
+    if at == len(parts) - 1:
+        return int(parts[at]), parts[max(at - 1, 0) : max(at, 1)]
+    inner = tuple(part for part in parts[at + 1 : -1] if not part.isdigit())
+    return int(parts[at]), (*inner, parts[-1])
+
+
 def shortest_suffixes(paths: set[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """Gives each path its shortest end that no other path has, joined by dots."""
+    """Gives each path its shortest end that no other path has, joined by dots; more than a number, where there is more."""
     result = {}
     for path in paths:
-        for length in range(1, len(path) + 1):
-            suffix = path[-length:]
-            if sum(other[-length:] == suffix for other in paths) == 1:
-                break
-        result[path] = ".".join(suffix)
+        ends = [path[at:] for at in reversed(range(len(path)))]
+        names = [end for end in ends if not end[0].isdigit()] or ends
+        own = [end for end in names if sum(other[-len(end) :] == end for other in paths) == 1]
+        result[path] = ".".join(own[0] if own else path)
     return result
 
 

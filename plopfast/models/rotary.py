@@ -88,7 +88,10 @@ def rotated(model: nn.Module) -> Iterator[int]:
 
 def _replacement(theirs: Callable[..., Any], like: torch.Tensor) -> Callable[..., Any] | None:
     """A function that gives what `theirs` gives, and calls it for tensors of kinds that were not compared; or None."""
-    if [*inspect.signature(theirs).parameters] != PARAMETERS or not like.is_floating_point():
+    parameters = inspect.signature(theirs).parameters
+    optional = [name for name, parameter in parameters.items() if parameter.default is not parameter.empty]
+    # Qwen4's k is optional, and it rotates q alone then
+    if [*parameters] != PARAMETERS or optional not in ([], PARAMETERS[4:]) or not like.is_floating_point():
         return None
     kinds = {(like.dtype, table, partial) for table in (like.dtype, torch.float32) for partial in (False, True)}
     for interleaved in (False, True):

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -81,10 +82,18 @@ def remember_requires_grad(model: nn.Module) -> Callable[[], None]:
     return put_back
 
 
+def text_setting(model: nn.Module, name: str) -> Any:
+    """Returns what the configuration says of its text model, or None. Configurations of several models hold that inside."""
+    config: Any = getattr(model, "config", None)
+    value = getattr(config, name, None)
+    if value is None and hasattr(config, "get_text_config"):
+        value = getattr(config.get_text_config(decoder=True), name, None)
+    return value
+
+
 def context_length(model: nn.Module) -> int | None:
     """Returns the most tokens that a row may have, or None where the model's configuration does not say."""
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None)
+    return text_setting(model, "max_position_embeddings")
 
 
 def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torch.Tensor) -> torch.Tensor:
@@ -96,12 +105,60 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
     head = output_head(model)
     if head is None:
         raise ModelError(f"{type(model).__name__} has no output head; load it as a causal language model")
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][where].unsqueeze(0),))
+    called: list[bool] = []
+
+    def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
+        called.append(True)
+        if args[0].shape[:-1] != where.shape:
+            raise ModelError(
+                f"{type(model).__name__}: its output head gets {list(args[0].shape[:-1])} hidden states, where the batch has "
+                f"{list(where.shape)} tokens, so no token's own logits can be told"
+            )
+        return (args[0][where].unsqueeze(0),)
+
+    hook = head.register_forward_pre_hook(gather)
     try:
         logits = model(**batch, use_cache=False).logits
     finally:
         hook.remove()
+    if not called:
+        raise ModelError(f"{type(model).__name__}: its output head, a {type(head).__name__}, is never called itself")
     return logits[0]
+
+
+@torch.no_grad()
+def first_logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids, logits) of two short rows that begin alike: the model's own logits [2, 4, vocabulary] in float32.
+
+    Raises ModelError for a model that takes no plain rows of tokens, whose logits are not those of the tokens, and whose
+    logits of a token depend on the next ones, as padding on the right would then change them.
+    """
+    kind, config = type(model).__name__, getattr(model, "config", None)
+    if getattr(config, "model_type", "") == "reformer":
+        raise ModelError(
+            f"{kind} trains on rows of one length alone, and its reversible layers give adapters no gradient"
+        )
+    ids = torch.tensor([[1, 2, 3, 4], [1, 2, 5, 6]], device=device_of(model))
+    try:
+        with evaluating(model):
+            logits = model(input_ids=ids, use_cache=False).logits.float()
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:  # of the model's own code
+        raise ModelError(f"{kind} does not take 2 rows of 4 tokens: {type(error).__name__}: {error}") from error
+    if logits.shape[:-1] != ids.shape:
+        raise ModelError(
+            f"{kind}: logits {list(logits.shape)} for {list(ids.shape)} tokens, so no token's own can be told"
+        )
+    one, other = logits[:, :2]
+    # all of them: rounding can send a token to another expert
+    within = 1e-4 if model.dtype == torch.float32 else 0.02
+    if bool(((one - other).norm(dim=-1) > within * one.norm(dim=-1)).all()):
+        raise ModelError(
+            f"{kind} is not causal: its logits of a token depend on the tokens after it, so training by the next token teaches it "
+            "to copy, and padding changes it"
+        )
+    return ids, logits
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ with, and other criteria; rules.py holds the table of them.
 
 from collections.abc import Sequence
 
-from ..lora.placement import Placement, check_rank
+from ..lora.placement import Placement, check_rank, full_rank
 from ..scoring.report import ModuleScore, NFNReport
 from ..support.errors import PlacementError
 from .budget import allowed_parameters, parameters_at, share_out
@@ -42,8 +42,9 @@ def place(
     `granularity` "module" is experimental, as the paper chooses types. It takes the modules of lowest NFN one by one at
     `rank` while the budget lasts, at most `cap` of a type, and shares out the rest. `k` is not used then.
 
-    Raises PlacementError for unknown rules and names (with the nearest), an impossible k, a rank that does not fit, scores
-    that a rule lacks, and a budget that cannot be read, is below the smallest adapter or above the largest.
+    Raises PlacementError for unknown rules and names (with the nearest), an impossible k, a rank that fits no chosen
+    module (where it fits some, the others get full rank, and a note says so), scores that a rule lacks, and a budget that
+    cannot be read, is below the smallest adapter or above the largest.
     """
     _check_options(ranks, granularity, cap)
     criteria = criteria or {}
@@ -59,7 +60,10 @@ def place(
     modules = {name: report.scores[name] for name in choice.modules}
     given = _one_rank(modules, rank) if allowed is None else share_out(allowed, modules, ranks == "proportional")
     parameters = sum(parameters_at(r, modules[name]) for name, r in given.items())
-    notes = choice.notes + ([] if allowed is None else _budget_notes(given, rank, alpha, allowed, parameters))
+    if allowed is None:
+        notes = choice.notes + _capped_notes(given, modules, rank)
+    else:
+        notes = choice.notes + _budget_notes(given, rank, alpha, allowed, parameters)
     with_alpha = {name: (r, alpha) for name, r in given.items()}
     named = rule if isinstance(rule, str) else "explicit"
     shapes = {name: (score.n_out, score.n_in) for name, score in modules.items()}
@@ -76,9 +80,24 @@ def _check_options(ranks: str, granularity: str, cap: int | None) -> None:
 
 
 def _one_rank(modules: dict[str, ModuleScore], rank: int) -> dict[str, int]:
-    for name, score in modules.items():
-        check_rank(rank, score.n_in, score.n_out, f"{name}: ")
-    return dict.fromkeys(modules, rank)
+    """The rank of each module: full rank where that is less. Raises PlacementError where the rank fits none of them."""
+    full = {name: full_rank(score.n_in, score.n_out) for name, score in modules.items()}
+    if full:
+        name = max(full, key=lambda name: full[name])
+        check_rank(rank, modules[name].n_in, modules[name].n_out, f"{name}: ")
+    return {name: min(rank, full[name]) for name in modules}
+
+
+def _capped_notes(given: dict[str, int], modules: dict[str, ModuleScore], rank: int) -> list[str]:
+    """Which modules got full rank, as their weights take no higher one: gates with a single output, say."""
+    capped: dict[tuple[str, int], int] = {}
+    for name, r in given.items():
+        if r < rank:
+            capped[modules[name].type, r] = capped.get((modules[name].type, r), 0) + 1
+    return [
+        f"{type_}: rank {r} instead of {rank} in {count} modules, the smaller side of their weights"
+        for (type_, r), count in capped.items()
+    ]
 
 
 def _budget_notes(given: dict[str, int], rank: int, alpha: float, allowed: int, parameters: int) -> list[str]:

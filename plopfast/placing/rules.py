@@ -20,7 +20,12 @@ NFN = "NFN"
 FULL = "full"  # the arm that trains all weights; it is no rule, and no rule may take its name
 
 # last components of the names that transformers' models give to these projections, fused ones included
-ATTENTION_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "q", "k", "v")
+ATTENTION_INPUTS = (
+    "q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "Wqkv", "qkv", "q", "k", "v", "query", "key", "value",
+    "kv_proj", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "Wq", "Wk", "Wv", "project_q", "project_k",
+    "project_v",
+    "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",  # of latent attention (DeepSeek-V2, arXiv 2405.04434)
+)  # fmt: skip
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc1", "fc2", "w1", "w2", "w3")
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")
 
@@ -71,7 +76,7 @@ def ranked(scores: Mapping[str, float], highest: bool = False) -> list[str]:
 
 
 def _attention(report: "NFNReport", _k: int, _seed: int) -> list[str]:
-    return [type_ for type_ in report.types if type_.split(".")[-1] in ATTENTION_INPUTS]
+    return [type_ for type_ in report.types if {*type_.split(".")} & {*ATTENTION_INPUTS}]
 
 
 def _mlp(report: "NFNReport", _k: int, _seed: int) -> list[str]:

@@ -28,8 +28,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batches import group_by_length
 from ..lora.layer import adapters
+from ..models.exclusions import left_out
 from ..models.linears import LinearInfo, linear_modules
-from ..models.running import body, device_of, evaluating
+from ..models.running import body, device_of, evaluating, text_setting
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
 from ..support.progress import bar
@@ -38,7 +39,7 @@ from .eva import InputSketch
 from .official import score_official
 from .passes import PassEnd, run_pass, scored
 from .prompts import Row, rows_of
-from .report import ModuleScore, NFNReport, types_of
+from .report import ModuleScore, NFNReport, types_of, unseen_note
 from .stopping import Decision, decide, next_look
 from .sums import NFNState
 
@@ -97,8 +98,9 @@ def score(
         if compat:
             report = score_official(model, batches, seed, meter)
         else:
-            bos = getattr(getattr(model, "config", None), "bos_token_id", None) if skip_bos else None
+            bos = text_setting(model, "bos_token_id") if skip_bos else None
             report = Scoring(model, options).run(rows_of(batches, tokens, bos), meter)
+    report.notes += left_out(model)
     report.model, report.seconds = getattr(model, "name_or_path", ""), time.perf_counter() - began
     return report
 
@@ -221,7 +223,9 @@ class Scoring:
         how = self.options
         assert how.confidence is not None
         self.looks.append(len(self.order))
-        self.decision = decide(stats, types_of(self.infos), how.k, how.confidence, self.looks, how.inverse)
+        seen = seen_in(stats[1])
+        types = types_of([self.infos[i] for i in seen])
+        self.decision = decide(stats[:, seen], types, how.k, how.confidence, self.looks, how.inverse)
         return self.decision
 
     def _as_they_came(self, table: torch.Tensor) -> torch.Tensor:
@@ -238,17 +242,26 @@ class Scoring:
         prompts = len(self.order)
         table = self.state.table(prompts)
         stats, scores = self._as_they_came(table), _module_scores(table, self.infos, self.order)
+        seen = seen_in(stats[1])
         if self.options.confidence is not None and self.looks[-1:] != [prompts]:
             self._decide(stats)  # the rows ended before the next look
-        report = NFNReport(scores, self.tokens, prompts, 0.0, settings=self.options.for_report(), prompt_stats=stats)
+        settings = self.options.for_report()
+        report = NFNReport(scores, self.tokens, prompts, 0.0, settings=settings, prompt_stats=stats[:, seen])
         report.decision = self.decision
+        report.notes += unseen_note([info for i, info in enumerate(self.infos) if i not in set(seen)])
         if self.sketch:
             report.eva, report.eva_ratios = self.sketch.vectors()
         return report
 
 
+def seen_in(counts: torch.Tensor) -> list[int]:
+    """The modules that saw a token, of the counts [modules, prompts]."""
+    return counts.any(1).nonzero().flatten().tolist()
+
+
 def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequence[Row]) -> dict[str, ModuleScore]:
-    """The scores of a table [3, modules, prompts]. Raises ModelError for NaN, infinity and modules that saw no token."""
+    """The scores of a table [3, modules, prompts], of the modules that saw a token. Raises ModelError for NaN and infinity,
+    and where no module saw one."""
     sums, squares, counts = table
     squares, counts = squares.sum(1), counts.sum(1)
     bad = (~sums.isfinite()).nonzero()
@@ -258,10 +271,11 @@ def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequ
             f"{infos[module].name}: NaN or infinity in batch {order[prompt].batch}, row {order[prompt].row} (the first "
             f"module of {len(set(bad[:, 0].tolist()))} affected); try dtype bfloat16 or float32, or leave the row out"
         )
+    seen = seen_in(table[2])
+    if not seen:
+        raise ModelError(f"{infos[0].name}: never saw a token that counts, and nor did any other linear module")
     result = {}
-    for i, info in enumerate(infos):
-        if not counts[i]:
-            raise ModelError(f"{info.name}: never saw a token that counts; is the module unused in the forward pass?")
+    for i, info in ((i, infos[i]) for i in seen):
         mean = float(sums[i].sum() / counts[i])
         std = math.sqrt(max(0.0, float(squares[i] / counts[i]) - mean**2))
         result[info.name] = ModuleScore(mean, std, int(counts[i]), info.type, info.layer, info.n_in, info.n_out)

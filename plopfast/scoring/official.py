@@ -13,7 +13,7 @@ from torch import nn
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import device_of
 from ..support.errors import ConfigError, DataError, ModelError
-from .report import ModuleScore, NFNReport
+from .report import ModuleScore, NFNReport, unseen_note
 
 
 def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed: int, meter: Any) -> NFNReport:
@@ -22,7 +22,7 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
     Padding and BOS count. Each token has a random unit vector of its own. A score is the ratio of batch means, averaged
     over batches. W z and W z~ are computed again in float32. Every module with a weight is scored, the output head too,
     but embeddings and modules named "norm" are not. Raises ConfigError for batches with `counted`, DataError where there
-    is no token, ModelError for NaN, infinity and unused modules.
+    is no token, ModelError for NaN, infinity, and where no module is used.
     """
     device = device_of(model)
     generator = torch.Generator(device).manual_seed(seed)
@@ -53,10 +53,10 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
             meter.update(len(inputs["input_ids"]))
     if not tokens:
         raise DataError("there is no token to score: the batches are empty")
+    if not ratios:
+        raise ModelError(f"{chosen[0].name}: is not used in the forward pass, and nor is any other linear module")
     scores = {}
-    for info in chosen:
-        if info.name not in ratios:
-            raise ModelError(f"{info.name}: is not used in the forward pass")
+    for info in (info for info in chosen if info.name in ratios):
         values = ratios[info.name]
         mean = statistics.fmean(values)
         if not math.isfinite(mean):
@@ -64,4 +64,5 @@ def score_official(model: nn.Module, batches: Iterable[Mapping[str, Any]], seed:
             raise ModelError(f"{info.name}: NaN or infinity in batch {first}")
         std = statistics.pstdev(values)
         scores[info.name] = ModuleScore(mean, std, tokens, info.type, info.layer, info.n_in, info.n_out)
-    return NFNReport(scores, tokens, prompts, 0.0, settings={"compat": "official", "seed": seed})
+    notes = unseen_note([info for info in chosen if info.name not in ratios])
+    return NFNReport(scores, tokens, prompts, 0.0, settings={"compat": "official", "seed": seed}, notes=notes)

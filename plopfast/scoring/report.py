@@ -18,6 +18,7 @@ from ..support.strict_json import dumps
 from ..support.tables import Column, Table
 from .stopping import Decision, Intervals, decide, intervals
 
+NAMED = 8  # types in a note
 OUTLIER = 3.5  # a module with a larger robust z is an outlier (Iglewicz and Hoaglin 1993)
 
 
@@ -39,6 +40,14 @@ def types_of(modules: Iterable[Any]) -> list[str]:
     return ["" if module.layer is None else module.type for module in modules]
 
 
+def unseen_note(modules: Sequence[Any]) -> list[str]:
+    """A line that says which modules (LinearInfo) have no score, as no token that counts reached them; none for none."""
+    types = sorted({module.type for module in modules})
+    named = ", ".join(types[:NAMED]) + (", ..." if len(types) > NAMED else "")
+    line = f"left out: {len(modules)} modules that no token reached by a call ({named}), so no rule chooses them"
+    return [line] if modules else []
+
+
 @dataclass
 class NFNReport:
     """Scores of a model on a sample of prompts. `print(report.table())` shows them.
@@ -49,6 +58,7 @@ class NFNReport:
     `decision`: whether the prompts tell the k chosen types from the others.
     `eva` [eva_rank, n_in] and `eva_ratios` [eva_rank], for each module: vectors and the shares that they explain
     (`InputSketch.vectors`). Empty without `eva_rank`. `eva.save` writes them, not `save`.
+    `notes`: a line for each kind of module that has no score, and why.
     """
 
     scores: dict[str, ModuleScore]
@@ -61,6 +71,7 @@ class NFNReport:
     prompt_stats: torch.Tensor | None = field(default=None, repr=False, compare=False)
     eva: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     eva_ratios: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def modules(self) -> dict[str, float]:
@@ -119,7 +130,7 @@ class NFNReport:
         """Return the types, lowest NFN first, with their intervals and how sure the choice is, as text."""
         known, why = self._intervals_or_why()
         chosen = self.decision.types if self.decision else ()
-        notes = (why, self.decision.note if self.decision else "")
+        notes = (why, self.decision.note if self.decision else "", *self.notes)
         return "\n".join(filter(None, (str(self.types_table(known, chosen)), *notes)))
 
     def types_table(self, known: Intervals | None, chosen: Sequence[str] = ()) -> Table:
@@ -182,8 +193,9 @@ class NFNReport:
                 raise FileError(f"{beside}: damaged, or of other scores; make both anew with plopfast score")
             stats = _prompt_stats(beside, len(kept.scores))
         report = cls(
-            kept.scores, kept.tokens, kept.prompts, kept.seconds, kept.model, {**kept.settings}, kept.decision, stats
-        )
+            kept.scores, kept.tokens, kept.prompts, kept.seconds, kept.model, {**kept.settings}, kept.decision, stats,
+            notes=kept.notes,
+        )  # fmt: skip
         if kept.types and kept.types != report.types:
             raise FileError(f"{path}: types: other means than those of its scores; {anew}")
         return report
@@ -222,6 +234,7 @@ class _Kept:
     decision: Decision | None = None
     intervals: Intervals | _Why | None = None
     prompt_stats_sha256: str | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 def _prompt_stats(path: Path, modules: int) -> torch.Tensor:

@@ -62,8 +62,8 @@ class NFNState:
         if len(shape) == 3 and (shape[0], shape[2]) == (rows, tokens):  # [rows, heads, tokens]
             return shape[1], True
         raise ModelError(
-            f"{name}: its inputs {list(shape)} cannot be matched with the batch's {rows} rows x {tokens} tokens, so "
-            "padding cannot be told apart (routed experts are not supported yet)"
+            f"{name}: its inputs {list(shape)} cannot be matched with the batch's {rows} rows x {tokens} tokens, so padding "
+            "cannot be told apart: this model lays tokens out in a way of its own, or routes them, which plopfast does not score"
         )
 
     def _spread(self, extra: int, inner: bool) -> torch.Tensor:

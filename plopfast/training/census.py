@@ -13,7 +13,7 @@ from torch import nn
 
 from ..lora.layer import adapters
 from ..models.frozen import is_linear
-from ..models.linears import shortest_suffixes
+from ..models.linears import place_in_layer, shortest_suffixes
 from .moments import has_moved
 
 NAMED = 8  # layers in a message
@@ -69,7 +69,7 @@ def _by_type(model: nn.Module, moved: Mapping[str, bool]) -> list[Unmoved]:
     """Groups the modules by type; their order is the model's."""
     lora = adapters(model)
     linears = [name for name, module in model.named_modules() if is_linear(module) and _parent(name) not in lora]
-    places = {name: _place(name) for name in (*lora, *linears, *moved)}
+    places = {name: place_in_layer(name) for name in (*lora, *linears, *moved)}
     types = shortest_suffixes({inner for _, inner in places.values()})
     of: dict[str, list[str]] = {}
     for module in moved:
@@ -84,12 +84,3 @@ def _by_type(model: nn.Module, moved: Mapping[str, bool]) -> list[Unmoved]:
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def _place(name: str) -> tuple[int | None, tuple[str, ...]]:
-    """Returns a module's layer, if any, and its name within the layer without numbers."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    if at is None:
-        return None, tuple(parts[-1:])
-    return int(parts[at]), tuple(part for part in parts[at + 1 :] if not part.isdigit())

@@ -258,9 +258,13 @@ def test_single_modules_one_by_one_while_the_budget_lasts(rule):
 
 def test_ranks_up_to_full_rank_and_none_above():
     for _, report in models(20, seed=10):
-        most = min(full(score) for score in layered(report).values())
+        fulls = {name: full(score) for name, score in layered(report).items()}
+        most = min(fulls.values())
         assert pf.place(report, "all", rank=most).parameters == size_of(report, layered(report), most)
-        for rank in (0, most + 1):
+        for rank in range(1, max(fulls.values()) + 1):
+            ranks = {name: given for name, (given, _) in pf.place(report, "all", rank=rank).modules.items()}
+            assert ranks == {name: min(rank, most) for name, most in fulls.items()}
+        for rank in (0, max(fulls.values()) + 1):
             with pytest.raises(PlacementError):
                 pf.place(report, "all", rank=rank)
 

@@ -144,7 +144,9 @@ class PlainLoRA(nn.Module):
     def forward(self, x):
         seed = int(torch.randint(1 << 62, ()))
         rows = x.reshape(-1, x.shape[-1])
-        kept = rows * philox.keep_mask(seed, *rows.shape, self.p) * philox.inverse_keep(self.p)
+        kept = (
+            rows * philox.keep_mask(seed, *rows.shape, self.p) * philox.inverse_keep(self.p) if self.training else rows
+        )
         low = (kept @ self.lora_A.T @ self.lora_B.T).view(*x.shape[:-1], -1)
         return self.base(x) + self.scaling * low
 

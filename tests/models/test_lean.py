@@ -184,3 +184,14 @@ def test_undone():
     for module in lean_modules(model).values():
         del module.forward
     assert [vars(module).keys() for module in model.modules()] == [one.keys() for one in state]
+
+
+def test_a_norm_that_takes_other_shapes_is_left_alone():
+    """xLSTM's norm unpacks four sizes, so it raises ValueError for three."""
+
+    class Heads(Norm):
+        def forward(self, x):
+            _rows, _tokens, _heads, _width = x.shape
+            return super().forward(x)
+
+    assert not kinds(norm=Heads())

@@ -9,7 +9,8 @@ from helpers import SMALL, build
 from torch import nn
 
 import plopfast as pf
-from plopfast.models import loading, running
+from plopfast.models import exclusions, loading, running
+from plopfast.models.frozen import is_linear
 from plopfast.support.errors import ModelError
 
 TYPES = {
@@ -162,3 +163,64 @@ def test_a_tokenizer_without_its_model(model_folder):
     assert context == 128 and len(tokenizer) == 300
     with pytest.raises(ModelError, match="cannot be loaded"):
         loading.load_tokenizer(model_folder / "absent")
+
+
+def test_modules_of_a_list_have_types_of_their_own():
+    """CTRL's ffn.0 and ffn.2 are two types, experts stay one, and a list of bare modules has the list's name."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.ffn = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+            self.up = nn.ModuleList([nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)) for _ in range(2)])
+            self.mix = nn.ModuleList([nn.ModuleDict({"ffn": nn.ModuleList([nn.Linear(4, 4)])})])
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Layer(), Layer()])
+    model.projections = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.get_output_embeddings = lambda: model.heads
+    model.heads = nn.ModuleList([nn.Linear(4, 9)])
+    found = {i.name: (i.layer, i.type) for i in pf.linear_modules(model)}
+    assert [found[f"layers.1.{name}"] for name in ("ffn.2", "up.0.1", "up.1.1")] == [
+        (1, "ffn.2"),
+        (1, "up.1"),
+        (1, "up.1"),
+    ]
+    assert (found["layers.1.ffn.0"], found["layers.0.mix.0.ffn.0"]) == ((1, "ffn.0"), (0, "mix.ffn.0"))
+    assert found["projections.1"] == (1, "projections")
+    assert "heads.0" not in found, "a head of several is a head"
+    assert [i.layer for i in pf.linear_modules(model, include_head=True) if i.name == "heads.0"] == [None]
+
+
+def test_only_what_computes_as_a_linear_module_counts():
+    """A router that returns a pair, say, is left out and named; codes of quantisation libraries have forwards of their own."""
+
+    class Router(nn.Linear):
+        def forward(self, x):
+            scores = super().forward(x)
+            return scores.softmax(-1), scores
+
+    class Same(nn.Linear):  # as Falcon has it
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Louder(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    def made(device="cpu"):
+        model = nn.Module()
+        parts = lambda: nn.ModuleDict({"router": Router(4, 2), "up": Same(4, 4)})  # noqa: E731
+        model.layers = nn.ModuleList([parts(), parts()])
+        return model.to(device)
+
+    model = made()
+    for found in (made("meta"), model):
+        assert [info.name for info in pf.linear_modules(found)] == ["layers.0.up", "layers.1.up"]
+    assert not is_linear(Louder(4, 4))
+    (line,) = exclusions.left_out(model)
+    assert line == "left out: 2 modules of the class Router, whose forward is not nn.Linear's (router)"
+    assert exclusions.left_out(build("gpt2")) == []
+    quantized = Router(4, 2)
+    quantized.weight = nn.Parameter(torch.zeros(2, 4, dtype=torch.uint8), requires_grad=False)
+    assert is_linear(quantized), "frozen_of says what it cannot read"

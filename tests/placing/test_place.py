@@ -218,6 +218,19 @@ def test_a_plop_placement_says_how_sure_it_is():
     assert report.decide(2, 0.9).note in pf.place(report, k=2, rank=2).notes
 
 
+def test_a_rank_above_a_weights_smaller_side(report):
+    """Such modules get full rank, as a gate with a single output has no higher one; a note says which."""
+    placement = pf.place(report, "all", rank=5, alpha=7.0)
+    full = {name: min(score.n_in, score.n_out) for name, score in report.scores.items() if score.layer is not None}
+    assert placement.modules == {name: (min(5, side), 7.0) for name, side in full.items()}
+    small = [name for name, side in full.items() if side < 5]
+    assert small and len(small) < len(full)
+    type_ = report.scores[small[0]].type
+    count = sum(report.scores[name].type == type_ for name in small)
+    assert f"{type_}: rank 4 instead of 5 in {count} modules, the smaller side of their weights" in placement.notes
+    assert not pf.place(report, "all", rank=4).notes
+
+
 def test_round_trip(report, tmp_path):
     placement = pf.place(report, k=7, rank=2)
     assert placement.margin is None
@@ -234,7 +247,7 @@ def test_round_trip(report, tmp_path):
         ({"rule": []}, "no module named"),
         ({"k": 8}, "k = 8: expected 1 to 7"),
         ({"k": 0}, "k = 0: expected 1 to 7"),
-        ({"rank": 5}, "rank 5 does not fit a 4 x 8 weight: choose 1 to 4"),
+        ({"rank": 9}, "rank 9 does not fit a 12 x 8 weight: choose 1 to 8"),
         ({"rank": 0}, "weight: choose 1 to"),
         ({"budget": 87}, "below the smallest adapter on these 6 modules, which takes 104 at rank 1"),
         ({"budget": 10**6}, "above the 736 that full ranks of these 6 modules take"),

@@ -56,6 +56,25 @@ def test_a_made_up_rule_is_known_everywhere(made_up, report, capsys):
         pf.place(report, "madeup")
 
 
+@pytest.mark.parametrize(
+    ("attention", "others"),
+    [
+        (["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"], ["o_proj", "mlp.gate_proj"]),  # DeepSeek
+        (["Wq", "Wk", "Wv"], ["dense", "ffn.0"]),  # CTRL
+        (["q_proj.linear", "v_proj.linear"], ["o_proj.linear", "fc1"]),  # Moshi
+        (["self_attn.query_proj", "self_attn.key_proj", "self_attn.value_proj"], ["intermediate"]),  # ProphetNet
+        (["q_lin", "k_lin", "v_lin"], ["out_lin", "lin1"]),  # XLM
+        (["project_q", "project_k", "project_v"], ["attention_out"]),  # CPM-Ant
+        (["kv_proj"], ["router.layer"]),  # JetMoe
+    ],
+    ids=lambda value: value[0],
+)  # fmt: skip
+def test_query_key_and_value_under_the_names_that_models_give_them(attention, others):
+    scores = {f"h.0.{type_}": ModuleScore(1.0, 0.1, 10, type_, 0, 8, 8) for type_ in attention + others}
+    report = pf.NFNReport(scores, 10, 1, 0.1, "some/model")
+    assert sorted(pf.place(report, "attn", rank=1).types) == sorted(attention)
+
+
 def test_a_made_up_ranking_by_nfn_decides_and_chooses_single_modules(report, monkeypatch):
     worst = Rule(name="worst", help="the k worst types", ranks_by=rules.NFN, highest=True, needs_k=True)
     monkeypatch.setitem(RULES, "worst", worst)

@@ -336,6 +336,13 @@ def test_scores_of_an_older_version_or_without_prompts(full):
     assert "the scores do not say how sure this is" in page.lead
 
 
+def test_what_has_no_score_is_named(full):
+    kept = scores()
+    kept.notes = ["left out: 86% of the layers' weights, the experts (down_proj, gate_up_proj)"]
+    kept.save(full / "scores.json")
+    assert f"Not scored, and {kept.notes[0]}." in report(full).text
+
+
 def test_hostile_names_stay_text(full):
     name = "<script>alert('x')</script>&\"$x^$ "
     odd = scores()

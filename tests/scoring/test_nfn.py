@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from helpers import Odd, Syncs, build, random_batches
 from torch import nn
 
@@ -11,6 +12,7 @@ from plopfast.data.rows import DEMO
 from plopfast.kernels import reference
 from plopfast.models.frozen import FrozenWeight
 from plopfast.models.linears import linear_modules
+from plopfast.models.running import context_length
 from plopfast.scoring import sums
 from plopfast.scoring.baselines import closed_form, monte_carlo
 from plopfast.support.errors import ConfigError, DataError, FileError, ModelError
@@ -271,6 +273,58 @@ def test_several_calls_and_other_shapes():
                 for module, x in calls:
                     ratios.setdefault(name, []).append(reference.nfn(x.reshape(-1, x.shape[-1]), module.weight))
     assert got.modules == pytest.approx({n: torch.cat(r).mean().item() for n, r in ratios.items()}, rel=1e-5)
+
+
+@pytest.mark.parametrize("compat", [None, "official"])
+def test_modules_that_are_never_called_are_left_out_and_named(compat, tmp_path):
+    """A vision tower without a picture, or a weight that the model reads itself: no score, no placement, and a line."""
+
+    def tower():
+        model = build("llama")
+        model.tower = nn.ModuleList([nn.ModuleDict({"patches": nn.Linear(4, 4), "mix": nn.Linear(4, 4)})])
+        return model
+
+    want = pf.score(build("llama"), random_batches(), compat=compat)
+    got = pf.score(tower(), random_batches(), compat=compat)
+    assert got.modules == want.modules and not want.notes
+    (line,) = got.notes
+    assert line == "left out: 2 modules that no token reached by a call (mix, patches), so no rule chooses them"
+    assert line in got.table() and "mix" not in got.types
+    got.save(tmp_path / "scores.json")
+    assert pf.NFNReport.load(tmp_path / "scores.json").notes == got.notes
+    if compat is None:
+        assert torch.equal(got.prompt_stats, want.prompt_stats)
+        sure = pf.score(tower(), random_batches(8), confidence=0.9, k=2)
+        assert sure.decision == pf.score(build("llama"), random_batches(8), confidence=0.9, k=2).decision
+        with pytest.raises(ModelError, match="never saw a token that counts, and nor did any other"):
+            pf.score(Unused(), random_batches(), skip_bos=False)
+
+
+class Unused(Odd):
+    def forward(self, input_ids, attention_mask):
+        return self.embed(input_ids)
+
+
+def test_the_bos_of_a_model_within_a_model(llama):
+    """A configuration of several models holds it inside: the first tokens would count without a word."""
+    want = pf.score(llama, random_batches())
+    text = llama.config
+    llama.config = transformers.PreTrainedConfig()
+    llama.config.text_config = text
+    llama.config.get_text_config = lambda decoder=False: text
+    assert context_length(llama) == text.max_position_embeddings
+    assert pf.score(llama, random_batches()).tokens == want.tokens
+
+
+def test_a_subclass_that_computes_otherwise_is_named(llama):
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), 0
+
+    llama.model.layers[0].router = Router(32, 4)
+    assert pf.score(llama, random_batches()).notes == [
+        "left out: 1 module of the class Router, whose forward is not nn.Linear's (router)"
+    ]
 
 
 def test_rows_that_cannot_be_matched_are_an_error():

@@ -1,0 +1,49 @@
+"""Which modules PEFT adapts for an adapter_config.json, written so that its versions adapt these and no others.
+
+PEFT 0.19 and later take some names of linear modules for those that a mixture's experts had before transformers 5 put them
+into one parameter: `mlp.shared_experts.gate_proj` becomes `experts.gate_up_proj`, and the module's tensors are dropped with
+a warning (huggingface/peft#3711). Lists, full names and regular expressions all are changed so. `target_parameters` is
+not: the weight of a linear module that it names gets the same tensors under the same keys.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import nn
+
+from .placement import ends_of
+
+# last components that PEFT renames, in transformers_weight_conversion.py
+RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+WEIGHT = ".weight"
+
+
+def targets_of(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+    """The fields target_modules and target_parameters (where one is needed) for the modules `names` of `model`."""
+    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED] if _has_fused_experts(model) else []
+    modules = [name for name in names if name not in parameters]
+    found: dict[str, Any] = {"target_modules": _target_modules(model, modules) if modules else []}
+    if parameters:
+        found["target_parameters"] = sorted(name + WEIGHT for name in parameters)
+    return found
+
+
+def key_of(name: str, target_parameters: Iterable[str]) -> str:
+    """What PEFT matches rank_pattern and alpha_pattern with: the module's name, or its weight's where that is the target."""
+    key = name + WEIGHT
+    return key if {key, *ends_of(key)} & {*target_parameters} else name
+
+
+def _has_fused_experts(model: nn.Module) -> bool:
+    return any(parameter.dim() == 3 and "experts" in name for name, parameter in model.named_parameters())
+
+
+def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:
+    """The names' last components, the full names, or a regular expression: the first that matches no other module."""
+    others = {end for name, _ in model.named_modules() if name not in names for end in (name, *ends_of(name))}
+    lasts = {name.rpartition(".")[2] for name in names}
+    for targets in (lasts, set(names)):
+        if not targets & others:
+            return sorted(targets)
+    return "|".join(re.escape(name) for name in sorted(names))

@@ -1,0 +1,100 @@
+"""Names that PEFT would take for a mixture's experts: files that it loads right, and that it wrote itself."""
+
+import copy
+import json
+
+import pytest
+import torch
+import transformers
+from helpers import SMALL, logits, randomise
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import plopfast as pf
+from plopfast.lora.layer import adapters
+from plopfast.support.errors import AdapterError
+
+
+@pytest.fixture
+def mixture():
+    """A dense layer and two of experts, with a shared one in each."""
+    torch.manual_seed(0)
+    more = {"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "q_lora_rank": 16, "kv_lora_rank": 16}
+    config = transformers.DeepseekV3Config(
+        **SMALL | {"num_key_value_heads": 4}, **more, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        moe_intermediate_size=16, first_k_dense_replace=1,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def place(model, **options):
+    """Ranks and alphas of their own in each layer, on every linear module."""
+    modules = {info.name: (2 + info.layer, 4.0 + info.layer % 2) for info in pf.linear_modules(model)}
+    pf.inject(model, pf.Placement(modules, [], "all", 0), **options)
+    randomise(model)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_adapts_shared_experts_and_dense_layers(mixture, tmp_path, rslora, recwarn):
+    base = copy.deepcopy(mixture)
+    place(mixture, rslora=rslora, dropout=0.25)
+    pf.save_adapter(mixture, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    named = {name.rpartition(".")[0].rpartition(".")[2] for name in config["target_parameters"]}
+    assert named == {"gate_proj", "up_proj", "down_proj"} and not named & {*config["target_modules"]}
+    theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(theirs), logits(mixture), rtol=1e-5, atol=1e-5)
+    assert not [one for one in recwarn if "missing adapter keys" in str(one.message)]
+    theirs.save_pretrained(tmp_path / "theirs")
+    for folder, dropout in ("adapter", 0.25), ("theirs", 0.0):
+        ours = copy.deepcopy(base)
+        pf.load_adapter(ours, tmp_path / folder)
+        torch.testing.assert_close(logits(ours), logits(mixture), rtol=1e-5, atol=1e-5)
+        assert {module.dropout for module in adapters(ours).values()} == {dropout}, "PEFT has none for parameters"
+
+
+def test_other_modules_are_named_as_ever(mixture, tmp_path):
+    modules = {info.name: (2, 4.0) for info in pf.linear_modules(mixture) if info.type == "o_proj"}
+    pf.inject(mixture, pf.Placement(modules, [], "o", 0), dropout=0.25)
+    pf.save_adapter(mixture, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["o_proj"] and "target_parameters" not in config
+    assert config["lora_dropout"] == 0.25
+
+
+def test_adapters_of_experts_are_refused(mixture, tmp_path):
+    base = copy.deepcopy(mixture)
+    config = LoraConfig(
+        r=2, target_modules=["o_proj"], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
+    )
+    get_peft_model(mixture, config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        AdapterError, match=r"target_parameters = \['mlp.experts.down_proj'\]: expected weights of linear"
+    ):
+        pf.load_adapter(base, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (["model.layers.0.mlp.up_proj.weight", 3], "target_parameters"),
+        ([], r"target_modules = .* leaves out model.layers.0.mlp.down_proj"),
+        (["mlp.down_proj.weight", "nowhere.weight"], r"target_parameters = \['nowhere.weight'\]"),
+    ],
+)
+def test_bad_target_parameters(mixture, tmp_path, parameters, message):
+    base = copy.deepcopy(mixture)
+    place(mixture)
+    file = pf.save_adapter(mixture, tmp_path / "adapter") / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"target_parameters": parameters}))
+    with pytest.raises(AdapterError, match=message):
+        pf.load_adapter(base, tmp_path / "adapter")
+
+
+def test_a_bad_dropout_in_the_metadata(mixture, tmp_path):
+    place(mixture)
+    file = pf.save_adapter(mixture, tmp_path / "adapter") / "adapter_model.safetensors"
+    save_file(load_file(file), file, {"format": "pt", "plopfast_dropout": "1.5"})
+    pf.unload(mixture)
+    with pytest.raises(AdapterError, match="plopfast_dropout in its metadata.*1.5"):
+        pf.load_adapter(mixture, tmp_path / "adapter")
