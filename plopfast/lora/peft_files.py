@@ -26,6 +26,7 @@ from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
 from .adapter_config import CONFIG, AdapterConfig, Dropout, read_config
 from .layer import LoRALinear, adapters, inject, undone_on_error
+from .peft_check import not_loaded
 from .peft_targets import key_of, targets_of
 from .placement import Placement, ranks_and_patterns
 
@@ -38,7 +39,8 @@ Parts = dict[str, dict[str, torch.Tensor]]  # module name -> "A" [rank, in] and 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model's adapters as PEFT does, in the folder `path`, which it returns.
 
-    Ranks and alphas that differ go into `rank_pattern` and `alpha_pattern`. Of several processes, only rank 0 writes, but
+    Ranks and alphas that differ go into `rank_pattern` and `alpha_pattern`. Where PEFT is installed and would not load the files
+    as they are, a warning says so (`peft_check`). Of several processes, only rank 0 writes, but
     all have to call this.
 
     Raises AdapterError where the model has no adapters or one of them is not finite, and FileError where the folder
@@ -63,10 +65,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
             if not is_finite(tensor):
                 raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
+    config = _peft_config(model, modules)
     with files.replacing(path) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)
-        files.write_json(scratch / CONFIG, _peft_config(model, modules))
+        files.write_json(scratch / CONFIG, config)
+    if said := not_loaded(model, config, tensors):
+        warnings.warn(f"{path}: {said}", stacklevel=2)
     return path
 
 

@@ -1,12 +1,15 @@
 """Names that PEFT would take for a mixture's experts: files that it loads right, and that it wrote itself."""
 
+import builtins
+import contextlib
 import copy
 import json
+import warnings
 
 import pytest
 import torch
 import transformers
-from helpers import SMALL, logits, randomise
+from helpers import SMALL, build, logits, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
@@ -98,3 +101,65 @@ def test_a_bad_dropout_in_the_metadata(mixture, tmp_path):
     pf.unload(mixture)
     with pytest.raises(AdapterError, match="plopfast_dropout in its metadata.*1.5"):
         pf.load_adapter(mixture, tmp_path / "adapter")
+
+
+def laguna():
+    config = transformers.LagunaConfig(
+        **SMALL,
+        head_dim=8,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+    )
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def mamba():
+    config = transformers.MambaConfig(vocab_size=SMALL["vocab_size"], hidden_size=32, num_hidden_layers=2)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("make", "end", "said"),
+    [
+        (laguna, "shared_experts.up_proj", r"PEFT .* renames .*shared_experts.up_proj.lora_A.weight and \d+ more"),
+        (mamba, "out_proj", r"PEFT .* refuses backbone.layers.0.mixer.out_proj and 1 more"),
+    ],
+)  # fmt: skip
+def test_what_peft_would_not_load_is_said_after_saving(make, end, said, tmp_path):
+    """It is true: PEFT warns or raises. plopfast loads its own file."""
+    model = make()
+    names = [name for name, _ in model.named_modules() if name.endswith(end)]
+    base = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pf.inject(model, pf.Placement(dict.fromkeys(names, (2, 4.0)), [], "mine", 0))
+    randomise(model)
+    with pytest.warns(UserWarning, match=said + ".*: load it with plopfast's load_adapter, or merge"):
+        pf.save_adapter(model, tmp_path / "adapter")
+    with warnings.catch_warnings(record=True) as found, contextlib.suppress(ValueError):
+        warnings.simplefilter("always")
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter")
+        assert any("missing adapter keys" in str(one.message) for one in found)
+    pf.load_adapter(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(base), logits(model))
+
+
+def test_peft_is_not_asked_in_vain(tmp_path, recwarn, monkeypatch):
+    """Families without other names: importing PEFT would take 3 s. And where it isn't installed, nothing can be said."""
+    plain, mixed, asked, real = build("llama"), laguna(), [], builtins.__import__
+    for model in (plain, mixed):
+        place(model)
+
+    def without_peft(name, *rest):
+        asked.append(name)
+        if name == "peft":
+            raise ImportError
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without_peft)
+    pf.save_adapter(plain, tmp_path / "plain")
+    assert "peft" not in asked
+    pf.save_adapter(mixed, tmp_path / "mixed")
+    assert "peft" in asked and not [one for one in recwarn if "PEFT" in str(one.message)]

@@ -22,7 +22,7 @@ import plopfast as pf
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import linear_modules
 from plopfast.models.running import first_logits
-from plopfast.support.errors import PlacementError, PlopfastError
+from plopfast.support.errors import AdapterError, PlacementError, PlopfastError
 
 RANK, SCALING = 2, 2.0
 STEPS = ("build", "score", "inject", "gradients", "train", "peft", "merge", "load", "resume")
@@ -194,17 +194,26 @@ class Trial:
     def peft(self):
         model = self.injected()
         want = reference.real_logits(model, self.batches[0])
-        pf.save_adapter(model, self.folder / "adapter")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            pf.save_adapter(model, self.folder / "adapter")
+        told = [str(one.message).partition(": ")[2] for one in said if ": PEFT " in str(one.message)]
         base = self.plain()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             try:
                 theirs = PeftModel.from_pretrained(base, self.folder / "adapter").eval()
             except Exception as error:
+                if told:
+                    raise AdapterError(told[0]) from error
                 raise Wrong(f"PEFT raises {type(error).__name__}: {_line(error)}") from error
         missing = [w for w in said if "missing adapter keys" in str(w.message)]
         got = reference.real_logits(theirs.get_base_model(), self.batches[0])
         off = _off(got, want)
+        if told and missing:
+            raise AdapterError(told[0])
+        if told:
+            raise Wrong(f"plopfast says in vain: {told[0]}")
         if missing or off > TOLERANCE:
             dropped = f"; PEFT drops adapters with a warning: {_line(missing[0].message)[:120]}" if missing else ""
             raise Wrong(f"the logits in PEFT are {off:.1%} off{dropped}")
