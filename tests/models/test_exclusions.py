@@ -20,6 +20,7 @@ from transformers import (
 
 import plopfast as pf
 from plopfast.models.exclusions import GATE, INDEXER, READ, SHARED, exclusions, left_out, read_by
+from plopfast.support.errors import PlacementError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -81,6 +82,16 @@ def test_experts_are_named_with_their_share():
         f"left out: {experts / layers:.0%} of the layers' weights, the experts (down_proj, gate_up_proj)"
     )
     assert 0.5 < experts / layers < 1 and left_out(build("llama")) == []
+
+
+def test_a_rule_that_finds_nothing_says_what_is_left_out():
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4, num_key_value_heads=4))
+    report = pf.score(model, [{"input_ids": torch.arange(3, 11).view(2, 4)}])
+    with pytest.raises(
+        PlacementError, match=r"'mlp' knows none of the types .*\(left out: \d+% of the layers' weights, the exp"
+    ):
+        pf.place(report, "mlp")
+    assert report.notes == left_out(model) and report.notes[0] in report.table()
 
 
 class Reads(nn.Module):
