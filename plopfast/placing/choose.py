@@ -50,8 +50,8 @@ def by_type(report: NFNReport, rule: str | Sequence[str], k: int, seed: int, cri
         assert entry.pick, "a rule ranks, or picks by a function"
         chosen = entry.pick(report, k, seed)
     if not chosen:
-        notes = "".join(f" ({note})" for note in report.notes)
-        raise PlacementError(f"rule {rule!r} knows none of the types {', '.join(types)}{notes}: name them instead")
+        absent = "".join(f" ({note})" for note in report.notes)
+        raise PlacementError(f"rule {rule!r} knows none of the types {', '.join(types)}{absent}: name them instead")
     return Choice(chosen, [name for name, score in in_layers(report).items() if score.type in chosen], margin, notes)
 
 
