@@ -37,7 +37,10 @@ def not_loaded(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str
             refused.append(name)
     if refused:
         return f"PEFT {peft.__version__} refuses {_some(refused)}: {WAY_OUT}"
-    kept = convert(model, theirs, {key: tensor.to("meta") for key, tensor in tensors.items()})
+    try:
+        kept = convert(model, theirs, {key: tensor.to("meta") for key, tensor in tensors.items()})
+    except Exception as error:  # it is no part of PEFT's interface, and must cost nobody an adapter
+        return f"PEFT {peft.__version__} could not say whether it would load it ({type(error).__name__}: {error})"
     if lost := [key.removeprefix("base_model.model.") for key in tensors if key not in kept]:
         return f"PEFT {peft.__version__} renames {_some(lost)} when it loads, and drops what it renamed: {WAY_OUT}"
     return None

@@ -66,11 +66,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
                 raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
     config = _peft_config(model, modules)
+    said = not_loaded(model, config, tensors)
     with files.replacing(path) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)
         files.write_json(scratch / CONFIG, config)
-    if said := not_loaded(model, config, tensors):
+    if said:
         warnings.warn(f"{path}: {said}", stacklevel=2)
     return path
 

@@ -163,3 +163,13 @@ def test_peft_is_not_asked_in_vain(tmp_path, recwarn, monkeypatch):
     assert "peft" not in asked
     pf.save_adapter(mixed, tmp_path / "mixed")
     assert "peft" in asked and not [one for one in recwarn if "PEFT" in str(one.message)]
+
+
+def test_an_error_inside_peft_costs_no_adapter(tmp_path, monkeypatch):
+    model = laguna()
+    place(model)
+    name = "peft.utils.transformers_weight_conversion.convert_peft_adapter_state_dict_for_transformers"
+    monkeypatch.setattr(name, lambda model, *_: model[1])
+    with pytest.warns(UserWarning, match=r"PEFT \S+ could not say whether it would load it \(TypeError"):
+        pf.save_adapter(model, tmp_path / "adapter")
+    pf.load_adapter(laguna(), tmp_path / "adapter", check_base=False)
