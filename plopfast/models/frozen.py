@@ -247,7 +247,8 @@ def sharers(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
     shared = {}
     for name in names:
         frozen = frozen_of(model.get_submodule(name), name)
-        others = {owner.removesuffix(".base") for owner in owners.get(_place(frozen.stored), [])} - {name}
+        others = {owner.removesuffix(".base") for owner in owners.get(_place(frozen.stored), [])}
+        others -= {name.removesuffix(".base")}  # where it has an adapter
         if others:
             shared[name] = sorted(others)
     return shared

@@ -94,6 +94,16 @@ def test_a_rule_that_finds_nothing_says_what_is_left_out():
     assert report.notes == left_out(model) and report.notes[0] in report.table()
 
 
+def test_adapters_exclude_nothing():
+    """A module inside an adapter shares its weight with nobody."""
+    model = build("llama")
+    names = [info.name for info in pf.linear_modules(model)]
+    pf.inject(model, pf.Placement(dict.fromkeys(names, (2, 4.0)), [], "all", 0))
+    assert exclusions(model) == {} and [info.name for info in pf.linear_modules(model)] == [
+        f"{name}.base" for name in names
+    ]
+
+
 class Reads(nn.Module):
     def __init__(self):
         super().__init__()
