@@ -61,6 +61,7 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
         raise ModelError(
             f"{type(model).__name__} has no linear modules (nn.Linear or transformers' Conv1D) inside repeated layers; "
             "plopfast needs a transformer whose layers are a ModuleList"
+            + "".join(f"; left out: modules {reason}" for reason in sorted({*excluded.values()}))
         )
     types = shortest_suffixes({inner for *_, inner in found})
     infos = []

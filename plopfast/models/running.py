@@ -109,7 +109,9 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
         called.append(True)
-        if args[0].shape[:-1] != where.shape:
+        if (
+            isinstance(where, torch.Tensor) and args[0].shape[:-1] != where.shape
+        ):  # or indices, of tensors without values
             raise ModelError(
                 f"{type(model).__name__}: its output head gets {list(args[0].shape[:-1])} hidden states, where the batch has "
                 f"{list(where.shape)} tokens, so no token's own logits can be told"
