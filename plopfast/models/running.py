@@ -109,9 +109,8 @@ def run_for_logits(model: nn.Module, batch: dict[str, torch.Tensor], where: torc
 
     def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[torch.Tensor]:
         called.append(True)
-        if (
-            isinstance(where, torch.Tensor) and args[0].shape[:-1] != where.shape
-        ):  # or indices, of tensors without values
+        of_values = isinstance(where, torch.Tensor)  # else indices, as the dry run has no mask to read
+        if of_values and args[0].shape[:-1] != where.shape:
             raise ModelError(
                 f"{type(model).__name__}: its output head gets {list(args[0].shape[:-1])} hidden states, where the batch has "
                 f"{list(where.shape)} tokens, so no token's own logits can be told"

@@ -14,7 +14,6 @@ fused experts and shared weights live on the device.
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -135,12 +134,11 @@ def resident(count: int, share: float) -> set[int]:
 
 def _streamable(model: nn.Module) -> list[tuple[nn.Module, dict[str, nn.Module]]]:
     """Each block that has weights to stream, and its modules that own them, by their names in the block."""
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     infos = {info.name: info.module for info in linear_modules(model) if info.layer is not None}
     found = []
     for begin, block in blocks(model).items():
         inside = {n.removeprefix(f"{begin}."): m for n, m in infos.items() if n.startswith(f"{begin}.")}
-        whole = {n: m for n, m in inside.items() if _is_plain(m) and max(shared[id(p)] for p in m.parameters()) == 1}
+        whole = {n: m for n, m in inside.items() if _is_plain(m)}  # weights that modules share are no infos
         if whole:
             found.append((block, whole))
     if not found:
