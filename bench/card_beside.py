@@ -6,8 +6,7 @@ Forward and backward in bfloat16, at Llama-3-8B's sizes and 8,192 tokens: plopfa
 own operations, and liger-kernel's. The loss is that of 4,096 tokens under Llama-3.2-1B's head. Codes: a weight of 14336 x 4096
 decoded, and multiplied with a few rows, beside bitsandbytes and the bare product with a dense weight. Microseconds are
 first those of a call and its end, medians of turns with the cache flushed before each, then those of its kernels alone, in
-one more call; memory is what a call takes
-above what it is given. --dry: tiny sizes on the CPU.
+one more call; memory is what a call takes above what it is given. --dry: tiny sizes on the CPU.
 """
 
 import argparse

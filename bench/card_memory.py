@@ -1,13 +1,13 @@
 """What each way to save memory saves and costs on this GPU, and whether a step of it computes the same.
 
-    python bench/card_memory.py [--seconds 240] [--rows 8] [--length 512] [--steps 4] [--out FILE] [--dry]
+    python bench/card_memory.py [--seconds 240] [--rows 8] [--length 512] [--steps 6] [--out FILE] [--dry]
 
 A random Llama of Llama-3.2-1B's shape with a head of its own, written to a folder and read with `load_model` by each arm: rank
 16 on all seven linears, bfloat16, AdamW, the same rows and adapters for all. "peak" is the most that torch's allocator gave on
 the GPU in training, and "loading" while the model was read; "estimate" is what `plopfast estimate` says of the step before it.
-"step" is the median of the steps after the first two, "GPU" what its kernels and copies take together, some of them at
-a time. "apart" is the greatest relative difference of losses and gradient
-norms of all steps from the arm whose weights are of the same kind, resident. --dry: a tiny model on the CPU.
+"step" is the median of the steps after the first two, "GPU" what its kernels and copies take together, some of them at a time.
+"apart" is the greatest relative difference of losses and gradient norms of all steps from the arm whose weights are of the same
+kind, resident. --dry: a tiny model on the CPU.
 """
 
 import argparse

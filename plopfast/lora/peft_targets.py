@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from ..models.exclusions import is_of_experts
 from .placement import ends_of
 
 # last components that PEFT renames, in transformers_weight_conversion.py
@@ -36,7 +37,7 @@ def key_of(name: str, target_parameters: Iterable[str]) -> str:
 
 
 def _has_fused_experts(model: nn.Module) -> bool:
-    return any(parameter.dim() == 3 and "experts" in name for name, parameter in model.named_parameters())
+    return any(is_of_experts(name, parameter) for name, parameter in model.named_parameters())
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -60,7 +60,7 @@ def left_out(model: nn.Module) -> list[str]:
         f"left out: {len(names)} module{'s' * (len(names) != 1)} {reason} ({_ends(names)})"
         for reason, names in by_reason.items()
     ]
-    experts = {name: p.numel() for name, p in model.named_parameters() if in_layers(name) and _is_of_experts(name, p)}
+    experts = {name: p.numel() for name, p in model.named_parameters() if in_layers(name) and is_of_experts(name, p)}
     if experts:
         layers = sum(p.numel() for name, p in model.named_parameters() if in_layers(name))
         share = sum(experts.values()) / layers
@@ -76,7 +76,8 @@ def in_layers(name: str) -> bool:
     return any(part.isdigit() for part in name.split("."))
 
 
-def _is_of_experts(name: str, parameter: nn.Parameter) -> bool:
+def is_of_experts(name: str, parameter: nn.Parameter) -> bool:
+    """Whether it holds one weight for each expert of a mixture."""
     return parameter.dim() == 3 and "experts" in name
 
 
