@@ -39,6 +39,7 @@ class Honoured(TypedDict, total=False):
     lora_alpha: Alpha
     lora_dropout: Dropout | None
     use_rslora: bool | None
+    use_dora: bool | None
     rank_pattern: dict[str, Size] | None
     alpha_pattern: dict[str, Alpha] | None
     target_modules: str | list[str] | None  # names, or a regular expression
@@ -56,7 +57,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {  # field -> the values that change nothi
     "modules_to_save": (),
     "trainable_token_indices": (),
     "layer_replication": (),
-    "use_dora": (),
     "lora_bias": (),
     "use_qalora": (),
     "use_bdlora": (),
@@ -100,6 +100,10 @@ class AdapterConfig:
     @property
     def rslora(self) -> bool:
         return bool(self.values.get("use_rslora"))
+
+    @property
+    def dora(self) -> bool:
+        return bool(self.values.get("use_dora"))
 
     @property
     def base(self) -> Any:

@@ -19,7 +19,7 @@ from ..models.exclusions import READ, exclusions
 from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers, streamed_in
 from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, PlacementError
-from . import tuning
+from . import dora as dora_math, tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
 from .ops import lora_linear, new_seed, path
 from .placement import Placement, check_rank
@@ -29,7 +29,8 @@ class LoRALinear(nn.Module):
     """A frozen linear module (nn.Linear or transformers' Conv1D) with a low-rank update.
 
     lora_A [rank, in] and lora_B [out, rank] are float32, whatever the dtype of `base`. `lora_A` gives the first value of
-    A; without it, A is drawn Kaiming-uniform. `backend` is that of `lora_linear`.
+    A; without it, A is drawn Kaiming-uniform. `backend` is that of `lora_linear`. `dora` trains the length of each row of
+    the weight, too: lora_magnitude [out], float32 (dora.py).
 
     Dropout draws one seed a call from torch's generator and stores no mask, so it is reproducible under
     `torch.manual_seed` and activation checkpointing.
@@ -37,6 +38,8 @@ class LoRALinear(nn.Module):
     Raises ModelError for a `base` that isn't a linear module or is quantised, PlacementError where the rank is below 1 or
     above the smaller side of the weight, and BackendError where `backend` cannot run.
     """
+
+    squares: torch.Tensor | None
 
     def __init__(
         self,
@@ -46,6 +49,7 @@ class LoRALinear(nn.Module):
         *,
         dropout: float = 0.0,
         rslora: bool = False,
+        dora: bool = False,
         backend: str = "auto",
         lora_A: torch.Tensor | None = None,
     ) -> None:
@@ -63,6 +67,9 @@ class LoRALinear(nn.Module):
         self.shared: Any = None  # a SharedInput of shared.py, where it reads what others read too
         self.lora_A = nn.Parameter((draw_A("kaiming", rank, n_in) if lora_A is None else lora_A).to(device))
         self.lora_B = nn.Parameter(torch.zeros(n_out, rank, device=device))
+        squares_N = dora_math.squares(self.frozen).to(device) if dora else None
+        self.lora_magnitude = None if squares_N is None else nn.Parameter(squares_N.sqrt())
+        self.register_buffer("squares", squares_N, persistent=False)  # ||W||^2 of each row
         base.requires_grad_(False)  # nothing above changes the base, in case it raises
 
     @property
@@ -80,9 +87,24 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]"""
-        base = self.base
         if not self.enabled:
-            return base(x)
+            return self.base(x)
+        y = self._product(x)
+        if self.lora_magnitude is None:
+            return y
+        return dora_math.scaled(y, self.lora_magnitude, self.lengths(), self.bias)
+
+    @property
+    def product_bias(self) -> torch.Tensor | None:
+        """The bias that the product adds; with DoRA it comes after the lengths."""
+        return self.base.bias if self.lora_magnitude is None else None  # type: ignore[return-value]
+
+    def lengths(self) -> torch.Tensor:
+        """||W + scaling B A|| of each row [out], in float32, without a gradient."""
+        assert self.squares is not None, "it has no lora_magnitude"
+        return dora_math.lengths(self.frozen.weight_NK, self.squares, self.lora_A, self.lora_B, self.scaling)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         p = self.dropout if self.training else 0.0
         if self.shared is not None and (y := self.shared.y_of(self, x, p)) is not None:
             return y
@@ -92,7 +114,7 @@ class LoRALinear(nn.Module):
             self.lora_A,
             self.lora_B,
             scaling=self.scaling,
-            bias=base.bias,  # type: ignore[arg-type]
+            bias=self.product_bias,
             dropout_p=p,
             seed=new_seed(x.device) if p else None,
             backend=self.backend,
@@ -101,8 +123,13 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def delta_NK(self) -> torch.Tensor:
-        """The update of the weight, scaling B A [out, in], in float32."""
-        return self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        """The update of the weight, scaling B A [out, in], in float32; with DoRA g (W + scaling B A) - W."""
+        delta = self.scaling * (self.lora_B.float() @ self.lora_A.float())
+        if self.lora_magnitude is None:
+            return delta
+        w_NK = self.frozen.dequantize().float()
+        whole = w_NK + delta
+        return whole * (self.lora_magnitude / whole.norm(dim=1).clamp_min(dora_math.TINY))[:, None] - w_NK
 
     def merged_weight(self) -> torch.Tensor:
         """W + scaling B A in the base module's layout and dtype; the base stays as it is."""
@@ -118,6 +145,7 @@ def inject(
     *,
     dropout: float = 0.0,
     rslora: bool = False,
+    dora: bool = False,
     seed: int = 0,
     backend: str = "auto",
     init: str = "kaiming",
@@ -176,7 +204,9 @@ def inject(
             base = modules[name]
             n_in = frozen_of(base).shape[1]
             lora_A = draw_seeded_A(init, rank, n_in, seed, name) if eva is None else eva[name][:rank].float().clone()
-            wrapped = LoRALinear(base, rank, alpha, dropout=dropout, rslora=rslora, backend=backend, lora_A=lora_A)
+            wrapped = LoRALinear(
+                base, rank, alpha, dropout=dropout, rslora=rslora, dora=dora, backend=backend, lora_A=lora_A
+            )
             wrapped.frozen = frozen_in(model, base, name)
             replace_module(model, name, wrapped.train(base.training))
         return list(adapters(model))

@@ -32,8 +32,11 @@ from .placement import Placement, ranks_and_patterns
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
-_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<part>[AB])\.weight")
-Parts = dict[str, dict[str, torch.Tensor]]  # module name -> "A" [rank, in] and "B" [out, rank]
+_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?:(?P<part>[AB])\.weight|magnitude_vector)")
+MAGNITUDE = "magnitude"
+Parts = dict[
+    str, dict[str, torch.Tensor]
+]  # module name -> "A" [rank, in], "B" [out, rank], and MAGNITUDE [out] of DoRA
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
@@ -61,10 +64,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     files.refuse_existing(path, overwrite)
     tensors = {}
     for name, module in modules.items():
-        for part, tensor in (("A", module.lora_A), ("B", module.lora_B)):
+        values = ("A.weight", module.lora_A), ("B.weight", module.lora_B), ("magnitude_vector", module.lora_magnitude)
+        for part, tensor in values:
+            if tensor is None:
+                continue
             if not is_finite(tensor):
-                raise AdapterError(f"{name}.lora_{part} holds NaN or infinity: not saved")
-            tensors[f"base_model.model.{name}.lora_{part}.weight"] = tensor.detach().cpu().contiguous()
+                raise AdapterError(f"{name}.lora_{part.removesuffix('.weight')} holds NaN or infinity: not saved")
+            tensors[f"base_model.model.{name}.lora_{part}"] = tensor.detach().cpu().contiguous()
     config = _peft_config(model, modules)
     said = not_loaded(model, config, tensors)
     with files.replacing(path) as scratch:
@@ -78,7 +84,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
 
 def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, Any]:
     first = next(iter(modules.values()))
-    targets = targets_of(model, list(modules))
+    dora = first.lora_magnitude is not None
+    targets = targets_of(model, list(modules), as_parameters=not dora)  # PEFT has no DoRA of parameters
     parameters = targets.get("target_parameters", [])
     ranks = {key_of(name, parameters): (module.rank, module.alpha) for name, module in modules.items()}
     return {
@@ -89,6 +96,7 @@ def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, 
         **ranks_and_patterns(ranks),
         "lora_dropout": 0.0 if parameters else first.dropout,  # PEFT has none for parameters
         "use_rslora": first.rslora,
+        "use_dora": dora,
         **targets,
         "fan_in_fan_out": first.frozen.transposed,
         "bias": "none",
@@ -110,7 +118,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     path = Path(path)
     config = read_config(path)
     parts, metadata = _read_parts(path)
-    _check_base(model, path, parts)
+    _check_base(model, path, parts, config.dora)
     placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
     saved = _fingerprint(path, metadata)
     theirs, ours = metadata.get("plopfast_base_kind", "dense"), kinds_of(model, placed)
@@ -130,11 +138,13 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     try:
         with torch.no_grad(), undone_on_error(model):
             names = inject(
-                model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, backend=backend
-            )
+                model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, dora=config.dora, backend=backend
+            )  # fmt: skip
             for name, module in adapters(model).items():
                 module.lora_A.copy_(parts[name]["A"])
                 module.lora_B.copy_(parts[name]["B"])
+                if module.lora_magnitude is not None:
+                    module.lora_magnitude.copy_(parts[name][MAGNITUDE][:, 0])
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     return names
@@ -175,27 +185,41 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if match is None:
-            raise AdapterError(f"{file}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight")
+            raise AdapterError(
+                f"{file}: unexpected tensor {key!r}; expected *.lora_A.weight, *.lora_B.weight, and with DoRA *.lora_magnitude_vector"
+            )
+        part = match["part"] or MAGNITUDE
+        if part == MAGNITUDE and tensor.dim() == 1:
+            tensor = tensor[:, None]
         if tensor.dim() != 2 or tensor.dtype not in DTYPES:
             raise AdapterError(f"{file}: {key}: expected a matrix of floats, got {tensor.dtype} {list(tensor.shape)}")
         if not is_finite(tensor.float()):
-            raise AdapterError(f"{file}: {match['name']}.lora_{match['part']} holds NaN or infinity; train it again")
-        parts.setdefault(match["name"], {})[match["part"]] = tensor
+            raise AdapterError(f"{file}: {match['name']}.lora_{part} holds NaN or infinity; train it again")
+        parts.setdefault(match["name"], {})[part] = tensor
     if not parts:
         raise AdapterError(f"{file}: holds no tensors")
     return parts, metadata
 
 
-def _check_base(model: nn.Module, path: Path, parts: Parts) -> None:
+def _check_base(model: nn.Module, path: Path, parts: Parts, dora: bool) -> None:
     """Raises AdapterError where a module of the adapter is incomplete, absent from the model, or of another shape."""
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, part in parts.items():
-        if set(part) != {"A", "B"}:
+        if dora != (MAGNITUDE in part) and {"A", "B"} <= set(part):
+            raise AdapterError(
+                f"{path / WEIGHTS}: {name} has {'a' if MAGNITUDE in part else 'no'} lora_magnitude_vector, and {CONFIG} says use_dora "
+                f"{str(dora).lower()}; was it edited?"
+            )
+        if set(part) - {MAGNITUDE} != {"A", "B"}:
             raise AdapterError(f"{path / WEIGHTS}: {name} has lora_{'/'.join(part)} only; the file is incomplete")
         if name not in modules or not is_linear(modules[name]):
             raise AdapterError(f"{path}: made for another base model: this one has no linear module {name!r}")
         n_out, n_in = frozen_of(modules[name], name).shape
         got = [part["A"].shape[1], part["B"].shape[0]]
+        if dora and part[MAGNITUDE].shape != (n_out, 1):
+            raise AdapterError(
+                f"{path}: made for another base model: {name} has {n_out} rows here, lora_magnitude_vector {len(part[MAGNITUDE])}"
+            )
         if got != [n_in, n_out] or part["A"].shape[0] != part["B"].shape[1]:
             raise AdapterError(
                 f"{path}: made for another base model: {name} is {n_in} -> {n_out} here, the adapter's is {got[0]} -> {got[1]}"

@@ -20,9 +20,10 @@ RENAMED = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w
 WEIGHT = ".weight"
 
 
-def targets_of(model: nn.Module, names: Sequence[str]) -> dict[str, Any]:
+def targets_of(model: nn.Module, names: Sequence[str], as_parameters: bool = True) -> dict[str, Any]:
     """The fields target_modules and target_parameters (where one is needed) for the modules `names` of `model`."""
-    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED] if _has_fused_experts(model) else []
+    fused = as_parameters and _has_fused_experts(model)
+    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED] if fused else []
     modules = [name for name in names if name not in parameters]
     found: dict[str, Any] = {"target_modules": _target_modules(model, modules) if modules else []}
     if parameters:

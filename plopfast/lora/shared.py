@@ -111,7 +111,7 @@ class SharedInput:
             group, s = self._group_of(x, p, self._plan_of(x, p)), None
         self._made = None
         x_MK = (x if x.dim() == 2 else x.reshape(-1, x.shape[-1])).contiguous()
-        weights, biases = [_weight_for(x, m) for m in members], [m.base.bias for m in members]
+        weights, biases = [_weight_for(x, m) for m in members], [m.product_bias for m in members]
         low = [m.low[0] for m in members if m.low], [m.low[1] for m in members if m.low]
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
         outputs = LoRAGroup.apply(x_MK, s, weights, biases, low, self.stacked_A, group, *trained)

@@ -96,8 +96,8 @@ def trainer_for(
         model = (plain_copy(model).float() if copied else model).requires_grad_(True)
     else:
         inject(
-            model, placement, dropout=config.dropout, rslora=config.rslora, backend=config.backend, seed=config.seed,
-            init=config.init, eva=vectors,
+            model, placement, dropout=config.dropout, rslora=config.rslora, dora=config.dora, backend=config.backend,
+            seed=config.seed, init=config.init, eva=vectors,
         )  # fmt: skip
     return Trainer(
         model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress, on_valid=on_valid

@@ -134,6 +134,7 @@ class AdapterSettings(Init, Seed, Backend):
     """What is trained: adapters of some kind, or all weights."""
 
     rslora: bool = option(False, "scale the update by alpha / sqrt(rank) instead of alpha / rank")
+    dora: bool = option(False, "train the length of each row of the adapted weights, too (DoRA)")
     full: bool = option(
         False, "train all weights instead of adapters, to compare with (use a lower --lr, such as 2e-5)"
     )
@@ -307,7 +308,7 @@ class RunConfig(
                     f"--stream keeps frozen weights elsewhere, and {given[0]} needs them in place: leave one of them out"
                 )
         if self.full:
-            plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "init": "kaiming"}
+            plain = {"lora_plus": 1.0, "dropout": 0.0, "rslora": False, "dora": False, "init": "kaiming"}
             given = [f"--{name.replace('_', '-')}" for name, value in plain.items() if getattr(self, name) != value]
             if given:
                 raise ConfigError(

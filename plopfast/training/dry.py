@@ -262,7 +262,7 @@ def _parts_of(model: nn.Module) -> Iterator[tuple[torch.Tensor, str]]:
     for module in model.modules():
         part = LINEAR if is_linear(module) and find_frozen(module) else OTHER
         for name, tensor in module.named_parameters(recurse=False):
-            yield tensor, ADAPTERS if name in ("lora_A", "lora_B") else part
+            yield tensor, ADAPTERS if name in ("lora_A", "lora_B", "lora_magnitude") else part
     for tensor in model.buffers():
         yield tensor, OTHER
     if streaming := getattr(model, "streaming", None):

@@ -67,7 +67,7 @@ def _keeps_apart(w):
 def _wraps(w):
     base = w.model.get_submodule("model.layers.1.mlp.up_proj")
     first = torch.ones(3, 32)
-    return lambda: pf.LoRALinear(base, 3, 1.5, dropout=0.1, rslora=True, lora_A=first), (first,)
+    return lambda: pf.LoRALinear(base, 3, 1.5, dropout=0.1, rslora=True, dora=True, lora_A=first), (first,)
 
 
 @case("LoRALinear", raises=PlacementError)
@@ -239,7 +239,7 @@ def _of_another_base(w):
 
 @case("load_adapter", raises=AdapterError)
 def _of_a_kind_that_is_not_known(w):
-    path = w.saved_adapter(use_dora=True)
+    path = w.saved_adapter(bias="all")
     return lambda: pf.load_adapter(w.model, path), ()
 
 

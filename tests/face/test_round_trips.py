@@ -87,7 +87,7 @@ def logits_of(model):
 
 def lora_of(model):
     return {
-        name: (m.rank, m.alpha, m.dropout, m.rslora, m.scaling, seen(m.lora_A), seen(m.lora_B))
+        name: (m.rank, m.alpha, m.dropout, m.rslora, m.scaling, seen(m.lora_A), seen(m.lora_B), seen(m.lora_magnitude))
         for name, m in adapters(model).items()
     }
 
@@ -129,8 +129,8 @@ def test_an_adapter_of_names_that_clash(clash, tmp_path):
 
 
 def adapter_comes_back(kind, model, modules, draw, tmp_path):
-    dropout, rslora = draw.choice([0.0, 0.05, 0.31]), draw.random() < 0.5
-    pf.inject(model, pf.Placement(modules, [], "random", 0), dropout=dropout, rslora=rslora, backend="torch")
+    dropout, rslora, dora = draw.choice([0.0, 0.05, 0.31]), draw.random() < 0.5, draw.random() < 0.5
+    pf.inject(model, pf.Placement(modules, [], "random", 0), dropout=dropout, rslora=rslora, dora=dora, backend="torch")
     torch.manual_seed(1)
     for module in adapters(model).values():
         nn.init.normal_(module.lora_A), nn.init.normal_(module.lora_B, std=0.1)
@@ -150,7 +150,7 @@ def adapter_comes_back(kind, model, modules, draw, tmp_path):
     assert all(module.backend == "torch" for module in adapters(again).values())
     assert lora_of(again) == expected and torch.equal(logits_of(again), was)
     assert {n for n, p in again.named_parameters() if p.requires_grad} == {
-        f"{m}.lora_{x}" for m in modules for x in "AB"
+        f"{m}.lora_{x}" for m in modules for x in ("A", "B", "magnitude")[: 2 + dora]
     }
 
     with warnings.catch_warnings():
@@ -158,10 +158,11 @@ def adapter_comes_back(kind, model, modules, draw, tmp_path):
         wrapped = peft.PeftModel.from_pretrained(theirs, path).eval().base_model.model
     found = {
         name: (m.r["default"], m.scaling["default"], getattr(m.lora_dropout["default"], "p", 0.0),
-               seen(m.lora_A["default"].weight), seen(m.lora_B["default"].weight))
+               seen(m.lora_A["default"].weight), seen(m.lora_B["default"].weight),
+               seen(m.lora_magnitude_vector["default"].weight if dora else None))
         for name, m in wrapped.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)
     }  # fmt: skip
-    assert found == {name: (rank, pytest.approx(scaling), p, a, b) for name, (rank, _, p, _, scaling, a, b) in expected.items()}  # fmt: skip
+    assert found == {name: (rank, pytest.approx(scaling), p, *abm) for name, (rank, _, p, _, scaling, *abm) in expected.items()}  # fmt: skip
     torch.testing.assert_close(logits_of(wrapped), was, rtol=1e-4, atol=1e-4)
 
 

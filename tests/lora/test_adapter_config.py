@@ -95,7 +95,7 @@ def test_honoured_as_peft_does(llama, tmp_path, settings):
     "settings",
     [
         {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
-        {"use_dora": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
+        {"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
         {"trainable_token_indices": [1, 2]}, {"alora_invocation_tokens": [5, 6]}, {"layer_replication": [[0, 2], [1, 3]]},
         {"lora_bias": True, "target_modules": ["q_proj"]},
     ],

@@ -43,7 +43,7 @@ TEXTS = {
     "seeds": "0,1,2", "general": None, "fit": None, "model_config": None,
 }  # fmt: skip
 SWITCHES = {
-    "allow_overlap": False, "skip_first": False, "rslora": False, "full": False, "packing": False, "checkpointing": False,
+    "allow_overlap": False, "skip_first": False, "rslora": False, "dora": False, "full": False, "packing": False, "checkpointing": False,
     "offload": False, "compile": False, "liger": False, "quantize_head": False, "stream": False,
 }  # fmt: skip
 FIRST = {"compat": None, "quantize": None}  # the default of a choice is its first one, but here
@@ -140,7 +140,7 @@ def test_texts(name):
 CONTRADICTIONS = [
     {"compat": "official", "score_tokens": "user"}, {"compat": "official", "skip_first": True},
     {"embedding": "cpu", "full": True}, {"embedding": "cpu", "parallel": "fsdp"}, {"mlp_rows": 8, "compile": True}, {"mlp_rows": 8, "parallel": "fsdp"}, {"max_steps": 3, "epochs": 1.0}, {"packing": True, "neftune": 5.0}, {"full": True, "parallel": "fsdp"},
-    {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "init": "gaussian"},
+    {"full": True, "lora_plus": 4.0}, {"full": True, "dropout": 0.1}, {"full": True, "rslora": True}, {"full": True, "dora": True}, {"full": True, "init": "gaussian"},
     {"granularity": "module"}, {"ranks": "proportional"}, {"cap": 1, "budget": "9M"}, {"unlabeled_share": 0.5},
     {"fit": "6GB", "parallel": "fsdp"},
     {"stream": True, "compile": True}, {"stream": True, "parallel": "fsdp"}, {"stream": True, "full": True},
@@ -190,6 +190,7 @@ def test_a_file_of_settings(tmp_path):
         {"settings": {"rank": 3, "odd": 1}},
         {"rank": "3"},
         {"rslora": 1},
+        {"dora": 1},
         {"train": ["a", 3]},
         [1],
         3,

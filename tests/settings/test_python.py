@@ -28,7 +28,7 @@ OPTIONS = {  # function -> option -> (what goes with it, its other value, whethe
         "cap": (SINGLE, 1, True), "criteria": ({}, {"other": {}}, False),
     },
     "inject": {
-        "dropout": ({}, 0.5, True), "rslora": ({}, True, True), "seed": ({}, 1, True), "backend": ({}, "torch", False),
+        "dropout": ({}, 0.5, True), "rslora": ({}, True, True), "dora": ({}, True, True), "seed": ({}, 1, True), "backend": ({}, "torch", False),
         "init": ({}, "gaussian", True), "eva": ({"init": "eva"}, "vectors", True),
     },
 }  # fmt: skip
@@ -47,7 +47,7 @@ def injected(**options):
             i.name: torch.ones(2, i.n_in) if ones else torch.eye(2, i.n_in) for i in linear_modules(model)
         }
     pf.inject(model, everywhere(model, rank=2), **options)
-    return [(m.lora_A, m.scaling, m.dropout) for m in adapters(model).values()]
+    return [(m.lora_A, m.scaling, m.dropout, m.lora_magnitude is not None) for m in adapters(model).values()]
 
 
 @pytest.fixture(scope="module")
