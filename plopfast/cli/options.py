@@ -9,6 +9,7 @@ from typing import Any, get_args
 from ..models.known import KNOWN
 from ..placing.rules import help_words
 from ..support.config import ROWS, TYPES, RunConfig
+from ..support.foreign import hint
 from ..support.options import Settings
 from ..support.settings_file import load_settings
 from . import arguments, bench_command
@@ -111,7 +112,9 @@ def _option(name: str) -> dict[str, Any]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line. `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value."""
     parser = build_parser()
-    parsed = parser.parse_args(argv)
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], ())}")
     for name, value in vars(parsed).items():
         if value == []:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")

@@ -46,15 +46,15 @@ class Honoured(TypedDict, total=False):
     target_parameters: list[str] | None  # weights of linear modules
     exclude_modules: str | list[str] | None
     layers_to_transform: int | list[int] | None
+    modules_to_save: list[str] | None  # their values are in the file, whole
+    bias: Literal["none", "all", "lora_only"] | None
 
 
 HONOURED = frozenset(Honoured.__annotations__)
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # field -> the values that change nothing; empty ones never do
     "task_type": ("CAUSAL_LM",),
-    "bias": ("none",),
     # The others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change the base weights that the adapter is trained on.
     "init_lora_weights": (True, "gaussian", "eva", "orthogonal"),
-    "modules_to_save": (),
     "trainable_token_indices": (),
     "layer_replication": (),
     "lora_bias": (),
@@ -104,6 +104,15 @@ class AdapterConfig:
     @property
     def dora(self) -> bool:
         return bool(self.values.get("use_dora"))
+
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Ends of the names of modules whose values the file has whole."""
+        return self.values.get("modules_to_save") or []
+
+    @property
+    def bias(self) -> str:
+        return self.values.get("bias") or "none"
 
     @property
     def base(self) -> Any:

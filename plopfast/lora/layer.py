@@ -23,6 +23,7 @@ from . import dora as dora_math, tuning
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
 from .ops import lora_linear, new_seed, path
 from .placement import Placement, check_rank
+from .replaced import base_values, keep_values, put_back
 
 
 class LoRALinear(nn.Module):
@@ -231,12 +232,13 @@ def adapters(model: nn.Module) -> dict[str, LoRALinear]:
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Switches the adapters off while the context lasts; those that were off before stay off."""
+    """Switches the adapters off while the context lasts, and what they replace whole; those that were off before stay off."""
     modules = [module for module in adapters(model).values() if module.enabled]
     try:
         for module in modules:
             module.enabled = False
-        yield
+        with base_values(model):
+            yield
     finally:
         for module in modules:
             module.enabled = True
@@ -280,6 +282,7 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
             if model.get_submodule(name) is module:
                 module.frozen.stored.detach().copy_(before)
             raise
+    keep_values(model)
     if into == "dense":
         make_dense(model)
     return list(merged)
@@ -290,6 +293,7 @@ def unload(model: nn.Module) -> list[str]:
     removed = adapters(model)
     for name, module in removed.items():
         replace_module(model, name, module.base)
+    put_back(model)
     return list(removed)
 
 

@@ -17,7 +17,7 @@ WAY_OUT = "load it with plopfast's load_adapter, or merge it (plopfast merge) an
 def not_loaded(model: nn.Module, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str | None:
     """A line that says what PEFT would not load of `tensors` (adapter_model.safetensors) under `config`
     (adapter_config.json) into `model`, and the way out; None where it loads all, or is not installed."""
-    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors}
+    names = {key.removeprefix("base_model.model.").rpartition(".lora_")[0] for key in tensors if ".lora_" in key}
     if not _is_renamed(model) and not {name.rpartition(".")[2] for name in names} & REFUSED:
         return None
     try:

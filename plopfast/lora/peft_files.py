@@ -3,6 +3,7 @@
 import json
 import re
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,23 @@ from .layer import LoRALinear, adapters, inject, undone_on_error
 from .peft_check import not_loaded
 from .peft_targets import key_of, targets_of
 from .placement import Placement, ranks_and_patterns
+from .replaced import check_values, replace_values, replaced_values
 
 WEIGHTS = "adapter_model.safetensors"
 FILES = (WEIGHTS, CONFIG)
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?:(?P<part>[AB])\.weight|magnitude_vector)")
+_WHOLE = re.compile(r"base_model\.model\.(?!.*\.lora_)(?P<name>.+)")
 MAGNITUDE = "magnitude"
-Parts = dict[
-    str, dict[str, torch.Tensor]
-]  # module name -> "A" [rank, in], "B" [out, rank], and MAGNITUDE [out] of DoRA
+# module name -> "A" [rank, in], "B" [out, rank], and with DoRA MAGNITUDE [out, 1]
+Parts = dict[str, dict[str, torch.Tensor]]
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
     """Writes the model's adapters as PEFT does, in the folder `path`, which it returns.
 
     Ranks and alphas that differ go into `rank_pattern` and `alpha_pattern`. Where PEFT is installed and would not load the files
-    as they are, a warning says so (`peft_check`). Of several processes, only rank 0 writes, but
-    all have to call this.
+    as they are, a warning says so (`peft_check`). Values that a loaded adapter had replaced whole are written again, as
+    modules_to_save or biases. Of several processes, only rank 0 writes, but all have to call this.
 
     Raises AdapterError where the model has no adapters or one of them is not finite, and FileError where the folder
     exists (unless `overwrite`) or cannot be written.
@@ -71,7 +73,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
             if not is_finite(tensor):
                 raise AdapterError(f"{name}.lora_{part.removesuffix('.weight')} holds NaN or infinity: not saved")
             tensors[f"base_model.model.{name}.lora_{part}"] = tensor.detach().cpu().contiguous()
-    config = _peft_config(model, modules)
+    whole = {_name_in_peft(name, modules): value for name, value in replaced_values(model).items()}
+    tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in whole.items()}
+    config = _peft_config(model, modules) | _whole_in_config([*whole])
     said = not_loaded(model, config, tensors)
     with files.replacing(path) as scratch:
         scratch.mkdir()
@@ -80,6 +84,21 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     if said:
         warnings.warn(f"{path}: {said}", stacklevel=2)
     return path
+
+
+def _name_in_peft(name: str, modules: Collection[str]) -> str:
+    """The name in PEFT's model of a parameter, which may be of an adapted module's base."""
+    owner, _, key = name.rpartition(".")
+    inner = owner.removesuffix(".base")
+    return f"{inner}.base_layer.{key}" if owner != inner and inner in modules else name
+
+
+def _whole_in_config(names: list[str]) -> dict[str, Any]:
+    """The fields modules_to_save and bias for values that an adapter replaces whole."""
+    to_save = sorted({name.rpartition(".")[0] for name in names if not name.endswith(".bias")})
+    biases = [name for name in names if name.rpartition(".")[0] not in to_save]
+    kind = "all" if any(".base_layer." not in name for name in biases) else "lora_only" if biases else "none"
+    return {"bias": kind, "modules_to_save": to_save or None}
 
 
 def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, Any]:
@@ -99,7 +118,6 @@ def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, 
         "use_dora": dora,
         **targets,
         "fan_in_fan_out": first.frozen.transposed,
-        "bias": "none",
         "init_lora_weights": True,
     }
 
@@ -117,8 +135,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     """
     path = Path(path)
     config = read_config(path)
-    parts, metadata = _read_parts(path)
+    parts, whole, metadata = _read_parts(path)
     _check_base(model, path, parts, config.dora)
+    check_values(model, path, whole, config.modules_to_save, config.bias)
     placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
     saved = _fingerprint(path, metadata)
     theirs, ours = metadata.get("plopfast_base_kind", "dense"), kinds_of(model, placed)
@@ -137,6 +156,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     placement = Placement(placed, [], "adapter", 0)
     try:
         with torch.no_grad(), undone_on_error(model):
+            replace_values(model, whole)
             names = inject(
                 model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, dora=config.dora, backend=backend
             )  # fmt: skip
@@ -172,8 +192,8 @@ def _fingerprint(path: Path, metadata: dict[str, str]) -> list[float] | None:
         raise AdapterError(str(error)) from error
 
 
-def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
-    """The adapters' tensors and the file's metadata."""
+def _read_parts(path: Path) -> tuple[Parts, dict[str, torch.Tensor], dict[str, str]]:
+    """The adapters' tensors, parameter name -> value of what they replace whole, and the file's metadata."""
     file = path / WEIGHTS
     if not file.is_file():
         raise AdapterError(f"{file}: no such file (adapters in pickle format, .bin, are not read)")
@@ -182,7 +202,13 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
     except FileError as error:
         raise AdapterError(str(error)) from error
     parts: Parts = {}
+    whole = {}
     for key, tensor in tensors.items():
+        if other := _WHOLE.fullmatch(key):
+            if tensor.dtype not in DTYPES or not is_finite(tensor.float()):
+                raise AdapterError(f"{file}: {key} holds NaN or infinity, or {tensor.dtype}; train it again")
+            whole[other["name"].replace(".base_layer.", ".")] = tensor
+            continue
         match = _KEY.fullmatch(key)
         if match is None:
             raise AdapterError(
@@ -198,7 +224,7 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, str]]:
         parts.setdefault(match["name"], {})[part] = tensor
     if not parts:
         raise AdapterError(f"{file}: holds no tensors")
-    return parts, metadata
+    return parts, whole, metadata
 
 
 def _check_base(model: nn.Module, path: Path, parts: Parts, dora: bool) -> None:

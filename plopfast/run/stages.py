@@ -12,6 +12,7 @@ from ..data.describe import DataFacts
 from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
+from ..lora.replaced import replaced_values
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
 from ..models.loading import load_model
@@ -167,7 +168,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             if adapter:
                 unload(run.model)
             if not adapters(run.model):
-                load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=config.backend)
+                _load_adapter(run, adapter, any_base, config.backend)
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
@@ -176,6 +177,12 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
         value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
         ranks.on_main(lambda: files.write_json(run.file("eval"), value))
     return value
+
+
+def _load_adapter(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto") -> None:
+    load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=backend)
+    if whole := replaced_values(run.model):
+        run.say(f"the adapter replaces whole: {', '.join(list(whole)[:4])}{f' and {len(whole) - 4} more' * (len(whole) > 4)}")
 
 
 def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
@@ -206,7 +213,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, req
     run.config = dataclasses.replace(run.config, stream=False, resident_share=0.0)  # the sum needs memory of its own
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
-        load_adapter(run.model, adapter or run.file("train"), check_base=not any_base)
+        _load_adapter(run, adapter, any_base)
         codes = words_of_codes(run.model)
         if requantize and not codes:
             raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")

@@ -134,7 +134,6 @@ class AdapterSettings(Init, Seed, Backend):
     """What is trained: adapters of some kind, or all weights."""
 
     rslora: bool = option(False, "scale the update by alpha / sqrt(rank) instead of alpha / rank")
-    dora: bool = option(False, "train the length of each row of the adapted weights, too (DoRA)")
     full: bool = option(
         False, "train all weights instead of adapters, to compare with (use a lower --lr, such as 2e-5)"
     )
@@ -155,6 +154,7 @@ class StepSettings(MemorySettings):
     accumulate: int = option(1, "micro-batches in a step, weighted by their label tokens", positive=True)
     packing: bool = option(False, "fill each micro-batch with one row of whole examples that cannot see each other")
     dropout: float = option(0.0, "LoRA dropout", below=1)
+    dora: bool = option(False, "train the length of each row of the adapted weights, too (DoRA)")
     ema: float = option(
         0.0, "keep and validate a moving average of the adapters with this decay; 0: keep the adapters", below=1
     )

@@ -5,7 +5,8 @@ from typing import Any
 
 from . import files
 from .config import TYPES
-from .errors import ConfigError, nearest, shown
+from .errors import ConfigError, shown
+from .foreign import hint
 from .options import fits, words_of
 
 
@@ -20,7 +21,7 @@ def load_settings(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: expected a JSON object of settings, got {type(value).__name__}")
     for name, setting in settings.items():
         if name not in TYPES:
-            raise ConfigError(f"{path}: unknown setting {shown(name)}{nearest(name, tuple(TYPES))}")
+            raise ConfigError(f"{path}: unknown setting {shown(name)}{hint(name, tuple(TYPES))}")
         if not fits(TYPES[name], setting):
             raise ConfigError(f"{path}: {name}: expected {words_of(TYPES[name])}, got {shown(setting)}")
     return {name: tuple(setting) if isinstance(setting, list) else setting for name, setting in settings.items()}

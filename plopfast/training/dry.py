@@ -148,7 +148,7 @@ class Step:
                 _widen(model)
                 model.requires_grad_(True)
             else:
-                inject(model, placement, dropout=getattr(config, "dropout", 0.0), backend="torch")
+                inject(model, placement, dropout=config.dropout, dora=config.dora, backend="torch")
             for tensor, part in _parts_of(model):
                 live.add(
                     tensor, part, host=part == STREAMED

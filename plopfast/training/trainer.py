@@ -15,6 +15,7 @@ from torch import nn
 from ..data.batches import collate, collate_packed, group_by_length
 from ..data.example import Example
 from ..lora.layer import adapters
+from ..lora.replaced import replaced_values
 from ..lora.shared import Prepared, find_shared_inputs
 from ..models.running import check_packing, device_of, evaluating, modes_kept
 from ..support import machine, ranks
@@ -302,6 +303,8 @@ class Trainer:
             self.model.train()
             self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
             self.notes += make_ready(self.objective, self.prepared, self.plan.batch_tokens, self.progress)
+            if whole := replaced_values(self.model):
+                self.notes.append(f"what the loaded adapter replaces whole stays as it is: {', '.join(whole)}")
             stack.enter_context(neftune(self.model, self.config.neftune))
             yield
 

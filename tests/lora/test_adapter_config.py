@@ -76,7 +76,7 @@ def test_pefts_own_defaults_are_read(saved):
         {"layers_to_transform": [1], "layers_pattern": "layers"}, {"exclude_modules": r".*layers\.1\..*"},
         {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": False},
         {"task_type": None}, {"inference_mode": True}, {"revision": "main"}, {"base_model_name_or_path": "nobody/nothing"},
-        {"fan_in_fan_out": True}, {"modules_to_save": None}, {"bias": "none"}, {"qalora_group_size": 8},
+        {"fan_in_fan_out": True}, {"modules_to_save": None}, {"bias": "none"}, {"bias": None}, {"qalora_group_size": 8},
     ],
     ids=str,
 )  # fmt: skip
@@ -95,8 +95,7 @@ def test_honoured_as_peft_does(llama, tmp_path, settings):
     "settings",
     [
         {"init_lora_weights": "pissa"}, {"init_lora_weights": "pissa_niter_4"}, {"init_lora_weights": "olora"},
-        {"lora_bias": True}, {"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]},
-        {"trainable_token_indices": [1, 2]}, {"alora_invocation_tokens": [5, 6]}, {"layer_replication": [[0, 2], [1, 3]]},
+        {"lora_bias": True}, {"trainable_token_indices": [1, 2]}, {"alora_invocation_tokens": [5, 6]}, {"layer_replication": [[0, 2], [1, 3]]},
         {"lora_bias": True, "target_modules": ["q_proj"]},
     ],
     ids=str,

@@ -36,12 +36,12 @@ def examples(count=64):
 
 def adapted(kind="ddp", dropout=0.0):
     model = build("llama")
-    if kind == "fsdp" and ranks.size() > 1:
+    if kind.startswith("fsdp") and ranks.size() > 1:
         parallel.shard(model, torch.device("cpu"))
     if kind == "streamed":
         stream(model, "cpu")
     if kind != "full":
-        pf.inject(model, everywhere(model), dropout=dropout)
+        pf.inject(model, everywhere(model), dropout=dropout, dora=kind == "fsdp-dora")
     return model
 
 
@@ -84,6 +84,10 @@ def streamed(folder):
 
 def fsdp(folder):
     train(folder, "fsdp")
+
+
+def fsdp_dora(folder):
+    train(folder, "fsdp-dora")
 
 
 def full(folder):
@@ -227,7 +231,7 @@ def command_line():
 
 CHECKS = {
     check.__name__: check
-    for check in (ddp, streamed, fsdp, full, score, evaluation, resume, not_finite, dies, one_fails)
+    for check in (ddp, streamed, fsdp, fsdp_dora, full, score, evaluation, resume, not_finite, dies, one_fails)
 }
 
 if __name__ == "__main__":

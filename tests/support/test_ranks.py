@@ -21,7 +21,7 @@ from plopfast.support import peers
 from plopfast.support.errors import ConfigError, TrainingError
 
 HERE = Path(__file__).parent
-CHECKS = ("ddp", "streamed", "fsdp", "full", "score", "evaluation", "resume")
+CHECKS = ("ddp", "streamed", "fsdp", "fsdp_dora", "full", "score", "evaluation", "resume")
 
 
 def run(*command):
@@ -54,7 +54,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "streamed", "fsdp", "full"])
+@pytest.mark.parametrize("kind", ["ddp", "streamed", "fsdp", "fsdp-dora", "full"])
 def test_training_equals_one_process_with_the_doubled_batch(found, kind):
     print(found[2].stderr)
     one, two = (metrics(folder / kind) for folder in found[:2])

@@ -52,7 +52,7 @@ def measured(model, placement, config):
         if placement is None:
             model.requires_grad_(True)
         else:
-            inject(model, placement, dropout=config.dropout)
+            inject(model, placement, dropout=config.dropout, dora=config.dora)
         trainer = Trainer(model, config, rows, rows[:1])
         trainer.fit()
     batch = collate(rows[:ROWS])
@@ -76,7 +76,7 @@ def test_agrees_with_real_steps(architecture, kind):
     assert choice is None or got.parameters == choice.parameters
 
 
-SETTINGS = [{"checkpointing": True}, {"accumulate": 2}, {"dropout": 0.1}, {"ema": 0.9}]
+SETTINGS = [{"checkpointing": True}, {"accumulate": 2}, {"dropout": 0.1}, {"ema": 0.9}, {"dora": True}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: next(iter(s)))
@@ -91,6 +91,9 @@ def test_settings_count(settings):
         assert got.activations_mib < 0.5 * plain.activations_mib and got.tflops_per_step > plain.tflops_per_step
     if "accumulate" in settings:
         assert got.tflops_per_step == pytest.approx(2 * plain.tflops_per_step)
+    if "dora" in settings:
+        lengths = sum(module.lora_magnitude.numel() for module in adapters(model).values())
+        assert got.parameters == plain.parameters + lengths > plain.parameters
     if "ema" in settings:
         assert got.total_mib - plain.total_mib == pytest.approx(choice.parameters * 4 / MIB)
 

@@ -32,14 +32,17 @@ def records(trainer):
 
 @pytest.mark.parametrize(
     ("kind", "how"),
-    [(None, {"dropout": 0.1}), ("nf4", {"checkpointing": True}), (None, {"packing": True, "accumulate": 2})],
-)
+    [
+        (None, {"dropout": 0.1}), ("nf4", {"checkpointing": True}), (None, {"packing": True, "accumulate": 2}),
+        (None, {"dora": True}),
+    ],
+)  # fmt: skip
 def test_a_training_is_the_resident_models(kind, how, examples):
     """With groups that share an input, validation, and the best values kept."""
     dropout = how.pop("dropout", 0.0)
     found = []
     for model in (quantize(build("llama"), kind) if kind else build("llama"), streamed(kind), streamed(kind, 0.5)):
-        pf.inject(model, everywhere(model), dropout=dropout)
+        pf.inject(model, everywhere(model), dropout=dropout, dora=how.get("dora", False))
         trainer = made(examples, model=model, max_steps=4, eval_every=2, **how)
         trainer.fit()
         found.append((records(trainer), trainer.paths(), parameters(trainer)))
