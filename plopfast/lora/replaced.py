@@ -30,6 +30,10 @@ def check_values(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     embeddings = {id(p) for module in _embeddings(model) for p in module.parameters()}
     said = dict.fromkeys(modules_to_save, False)
+    if streamed := {f"{name}.weight" for name in streamed_in(model)} & {*values}:
+        raise AdapterError(
+            f"{path}: the adapter replaces {min(streamed)}, which is streamed: load the model without --stream"
+        )
     for name, value in values.items():
         there = parameters.get(name)
         owners = [name.rsplit(".", i)[0] for i in range(1, name.count(".") + 1)]
@@ -49,10 +53,6 @@ def check_values(
                 f"{path}: made for another base model{words}: {name} is {list(there.shape)} here, the adapter's is "
                 f"{list(value.shape)}"
             )
-    if streamed := {f"{name}.weight" for name in streamed_in(model)} & {*values}:
-        raise AdapterError(
-            f"{path}: the adapter replaces {min(streamed)}, which is streamed: load the model without --stream"
-        )
     if missing := [one for one, found in said.items() if not found]:
         raise AdapterError(f"{path}: modules_to_save = {missing!r:.80}, for which there are no tensors; was it edited?")
 

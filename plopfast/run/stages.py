@@ -12,8 +12,8 @@ from ..data.describe import DataFacts
 from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
-from ..lora.replaced import replaced_values
 from ..lora.placement import Placement
+from ..lora.replaced import replaced_values
 from ..models.linears import words_of_codes
 from ..models.loading import load_model
 from ..models.running import device_of
@@ -182,7 +182,9 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
 def _load_adapter(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto") -> None:
     load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=backend)
     if whole := replaced_values(run.model):
-        run.say(f"the adapter replaces whole: {', '.join(list(whole)[:4])}{f' and {len(whole) - 4} more' * (len(whole) > 4)}")
+        run.say(
+            f"the adapter replaces whole: {', '.join(list(whole)[:4])}{f' and {len(whole) - 4} more' * (len(whole) > 4)}"
+        )
 
 
 def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:

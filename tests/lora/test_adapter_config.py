@@ -76,7 +76,7 @@ def test_pefts_own_defaults_are_read(saved):
         {"layers_to_transform": [1], "layers_pattern": "layers"}, {"exclude_modules": r".*layers\.1\..*"},
         {"init_lora_weights": "gaussian"}, {"init_lora_weights": "orthogonal"}, {"init_lora_weights": False},
         {"task_type": None}, {"inference_mode": True}, {"revision": "main"}, {"base_model_name_or_path": "nobody/nothing"},
-        {"fan_in_fan_out": True}, {"modules_to_save": None}, {"bias": "none"}, {"bias": None}, {"qalora_group_size": 8},
+        {"fan_in_fan_out": True}, {"modules_to_save": None}, {"bias": "none"}, {"qalora_group_size": 8},
     ],
     ids=str,
 )  # fmt: skip

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from helpers import build, logits
+from helpers import build, logits, prompted
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -99,14 +99,12 @@ def test_merged_it_is_the_models_own(case, tmp_path):
 
 
 def test_training_leaves_it_as_it_is_and_says_so(tmp_path):
-    from helpers import prompted
-
     by_peft("head", tmp_path / "theirs")
     model = base("llama")
     pf.load_adapter(model, tmp_path / "theirs")
     kept = {name: value.clone() for name, value in replaced_values(model).items()}
     rows = prompted([[1, *range(3, 20)]] * 4, [5] * 4)
-    trainer = pf.Trainer(model, rows, config=pf.TrainConfig(max_steps=2, lr=1e-2))
+    trainer = pf.Trainer(model, pf.TrainConfig(max_steps=2, lr=1e-2), rows)
     trainer.fit()
     assert any("stays as it is: lm_head.weight" in note for note in trainer.notes)
     assert all(torch.equal(value, kept[name]) for name, value in replaced_values(model).items())
