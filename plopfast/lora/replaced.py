@@ -85,8 +85,9 @@ def keep_values(model: nn.Module) -> None:
     for _, module, _ in places:
         module.__dict__.pop(BASE, None)
     if places and len({id(module.weight) for module in _embeddings(model)}) > 1:
-        for config in {id(c): c for c in (model.config, model.config.get_text_config())}.values():  # type: ignore
-            config.tie_word_embeddings = False  # or the head would be lost when the model is saved
+        config: Any = model.config
+        for one in (config, config.get_text_config()):
+            one.tie_word_embeddings = False  # or the head would be lost when the model is saved
 
 
 @contextlib.contextmanager
@@ -101,7 +102,8 @@ def base_values(model: nn.Module) -> Iterator[None]:
 
 def _swap(model: nn.Module) -> None:
     for _, module, key in list(_places(model)):
-        kept, here = module.__dict__[BASE], module._parameters[key]
+        kept: dict[str, Any] = module.__dict__[BASE]
+        here: Any = module._parameters[key]
         own = kept[key]
         if own.device != here.device:
             own.data = own.data.to(here.device)  # the model was moved meanwhile
