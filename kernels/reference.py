@@ -30,6 +30,13 @@ def lora_linear_grads(dy_MN, x_MK, w_NK, a_RK, b_NR, s, keep_MK=None, q=1.0) -> 
     }
 
 
+def segments(x_SK, w_ENK, a_ERK, b_ENR, ends, s) -> torch.Tensor:
+    """lora_linear by segments: rows up to ends[e] have the weights of e"""
+    starts = [0, *ends]
+    of = [lora_linear(x_SK[i:j], w_ENK[e], a_ERK[e], b_ENR[e], s) for e, (i, j) in enumerate(zip(starts, ends, strict=False))]
+    return torch.cat(of)
+
+
 def nfn(x_MK, w_NK) -> torch.Tensor:
     """NFN per token, [M]: ||W x|| / (||x|| ||W||_F / sqrt(K)), arXiv 2506.20629 with the closed-form baseline."""
     x_MK, w_NK = x_MK.double(), w_NK.double()

@@ -4,7 +4,7 @@ Every field is in one of three tables: it is honoured, it must have a neutral va
 adapter computes. A field in none of them must be empty, so no setting of a newer PEFT is passed over.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,7 @@ from ..support.errors import AdapterError, FileError
 from ..support.schema import Size, checked
 from .patterns import matches
 from .peft_targets import WEIGHT, key_of
+from .placement import ends_of
 
 CONFIG = "adapter_config.json"
 _EMPTY: tuple[Any, ...] = (None, False, [], {})
@@ -124,13 +125,14 @@ class AdapterConfig:
         """The parameters that are adapted by their own names."""
         return self.values.get("target_parameters") or []
 
-    def placed(self, ranks: dict[str, int]) -> dict[str, tuple[int, float]]:
-        """Returns module name -> (rank, alpha). `ranks`: module name -> the rank that its tensors have.
+    def placed(self, ranks: dict[str, int], of_experts: Collection[str] = ()) -> dict[str, tuple[int, float]]:
+        """Returns module name -> (rank, alpha). `ranks`: module name -> the rank that its tensors have. `of_experts` are the
+        names that are weights of experts.
 
         Raises AdapterError where the configuration says another rank, or leaves a module out.
         """
         names = list(ranks)
-        self._check_modules(names)
+        self._check_modules(names, of_experts)
         keys = {name: key_of(name, self.parameters) for name in names}
         ranks_said, alphas_said = (
             matches(self.values.get(field) or {}, [*keys.values()], f"{self.file}: {field}")
@@ -147,16 +149,18 @@ class AdapterConfig:
             placed[name] = rank, float(alphas[0])
         return placed
 
-    def _check_modules(self, names: Sequence[str]) -> None:
+    def _check_modules(self, names: Sequence[str], of_experts: Collection[str]) -> None:
         """Raises AdapterError for tensors of a module that PEFT would leave out. Of modules given by a regular expression
         the tensors alone say which they are."""
         targets, excluded, layers = (
             self.values.get(field) for field in ("target_modules", "exclude_modules", "layers_to_transform")
         )
         layers = [layers] if isinstance(layers, int) else layers or []
-        if idle := [one for one in self.parameters if all(key_of(name, [one]) == name for name in names)]:
-            raise AdapterError(_not_of_a_linear(self.file, idle))
-        for name in [name for name in names if key_of(name, self.parameters) == name]:
+        keys = [name if name in of_experts else name + WEIGHT for name in names]
+        met = {end for key in keys for end in (key, *ends_of(key))}
+        if idle := [one for one in self.parameters if one not in met]:
+            raise AdapterError(_not_known(self.file, idle))
+        for name in [n for n in names if n not in of_experts and key_of(n, self.parameters) == n]:
             ends = {name.split(".", i)[-1] for i in range(name.count(".") + 1)}
             layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
             for field, value, out in (
@@ -194,16 +198,13 @@ def read_config(folder: Path) -> AdapterConfig:
             raise AdapterError(f"{said}: this field is unknown; is it of a newer PEFT? {_MERGE}")
         if not _is_one_of(value, NEUTRAL[field]):
             raise AdapterError(f"{said} is not supported; {_CONVERT if field == 'init_lora_weights' else _MERGE}")
-    config = AdapterConfig(file, values)
-    if others := [one for one in config.parameters if not one.endswith(WEIGHT)]:
-        raise AdapterError(_not_of_a_linear(file, others))
-    return config
+    return AdapterConfig(file, values)
 
 
-def _not_of_a_linear(file: Path, parameters: list[str]) -> str:
+def _not_known(file: Path, parameters: list[str]) -> str:
     return (
-        f"{file}: target_parameters = {parameters!r:.80}: expected weights of linear modules that the file has tensors for; "
-        f"adapters of other parameters, such as experts, are not supported; {_MERGE}"
+        f"{file}: target_parameters = {parameters!r:.80}: expected weights of linear modules or of experts that this model and the "
+        f"file have; adapters of other parameters are not supported; {_MERGE}"
     )
 
 

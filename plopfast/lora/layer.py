@@ -16,10 +16,12 @@ import torch
 from torch import nn
 
 from ..models.exclusions import READ, exclusions
+from ..models.experts import expert_weights
 from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers, streamed_in
 from ..models.running import remember_requires_grad
-from ..support.errors import AdapterError, PlacementError
+from ..support.errors import AdapterError, ConfigError, PlacementError
 from . import dora as dora_math, tuning
+from .experts import ExpertLoRA, inject_experts, remove_experts
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
 from .ops import lora_linear, new_seed, path
 from .placement import Placement, check_rank
@@ -152,14 +154,16 @@ def inject(
     init: str = "kaiming",
     eva: Mapping[str, torch.Tensor] | None = None,
 ) -> list[str]:
-    """Freezes `model` and puts a LoRALinear in place of each of the placement's modules; returns their names.
+    """Freezes `model` and puts a LoRALinear in place of each of the placement's modules; returns their names. Weights of
+    experts (`...experts.down_proj`) get an update for each expert (experts.py).
 
     `init` says how A begins: "kaiming", "gaussian", "orthogonal" or "eva" (see init.py); B begins at zero. "eva" takes the
     first rows of `eva`, which is `report.eva` of `score(..., eva_rank=...)`. Otherwise A is drawn from the seed and the
     module's name, so that it depends on nothing else. If an error is raised, the model is unchanged.
 
     Raises PlacementError for names that the model does not have, for ranks and vectors that do not fit it and for modules
-    that share their weight with others, ConfigError for an `init` that is unknown or disagrees with `eva`, AdapterError
+    that share their weight with others, ConfigError for an `init` that is unknown or disagrees with `eva` and for what
+    experts cannot have (dropout, DoRA, EVA), AdapterError
     where the model has adapters already, ModelError for quantised modules, and BackendError where `backend` cannot run on
     the modules' device.
     """
@@ -167,14 +171,17 @@ def inject(
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
     modules, on_gpu = dict(model.named_modules(remove_duplicate=False)), False
+    experts = {info.name: info for info in expert_weights(model)} if placement.modules.keys() - modules.keys() else {}
     for name, (rank, _) in placement.modules.items():
-        if name not in modules or not is_linear(modules[name]):
+        if name not in experts and (name not in modules or not is_linear(modules[name])):
             raise PlacementError(
                 f"the placement names {name!r}, which is not a linear module of this {type(model).__name__}; "
                 "was it made for another model?"
             )
-        frozen = frozen_of(modules[name], name)
+        frozen = experts[name].frozen if name in experts else frozen_of(modules[name], name)
         n_out, n_in = frozen.shape
+        if name in experts:
+            _check_expert_options(name, {"dropout": dropout, "dora": dora, "init eva": eva is not None})
         if (made_for := placement.shapes.get(name, (n_out, n_in))) != (n_out, n_in):
             raise PlacementError(
                 f"{name}: the placement was made for a {made_for[0]} x {made_for[1]} weight, and this model's is {n_out} x "
@@ -184,7 +191,7 @@ def inject(
         if eva is not None:
             check_vectors(eva.get(name), name, rank, n_in)
         on_gpu |= path(frozen.device, backend) != "torch"
-    if shared := sharers(model, placement.modules):
+    if shared := sharers(model, [name for name in placement.modules if name not in experts]):
         name, others = next(iter(shared.items()))
         raise PlacementError(
             f"{name} shares its weight with {' and '.join(others)}, so merging would change these too: leave it out of the "
@@ -202,6 +209,12 @@ def inject(
     with undone_on_error(model):
         model.requires_grad_(False)
         for name, (rank, alpha) in placement.modules.items():
+            if name in experts:
+                info = experts[name]
+                draws = [draw_seeded_A(init, rank, info.n_in, seed, f"{name}.{e}") for e in range(info.experts)]
+                adapter = ExpertLoRA(info.frozen, rank, alpha, rslora=rslora, lora_A=torch.stack(draws))
+                inject_experts(model, name, info.mixture, adapter)
+                continue
             base = modules[name]
             n_in = frozen_of(base).shape[1]
             lora_A = draw_seeded_A(init, rank, n_in, seed, name) if eva is None else eva[name][:rank].float().clone()
@@ -211,6 +224,14 @@ def inject(
             wrapped.frozen = frozen_in(model, base, name)
             replace_module(model, name, wrapped.train(base.training))
         return list(adapters(model))
+
+
+def _check_expert_options(name: str, options: Mapping[str, Any]) -> None:
+    if given := [f"--{option.replace(' eva', '')}" for option, value in options.items() if value]:
+        raise ConfigError(
+            f"{name}: adapters of experts have no {' or '.join(given)} (PEFT's files hold none for them): leave it out, or the "
+            "experts (give --rule module types without experts)"
+        )
 
 
 @contextlib.contextmanager
@@ -225,9 +246,17 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def adapters(model: nn.Module) -> dict[str, LoRALinear]:
-    """Module name -> LoRALinear, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+def adapters(model: nn.Module) -> dict[str, Any]:
+    """Name -> LoRALinear, or ExpertLoRA for a weight of experts, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | ExpertLoRA)}
+
+
+def _take_out(model: nn.Module, name: str, module: Any) -> None:
+    """Puts what an adapter was put on back in its place."""
+    if isinstance(module, ExpertLoRA):
+        remove_experts(model, name)
+    else:
+        replace_module(model, name, module.base)
 
 
 @contextlib.contextmanager
@@ -260,7 +289,7 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
             f"{streamed[0].removesuffix('.base')} is streamed, and the host's copy takes no update: unstream(model) first, or "
             "load the model without --stream"
         )
-    for name, others in sharers(model, merged).items():
+    for name, others in sharers(model, [n for n, m in merged.items() if isinstance(m, LoRALinear)]).items():
         raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
     if into not in (None, "dense", "quantized"):
         raise AdapterError(f'merge: expected into="dense" or into="quantized", got {into!r}')
@@ -276,8 +305,8 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
             continue
         before = module.frozen.stored.detach().clone()
         try:
-            module.frozen.add_(module.delta_NK())
-            replace_module(model, name, module.base)
+            module.frozen.add_(module.delta_NK if isinstance(module, ExpertLoRA) else module.delta_NK())
+            _take_out(model, name, module)
         except BaseException:
             if model.get_submodule(name) is module:
                 module.frozen.stored.detach().copy_(before)
@@ -292,7 +321,7 @@ def unload(model: nn.Module) -> list[str]:
     """Takes the adapters out and puts the plain modules back with their weights unchanged; returns their names."""
     removed = adapters(model)
     for name, module in removed.items():
-        replace_module(model, name, module.base)
+        _take_out(model, name, module)
     put_back(model)
     return list(removed)
 

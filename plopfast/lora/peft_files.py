@@ -11,21 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.frozen import (
-    DTYPES,
-    SAME,
-    SAME_QUANTIZED,
-    fingerprint,
-    frozen_of,
-    is_linear,
-    kinds_of,
-    same_fingerprint,
-)
+from ..models.experts import ExpertWeight, mixtures, weight_at
+from ..models.fingerprints import SAME, SAME_QUANTIZED, fingerprint, kinds_of, same_fingerprint
+from ..models.frozen import DTYPES, frozen_of, is_linear
 from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
 from .adapter_config import CONFIG, AdapterConfig, Dropout, read_config
+from .expert_files import from_file, names_in_file, to_file
+from .experts import ExpertLoRA, adapted_mixtures
 from .layer import LoRALinear, adapters, inject, undone_on_error
 from .peft_check import not_loaded
 from .peft_targets import key_of, targets_of
@@ -64,15 +59,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     if not ranks.is_main():
         return path
     files.refuse_existing(path, overwrite)
-    tensors = {}
+    tensors, places = {}, names_in_file(adapted_mixtures(model), modules)
     for name, module in modules.items():
-        values = ("A.weight", module.lora_A), ("B.weight", module.lora_B), ("magnitude_vector", module.lora_magnitude)
-        for part, tensor in values:
-            if tensor is None:
-                continue
+        for part, tensor in _tensors_of(module).items():
             if not is_finite(tensor):
                 raise AdapterError(f"{name}.lora_{part.removesuffix('.weight')} holds NaN or infinity: not saved")
-            tensors[f"base_model.model.{name}.lora_{part}"] = tensor.detach().cpu().contiguous()
+            key = f"base_model.model.{places.get(name, name)}.lora_{part}"
+            tensors[key] = tensor.detach().cpu().contiguous()
     whole = {_name_in_peft(name, modules): value for name, value in replaced_values(model).items()}
     tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in whole.items()}
     config = _peft_config(model, modules) | _whole_in_config([*whole])
@@ -84,6 +77,14 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     if said:
         warnings.warn(f"{path}: {said}", stacklevel=2)
     return path
+
+
+def _tensors_of(module: Any) -> dict[str, torch.Tensor]:
+    """The end of a key in the file -> its tensor."""
+    if isinstance(module, ExpertLoRA):
+        return {f"{part}.weight": tensor for part, tensor in to_file(module).items()}
+    found = {"A.weight": module.lora_A, "B.weight": module.lora_B}
+    return found if module.lora_magnitude is None else {**found, "magnitude_vector": module.lora_magnitude}
 
 
 def _name_in_peft(name: str, modules: Collection[str]) -> str:
@@ -101,8 +102,9 @@ def _whole_in_config(names: list[str]) -> dict[str, Any]:
     return {"bias": kind, "modules_to_save": to_save or None}
 
 
-def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, Any]:
-    first = next(iter(modules.values()))
+def _peft_config(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
+    linears = [module for module in modules.values() if isinstance(module, LoRALinear)]
+    first = next(iter(linears or modules.values()))
     dora = first.lora_magnitude is not None
     targets = targets_of(model, list(modules), as_parameters=not dora)  # PEFT has no DoRA of parameters
     parameters = targets.get("target_parameters", [])
@@ -117,7 +119,7 @@ def _peft_config(model: nn.Module, modules: dict[str, LoRALinear]) -> dict[str, 
         "use_rslora": first.rslora,
         "use_dora": dora,
         **targets,
-        "fan_in_fan_out": first.frozen.transposed,
+        "fan_in_fan_out": bool(linears) and first.frozen.transposed,
         "init_lora_weights": True,
     }
 
@@ -136,9 +138,11 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     path = Path(path)
     config = read_config(path)
     parts, whole, metadata = _read_parts(path)
+    of_experts = _taken_from(parts, model, path, config)
     _check_base(model, path, parts, config.dora)
     check_values(model, path, whole, config.modules_to_save, config.bias)
-    placed = config.placed({name: len(part["A"]) for name, part in parts.items()})
+    sizes = {name: a_ERK.shape[1] for name, (a_ERK, _) in of_experts.items()}
+    placed = config.placed(sizes | {name: len(part["A"]) for name, part in parts.items()}, of_experts)
     saved = _fingerprint(path, metadata)
     theirs, ours = metadata.get("plopfast_base_kind", "dense"), kinds_of(model, placed)
     within = SAME if theirs == ours else SAME_QUANTIZED
@@ -161,13 +165,31 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
                 model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, dora=config.dora, backend=backend
             )  # fmt: skip
             for name, module in adapters(model).items():
-                module.lora_A.copy_(parts[name]["A"])
-                module.lora_B.copy_(parts[name]["B"])
+                a, b = of_experts[name] if name in of_experts else (parts[name]["A"], parts[name]["B"])
+                module.lora_A.copy_(a)
+                module.lora_B.copy_(b)
                 if module.lora_magnitude is not None:
                     module.lora_magnitude.copy_(parts[name][MAGNITUDE][:, 0])
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     return names
+
+
+def _taken_from(
+    parts: Parts, model: nn.Module, path: Path, config: AdapterConfig
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Takes the tensors of experts out of `parts`: name of the weight -> lora_A [E, R, K] and lora_B [E, N, R]."""
+    found, held = {}, mixtures(model) if config.parameters else {}
+    for name, place in names_in_file(held, config.parameters).items():
+        if {"A", "B"} - set(part := parts.pop(place, {})):
+            raise AdapterError(f"{path / WEIGHTS}: no lora_A and lora_B of {place}, which are those of {name}")
+        weight = weight_at(model, name)
+        assert isinstance(weight, ExpertWeight)
+        try:
+            found[name] = from_file(name, part, weight)
+        except AdapterError as error:
+            raise AdapterError(f"{path}: {error}") from None
+    return found
 
 
 def _dropout(path: Path, config: AdapterConfig, metadata: dict[str, str]) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..models.exclusions import is_of_experts
+from .experts import adapted_mixtures
 from .placement import ends_of
 
 # last components that PEFT renames, in transformers_weight_conversion.py
@@ -23,11 +24,12 @@ WEIGHT = ".weight"
 def targets_of(model: nn.Module, names: Sequence[str], as_parameters: bool = True) -> dict[str, Any]:
     """The fields target_modules and target_parameters (where one is needed) for the modules `names` of `model`."""
     fused = as_parameters and _has_fused_experts(model)
-    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED] if fused else []
-    modules = [name for name in names if name not in parameters]
+    experts = {name for mixture in adapted_mixtures(model) for name in names if name.rpartition(".")[0] == mixture}
+    parameters = [name for name in names if name.rpartition(".")[2] in RENAMED and name not in experts] if fused else []
+    modules = [name for name in names if name not in parameters and name not in experts]
     found: dict[str, Any] = {"target_modules": _target_modules(model, modules) if modules else []}
-    if parameters:
-        found["target_parameters"] = sorted(name + WEIGHT for name in parameters)
+    if parameters or experts:
+        found["target_parameters"] = sorted({name + WEIGHT for name in parameters} | experts)
     return found
 
 

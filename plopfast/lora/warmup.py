@@ -24,7 +24,7 @@ def warm_up(prepared: Prepared, tokens: int, progress: bool = False) -> list[str
     none where plain torch computes, which has nothing to compile. Raises BackendError where a backend cannot run.
     """
     kinds: dict[tuple[object, ...], list[LoRALinear]] = {}
-    for module in prepared.modules:
+    for module in (one for one in prepared.modules if isinstance(one, LoRALinear)):
         members = module.shared.members if module.shared else [module]
         if module is members[0] and any(_compiles(member, tokens) for member in members):
             kinds.setdefault(tuple(map(_kind, members)), members)

@@ -10,7 +10,7 @@ shared      one weight of several modules (Zamba's shared blocks): merging an up
 import ast
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from torch import nn
@@ -46,9 +46,9 @@ def exclusions(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def left_out(model: nn.Module) -> list[str]:
+def left_out(model: nn.Module, scored: Container[str] = ()) -> list[str]:
     """A line for each reason of `exclusions`, for each class that is nn.Linear's by name alone (`frozen.is_altered`), and for
-    experts, with their share of the layers' weights."""
+    experts that are not `scored`, with their share of the layers' weights."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in exclusions(model).items():
         by_reason.setdefault(reason, []).append(name)
@@ -60,13 +60,17 @@ def left_out(model: nn.Module) -> list[str]:
         f"left out: {len(names)} module{'s' * (len(names) != 1)} {reason} ({_ends(names)})"
         for reason, names in by_reason.items()
     ]
-    experts = {name: p.numel() for name, p in model.named_parameters() if in_layers(name) and is_of_experts(name, p)}
+    experts = {
+        name: p.numel()
+        for name, p in model.named_parameters()
+        if in_layers(name) and is_of_experts(name, p) and name not in scored
+    }
     if experts:
         layers = sum(p.numel() for name, p in model.named_parameters() if in_layers(name))
         share = sum(experts.values()) / layers
         lines.append(
-            f"left out: {share:.0%} of the layers' weights, the experts ({_ends([*experts])}): they are one parameter for all "
-            "experts of a layer, which plopfast neither scores nor adapts yet"
+            f"left out: {share:.0%} of the layers' weights, the experts ({_ends([*experts])}): "
+            "no token reached them, or plopfast does not know how their class computes"
         )
     return lines
 

@@ -18,9 +18,6 @@ from ..kernels.codes import Codes
 from ..support.errors import ModelError
 from .quantized import QuantizedLinear, forget_quantization, is_nested, linear_of, quantized, reader_of
 
-SAME = 0.01
-# nf4 moves the four weights of a module by 0.09 of their norm, and rarely by 0.3; those of another model are 1.4 away
-SAME_QUANTIZED = 0.35
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -289,23 +286,6 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def whole(tensor: Any) -> Any:
     """Gathers a sharded tensor on each rank; returns any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def fingerprint(model: nn.Module, names: list[str]) -> list[float]:
-    """The first four weights of each named linear module, in the order of their names: an adapter knows its base by them."""
-    return [value for name in sorted(names) for value in frozen_of(model.get_submodule(name), name).fingerprint()]
-
-
-def kinds_of(model: nn.Module, names: Iterable[str]) -> str:
-    """How the weights of the named linear modules are stored: "dense", or "nf4", or "dense, nf4"."""
-    return ", ".join(sorted({frozen_of(model.get_submodule(name), name).kind for name in names}))
-
-
-def same_fingerprint(one: list[float], two: list[float], within: float = SAME) -> bool:
-    """True where they agree within 1 %: rounding to bfloat16 moves a weight by at most 0.4 %. Between a dense and a quantised
-    model, `within` is `SAME_QUANTIZED`."""
-    a, b = torch.tensor(one), torch.tensor(two)
-    return a.shape == b.shape and bool((a - b).norm() <= within * a.norm())
 
 
 def _is_dense(weight: Any) -> bool:

@@ -14,7 +14,7 @@ PARAMETER_BYTES = 4  # adapters are float32
 
 def parameters_at(rank: int, score: ModuleScore) -> int:
     """Returns the parameters of an adapter of this rank on a module."""
-    return rank * (score.n_in + score.n_out)
+    return rank * (score.n_in + score.n_out) * score.experts
 
 
 def allowed_parameters(budget: int | str, match: Callable[[str, int], int]) -> int:

@@ -15,7 +15,7 @@ from ..data.labels import tokenize
 from ..data.notices import Notices
 from ..data.rows import Row, Rows
 from ..data.text import read_text
-from ..models.frozen import fingerprint
+from ..models.fingerprints import fingerprint
 from ..models.linears import linear_modules, number_of_weights, words_of_codes
 from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
 from ..support import files, machine, ranks

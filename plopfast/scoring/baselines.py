@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..models.experts import ExpertInfo
 from ..models.linears import LinearInfo
 from ..support.errors import ModelError
 
@@ -15,12 +16,29 @@ def denominators(infos: Sequence[LinearInfo], baseline: str, samples: int, seed:
     Raises ModelError naming the first module whose weight is all zeros or not finite.
     """
     found = closed_form(infos) if baseline == "closed-form" else monte_carlo(infos, samples, seed)
-    for info, value in zip(infos, found.tolist(), strict=True):
-        if not math.isfinite(value):
-            raise ModelError(f"{info.name}: the weight holds NaN or infinity; is the model file damaged?")
-        if value == 0:
-            raise ModelError(f"{info.name}: the weight is all zeros; was the model initialised?")
+    _check([info.name for info in infos], found)
     return found
+
+
+def expert_denominators(info: ExpertInfo, baseline: str, samples: int, seed: int) -> torch.Tensor:
+    """As `denominators`, for each expert of a weight: [E] float32. Raises ModelError for an expert that is all zeros or not
+    finite."""
+    if baseline == "closed-form":
+        found = info.frozen.frobenius() / info.n_in**0.5
+    else:
+        g = torch.randn(samples, info.n_in, generator=torch.Generator().manual_seed(seed))
+        unit = (g / g.norm(dim=1, keepdim=True)).to(info.frozen.device)
+        found = torch.stack([(unit @ w_NK.float().T).norm(dim=1).mean() for w_NK in info.frozen.weight_ENK])
+    _check([f"{info.name}: expert {e}" for e in range(info.experts)], found)
+    return found
+
+
+def _check(names: Sequence[str], found: torch.Tensor) -> None:
+    for name, value in zip(names, found.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ModelError(f"{name}: the weight holds NaN or infinity; is the model file damaged?")
+        if value == 0:
+            raise ModelError(f"{name}: the weight is all zeros; was the model initialised?")
 
 
 def closed_form(infos: Sequence[LinearInfo]) -> torch.Tensor:

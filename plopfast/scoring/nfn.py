@@ -29,17 +29,18 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.batches import group_by_length
 from ..lora.layer import adapters
 from ..models.exclusions import left_out
+from ..models.experts import ExpertInfo, expert_weights
 from ..models.linears import LinearInfo, linear_modules
 from ..models.running import body, device_of, evaluating, text_setting
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
 from ..support.progress import bar
-from .baselines import denominators
+from .baselines import denominators, expert_denominators
 from .eva import InputSketch
 from .official import score_official
 from .passes import PassEnd, run_pass, scored
 from .prompts import Row, rows_of
-from .report import ModuleScore, NFNReport, types_of, unseen_note
+from .report import ExpertScores, ModuleScore, NFNReport, types_of, unseen_note
 from .stopping import Decision, decide, next_look
 from .sums import NFNState
 
@@ -100,7 +101,7 @@ def score(
         else:
             bos = text_setting(model, "bos_token_id") if skip_bos else None
             report = Scoring(model, options).run(rows_of(batches, tokens, bos), meter)
-    report.notes += left_out(model)
+    report.notes += left_out(model, scored=report.scores)
     report.model, report.seconds = getattr(model, "name_or_path", ""), time.perf_counter() - began
     return report
 
@@ -164,10 +165,14 @@ class Scoring:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options, self.device = options, device_of(model)
-        self.infos = linear_modules(model, options.include_head)
-        self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, self.infos, options.seed)
-        below = denominators(self.infos, options.baseline, options.mc_samples, options.seed)
-        self.state = NFNState(below.to(self.device), options.backend, self.sketch)
+        linears, experts = linear_modules(model, options.include_head), expert_weights(model)
+        self.infos = [*linears, *experts]
+        self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, linears, options.seed)
+        how = options.baseline, options.mc_samples, options.seed
+        below = denominators(linears, *how).to(self.device)
+        self.state = NFNState(torch.cat([below, below.new_ones(len(experts))]), options.backend, self.sketch)
+        for index, info in enumerate(experts, len(linears)):
+            self.state.of_experts(index, expert_denominators(info, *how).to(self.device))
         self.end = PassEnd(model, len(self.infos))
         self.runner = model if options.include_head else body(model)
         self.without_cache = {"use_cache": False} if hasattr(model, "config") else {}
@@ -249,9 +254,16 @@ class Scoring:
         report = NFNReport(scores, self.tokens, prompts, 0.0, settings=settings, prompt_stats=stats[:, seen])
         report.decision = self.decision
         report.notes += unseen_note([info for i, info in enumerate(self.infos) if i not in set(seen)])
+        report.experts = {self.infos[i].name: _of_each(table) for i, table in self.state.experts.items() if i in seen}
         if self.sketch:
             report.eva, report.eva_ratios = self.sketch.vectors()
         return report
+
+
+def _of_each(table: torch.Tensor) -> ExpertScores:
+    """The scores of a layer's experts, of their sums and counts [2, E] on this rank."""
+    sums, counts = ranks.total(table.cpu()).tolist()
+    return ExpertScores([s / n if n else None for s, n in zip(sums, counts, strict=True)], [int(n) for n in counts])
 
 
 def seen_in(counts: torch.Tensor) -> list[int]:
@@ -259,7 +271,7 @@ def seen_in(counts: torch.Tensor) -> list[int]:
     return counts.any(1).nonzero().flatten().tolist()
 
 
-def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequence[Row]) -> dict[str, ModuleScore]:
+def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo | ExpertInfo], order: Sequence[Row]) -> dict[str, ModuleScore]:
     """The scores of a table [3, modules, prompts], of the modules that saw a token. Raises ModelError for NaN and infinity,
     and where no module saw one."""
     sums, squares, counts = table
@@ -278,5 +290,6 @@ def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo], order: Sequ
     for i, info in ((i, infos[i]) for i in seen):
         mean = float(sums[i].sum() / counts[i])
         std = math.sqrt(max(0.0, float(squares[i] / counts[i]) - mean**2))
-        result[info.name] = ModuleScore(mean, std, int(counts[i]), info.type, info.layer, info.n_in, info.n_out)
+        shape = info.n_in, info.n_out, getattr(info, "experts", 1)
+        result[info.name] = ModuleScore(mean, std, int(counts[i]), info.type, info.layer, *shape)
     return result

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..lora.ops import linear_and_norms, path, row_norms
+from ..models.experts import ExpertInfo, Route
 from ..models.frozen import is_sharded, is_transposed, whole
 from ..models.linears import LinearInfo
 from .sums import NFNState
@@ -70,10 +71,14 @@ def may_be_left(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def scored(infos: Sequence[LinearInfo], state: NFNState, end: PassEnd) -> Iterator[None]:
+def scored(infos: Sequence[LinearInfo | ExpertInfo], state: NFNState, end: PassEnd) -> Iterator[None]:
     """While it lasts, each call of a module adds its norms to `state`, and passes end where `end` says. See `run_pass`."""
     with contextlib.ExitStack() as stack:
+        mixtures: dict[Any, dict[str, tuple[int, ExpertInfo]]] = {}
         for index, info in enumerate(infos):
+            if isinstance(info, ExpertInfo):
+                mixtures.setdefault(info.mixture.module, {})[info.key] = index, info
+                continue
             module, bias = info.module, whole(getattr(info.module, "bias", None))
             if _may_be_computed_here(module, state.backend):
                 module.forward = _with_norms(index, info, state, end)
@@ -81,6 +86,9 @@ def scored(infos: Sequence[LinearInfo], state: NFNState, end: PassEnd) -> Iterat
             else:
                 hook = _after(index, info.name, bias, state, end)
                 stack.enter_context(module.register_forward_hook(hook))
+        for module, by_key in mixtures.items():
+            module.forward = _experts_with_norms(by_key, state, end)
+            stack.callback(delattr, module, "forward")
         yield
 
 
@@ -116,6 +124,24 @@ def _with_norms(index: int, info: LinearInfo, state: NFNState, end: PassEnd) -> 
         if last:
             raise PassEnded
         return y
+
+    return forward
+
+
+def _experts_with_norms(by_key: dict[str, tuple[int, ExpertInfo]], state: NFNState, end: PassEnd) -> Callable[..., Any]:
+    """Returns a forward of a module of experts that takes the norms of both of its products."""
+    mixture = next(iter(by_key.values()))[1].mixture
+
+    def product(key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        (index, info), frozen = by_key[key], mixture.weight(key)
+        y_SN = frozen.product(x_SK, route)
+        state.take_routed(index, info.name, x_SK, row_norms(y_SN, backend=state.backend), route)
+        if end.reached(index):
+            raise PassEnded
+        return frozen.with_bias(y_SN, route)
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return mixture.run(product, *args, **kwargs)
 
     return forward
 

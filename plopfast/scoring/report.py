@@ -24,7 +24,11 @@ OUTLIER = 3.5  # a module with a larger robust z is an outlier (Iglewicz and Hoa
 
 @dataclass(frozen=True)
 class ModuleScore:
-    """One module's NFN, its mean and standard deviation over `tokens` tokens, and the module's type, layer and shape."""
+    """One module's NFN, its mean and standard deviation over `tokens` tokens, and the module's type, layer and shape.
+
+    A weight of `experts` experts is one module: a token counts once for each expert that it is routed to, with that
+    expert's part [n_out, n_in] of the weight. So its NFN is the mean of the experts' own, weighted by their tokens.
+    """
 
     nfn: NotNegative
     std: NotNegative
@@ -33,6 +37,15 @@ class ModuleScore:
     layer: Count | None
     n_in: Size
     n_out: Size
+    experts: Size = 1
+
+
+@dataclass(frozen=True)
+class ExpertScores:
+    """The NFN of each of a layer's experts (None where no token reached it), and how many tokens it is the mean of."""
+
+    nfn: list[NotNegative | None]
+    tokens: list[Count]
 
 
 def types_of(modules: Iterable[Any]) -> list[str]:
@@ -58,6 +71,7 @@ class NFNReport:
     `decision`: whether the prompts tell the k chosen types from the others.
     `eva` [eva_rank, n_in] and `eva_ratios` [eva_rank], for each module: vectors and the shares that they explain
     (`InputSketch.vectors`). Empty without `eva_rank`. `eva.save` writes them, not `save`.
+    `experts`: name of a weight of experts -> what its experts have each.
     `notes`: a line for each kind of module that has no score, and why.
     """
 
@@ -71,6 +85,7 @@ class NFNReport:
     prompt_stats: torch.Tensor | None = field(default=None, repr=False, compare=False)
     eva: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
     eva_ratios: dict[str, torch.Tensor] = field(default_factory=dict, repr=False, compare=False)
+    experts: dict[str, ExpertScores] = field(default_factory=dict, repr=False)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -194,7 +209,7 @@ class NFNReport:
             stats = _prompt_stats(beside, len(kept.scores))
         report = cls(
             kept.scores, kept.tokens, kept.prompts, kept.seconds, kept.model, {**kept.settings}, kept.decision, stats,
-            notes=kept.notes,
+            experts=kept.experts, notes=kept.notes,
         )  # fmt: skip
         if kept.types and kept.types != report.types:
             raise FileError(f"{path}: types: other means than those of its scores; {anew}")
@@ -234,6 +249,7 @@ class _Kept:
     decision: Decision | None = None
     intervals: Intervals | _Why | None = None
     prompt_stats_sha256: str | None = None
+    experts: dict[str, ExpertScores] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

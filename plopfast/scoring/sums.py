@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..lora.ops import row_norms
+from ..models.experts import Route
 from ..support import ranks
 from ..support.errors import ModelError
 from .eva import InputSketch
@@ -30,6 +31,9 @@ class NFNState:
         self._counted = torch.empty(0, 0)
         # layout -> (module, norms of its input and output) of each call in this batch
         self._calls: defaultdict[tuple[int, bool], list[tuple[int, torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        self._routed: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []  # (module, rows, ratios, valid)
+        self.experts: dict[int, torch.Tensor] = {}  # module -> sums and counts of its experts [2, E] float64
+        self._expert_scales: dict[int, torch.Tensor] = {}
         self._input: torch.Tensor | None = None  # the last module's input, and its norms
         self._input_norm = torch.empty(0)
 
@@ -50,6 +54,27 @@ class NFNState:
         elif self.sketch is not None:
             self.sketch.share(name)
         self._calls[self._layout(name, y_norm)].append((index, self._input_norm, y_norm))
+
+    def of_experts(self, index: int, denominators_E: torch.Tensor) -> None:
+        """Says that a module is the weight of so many experts, and what each one's norm is for a random input."""
+        self._expert_scales[index] = 1.0 / denominators_E
+        self.experts[index] = torch.zeros(2, len(denominators_E), dtype=torch.float64, device=denominators_E.device)
+
+    def take_routed(self, index: int, name: str, x_SK: torch.Tensor, y_norm_S: torch.Tensor, route: Route) -> None:
+        """Takes the norms of the weights of experts, for rows that are sorted by expert."""
+        rows, tokens = self._counted.shape
+        if int(len(x_SK)) % max(rows * tokens, 1) or len(route.tokens_S) != len(x_SK):
+            raise ModelError(
+                f"{name}: {len(x_SK)} routed inputs do not fit the batch's {rows} rows x {tokens} tokens, so padding cannot be "
+                "told apart: this model lays tokens out in a way of its own, which plopfast does not score"
+            )
+        x_norm_S, counted_S = row_norms(x_SK, backend=self.backend), self._counted.flatten()[route.tokens_S]
+        valid_S = counted_S & (x_norm_S != 0)  # a zero input has no direction, and Llama 4 sets those of other experts to zero
+        scale_S = self._expert_scales[index][route.experts_S]
+        ratio_S = torch.where(valid_S, y_norm_S / x_norm_S * scale_S, 0.0)
+        self._routed.append((index, route.tokens_S // tokens, ratio_S, valid_S))
+        for total_E, value_S in zip(self.experts[index], (ratio_S, valid_S), strict=True):
+            total_E.index_add_(0, route.experts_S, value_S.double())
 
     def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
         """Returns how a module's norms lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
@@ -74,6 +99,7 @@ class NFNState:
         """Begins a batch."""
         self._counted, self._first = counted, first
         self._calls.clear()
+        self._routed.clear()
 
     def close(self) -> None:
         """Ends a batch: adds its norms to the sums, with one set of operations for all modules of a shape."""
@@ -90,6 +116,10 @@ class NFNState:
             sums.index_add_(0, index, ratio.sum(-1))
             counts.index_add_(0, index, valid.sum(-1, dtype=counts.dtype))
             squares.index_add_(0, index, ratio.square_().sum(-1))
+        for i, row_S, ratio_S, valid_S in self._routed:
+            sums[i].index_add_(0, row_S, ratio_S)
+            counts[i].index_add_(0, row_S, valid_S.to(counts.dtype))
+            squares[i].index_add_(0, row_S, ratio_S.square())
         self.parts.append((self._first, part))
         self._input = None
 

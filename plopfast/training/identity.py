@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data.example import Example, digest
 from ..lora.layer import adapters
-from ..models.frozen import fingerprint
+from ..models.fingerprints import fingerprint
 from ..models.linears import linear_modules
 from ..support import ranks
 from ..support.config import FREE, TrainConfig

@@ -118,6 +118,11 @@ _ATTENTION = (
 FORMULAS: dict[Any, Any] = {  # of shapes
     _OPS.lora_forward: _lora_forward,
     _OPS.lora_backward: _lora_backward,
+    _OPS.segment_product: lambda x, w, *_, **__: 2 * x[0] * w[1] * w[2],
+    _OPS.segment_forward: lambda x, w, a, *_, **__: 2 * x[0] * (w[1] * w[2] + a[1] * (w[1] + w[2])),
+    _OPS.segment_backward: lambda dy, x, s, w, a, b, ends, scaling, *needed, **__: _lora_backward(
+        dy, x, s, w[1:], a[1:], b, scaling, 0.0, None, "", *needed
+    ),
     _ATEN.addmm_: lambda c, a, b, **_: 2 * a[0] * a[1] * b[1],  # torch 2.13 knows no products in place
     # torch 2.11 refuses keys with fewer heads than the queries; torch 2.13 does not know attention on the CPU
     **{getattr(_ATEN, f"_scaled_dot_product_{kind}"): attention_flops for kind in _ATTENTION},

@@ -9,7 +9,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import plopfast as pf
-from plopfast.models.frozen import find_frozen, fingerprint, frozen_of, is_linear
+from plopfast.models.fingerprints import fingerprint
+from plopfast.models.frozen import find_frozen, frozen_of, is_linear
 from plopfast.support.errors import ModelError
 
 

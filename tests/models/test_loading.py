@@ -10,7 +10,7 @@ from helpers import build
 from safetensors.torch import load_file, save_file
 
 import plopfast as pf
-from plopfast.models.frozen import same_fingerprint
+from plopfast.models.fingerprints import same_fingerprint
 from plopfast.models.loading import load_tokenizer, path_of
 from plopfast.models.running import check_packing, run_for_logits
 from plopfast.models.sources import checked_config, code_wanted

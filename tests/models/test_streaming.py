@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 import plopfast as pf
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models import streaming
-from plopfast.models.frozen import fingerprint, frozen_of, make_dense, streamed_in
+from plopfast.models.fingerprints import fingerprint
+from plopfast.models.frozen import frozen_of, make_dense, streamed_in
 from plopfast.models.lean import lean_modules
 from plopfast.models.linears import blocks, number_of_weights
 from plopfast.models.running import device_of

@@ -8,6 +8,7 @@ import inspect
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from plopfast.data.example import Example
 
@@ -71,7 +72,9 @@ def nfn(model, batches, names, dtype=torch.float64):
     config = model.config.get_text_config(decoder=True)
     bos = getattr(config, "bos_token_id", None)
     seen, ratios = {}, {name: [] for name in names}
-    modules = {name: model.get_submodule(name) for name in names}
+    weights = dict(model.named_parameters())
+    modules = {name: model.get_submodule(name) for name in names if name not in weights}
+    experts = Watched({name: weights[name] for name in names if name in weights})
     hooks = [
         module.register_forward_hook(lambda _m, args, _o, name=name: seen.setdefault(name, []).append(args[0]))
         for name, module in modules.items()
@@ -80,7 +83,12 @@ def nfn(model, batches, names, dtype=torch.float64):
         for batch in batches:
             for ids, mask in zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True):
                 seen.clear()
-                logits_of(model, {"input_ids": ids[mask][None], "attention_mask": mask[mask].long()[None]})
+                with experts:
+                    logits_of(model, {"input_ids": ids[mask][None], "attention_mask": mask[mask].long()[None]})
+                for name, x, weight, tokens in experts.calls:
+                    counted = x[(tokens >= int(ids[0] == bos)) & x.any(1)].double()
+                    z = (counted @ weight.double()).norm(dim=-1) / counted.norm(dim=-1)
+                    ratios[name].append(z * weight.shape[0] ** 0.5 / weight.double().norm())
                 for name, calls in seen.items():
                     for x in calls:
                         flat, tokens = x.reshape(-1, x.shape[-1]).double(), int(mask.sum())
@@ -93,6 +101,37 @@ def nfn(model, batches, names, dtype=torch.float64):
         hook.remove()
     called = {name: torch.cat(values).mean().item() for name, values in ratios.items() if values}
     return called, sorted(set(names) - called.keys())
+
+
+class Watched(TorchFunctionMode):
+    """Sees the products with a part of one of `weights`: `calls` are (name, x [rows, in], weight [in, out], tokens [rows]).
+
+    The experts are run one by one, as transformers' plainest way does: it takes an expert's tokens by their numbers, and
+    multiplies them with its part of the weights. Llama 4 multiplies all tokens with all parts at once.
+    """
+
+    def __init__(self, weights):
+        super().__init__()
+        self.weights, self.calls, self.tokens = weights, [], None
+
+    def __enter__(self):
+        self.calls = []
+        return super().__enter__()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dim() == 1:
+            self.tokens = args[1]
+        elif function is nn.functional.linear or function.__name__ in ("matmul", "__matmul__"):
+            self._note(args[0], args[1].T if function is nn.functional.linear else args[1], self.tokens)
+        elif function is torch.bmm:
+            for x, weight in zip(*args[:2], strict=True):
+                self._note(x, weight, torch.arange(len(x)))
+        return function(*args, **(kwargs or {}))
+
+    def _note(self, x, weight, tokens):
+        for name, whole in self.weights.items():
+            if weight.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr():
+                self.calls.append((name, x, weight, tokens))
 
 
 def _is_transposed(module):
@@ -114,7 +153,14 @@ class Adapted:
     def weights(self):
         """Parameter name -> W + scaling B A, with gradients."""
         made = {}
+        parameters = dict(self.model.named_parameters())
         for name in self.names:
+            if name in parameters:  # of experts
+                delta = self.scaling[name] * self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
+                owner = self.model.get_submodule(name.rpartition(".")[0])
+                stored = delta.mT if getattr(owner, "is_transposed", "Llama4" in type(owner).__name__) else delta
+                made[name] = parameters[name] + stored
+                continue
             module = self.model.get_submodule(name)
             delta = self.scaling[name] * self.values[f"{name}.lora_B"] @ self.values[f"{name}.lora_A"]
             made[f"{name}.weight"] = module.weight + (delta.T if _is_transposed(module) else delta)

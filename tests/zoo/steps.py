@@ -229,7 +229,7 @@ class Trial:
             raise Wrong(f"the merged model has other names: {sorted(now.keys() ^ base.keys())[:3]}")
         for name, value in now.items():
             expected = weights[name].detach() if name in weights else base[name]
-            if name.rpartition(".")[0] in names and name in weights:
+            if {name, name.rpartition(".")[0]} & names and name in weights:
                 _same(f"merged {name}", value, expected)
             elif not torch.equal(value, base[name]):
                 raise Wrong(f"{name} is not adapted, and merging changed it")

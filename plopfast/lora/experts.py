@@ -1,0 +1,152 @@
+"""Low-rank updates of the experts of a mixture: A and B of its own for each expert, of one rank, as PEFT's target_parameters has.
+
+    y_s = W_e x_s + bias_e + scaling B_e A_e x_s  for the rows s of expert e
+
+E experts, N out, K in, R rank, S rows sorted by expert (models/experts.py).
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels import library_segments  # noqa: F401  # registers the operations below
+from ..models.experts import ExpertWeight, Mixture, Route
+from .placement import check_rank
+
+
+class ExpertLoRA(nn.Module):
+    """The update of one weight of all experts of a layer: lora_A [E, R, K] and lora_B [E, N, R], float32.
+
+    It has no dropout and no magnitudes, as PEFT's files have none for parameters. Raises PlacementError for a rank below 1
+    or above the smaller side of an expert's weight.
+    """
+
+    dropout, backend, shared, lora_magnitude = 0.0, "auto", None, None
+
+    def __init__(self, frozen: ExpertWeight, rank: int, alpha: float, *, rslora: bool, lora_A: torch.Tensor) -> None:
+        super().__init__()
+        n_out, n_in = frozen.shape
+        check_rank(rank, n_in, n_out)
+        self.frozen, self.rank, self.alpha, self.rslora = frozen, rank, alpha, rslora
+        self.enabled = True
+        self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # A and B in the weight's dtype, see `Prepared`
+        self.lora_A = nn.Parameter(lora_A.to(frozen.device))
+        self.lora_B = nn.Parameter(torch.zeros(frozen.experts, n_out, rank, device=frozen.device))
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, or alpha / sqrt(rank) with rslora (arXiv 2312.03732)."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def forward(self, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        """Rows sorted by expert -> [S, N], with the bias."""
+        weight = self.frozen.weight_ENK
+        a_ERK, b_ENR = self.low or (self.lora_A, self.lora_B)
+        x_SK = x_SK.to(weight.dtype).contiguous()
+        y_SN = Adapted.apply(x_SK, weight, self.lora_A, self.lora_B, a_ERK, b_ENR, route.ends_E, self.scaling)
+        return self.frozen.with_bias(y_SN, route)
+
+    @torch.no_grad()
+    def delta_NK(self, expert: int) -> torch.Tensor:
+        """The update of one expert's weight, scaling B A [N, K], in float32."""
+        return self.scaling * (self.lora_B[expert].float() @ self.lora_A[expert].float())
+
+    def extra_repr(self) -> str:
+        return f"experts={self.frozen.experts}, rank={self.rank}, alpha={self.alpha:g}"
+
+
+class Adapted(torch.autograd.Function):
+    """x W_e^T + scaling (x A_e^T) B_e^T [S, N], for frozen W [E, N, K]. It keeps x and S = scaling x A_e^T [S, R] alone.
+
+    `a_ERK` and `b_ENR` are lora_A and lora_B, or copies of them in x's dtype, which take no cast.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, a_ERK: torch.Tensor,
+        b_ENR: torch.Tensor, ends_E: torch.Tensor, scaling: float,
+    ) -> torch.Tensor:  # fmt: skip
+        y_SN, s_SR = torch.ops.plopfast.segment_forward(x_SK, w_ENK, a_ERK, b_ENR, ends_E, scaling)
+        ctx.save_for_backward(x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E)
+        ctx.low, ctx.scaling = (a_ERK, b_ENR), scaling
+        return y_SN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:  # type: ignore[override]
+        x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E = ctx.saved_tensors
+        needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
+        found = torch.ops.plopfast.segment_backward(
+            dy_SN.contiguous(), x_SK, s_SR, w_ENK, *ctx.low, ends_E, ctx.scaling, *needed
+        )
+        dx, da, db = (g if need else None for g, need in zip(found, needed, strict=True))
+        da, db = (g if g is None else g.to(p.dtype) for g, p in ((da, lora_A), (db, lora_B)))
+        return dx, None, da, db, None, None, None, None
+
+
+class PlainProduct(torch.autograd.Function):
+    """x W_e^T [S, N] with a gradient for x alone: of experts beside those with adapters."""
+
+    @staticmethod
+    def forward(ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(w_ENK, ends_E)
+        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK, w_ENK, ends_E)
+        return y_SN
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:  # type: ignore[override]
+        w_ENK, ends_E = ctx.saved_tensors
+        return torch.ops.plopfast.segment_product(dy_SN.contiguous(), w_ENK.transpose(1, 2), ends_E), None, None
+
+
+class LoRAExperts(nn.Module):
+    """Stands in the place of a module of experts, some of whose weights have adapters: children of the weights' names."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        super().__init__()
+        self.base, self.mixture = mixture.module, mixture
+        self.base.requires_grad_(False)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the module itself."""
+        if not any(module.enabled for module in self.adapters().values()):
+            return self.base(*args, **kwargs)
+        return self.mixture.run(self._product, *args, **kwargs)
+
+    def adapters(self) -> dict[str, ExpertLoRA]:
+        """The adapted weights, by name."""
+        return {key: module for key, module in self.named_children() if isinstance(module, ExpertLoRA)}
+
+    def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        adapter, frozen = self.adapters().get(key), self.mixture.weight(key)
+        if adapter is None or not adapter.enabled:
+            y_SN = PlainProduct.apply(x_SK.to(frozen.dtype).contiguous(), frozen.weight_ENK, route.ends_E)
+            return frozen.with_bias(y_SN, route)
+        return adapter(x_SK, route)
+
+
+def adapted_mixtures(model: nn.Module) -> dict[str, Mixture]:
+    """Mixtures that have adapters, by name."""
+    return {name: module.mixture for name, module in model.named_modules() if isinstance(module, LoRAExperts)}
+
+
+def inject_experts(model: nn.Module, name: str, mixture: Mixture, adapter: ExpertLoRA) -> None:
+    """Puts an adapter on the weight `name` of the model, "...experts.down_proj"."""
+    place, _, key = name.rpartition(".")
+    there = model.get_submodule(place)
+    if not isinstance(there, LoRAExperts):
+        there = LoRAExperts(mixture).train(there.training)
+        model.set_submodule(place, there)
+    there.add_module(key, adapter.train(there.training))
+
+
+def remove_experts(model: nn.Module, name: str) -> None:
+    """Takes an adapter out again, and puts the experts themselves back where it was the last."""
+    place, _, key = name.rpartition(".")
+    there: Any = model.get_submodule(place)
+    del there._modules[key]
+    if not there.adapters():
+        model.set_submodule(place, there.base)

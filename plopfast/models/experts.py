@@ -1,0 +1,256 @@
+"""The experts of a mixture: one parameter for all experts of a layer, and what computes with it.
+
+    y_t = sum over the experts e that token t is routed to of  p_te down_e(gate(up_e(x_t)))
+
+transformers' classes of experts name these parameters gate_up_proj (up_proj without a gate) and down_proj, with biases [E, N],
+and store them [E, N, K], or [E, K, N] (GPT-OSS). Llama 4's runs every expert on all tokens, with those of other experts
+set to zero. A module counts where `Mixture.run` gives what its own forward gives.
+
+E experts, N out, K in, T tokens, S rows: one for each token and expert that it is routed to, sorted by expert.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..kernels import library_segments  # noqa: F401  # registers torch.ops.plopfast.segment_product
+from ..support.errors import ModelError
+from .exclusions import in_layers
+from .frozen import DTYPES, FrozenWeight, frozen_of, whole
+from .linears import place_in_layer
+
+UP = ("gate_up_proj", "up_proj")
+DOWN = "down_proj"
+
+
+class Route(NamedTuple):
+    """Which rows are whose: the expert [S] of each row, where each expert's rows end [E] (int32), the token [S] of each row, and
+    where the rows came from [S]."""
+
+    experts_S: torch.Tensor
+    ends_E: torch.Tensor
+    tokens_S: torch.Tensor
+    order_S: torch.Tensor
+
+    @classmethod
+    def of(cls, chosen_Tk: torch.Tensor, experts: int) -> "Route":
+        """The rows of tokens that are routed to the experts `chosen_Tk` each. Nothing waits for the device."""
+        experts_S, order_S = chosen_Tk.reshape(-1).sort(stable=True)
+        each = torch.arange(experts, device=chosen_Tk.device, dtype=experts_S.dtype)
+        ends_E = torch.searchsorted(experts_S, each, right=True, out_int32=True)
+        return cls(experts_S, ends_E, order_S // chosen_Tk.shape[-1], order_S)
+
+    @classmethod
+    def of_all(cls, rows: int, experts: int, device: torch.device) -> "Route":
+        """The rows of a module that runs every expert on all tokens."""
+        order_S, each = torch.arange(rows, device=device), rows // experts
+        ends_E = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * each
+        return cls(order_S // each, ends_E, order_S % each, order_S)
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """One weight of all experts of a layer, as `linears.LinearInfo` is one of a linear module."""
+
+    name: str  # of the parameter
+    mixture: "Mixture"
+    key: str
+    type: str
+    layer: int | None
+    n_in: int
+    n_out: int
+    experts: int
+
+    @property
+    def frozen(self) -> "ExpertWeight":
+        return self.mixture.weight(self.key)
+
+
+Product = Callable[[str, torch.Tensor, Route], torch.Tensor]  # (key, x [S, K], route) -> y [S, N], bias included
+
+
+class ExpertWeight:
+    """The frozen weight W [E, N, K] of all experts of a layer, in a parameter of its module. See `frozen.FrozenWeight`."""
+
+    kind = "dense"
+    streamed = False
+
+    def __init__(self, module: nn.Module, key: str, transposed: bool) -> None:
+        self.module, self.key, self.transposed = module, key, transposed
+
+    @property
+    def stored(self) -> torch.Tensor:
+        return self.module._parameters[self.key]  # type: ignore[return-value]
+
+    @property
+    def weight_ENK(self) -> torch.Tensor:
+        return self.stored.transpose(1, 2) if self.transposed else self.stored
+
+    @property
+    def bias_EN(self) -> torch.Tensor | None:
+        return self.module._parameters.get(f"{self.key}_bias")
+
+    @property
+    def experts(self) -> int:
+        return self.stored.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of one expert."""
+        _, n_out, n_in = self.weight_ENK.shape
+        return n_out, n_in
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def product(self, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        """W_e x [S, N], without the bias."""
+        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK.to(self.dtype), self.weight_ENK, route.ends_E)
+        return y_SN
+
+    def with_bias(self, y_SN: torch.Tensor, route: Route) -> torch.Tensor:
+        return y_SN if self.bias_EN is None else y_SN + self.bias_EN[route.experts_S]
+
+    def frobenius(self) -> torch.Tensor:
+        """||W_e||_F of each expert [E], in float32 (float64 for float64)."""
+        stored = whole(self.stored.detach())
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.stack([torch.linalg.vector_norm(one, dtype=wide) for one in stored])  # no wide copy of all
+
+    def fingerprint(self) -> list[float]:
+        """The first four values as they are stored."""
+        return whole(self.stored.detach()).flatten()[:4].float().tolist()
+
+    @torch.no_grad()
+    def add_(self, delta_ENK: Callable[[int], torch.Tensor]) -> None:
+        """W_e += delta_ENK(e) [N, K] for each expert, summed in float32 and rounded once."""
+        for e, one in enumerate(self.weight_ENK):
+            one.copy_(one.float() + delta_ENK(e))
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A module of experts, and how it computes."""
+
+    module: Any
+    routed: bool  # tokens to their own experts, or all tokens to every expert
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The parameters that are applied first and last."""
+        return next(key for key in UP if key in self.module._parameters), DOWN
+
+    def weight(self, key: str) -> ExpertWeight:
+        return ExpertWeight(self.module, key, getattr(self.module, "is_transposed", not self.routed))
+
+    def run(self, product: Product, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The module's forward for its own arguments, with `product` for its two products."""
+        module, (up, down) = self.module, self.keys
+        hidden, *routing = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+        experts = self.weight(down).experts
+        x_TK = hidden.reshape(-1, hidden.shape[-1])
+        if not self.routed:
+            route = Route.of_all(len(x_TK), experts, x_TK.device)
+            gate, value = product(up, x_TK, route).chunk(2, dim=-1)
+            return product(down, value * module.act_fn(gate), route)
+        chosen_Tk, weights_Tk = routing
+        route = Route.of(chosen_Tk, experts)
+        h_SN = product(up, x_TK[route.tokens_S], route)
+        y_SN = product(down, module._apply_gate(h_SN) if module.has_gate else module.act_fn(h_SN), route)
+        if module.has_post_expert_norm:
+            y_SN = module.post_expert_norm(y_SN)
+        y_SN = y_SN * weights_Tk.reshape(-1)[route.order_S, None]
+        back_S = torch.empty_like(route.order_S)
+        back_S[route.order_S] = torch.arange(len(back_S), device=back_S.device)
+        # a sum over each token's own rows: index_add_ has another order in each run on a GPU
+        return y_SN[back_S].view(*chosen_Tk.shape, -1).sum(1).to(hidden.dtype).view(hidden.shape)
+
+
+def mixtures(model: nn.Module) -> dict[str, Mixture]:
+    """Modules of experts inside the layers, by name, that compute what `Mixture.run` does."""
+    found = {name: mixture_of(module) for name, module in model.named_modules() if in_layers(name)}
+    return {name: mixture for name, mixture in found.items() if mixture is not None}
+
+
+def expert_weights(model: nn.Module) -> list[ExpertInfo]:
+    """Lists the weights of the mixtures, in order. Their type is "experts.down_proj": the module's own name with the weight's."""
+    infos = []
+    for name, mixture in mixtures(model).items():
+        layer, inner = place_in_layer(name)
+        for key in mixture.keys:
+            weight = mixture.weight(key)
+            n_out, n_in = weight.shape
+            infos.append(
+                ExpertInfo(f"{name}.{key}", mixture, key, f"{inner[-1]}.{key}", layer, n_in, n_out, weight.experts)
+            )
+    return infos
+
+
+def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
+    """The frozen weight of a linear module, or of the experts of a layer, by its name. Raises ModelError as `frozen_of` does,
+    and where the model has neither."""
+    place, _, key = name.rpartition(".")
+    modules: Any = dict(model.named_modules(remove_duplicate=False))
+    module, owner = modules.get(name), modules.get(place)
+    if module is None:
+        mixture = None if owner is None else mixture_of(owner)
+        if mixture is None or key not in mixture.keys:
+            raise ModelError(f"{type(model).__name__} has no linear module or weight of experts {name!r}")
+        return mixture.weight(key)
+    carried = getattr(module, "frozen", None)  # an adapter's
+    return carried if isinstance(carried, ExpertWeight) else frozen_of(module, name)
+
+
+def mixture_of(module: Any) -> Mixture | None:
+    """How a module of experts computes; None for every other module, and for experts of another kind."""
+    own = module._parameters
+    held = [own.get(key) for key in (*UP, DOWN)]
+    if held[2] is None or (held[0] is None) == (held[1] is None):
+        return None
+    if any(p is not None and (p.dim() != 3 or p.dtype not in DTYPES) for p in held):
+        return None
+    if getattr(module, "_is_expert_parallel", False):
+        return None
+    kind = type(module)
+    if kind not in _KNOWN:
+        _KNOWN[kind] = next((routed for routed in (True, False) if _agrees(Mixture(module, routed))), None)
+    routed = _KNOWN[kind]
+    return None if routed is None else Mixture(module, routed)
+
+
+_KNOWN: "weakref.WeakKeyDictionary[type, bool | None]" = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _agrees(mixture: Mixture) -> bool:
+    """Whether `run` gives what the module's own forward gives for a few tokens; its shape alone, where weights have no values."""
+    module, weight = mixture.module, mixture.weight(mixture.keys[0])
+    n_in, experts = weight.shape[1], weight.experts
+    draw = torch.Generator().manual_seed(0)
+    tokens, most = (3, min(2, experts)) if mixture.routed else (2 * experts, 0)
+    x_TK = torch.randn(tokens, n_in, generator=draw).to(weight.stored)
+    chosen = torch.stack([torch.randperm(experts, generator=draw)[:most] for _ in range(tokens)]).to(weight.device)
+    inputs = [x_TK, chosen, torch.rand(tokens, most, generator=draw).to(weight.stored)] if mixture.routed else [x_TK]
+
+    def plain(key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        one = mixture.weight(key)
+        return one.with_bias(one.product(x_SK, route), route)
+
+    try:
+        want, got = type(module).forward(module, *inputs), mixture.run(plain, *inputs)
+    except Exception:  # anybody's forward may raise anything where it takes other inputs
+        return False
+    if not isinstance(want, torch.Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
+        return False
+    within = 16 * torch.finfo(want.dtype).eps
+    return want.is_meta or bool((got - want).norm() <= within * want.norm())
