@@ -33,7 +33,10 @@ def lora_linear_grads(dy_MN, x_MK, w_NK, a_RK, b_NR, s, keep_MK=None, q=1.0) -> 
 def segments(x_SK, w_ENK, a_ERK, b_ENR, ends, s) -> torch.Tensor:
     """lora_linear by segments: rows up to ends[e] have the weights of e"""
     starts = [0, *ends]
-    of = [lora_linear(x_SK[i:j], w_ENK[e], a_ERK[e], b_ENR[e], s) for e, (i, j) in enumerate(zip(starts, ends, strict=False))]
+    of = [
+        lora_linear(x_SK[i:j], w_ENK[e], a_ERK[e], b_ENR[e], s)
+        for e, (i, j) in enumerate(zip(starts, ends, strict=False))
+    ]
     return torch.cat(of)
 
 

@@ -45,7 +45,7 @@ class ExpertLoRA(nn.Module):
         weight = self.frozen.weight_ENK
         a_ERK, b_ENR = self.low or (self.lora_A, self.lora_B)
         x_SK = x_SK.to(weight.dtype).contiguous()
-        y_SN = Adapted.apply(x_SK, weight, self.lora_A, self.lora_B, a_ERK, b_ENR, route.ends_E, self.scaling)
+        y_SN = Adapted.apply(x_SK, weight, self.lora_A, self.lora_B, a_ERK, b_ENR, route.ends, self.scaling)
         return self.frozen.with_bias(y_SN, route)
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ class Adapted(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
         x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         found = torch.ops.plopfast.segment_backward(
@@ -97,7 +97,7 @@ class PlainProduct(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
         w_ENK, ends_E = ctx.saved_tensors
         return torch.ops.plopfast.segment_product(dy_SN.contiguous(), w_ENK.transpose(1, 2), ends_E), None, None
 
@@ -123,7 +123,7 @@ class LoRAExperts(nn.Module):
     def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
         adapter, frozen = self.adapters().get(key), self.mixture.weight(key)
         if adapter is None or not adapter.enabled:
-            y_SN = PlainProduct.apply(x_SK.to(frozen.dtype).contiguous(), frozen.weight_ENK, route.ends_E)
+            y_SN = PlainProduct.apply(x_SK.to(frozen.dtype).contiguous(), frozen.weight_ENK, route.ends)
             return frozen.with_bias(y_SN, route)
         return adapter(x_SK, route)
 

@@ -32,10 +32,10 @@ class Route(NamedTuple):
     """Which rows are whose: the expert [S] of each row, where each expert's rows end [E] (int32), the token [S] of each row, and
     where the rows came from [S]."""
 
-    experts_S: torch.Tensor
-    ends_E: torch.Tensor
-    tokens_S: torch.Tensor
-    order_S: torch.Tensor
+    experts: torch.Tensor
+    ends: torch.Tensor
+    tokens: torch.Tensor
+    order: torch.Tensor
 
     @classmethod
     def of(cls, chosen_Tk: torch.Tensor, experts: int) -> "Route":
@@ -115,11 +115,11 @@ class ExpertWeight:
 
     def product(self, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
         """W_e x [S, N], without the bias."""
-        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK.to(self.dtype), self.weight_ENK, route.ends_E)
+        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK.to(self.dtype), self.weight_ENK, route.ends)
         return y_SN
 
     def with_bias(self, y_SN: torch.Tensor, route: Route) -> torch.Tensor:
-        return y_SN if self.bias_EN is None else y_SN + self.bias_EN[route.experts_S]
+        return y_SN if self.bias_EN is None else y_SN + self.bias_EN[route.experts]
 
     def frobenius(self) -> torch.Tensor:
         """||W_e||_F of each expert [E], in float32 (float64 for float64)."""
@@ -165,13 +165,13 @@ class Mixture:
             return product(down, value * module.act_fn(gate), route)
         chosen_Tk, weights_Tk = routing
         route = Route.of(chosen_Tk, experts)
-        h_SN = product(up, x_TK[route.tokens_S], route)
+        h_SN = product(up, x_TK[route.tokens], route)
         y_SN = product(down, module._apply_gate(h_SN) if module.has_gate else module.act_fn(h_SN), route)
         if module.has_post_expert_norm:
             y_SN = module.post_expert_norm(y_SN)
-        y_SN = y_SN * weights_Tk.reshape(-1)[route.order_S, None]
-        back_S = torch.empty_like(route.order_S)
-        back_S[route.order_S] = torch.arange(len(back_S), device=back_S.device)
+        y_SN = y_SN * weights_Tk.reshape(-1)[route.order, None]
+        back_S = torch.empty_like(route.order)
+        back_S[route.order] = torch.arange(len(back_S), device=back_S.device)
         # a sum over each token's own rows: index_add_ has another order in each run on a GPU
         return y_SN[back_S].view(*chosen_Tk.shape, -1).sum(1).to(hidden.dtype).view(hidden.shape)
 

@@ -166,7 +166,7 @@ class Scoring:
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options, self.device = options, device_of(model)
         linears, experts = linear_modules(model, options.include_head), expert_weights(model)
-        self.infos = [*linears, *experts]
+        self.infos: list[LinearInfo | ExpertInfo] = [*linears, *experts]
         self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, linears, options.seed)
         how = options.baseline, options.mc_samples, options.seed
         below = denominators(linears, *how).to(self.device)
@@ -271,7 +271,9 @@ def seen_in(counts: torch.Tensor) -> list[int]:
     return counts.any(1).nonzero().flatten().tolist()
 
 
-def _module_scores(table: torch.Tensor, infos: Sequence[LinearInfo | ExpertInfo], order: Sequence[Row]) -> dict[str, ModuleScore]:
+def _module_scores(
+    table: torch.Tensor, infos: Sequence[LinearInfo | ExpertInfo], order: Sequence[Row]
+) -> dict[str, ModuleScore]:
     """The scores of a table [3, modules, prompts], of the modules that saw a token. Raises ModelError for NaN and infinity,
     and where no module saw one."""
     sums, squares, counts = table

@@ -63,18 +63,18 @@ class NFNState:
     def take_routed(self, index: int, name: str, x_SK: torch.Tensor, y_norm_S: torch.Tensor, route: Route) -> None:
         """Takes the norms of the weights of experts, for rows that are sorted by expert."""
         rows, tokens = self._counted.shape
-        if int(len(x_SK)) % max(rows * tokens, 1) or len(route.tokens_S) != len(x_SK):
+        if len(x_SK) % max(rows * tokens, 1) or len(route.tokens) != len(x_SK):
             raise ModelError(
                 f"{name}: {len(x_SK)} routed inputs do not fit the batch's {rows} rows x {tokens} tokens, so padding cannot be "
                 "told apart: this model lays tokens out in a way of its own, which plopfast does not score"
             )
-        x_norm_S, counted_S = row_norms(x_SK, backend=self.backend), self._counted.flatten()[route.tokens_S]
-        valid_S = counted_S & (x_norm_S != 0)  # a zero input has no direction, and Llama 4 sets those of other experts to zero
-        scale_S = self._expert_scales[index][route.experts_S]
+        x_norm_S, counted_S = row_norms(x_SK, backend=self.backend), self._counted.flatten()[route.tokens]
+        valid_S = counted_S & (x_norm_S != 0)  # Llama 4 sets the inputs of other experts to zero
+        scale_S = self._expert_scales[index][route.experts]
         ratio_S = torch.where(valid_S, y_norm_S / x_norm_S * scale_S, 0.0)
-        self._routed.append((index, route.tokens_S // tokens, ratio_S, valid_S))
+        self._routed.append((index, route.tokens // tokens, ratio_S, valid_S))
         for total_E, value_S in zip(self.experts[index], (ratio_S, valid_S), strict=True):
-            total_E.index_add_(0, route.experts_S, value_S.double())
+            total_E.index_add_(0, route.experts, value_S.double())
 
     def _layout(self, name: str, norms: torch.Tensor) -> tuple[int, bool]:
         """Returns how a module's norms lie against the batch's [rows, tokens]: (norms per token, tokens innermost)."""
