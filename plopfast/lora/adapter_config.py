@@ -159,7 +159,7 @@ class AdapterConfig:
         keys = [name if name in of_experts else name + WEIGHT for name in names]
         met = {end for key in keys for end in (key, *ends_of(key))}
         if idle := [one for one in self.parameters if one not in met]:
-            raise AdapterError(_not_known(self.file, idle))
+            raise AdapterError(not_known(self.file, idle))
         for name in [n for n in names if n not in of_experts and key_of(n, self.parameters) == n]:
             ends = {name.split(".", i)[-1] for i in range(name.count(".") + 1)}
             layer = next((int(part) for part in name.split(".") if part.isdecimal()), None)
@@ -201,7 +201,8 @@ def read_config(folder: Path) -> AdapterConfig:
     return AdapterConfig(file, values)
 
 
-def _not_known(file: Path, parameters: list[str]) -> str:
+def not_known(file: Path, parameters: list[str]) -> str:
+    """The error for target_parameters that are neither."""
     return (
         f"{file}: target_parameters = {parameters!r:.80}: expected weights of linear modules or of experts that this model and the "
         f"file have; adapters of other parameters are not supported; {_MERGE}"

@@ -18,13 +18,13 @@ from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
-from .adapter_config import CONFIG, AdapterConfig, Dropout, read_config
+from .adapter_config import CONFIG, AdapterConfig, Dropout, not_known, read_config
 from .expert_files import from_file, names_in_file, to_file
 from .experts import ExpertLoRA, adapted_mixtures
 from .layer import LoRALinear, adapters, inject, undone_on_error
 from .peft_check import not_loaded
-from .peft_targets import key_of, targets_of
-from .placement import Placement, ranks_and_patterns
+from .peft_targets import WEIGHT, key_of, targets_of
+from .placement import Placement, ends_of, ranks_and_patterns
 from .replaced import check_values, replace_values, replaced_values
 
 WEIGHTS = "adapter_model.safetensors"
@@ -179,8 +179,14 @@ def _taken_from(
     parts: Parts, model: nn.Module, path: Path, config: AdapterConfig
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Takes the tensors of experts out of `parts`: name of the weight -> lora_A [E, R, K] and lora_B [E, N, R]."""
-    found, held = {}, mixtures(model) if config.parameters else {}
-    for name, place in names_in_file(held, config.parameters).items():
+    if not config.parameters:
+        return {}
+    found, places = {}, names_in_file(mixtures(model), config.parameters)
+    linears = [name + WEIGHT for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)]
+    met = {end for name in (*linears, *places) for end in (name, *ends_of(name))}
+    if unknown := [one for one in config.parameters if one not in met]:
+        raise AdapterError(not_known(config.file, unknown))
+    for name, place in places.items():
         if {"A", "B"} - set(part := parts.pop(place, {})):
             raise AdapterError(f"{path / WEIGHTS}: no lora_A and lora_B of {place}, which are those of {name}")
         weight = weight_at(model, name)

@@ -40,7 +40,7 @@ from .eva import InputSketch
 from .official import score_official
 from .passes import PassEnd, run_pass, scored
 from .prompts import Row, rows_of
-from .report import ExpertScores, ModuleScore, NFNReport, types_of, unseen_note
+from .report import ExpertScores, ModuleScore, NFNReport, lonely_note, types_of, unseen_note
 from .stopping import Decision, decide, next_look
 from .sums import NFNState
 
@@ -255,6 +255,7 @@ class Scoring:
         report.decision = self.decision
         report.notes += unseen_note([info for i, info in enumerate(self.infos) if i not in set(seen)])
         report.experts = {self.infos[i].name: _of_each(table) for i, table in self.state.experts.items() if i in seen}
+        report.notes += lonely_note(report)
         if self.sketch:
             report.eva, report.eva_ratios = self.sketch.vectors()
         return report

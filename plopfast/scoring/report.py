@@ -61,6 +61,22 @@ def unseen_note(modules: Sequence[Any]) -> list[str]:
     return [line] if modules else []
 
 
+def lonely_note(report: "NFNReport") -> list[str]:
+    """A line that says how many experts no token reached, and in which layers; none for none."""
+    by_layer: dict[int | None, int] = {}
+    total = 0
+    for name, each in report.experts.items():
+        if name.endswith("down_proj"):  # both weights of a layer's experts see the same tokens
+            total += len(each.tokens)
+            if alone := each.tokens.count(0):
+                by_layer[report.scores[name].layer] = alone
+    if not by_layer:
+        return []
+    where = ", ".join(f"{count} in layer {layer}" for layer, count in list(by_layer.items())[:NAMED])
+    more = ", ..." * (len(by_layer) > NAMED)
+    return [f"no token reached {sum(by_layer.values())} of {total} experts ({where}{more}), so their NFN is not known"]
+
+
 @dataclass
 class NFNReport:
     """Scores of a model on a sample of prompts. `print(report.table())` shows them.

@@ -65,15 +65,12 @@ def test_other_modules_are_named_as_ever(mixture, tmp_path):
     assert config["lora_dropout"] == 0.25
 
 
-def test_adapters_of_experts_are_refused(mixture, tmp_path):
+def test_adapters_of_other_parameters_are_refused(mixture, tmp_path):
+    """Such as a router that is no linear module."""
     base = copy.deepcopy(mixture)
-    config = LoraConfig(
-        r=2, target_modules=["o_proj"], target_parameters=["mlp.experts.down_proj"], task_type="CAUSAL_LM"
-    )
+    config = LoraConfig(r=2, target_modules=["o_proj"], target_parameters=["mlp.gate.weight"], task_type="CAUSAL_LM")
     get_peft_model(mixture, config).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(
-        AdapterError, match=r"target_parameters = \['mlp.experts.down_proj'\]: expected weights of linear"
-    ):
+    with pytest.raises(AdapterError, match=r"target_parameters = \['mlp.gate.weight'\]: expected weights of linear"):
         pf.load_adapter(base, tmp_path / "adapter")
 
 

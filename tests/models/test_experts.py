@@ -1,0 +1,69 @@
+"""Modules of experts are found by what they compute, and every row reaches its own expert."""
+
+import pytest
+import torch
+from torch import nn
+from zoo import families
+
+from plopfast.models.experts import DOWN, Route, expert_weights, mixture_of, mixtures, weight_at
+from plopfast.models.fingerprints import fingerprint
+from plopfast.support.errors import ModelError
+
+# as transformers names them: plain, beside shared experts, transposed with biases, all rows to all, no gate, a norm after
+FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_known(family):
+    model = families.build(family)
+    infos = expert_weights(model)
+    held = {name for name, p in model.named_parameters() if p.dim() == 3 and "experts" in name}
+    assert infos and {info.name for info in infos} == held
+    for info in infos:
+        weight = info.frozen
+        assert weight.shape == (info.n_out, info.n_in) and weight.experts == info.experts == families.HEADS
+        whole = weight.weight_ENK.double()
+        torch.testing.assert_close(weight.frobenius().double(), whole.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
+        assert weight_at(model, info.name).stored is weight.stored
+        assert info.type == f"{info.name.split('.')[-2]}.{info.key}"
+
+
+def test_of_the_wrong_class_it_is_not(monkeypatch):
+    """Experts whose forward is another one are left alone: recognition is by what they compute."""
+
+    class Other(type(families.build("mixtral").model.layers[0].mlp.experts)):
+        def forward(self, *args):
+            return 2 * super().forward(*args)
+
+    module = families.build("mixtral").model.layers[0].mlp.experts
+    assert mixture_of(module) is not None
+    module.__class__ = Other
+    assert mixture_of(module) is None
+    for module in (nn.Linear(3, 4), nn.ModuleDict(), nn.Identity()):
+        assert mixture_of(module) is None
+
+
+def test_rows_are_sorted_by_expert():
+    chosen = torch.tensor([[2, 0], [2, 3], [0, 2]])
+    route = Route.of(chosen, 5)
+    assert route.experts.tolist() == [0, 0, 2, 2, 2, 3] and route.ends.tolist() == [2, 2, 5, 6, 6]
+    assert route.ends.dtype == torch.int32
+    assert route.tokens.tolist() == [0, 2, 0, 1, 2, 1]
+    assert torch.equal(chosen.flatten()[route.order], route.experts)
+    every = Route.of_all(6, 3, torch.device("cpu"))
+    assert every.experts.tolist() == [0, 0, 1, 1, 2, 2] and every.tokens.tolist() == [0, 1] * 3
+    assert every.ends.tolist() == [2, 4, 6]
+
+
+def test_what_has_no_weight_of_experts():
+    model = families.build("mixtral")
+    for name in ("model.layers.0.mlp.experts.up_proj", "model.layers.9.mlp.experts.down_proj", "nothing"):
+        with pytest.raises(ModelError, match="no linear module or weight of experts"):
+            weight_at(model, name)
+    assert not mixtures(families.build("llama")) and not expert_weights(families.build("llama"))
+
+
+def test_a_fingerprint_has_the_first_values():
+    model = families.build("gpt_oss")
+    name = f"model.layers.0.mlp.experts.{DOWN}"
+    assert fingerprint(model, [name]) == model.get_parameter(name).flatten()[:4].tolist()
