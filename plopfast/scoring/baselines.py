@@ -26,8 +26,7 @@ def expert_denominators(info: ExpertInfo, baseline: str, samples: int, seed: int
     if baseline == "closed-form":
         found = info.frozen.frobenius() / info.n_in**0.5
     else:
-        g = torch.randn(samples, info.n_in, generator=torch.Generator().manual_seed(seed))
-        unit = (g / g.norm(dim=1, keepdim=True)).to(info.frozen.device)
+        unit = _unit_vectors(samples, info.n_in, torch.Generator().manual_seed(seed)).to(info.frozen.device)
         found = torch.stack([(unit @ w_NK.float().T).norm(dim=1).mean() for w_NK in info.frozen.weight_ENK])
     _check([f"{info.name}: expert {e}" for e in range(info.experts)], found)
     return found
@@ -55,8 +54,13 @@ def monte_carlo(infos: Sequence[LinearInfo], samples: int, seed: int) -> torch.T
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same draws on every device
     means = []
     for info in infos:
-        g = torch.randn(samples, info.n_in, generator=generator)
-        w_NK = info.frozen.dequantize()
-        unit = (g / g.norm(dim=1, keepdim=True)).to(w_NK.device)
+        unit, w_NK = _unit_vectors(samples, info.n_in, generator), info.frozen.dequantize()
+        unit = unit.to(w_NK.device)
         means.append((unit @ w_NK.float().T).norm(dim=1).mean().cpu())
     return torch.stack(means)
+
+
+def _unit_vectors(samples: int, n_in: int, generator: torch.Generator) -> torch.Tensor:
+    """Random unit vectors [samples, n_in]."""
+    g = torch.randn(samples, n_in, generator=generator)
+    return g / g.norm(dim=1, keepdim=True)
