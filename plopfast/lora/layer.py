@@ -163,7 +163,7 @@ def inject(
 
     Raises PlacementError for names that the model does not have, for ranks and vectors that do not fit it and for modules
     that share their weight with others, ConfigError for an `init` that is unknown or disagrees with `eva` and for what
-    experts cannot have (dropout, DoRA, EVA), AdapterError
+    experts cannot have (dropout, DoRA), AdapterError
     where the model has adapters already, ModelError for quantised modules, and BackendError where `backend` cannot run on
     the modules' device.
     """
@@ -181,14 +181,14 @@ def inject(
         frozen = experts[name].frozen if name in experts else frozen_of(modules[name], name)
         n_out, n_in = frozen.shape
         if name in experts:
-            _check_expert_options(name, {"dropout": dropout, "dora": dora, "init eva": eva is not None})
+            _check_expert_options(name, {"dropout": dropout, "dora": dora})
         if (made_for := placement.shapes.get(name, (n_out, n_in))) != (n_out, n_in):
             raise PlacementError(
                 f"{name}: the placement was made for a {made_for[0]} x {made_for[1]} weight, and this model's is {n_out} x "
                 f"{n_in}: place anew for this model"
             )
         check_rank(rank, n_in, n_out, f"{name}: ")
-        if eva is not None:
+        if eva is not None and name not in experts:
             check_vectors(eva.get(name), name, rank, n_in)
         on_gpu |= path(frozen.device, backend) != "torch"
     if shared := sharers(model, [name for name in placement.modules if name not in experts]):
@@ -204,6 +204,12 @@ def inject(
             "weight itself, and there the adapter does not count; no rule chooses such modules",
             stacklevel=2,
         )
+    if eva is not None and (without := experts.keys() & placement.modules.keys()):
+        warnings.warn(
+            f"{min(without)}{f' and {len(without) - 1} more' * (len(without) > 1)}: EVA has no vectors of experts, so their A begins "
+            "as with init kaiming",
+            stacklevel=2,
+        )
     if on_gpu and (note := tuning.load()):
         warnings.warn(note, stacklevel=2)
     with undone_on_error(model):
@@ -211,7 +217,8 @@ def inject(
         for name, (rank, alpha) in placement.modules.items():
             if name in experts:
                 info = experts[name]
-                draws = [draw_seeded_A(init, rank, info.n_in, seed, f"{name}.{e}") for e in range(info.experts)]
+                kind = "kaiming" if init == "eva" else init
+                draws = [draw_seeded_A(kind, rank, info.n_in, seed, f"{name}.{e}") for e in range(info.experts)]
                 adapter = ExpertLoRA(info.frozen, rank, alpha, rslora=rslora, lora_A=torch.stack(draws))
                 inject_experts(model, name, info.mixture, adapter)
                 continue
@@ -227,7 +234,7 @@ def inject(
 
 
 def _check_expert_options(name: str, options: Mapping[str, Any]) -> None:
-    if given := [f"--{option.replace(' eva', '')}" for option, value in options.items() if value]:
+    if given := [f"--{option}" for option, value in options.items() if value]:
         raise ConfigError(
             f"{name}: adapters of experts have no {' or '.join(given)} (PEFT's files hold none for them): leave it out, or the "
             "experts (give --rule module types without experts)"

@@ -22,7 +22,7 @@ from ..kernels import library_segments  # noqa: F401  # registers torch.ops.plop
 from ..support.errors import ModelError
 from .exclusions import in_layers
 from .frozen import DTYPES, FrozenWeight, frozen_of, whole
-from .linears import place_in_layer
+from .linears import LinearInfo, linear_modules, place_in_layer
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
@@ -196,6 +196,11 @@ def expert_weights(model: nn.Module) -> list[ExpertInfo]:
     return infos
 
 
+def weights_of(model: nn.Module, include_head: bool = False) -> list[LinearInfo | ExpertInfo]:
+    """All that can be scored and adapted: linear modules, then weights of experts. Raises as `linear_modules` does."""
+    return [*linear_modules(model, include_head), *expert_weights(model)]
+
+
 def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
     """The frozen weight of a linear module, or of the experts of a layer, by its name. Raises ModelError as `frozen_of` does,
     and where the model has neither."""
@@ -222,6 +227,8 @@ def mixture_of(module: Any) -> Mixture | None:
     if getattr(module, "_is_expert_parallel", False):
         return None
     kind = type(module)
+    if any(p is not None and not _has_values(p) for p in held):
+        return Mixture(module, True) if hasattr(module, "has_gate") else None
     if kind not in _KNOWN:
         _KNOWN[kind] = next((routed for routed in (True, False) if _agrees(Mixture(module, routed))), None)
     routed = _KNOWN[kind]
@@ -233,7 +240,7 @@ _KNOWN: "weakref.WeakKeyDictionary[type, bool | None]" = weakref.WeakKeyDictiona
 
 @torch.no_grad()
 def _agrees(mixture: Mixture) -> bool:
-    """Whether `run` gives what the module's own forward gives for a few tokens; its shape alone, where weights have no values."""
+    """Whether `run` gives what the module's own forward gives for a few tokens."""
     module, weight = mixture.module, mixture.weight(mixture.keys[0])
     n_in, experts = weight.shape[1], weight.experts
     draw = torch.Generator().manual_seed(0)
@@ -253,4 +260,9 @@ def _agrees(mixture: Mixture) -> bool:
     if not isinstance(want, torch.Tensor) or (got.shape, got.dtype) != (want.shape, want.dtype):
         return False
     within = 16 * torch.finfo(want.dtype).eps
-    return want.is_meta or bool((got - want).norm() <= within * want.norm())
+    return bool((got - want).norm() <= within * want.norm())
+
+
+def _has_values(parameter: torch.Tensor) -> bool:
+    """False for those of "meta" and for fake ones, with which nothing can be compared."""
+    return type(parameter) in (torch.Tensor, nn.Parameter) and not parameter.is_meta

@@ -10,7 +10,7 @@ from ..data.batches import batches_of
 from ..data.example import Example
 from ..lora.layer import inject, unload
 from ..lora.placement import Placement
-from ..models.linears import linear_modules
+from ..models.experts import weights_of
 from ..models.streaming import plain_copy
 from ..placing.place import place
 from ..placing.rules import RULES, nfn_rule, rule_of
@@ -36,7 +36,7 @@ def scored(model: Any, examples: Sequence[Example], settings: ScoreSettings, pro
     """
     k, rule, by_nfn = settings.k, RULES.get(settings.rule), nfn_rule(settings.rule)
     if not (rule and rule.needs_k):  # then k is not checked against the number of types
-        k = min(k, len({info.type for info in linear_modules(model)}))
+        k = min(k, len({info.type for info in weights_of(model)}))
     early = settings.confidence and not why_every_row(settings)
     batches = batches_of(examples, SCORE_ROWS, tokens=settings.score_tokens, skip_first=settings.skip_first)
     report = score(
@@ -61,8 +61,11 @@ def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
 
 def unscored(model: Any) -> NFNReport:
     """A report in which all modules are alike, for rules that need no scores."""
-    infos = linear_modules(model)
-    return NFNReport({i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out) for i in infos}, 0, 0, 0.0)
+    scores = {
+        i.name: ModuleScore(1.0, 0.0, 1, i.type, i.layer, i.n_in, i.n_out, getattr(i, "experts", 1))
+        for i in weights_of(model)
+    }
+    return NFNReport(scores, 0, 0, 0.0)
 
 
 def check_rule(run: Run) -> None:

@@ -29,8 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from ..data.batches import group_by_length
 from ..lora.layer import adapters
 from ..models.exclusions import left_out
-from ..models.experts import ExpertInfo, expert_weights
-from ..models.linears import LinearInfo, linear_modules
+from ..models.experts import ExpertInfo, weights_of
+from ..models.linears import LinearInfo
 from ..models.running import body, device_of, evaluating, text_setting
 from ..support import ranks
 from ..support.errors import ConfigError, DataError, ModelError
@@ -165,8 +165,9 @@ class Scoring:
 
     def __init__(self, model: nn.Module, options: Options) -> None:
         self.options, self.device = options, device_of(model)
-        linears, experts = linear_modules(model, options.include_head), expert_weights(model)
-        self.infos: list[LinearInfo | ExpertInfo] = [*linears, *experts]
+        self.infos = weights_of(model, options.include_head)
+        linears = [info for info in self.infos if isinstance(info, LinearInfo)]
+        experts = [info for info in self.infos if isinstance(info, ExpertInfo)]
         self.sketch = None if options.eva_rank is None else InputSketch(options.eva_rank, linears, options.seed)
         how = options.baseline, options.mc_samples, options.seed
         below = denominators(linears, *how).to(self.device)

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..data.batches import batches_of
 from ..data.example import Example
-from ..models.linears import linear_modules
+from ..models.experts import ExpertInfo, weights_of
 from ..models.running import context_length, device_of
 from ..placing.rules import RULES, Rule, ranked
 from ..report.tables import audit_tables
@@ -115,7 +115,7 @@ def audit(
     for a k outside 1 to the number of types, and DataError without examples.
     """
     settings = settings or ScoreSettings()
-    known = list(dict.fromkeys(info.type for info in linear_modules(model)))
+    known = list(dict.fromkeys(info.type for info in weights_of(model)))
     if settings.k > len(known):
         raise ConfigError(
             f"k = {settings.k}: expected 1 to {len(known)}, this model's module types ({', '.join(known)})"
@@ -202,20 +202,26 @@ def _ranked(what: str, report: NFNReport, base: NFNReport, k: int) -> dict[str, 
 
 def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
     """Rank the types by NFN and by each other criterion; `base` is the measured scoring."""
-    types = base.value.types
-    of_type = {info.name: info.type for info in linear_modules(work.model)}
+    types, infos = base.value.types, weights_of(work.model)
+    of_type = {info.name: info.type for info in infos}
     settings, rows = work.settings, [_criterion_row(RULES["plop"], types, base, base, work.settings.k)]
+    if any(isinstance(info, ExpertInfo) for info in infos):
+        work.skip(
+            "criterion", "experts", "criteria other than NFN are of linear modules alone, and compared on their types"
+        )
     with_eva = partial(work.scored, work.examples, eva_rank=settings.rank)
     given = Given(work.model, work.examples, settings.rank, settings.seed, work.progress, with_eva)
     for rule, compute in compared():
         if got := work.tried("criterion", rule.criterion, partial(work.measured, partial(compute, given))):
-            means = rule.type_scores(got.value, of_type, types)
+            has = {of_type[name] for name in got.value}
+            means = rule.type_scores(got.value, of_type, [type_ for type_ in types if type_ in has])
             rows.append(_criterion_row(rule, means, got, base, settings.k))
     return rows
 
 
 def _criterion_row(rule: Rule, types: Mapping[str, float], cost: Measured, base: Measured, k: int) -> dict[str, Any]:
-    ours, highest, order = base.value.types, rule.highest, ranked(types, rule.highest)
+    ours = {type_: nfn for type_, nfn in base.value.types.items() if type_ in types}
+    highest, order = rule.highest, ranked(types, rule.highest)
     return {
         "name": rule.criterion, "source": rule.source, "chooses": "highest" if highest else "lowest",
         "types": {type_: types[type_] for type_ in order}, "pick": order[:k],

@@ -21,6 +21,7 @@ from ..data.batches import collate, group_by_length
 from ..data.example import Example
 from ..lora.layer import adapters, inject, unload
 from ..lora.placement import Placement
+from ..models.experts import weights_of
 from ..models.linears import linear_modules
 from ..models.running import device_of, evaluating, remember_requires_grad
 from ..placing.rules import RULES, Rule
@@ -118,7 +119,7 @@ def _backward(model: nn.Module, examples: Sequence[Example], progress: bool) -> 
 
 def random_ranks(model: nn.Module, seed: int = 0) -> dict[str, float]:
     """Returns module -> its type's place in a random order. The lowest k are what `place(report, "random")` draws."""
-    infos = linear_modules(model)
+    infos = weights_of(model)
     types = sorted({info.type for info in infos})
     order = random.Random(seed).sample(types, len(types))
     return {info.name: float(order.index(info.type)) for info in infos}

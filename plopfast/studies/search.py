@@ -19,7 +19,7 @@ import torch
 from ..lora.init import INITS
 from ..lora.layer import unload
 from ..lora.placement import full_rank
-from ..models.linears import linear_modules
+from ..models.experts import weights_of
 from ..placing.rules import RULES, command_rules
 from ..run.apply import placed, scored, trainer_for
 from ..run.run import Run
@@ -65,7 +65,7 @@ class Search:
 
     def __init__(self, run: Run) -> None:
         self.run, config = run, run.config
-        most = min(full_rank(info.n_in, info.n_out) for info in linear_modules(run.model))
+        most = min(full_rank(info.n_in, info.n_out) for info in weights_of(run.model))
         ranks = sorted({config.rank, *(rank for rank in RANKS if rank <= most)})
         self.scored = functools.cache(self._scored)
         self.report = self.scored(ranks[0])  # NFN is the same whatever EVA's rank

@@ -128,11 +128,17 @@ def test_what_files_of_experts_cannot_hold_is_refused(options, said):
 
 
 def test_eva_has_no_vectors_of_experts():
+    """Linear modules get theirs, and a line says how the experts begin."""
     batches = reference.batches_of(families.VOCABULARY)
     report = pf.score(families.build("mixtral"), batches, eva_rank=2)
-    placement = pf.place(report, rule="mlp", rank=2)
-    with pytest.raises(ConfigError, match="adapters of experts have no --init"):
-        pf.inject(families.build("mixtral"), placement, init="eva", eva=report.eva)
+    placement, model = pf.place(report, rule="all", rank=2), families.build("mixtral")
+    with pytest.warns(UserWarning, match=r"experts.down_proj and 7 more: EVA has no vectors of experts"):
+        pf.inject(model, placement, init="eva", eva=report.eva)
+    again = families.build("mixtral")
+    pf.inject(again, placement)
+    for name, module in adapters(model).items():
+        same = torch.equal(module.lora_A, adapters(again)[name].lora_A)
+        assert same == isinstance(module, ExpertLoRA), name
 
 
 def test_a_rank_above_the_smaller_side():

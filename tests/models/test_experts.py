@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 from zoo import families
 
 from plopfast.models.experts import DOWN, Route, expert_weights, mixture_of, mixtures, weight_at
@@ -67,3 +68,21 @@ def test_a_fingerprint_has_the_first_values():
     model = families.build("gpt_oss")
     name = f"model.layers.0.mlp.experts.{DOWN}"
     assert fingerprint(model, [name]) == model.get_parameter(name).flatten()[:4].tolist()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_without_values_what_it_says_of_itself_counts(family):
+    """And it is not remembered: later modules of the class, with values, are compared."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(families.config_of(family))
+    assert [info.name for info in expert_weights(empty)] == [
+        info.name for info in expert_weights(families.build(family))
+    ]
+    module = next(iter(mixtures(empty).values())).module
+    kind = type(module)
+    other = type(kind.__name__, (kind,), {"forward": lambda self, x, *_: 2 * x})
+    module.__class__ = other
+    assert mixture_of(module) is not None
+    real = families.build(family).model.layers[0].mlp.experts
+    real.__class__ = other
+    assert mixture_of(real) is None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers import CONFIGS, build, exact_inputs
+from helpers import CONFIGS, SMALL, build, exact_inputs
 
 import plopfast as pf
 from plopfast.cli import main
@@ -376,6 +376,23 @@ def test_audit(llama, tokenizer):
     text = audit_text(found)
     for part in ("random weights", found["verdict"], "gradient energy", "skipped: tokens, tokens by role: the rows"):
         assert part in text
+
+
+def test_an_audit_of_a_mixture(tokenizer):
+    """NFN has types of experts, and criteria of linear modules alone are compared on the types that they have."""
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**SMALL, num_local_experts=4)).eval()
+    found = audit(model, tokenizer, prompts(tokenizer, 9), ScoreSettings(k=6, rank=2))
+    experts = {"experts.down_proj", "experts.gate_up_proj"}
+    rows = {row["name"]: set(row["types"]) for row in found["criteria"]}
+    assert experts <= rows["NFN"] == rows["random"] == set(found["types"])
+    for name in ("input spectrum", "condition number", "gradient energy"):
+        assert rows[name] == rows["NFN"] - experts, name
+    assert [one["why"] for one in found["missing"] if one["what"] == "experts"] == [
+        "criteria other than NFN are of linear modules alone, and compared on their types"
+    ]
+    with pytest.raises(ConfigError, match="k = 7: expected 1 to 6, this model's module types"):
+        audit(model, tokenizer, prompts(tokenizer, 9), ScoreSettings(k=7, rank=2))
 
 
 def test_what_cannot_be_had_is_said(tokenizer):
