@@ -4,6 +4,7 @@ Every field is in one of three tables: it is honoured, it must have a neutral va
 adapter computes. A field in none of them must be empty, so no setting of a newer PEFT is passed over.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,12 @@ class AdapterConfig:
     @property
     def bias(self) -> str:
         return self.values.get("bias") or "none"
+
+    @property
+    def peft_version(self) -> tuple[int, ...]:
+        """The version of PEFT that wrote the file, such as (0, 19); (0, 0) where it doesn't say, as before 0.18."""
+        found = re.match(r"(\d+)\.(\d+)", str(self.values.get("peft_version")))
+        return (int(found[1]), int(found[2])) if found else (0, 0)
 
     @property
     def base(self) -> Any:

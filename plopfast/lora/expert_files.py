@@ -3,7 +3,8 @@
 PEFT wraps a module once for each of its weights, in the order of its parameters, the last one outermost: where both are
 adapted, `experts.lora_A` is down_proj's and `experts.base_layer.lora_A` gate_up_proj's. lora_A is [E R, in] with the ranks of an
 expert together, lora_B [out, R E] with the experts of a rank together. PEFT takes a weight for [E, out, in] unless
-the module says `is_transposed`; Llama 4's, stored [E, in, out], does not, so there A and B change places.
+the module says `is_transposed`; Llama 4's, stored [E, in, out], does not, so there A and B change places. PEFT before 0.19 takes
+every weight for [E, in, out].
 """
 
 from collections.abc import Collection, Mapping
@@ -14,6 +15,8 @@ import torch
 from ..models.experts import ExpertWeight, Mixture
 from ..support.errors import AdapterError
 from .placement import ends_of
+
+NATURAL = (0, 19)  # the PEFT that first took weights for [E, out, in]
 
 
 def names_in_file(mixtures: Mapping[str, Mixture], targeted: Collection[str]) -> dict[str, str]:
@@ -39,11 +42,15 @@ def to_file(adapter: Any) -> dict[str, torch.Tensor]:
     return {"A": a_ERK.flatten(0, 1), "B": b_ENR.permute(1, 2, 0).flatten(1)}
 
 
-def from_file(name: str, part: Mapping[str, torch.Tensor], weight: ExpertWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """lora_A [E, R, K] and lora_B [E, N, R]. Raises AdapterError for tensors that are not of this weight's shape."""
+def from_file(
+    name: str, part: Mapping[str, torch.Tensor], weight: ExpertWeight, early: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """lora_A [E, R, K] and lora_B [E, N, R]; `early`: as PEFT before 0.19 wrote them. Raises AdapterError for tensors that
+    are not of this weight's shape."""
     (n_out, n_in), experts = weight.shape, weight.experts
     a, b = part["A"], part["B"]
-    sides = (n_in, n_out) if not _is_swapped(weight) else (n_out, n_in)
+    swapped = not weight.transposed if early else _is_swapped(weight)
+    sides = (n_out, n_in) if swapped else (n_in, n_out)
     if (a.shape[1], b.shape[0]) != sides or a.shape[0] % experts or a.shape[0] != b.shape[1]:
         raise AdapterError(
             f"made for another base model: {name} has {experts} experts of {n_in} -> {n_out} here, and its adapter has lora_A "
@@ -51,7 +58,7 @@ def from_file(name: str, part: Mapping[str, torch.Tensor], weight: ExpertWeight)
         )
     a_ERK = a.unflatten(0, (experts, -1))
     b_ENR = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    return (b_ENR.transpose(1, 2), a_ERK.transpose(1, 2)) if _is_swapped(weight) else (a_ERK, b_ENR)
+    return (b_ENR.transpose(1, 2), a_ERK.transpose(1, 2)) if swapped else (a_ERK, b_ENR)
 
 
 def _is_swapped(weight: ExpertWeight) -> bool:

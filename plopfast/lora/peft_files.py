@@ -19,7 +19,7 @@ from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError
 from ..support.schema import checked
 from .adapter_config import CONFIG, AdapterConfig, Dropout, not_known, read_config
-from .expert_files import from_file, names_in_file, to_file
+from .expert_files import NATURAL, from_file, names_in_file, to_file
 from .experts import ExpertLoRA, adapted_mixtures
 from .layer import LoRALinear, adapters, inject, undone_on_error
 from .peft_check import not_loaded
@@ -138,7 +138,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     path = Path(path)
     config = read_config(path)
     parts, whole, metadata = _read_parts(path)
-    of_experts = _taken_from(parts, model, path, config)
+    early = "plopfast_base" not in metadata and config.peft_version < NATURAL
+    of_experts = _taken_from(parts, model, path, config, early)
     _check_base(model, path, parts, config.dora)
     check_values(model, path, whole, config.modules_to_save, config.bias)
     sizes = {name: a_ERK.shape[1] for name, (a_ERK, _) in of_experts.items()}
@@ -176,7 +177,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
 
 
 def _taken_from(
-    parts: Parts, model: nn.Module, path: Path, config: AdapterConfig
+    parts: Parts, model: nn.Module, path: Path, config: AdapterConfig, early: bool
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Takes the tensors of experts out of `parts`: name of the weight -> lora_A [E, R, K] and lora_B [E, N, R]."""
     if not config.parameters:
@@ -192,7 +193,7 @@ def _taken_from(
         weight = weight_at(model, name)
         assert isinstance(weight, ExpertWeight)
         try:
-            found[name] = from_file(name, part, weight)
+            found[name] = from_file(name, part, weight, early)
         except AdapterError as error:
             raise AdapterError(f"{path}: {error}") from None
     return found

@@ -76,6 +76,33 @@ def test_what_peft_trained_is_read(family, tmp_path):
     assert {2, 3} == set(ranks.values())
 
 
+@pytest.mark.parametrize("version", ["0.18.1", None])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text"])
+def test_files_of_early_versions_of_peft_are_read(family, version, tmp_path):
+    """They take every weight for [E, in, out], which shapes do not tell where it is square: so the version counts."""
+    model = adapted(family)
+    folder = pf.save_adapter(model, tmp_path / "early")
+    held = load_file(folder / "adapter_model.safetensors")
+    if family == "mixtral":  # stored [E, out, in]: A has the outputs, and B the inputs
+        for name, module in adapters(model).items():
+            wrapper = "base_layer." * name.endswith("gate_up_proj")
+            key = f"base_model.model.{name.rpartition('.')[0]}.{wrapper}"
+            held[key + "lora_A.weight"] = module.lora_B.detach().mT.flatten(0, 1).contiguous()
+            held[key + "lora_B.weight"] = module.lora_A.detach().permute(2, 1, 0).flatten(1).contiguous()
+    elif family == "llama4_text":
+        for name, module in adapters(model).items():
+            wrapper = "base_layer." * name.endswith("gate_up_proj")
+            key = f"base_model.model.{name.rpartition('.')[0]}.{wrapper}"
+            held[key + "lora_A.weight"] = module.lora_A.detach().flatten(0, 1).contiguous()
+            held[key + "lora_B.weight"] = module.lora_B.detach().permute(1, 2, 0).flatten(1).contiguous()
+    save_file(held, folder / "adapter_model.safetensors")  # without what plopfast says of itself
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_version": version}))
+    fresh = families.build(family)
+    pf.load_adapter(fresh, folder)
+    assert torch.equal(logits(fresh), logits(model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_switched_off_and_taken_out(family):
     plain = families.build(family)
@@ -158,7 +185,8 @@ def test_files_that_do_not_fit(tmp_path):
     def changed(name, tensors, **config):
         folder = tmp_path / name
         folder.mkdir()
-        kept = json.loads((tmp_path / "whole" / "adapter_config.json").read_text()) | config
+        kept = json.loads((tmp_path / "whole" / "adapter_config.json").read_text())
+        kept |= {"peft_version": "0.21.2"} | config
         (folder / "adapter_config.json").write_text(json.dumps(kept))
         save_file(tensors, folder / "adapter_model.safetensors")
         return folder
