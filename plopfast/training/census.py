@@ -5,12 +5,13 @@ Nobody sees an adapter that stays as it was, because the others still learn. Ada
 the parameters is needed. An adapter's A and B are looked at together, as A has no gradient while B is zero.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..lora.experts import ExpertLoRA
 from ..lora.layer import adapters
 from ..models.frozen import is_linear
 from ..models.linears import place_in_layer, shortest_suffixes
@@ -29,11 +30,18 @@ class Unmoved:
     layers: tuple[int, ...]
 
 
-def census(model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> list[Unmoved]:
+def census(
+    model: nn.Module,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    each_expert: bool = False,
+) -> list[Unmoved]:
     """Returns what did not move in the steps that `optimizer` took, by module type; one look waits once for the device.
 
     `parameters` are the trained ones of `model`, by name, and types are named as `linear_modules` does. On several ranks,
-    gradients are those of all of them, so each rank finds the same.
+    gradients are those of all of them, so each rank finds the same. With `each_expert`, single experts of adapters that moved
+    are counted, too, as the type "experts.down_proj expert" (not with 8-bit moments, whose blocks may hold several).
     """
     moments = [has_moved(optimizer, p) for p in parameters.values() if p in optimizer.state]
     largest = iter(torch.stack(torch._foreach_norm(moments, torch.inf)).tolist() if moments else [])
@@ -42,7 +50,30 @@ def census(model: nn.Module, parameters: Mapping[str, nn.Parameter], optimizer: 
         module = _parent(name)
         moves = parameter in optimizer.state and next(largest) != 0
         moved[module] = moved.get(module, False) or moves
-    return _by_type(model, moved)
+    return _by_type(model, moved) + (_single_experts(model, optimizer, moved) if each_expert else [])
+
+
+def _single_experts(model: nn.Module, optimizer: torch.optim.Optimizer, moved: Mapping[str, bool]) -> list[Unmoved]:
+    lora = {name: m for name, m in adapters(model).items() if isinstance(m, ExpertLoRA) and moved.get(name)}
+    still: dict[str, dict[str, int]] = {}
+    total: dict[str, int] = {}
+    for name, module in lora.items():
+        trained = [p for p in (module.lora_A, module.lora_B) if p in optimizer.state]
+        moments = [m for p in trained if (m := has_moved(optimizer, p)).shape == p.shape]
+        if not moments:
+            continue
+        alone = int((torch.stack([m.flatten(1).amax(1) for m in moments]).amax(0) == 0).sum())
+        type_ = ".".join(name.split(".")[-2:]) + " expert"
+        total[type_] = total.get(type_, 0) + module.frozen.experts
+        if alone:
+            still.setdefault(type_, {})[name] = alone
+    return [
+        Unmoved(type_, sum(by_name.values()), total[type_], tuple(_layers(by_name))) for type_, by_name in still.items()
+    ]
+
+
+def _layers(names: Iterable[str]) -> list[int]:
+    return sorted({layer for layer, _ in map(place_in_layer, names) if layer is not None})
 
 
 def warning(found: Sequence[Unmoved], when: str, *, full: bool, dtype: torch.dtype) -> str:
@@ -77,8 +108,7 @@ def _by_type(model: nn.Module, moved: Mapping[str, bool]) -> list[Unmoved]:
     found = []
     for type_, modules in of.items():
         if still := [module for module in modules if not moved[module]]:
-            layers = {layer for layer, _ in map(places.__getitem__, still) if layer is not None}
-            found.append(Unmoved(type_, len(still), len(modules), tuple(sorted(layers))))
+            found.append(Unmoved(type_, len(still), len(modules), tuple(_layers(still))))
     return found
 
 

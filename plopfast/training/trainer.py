@@ -38,6 +38,7 @@ from .records import Records
 from .state import CHECKPOINT_FILES, CHECKPOINTS, TrainState, checkpoint_path, load_state, save_state
 
 SKIPS_IN_A_ROW = 10  # so many steps without a finite loss, one after the other, end a training even if it skips them
+ANY_STEP = "in any step"
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,8 @@ class Trainer:
 
     def _census(self, when: str) -> dict[str, int]:
         """Warns of modules that no gradient reached, and returns how many there are of each type."""
-        found = census.census(self.model, self.parameters, self.optimizer)
+        at_end = when == ANY_STEP  # in one step, most experts of a large mixture have no token
+        found = census.census(self.model, self.parameters, self.optimizer, each_expert=at_end)
         if found and ranks.is_main():
             full, dtype = not adapters(self.model), next(self.model.parameters()).dtype
             warnings.warn(census.warning(found, when, full=full, dtype=dtype), stacklevel=3)
@@ -282,7 +284,7 @@ class Trainer:
             tokens=tokens,
             padding=1 - tokens / positions if positions else 0.0,
             seconds=seconds,
-            unmoved=self._census("in any step"),
+            unmoved=self._census(ANY_STEP),
         )
 
     def _collate(self, rows: list[Example], packed: bool) -> dict[str, torch.Tensor]:
