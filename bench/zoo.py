@@ -1,6 +1,7 @@
 """Every class that transformers maps to causal language models, built tiny and tried end to end: what works, and what not.
 
     python bench/zoo.py --jobs 2 --keep zoo.jsonl       # goes on after a kill
+    python bench/zoo.py --jobs 2 --name zoo_lowest      # with the lowest transformers that pyproject.toml allows
     python bench/zoo.py --only llama,gpt2
 
 A family is built, scored, adapted, trained, saved, read by PEFT, merged, loaded and resumed; each step is held against a
@@ -29,6 +30,7 @@ def main() -> int:
     parser.add_argument(
         "--keep", type=Path, help="a file of results that is added to; its families are not tried again"
     )
+    parser.add_argument("--name", default="zoo", help="of the file in bench/results (default: zoo)")
     given = parser.parse_args()
     only = given.only.split(",") if given.only else []
     with tempfile.TemporaryDirectory() as folder:
@@ -42,7 +44,7 @@ def main() -> int:
     if only:
         print(table)
     else:
-        measure.save("zoo", table, {"families": rows})
+        measure.save(given.name, table, {"families": rows})
     return 0
 
 
