@@ -1,6 +1,7 @@
 """plopfast's trainer against what people fine-tune with today: one epoch of the same examples, in one process.
 
     pip install 'plopfast[hf,bench]' && python bench/train_peers.py [--repeats 3] [--dtype bfloat16] [--cases abc]
+    python bench/train_peers.py --keep peers.jsonl       # an hour on shared cores; goes on after a kill
 
 Cases: (a) SmolLM2-135M on the WordNet demo task, (b) on rows of 16 to 512 tokens, log-uniform, from Python's help texts,
 (c) a random Llama of 64M parameters on rows of 512 tokens from there.
@@ -24,6 +25,7 @@ of 8 rows comes before.
 import argparse
 import copy
 import importlib.metadata
+import json
 import math
 import random
 import statistics
@@ -33,6 +35,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -239,21 +242,46 @@ def quality(case: Case, model: Any, accuracy: bool) -> dict[str, float]:
     return {"loss": evaluate(model, case.valid).loss} | ({} if test is None else {"accuracy": test})
 
 
-def compare(case: Case, arms: list[str], repeats: int) -> tuple[list[str], dict[str, Any]]:
+class Kept:
+    """Figures of runs, kept in a file of JSON lines, if any; those of a case that it has are not made again."""
+
+    def __init__(self, path: Path | None, case: str) -> None:
+        self.path, self.case = path, case
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        rows = [row for row in map(json.loads, lines) if row["case"] == case]
+        self.runs: dict[tuple[str, int], dict[str, float]] = {
+            (row["arm"], row["repeat"]): row["figures"] for row in rows
+        }
+
+    def run(self, case: Case, arm: str, repeat: int) -> dict[str, float]:
+        found = self.runs.get((arm, repeat)) or run(case, arm, repeat)
+        if self.path and repeat and (arm, repeat) not in self.runs:
+            with self.path.open("a") as file:
+                print(json.dumps({"case": self.case, "arm": arm, "repeat": repeat, "figures": found}), file=file)
+        return found
+
+
+def compare(case: Case, arms: list[str], repeats: int, kept: Kept) -> tuple[list[str], dict[str, Any]]:
     """The case's lines of the table, and every run's figures."""
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     base = quality(case, case.model, accuracy=True)
+    last = max(
+        (repeat for repeat in range(1, repeats + 1) for arm in arms if (arm, repeat) not in kept.runs), default=0
+    )
     for repeat in range(repeats + 1):
         for arm in arms:
-            runs[arm].append(run(case, arm, repeat))
-            print(f"{repeat} {arm}:", ", ".join(f"{k} {v:.4g}" for k, v in runs[arm][-1].items()), flush=True)
+            if not repeat and not last:
+                continue  # nothing is left that a warm-up would be for
+            found = kept.run(case, arm, repeat)
+            print(f"{repeat} {arm}:", ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
+            if repeat:
+                runs[arm].append(found)
     size, lengths = sum(p.numel() for p in case.model.parameters()) / 1e6, [len(e.tokens) for e in case.train]
     lines = [
         f"{case.title}: {size:.0f}M parameters, {len(lengths)} rows of {min(lengths)} to {max(lengths)}, {sum(lengths)} tokens",
         f"{'':<18}" + "".join(f"{label:>14}" for label in COLUMNS.values()),
         line("base model", [base]),
     ]
-    runs = {arm: each[1:] for arm, each in runs.items()}
     lines += [line(arm, each) for arm, each in runs.items()]
     for arm in arms if "plopfast" in arms else []:
         parts = []
@@ -276,6 +304,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rows", type=float, default=1.0, help="scales the number of rows")
+    parser.add_argument(
+        "--keep", type=Path, help="a file of results that is added to; runs that it has are not made again"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)  # gradient_checkpointing is being renamed
     transformers.logging.set_verbosity_error()
@@ -285,7 +316,8 @@ def main() -> None:
     for name in arguments.cases:
         case = {"a": case_a, "b": case_b, "c": case_c}[name](getattr(torch, arguments.dtype), arguments.rows)
         figures["sft_differences"] = sft_differences(case)
-        more, figures[name] = compare(case, arguments.arms, arguments.repeats)
+        kept = Kept(arguments.keep, f"{name} {arguments.dtype} {arguments.rows:g}")
+        more, figures[name] = compare(case, arguments.arms, arguments.repeats, kept)
         lines += [f"({name}) {more[0]}", *more[1:], f"targets against peft+hf: {TARGETS[name]}", ""]
     lines.append(f"arguments that Trainer and SFTTrainer set otherwise: {figures['sft_differences']}")
     measure.save(f"train_peers_{arguments.dtype}", "\n".join(lines), figures)
