@@ -163,9 +163,8 @@ def inject(
 
     Raises PlacementError for names that the model does not have, for ranks and vectors that do not fit it and for modules
     that share their weight with others, ConfigError for an `init` that is unknown or disagrees with `eva` and for what
-    experts cannot have (dropout, DoRA), AdapterError
-    where the model has adapters already, ModelError for quantised modules, and BackendError where `backend` cannot run on
-    the modules' device.
+    experts cannot have (dropout, DoRA), AdapterError where the model has adapters already, ModelError for quantised
+    modules, and BackendError where `backend` cannot run on the modules' device.
     """
     check_init(init, eva)
     if adapters(model):
@@ -315,7 +314,7 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
             module.frozen.add_(module.delta_NK if isinstance(module, ExpertLoRA) else module.delta_NK())
             _take_out(model, name, module)
         except BaseException:
-            if model.get_submodule(name) is module:
+            if adapters(model).get(name) is module:
                 module.frozen.stored.detach().copy_(before)
             raise
     keep_values(model)
