@@ -90,12 +90,25 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in] -> [..., out]"""
+        base, magnitude = self.base, self.lora_magnitude
         if not self.enabled:
-            return self.base(x)
-        y = self._product(x)
-        if self.lora_magnitude is None:
-            return y
-        return dora_math.scaled(y, self.lora_magnitude, self.lengths(), self.bias)
+            return base(x)
+        p = self.dropout if self.training else 0.0
+        y = None if self.shared is None else self.shared.y_of(self, x, p)
+        if y is None:
+            y = lora_linear(
+                x,
+                self.frozen.weight_NK,
+                self.lora_A,
+                self.lora_B,
+                scaling=self.scaling,
+                bias=base.bias if magnitude is None else None,  # type: ignore[arg-type]
+                dropout_p=p,
+                seed=new_seed(x.device) if p else None,
+                backend=self.backend,
+                low=self.low,
+            )
+        return y if magnitude is None else dora_math.scaled(y, magnitude, self.lengths(), self.bias)
 
     @property
     def product_bias(self) -> torch.Tensor | None:
@@ -106,23 +119,6 @@ class LoRALinear(nn.Module):
         """||W + scaling B A|| of each row [out], in float32, without a gradient."""
         assert self.squares is not None, "it has no lora_magnitude"
         return dora_math.lengths(self.frozen.weight_NK, self.squares, self.lora_A, self.lora_B, self.scaling)
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        p = self.dropout if self.training else 0.0
-        if self.shared is not None and (y := self.shared.y_of(self, x, p)) is not None:
-            return y
-        return lora_linear(
-            x,
-            self.frozen.weight_NK,
-            self.lora_A,
-            self.lora_B,
-            scaling=self.scaling,
-            bias=self.product_bias,
-            dropout_p=p,
-            seed=new_seed(x.device) if p else None,
-            backend=self.backend,
-            low=self.low,
-        )
 
     @torch.no_grad()
     def delta_NK(self) -> torch.Tensor:
@@ -314,7 +310,7 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
             module.frozen.add_(module.delta_NK if isinstance(module, ExpertLoRA) else module.delta_NK())
             _take_out(model, name, module)
         except BaseException:
-            if adapters(model).get(name) is module:
+            if name in adapters(model):
                 module.frozen.stored.detach().copy_(before)
             raise
     keep_values(model)

@@ -239,7 +239,7 @@ def _of_another_base(w):
 
 @case("load_adapter", raises=AdapterError)
 def _of_a_kind_that_is_not_known(w):
-    path = w.saved_adapter(bias="all")
+    path = w.saved_adapter(layer_replication=[[0, 1]])
     return lambda: pf.load_adapter(w.model, path), ()
 
 

@@ -223,7 +223,7 @@ option("cap", "--cap=1", "--granularity=module --budget=700", place="placement")
 
 # adapters and training
 option("rslora", "--rslora", train=f"{LEARNED} adapter_config")
-option("dora", "--dora", train=f"{LEARNED} adapter_config")
+option("dora", "--dora", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("full", "--full", train=f"{LEARNED} adapter_config model", eval=REFUSED, search=REFUSED)
 option(
     "full", "--full", run=f"{SCORES} placement estimate {LEARNED} adapter_config model eval report passes"

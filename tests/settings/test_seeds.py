@@ -11,12 +11,14 @@ import pytest
 import torch
 from helpers import build, everywhere, made, parameters, random_batches, same
 from workshop import differences, modules
+from zoo import families
 
 import plopfast as pf
 from plopfast.data import batches as rows_in_order
 from plopfast.data.example import Example
 from plopfast.lora.init import draw_seeded_A
 from plopfast.lora.layer import adapters
+from plopfast.models.experts import expert_weights
 from plopfast.models.linears import linear_modules
 from plopfast.placing.choose import by_type
 from plopfast.scoring import baselines, official, stopping
@@ -87,6 +89,9 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "placing.choose.by_type": lambda seed, given: by_type(given["report"], "random", 3, seed, {}),
     "placing.place.place": lambda seed, given: pf.place(given["report"], "random", k=3, rank=2, seed=seed).modules,
     "scoring.baselines.denominators": lambda seed, g: baselines.denominators(g["infos"], "monte-carlo", 16, seed),
+    "scoring.baselines.expert_denominators": lambda seed, _: baselines.expert_denominators(
+        expert_weights(families.build("mixtral"))[0], "monte-carlo", 16, seed
+    ),
     "scoring.baselines.monte_carlo": lambda seed, g: baselines.monte_carlo(g["infos"], 16, seed),
     "scoring.eva.InputSketch": sketched,
     "scoring.nfn.score": lambda seed, g: (
