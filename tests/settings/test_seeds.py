@@ -73,6 +73,12 @@ def sketched(seed, given):
     return pf.score(given["model"], random_batches(), eva_rank=4, seed=seed).eva
 
 
+def of_experts(seed, _):
+    with torch.random.fork_rng(devices=[]):
+        info = expert_weights(families.build("mixtral"))[0]
+    return baselines.expert_denominators(info, "monte-carlo", 16, seed)
+
+
 def right_answers():
     generator = torch.Generator().manual_seed(0)
     return (torch.rand(2, 3, 40, generator=generator) < 0.6).double()
@@ -89,9 +95,7 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "placing.choose.by_type": lambda seed, given: by_type(given["report"], "random", 3, seed, {}),
     "placing.place.place": lambda seed, given: pf.place(given["report"], "random", k=3, rank=2, seed=seed).modules,
     "scoring.baselines.denominators": lambda seed, g: baselines.denominators(g["infos"], "monte-carlo", 16, seed),
-    "scoring.baselines.expert_denominators": lambda seed, _: baselines.expert_denominators(
-        expert_weights(families.build("mixtral"))[0], "monte-carlo", 16, seed
-    ),
+    "scoring.baselines.expert_denominators": of_experts,
     "scoring.baselines.monte_carlo": lambda seed, g: baselines.monte_carlo(g["infos"], 16, seed),
     "scoring.eva.InputSketch": sketched,
     "scoring.nfn.score": lambda seed, g: (
