@@ -12,6 +12,7 @@ from . import torch_segments
 from .library import DEVICES, LIBRARY
 
 LIBRARY.define("segment_product(Tensor x, Tensor w, Tensor ends) -> Tensor")
+LIBRARY.define("segment_outer(Tensor one, Tensor other, Tensor ends) -> Tensor")
 LIBRARY.define(
     "segment_forward(Tensor x, Tensor w, Tensor a, Tensor b, Tensor ends, float scaling) -> (Tensor, Tensor)"
 )
@@ -24,6 +25,11 @@ LIBRARY.define(
 def segment_product(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     """X W_e^T [S, N] of x [S, K] and w [E, N, K]."""
     return torch_segments.product(x, w, ends)
+
+
+def segment_outer(one: torch.Tensor, other: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """one^T other of each segment's rows: one [S, N], other [S, K] -> [E, N, K]."""
+    return torch_segments.outer(one, other, ends)
 
 
 def segment_forward(
@@ -41,7 +47,7 @@ def segment_backward(
     return torch_segments.backward(dy, x, s, w, a, b, ends, scaling, (need_x, need_a, need_b))
 
 
-for _op in (segment_product, segment_forward, segment_backward):
+for _op in (segment_product, segment_outer, segment_forward, segment_backward):
     for _device in DEVICES:
         LIBRARY.impl(_op.__name__, _op, _device)
 
@@ -49,6 +55,11 @@ for _op in (segment_product, segment_forward, segment_backward):
 @torch.library.register_fake("plopfast::segment_product", lib=LIBRARY)
 def _(x, w, ends):
     return x.new_empty(x.shape[0], w.shape[1])
+
+
+@torch.library.register_fake("plopfast::segment_outer", lib=LIBRARY)
+def _(one, other, ends):
+    return one.new_empty(ends.shape[0], one.shape[1], other.shape[1])
 
 
 @torch.library.register_fake("plopfast::segment_forward", lib=LIBRARY)

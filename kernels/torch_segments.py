@@ -24,6 +24,14 @@ def product(x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> to
     return y_SN
 
 
+def outer(one_SN: torch.Tensor, other_SK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    """one^T other of each segment's rows [E, N, K]; zeros for a segment without rows"""
+    found = one_SN.new_zeros(len(ends_E), one_SN.shape[1], other_SK.shape[1])
+    for e, rows in slices(ends_E):
+        torch.mm(one_SN[rows].T, other_SK[rows], out=found[e])
+    return found
+
+
 def forward(
     x_SK: torch.Tensor, w_ENK: torch.Tensor, a_ERK: torch.Tensor, b_ENR: torch.Tensor, ends_E: torch.Tensor, c: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -87,19 +87,28 @@ class Adapted(torch.autograd.Function):
 
 
 class PlainProduct(torch.autograd.Function):
-    """x W_e^T [S, N] with a gradient for x alone: of experts beside those with adapters."""
+    """x W_e^T [S, N] of experts without adapters, with gradients for x and, where all weights are trained, W."""
 
     @staticmethod
     def forward(ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(w_ENK, ends_E)
+        ctx.save_for_backward(x_SK if ctx.needs_input_grad[1] else None, w_ENK, ends_E)
         y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK, w_ENK, ends_E)
         return y_SN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
-        w_ENK, ends_E = ctx.saved_tensors
-        return torch.ops.plopfast.segment_product(dy_SN.contiguous(), w_ENK.transpose(1, 2), ends_E), None, None
+        x_SK, w_ENK, ends_E = ctx.saved_tensors
+        dy_SN, (need_x, need_w, _) = dy_SN.contiguous(), ctx.needs_input_grad
+        dx = torch.ops.plopfast.segment_product(dy_SN, w_ENK.transpose(1, 2), ends_E) if need_x else None
+        return dx, torch.ops.plopfast.segment_outer(dy_SN, x_SK, ends_E) if need_w else None, None
+
+
+def plain_product(weight: ExpertWeight, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+    """W_e x_s + bias_e [S, N] of experts without adapters."""
+    return weight.with_bias(
+        PlainProduct.apply(x_SK.to(weight.dtype).contiguous(), weight.weight_ENK, route.ends), route
+    )
 
 
 class LoRAExperts(nn.Module):
@@ -122,10 +131,7 @@ class LoRAExperts(nn.Module):
 
     def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
         adapter, frozen = self.adapters().get(key), self.mixture.weight(key)
-        if adapter is None or not adapter.enabled:
-            y_SN = PlainProduct.apply(x_SK.to(frozen.dtype).contiguous(), frozen.weight_ENK, route.ends)
-            return frozen.with_bias(y_SN, route)
-        return adapter(x_SK, route)
+        return plain_product(frozen, x_SK, route) if adapter is None or not adapter.enabled else adapter(x_SK, route)
 
 
 def adapted_mixtures(model: nn.Module) -> dict[str, Mixture]:

@@ -9,6 +9,7 @@ What stands for what:
 
 - torch's fake operations stand for plopfast's kernels, which need a GPU's tensors and allocate the same results. So no
   dropout mask is counted: the kernels make it from a seed, and plain torch makes it for one product at a time.
+- experts of a mixture compute by our operations, also where transformers' own would.
 - a decoded weight lies in one workspace for each device, as in kernels/codes.py.
 - on "meta", torch's flash attention, with what it allocates, stands for the card's attention, without a mask; and the loss takes
   the smallest chunk of logits that it takes on a GPU (models/cross_entropy.py takes more where more is free).
@@ -24,16 +25,19 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
+from ..lora.experts import plain_product
 from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
 from ..models.embedding import at_home
+from ..models.experts import mixtures
 from ..models.frozen import find_frozen, is_linear, make_dense
 from ..models.lean import lean_modules
 from ..models.quantized import one_workspace
@@ -149,6 +153,7 @@ class Step:
                 model.requires_grad_(True)
             else:
                 inject(model, placement, dropout=config.dropout, dora=config.dora, backend="torch")
+            _experts_by_segments(model)
             for tensor, part in _parts_of(model):
                 live.add(
                     tensor, part, host=part == STREAMED
@@ -229,6 +234,13 @@ class Step:
         row = torch.arange(self.rows, device=self.device)
         row = row.repeat_interleave(self.labels, output_size=self.rows * self.labels)
         return {"input_ids": ids, "labels": ids, "at": (row, columns.repeat(self.rows))}
+
+
+def _experts_by_segments(model: nn.Module) -> None:
+    """Makes experts compute with our operations: torch's grouped product refuses float32 and odd widths where tensors have no
+    values."""
+    for mixture in mixtures(model).values():
+        mixture.module.forward = partial(mixture.run, lambda key, *of, m=mixture: plain_product(m.weight(key), *of))
 
 
 def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:

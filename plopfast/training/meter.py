@@ -119,6 +119,7 @@ FORMULAS: dict[Any, Any] = {  # of shapes
     _OPS.lora_forward: _lora_forward,
     _OPS.lora_backward: _lora_backward,
     _OPS.segment_product: lambda x, w, *_, **__: 2 * x[0] * w[1] * w[2],
+    _OPS.segment_outer: lambda one, other, *_, **__: 2 * one[0] * one[1] * other[1],
     _OPS.segment_forward: lambda x, w, a, *_, **__: 2 * x[0] * (w[1] * w[2] + a[1] * (w[1] + w[2])),
     _OPS.segment_backward: lambda dy, x, s, w, a, b, ends, scaling, *needed, **__: _lora_backward(
         dy, x, s, w[1:], a[1:], b, scaling, 0.0, None, "", *needed

@@ -67,12 +67,12 @@ def test_forward_and_gradients(case, dtype, strided):
 def test_the_frozen_product_and_its_gradient(case):
     x, w, _, _, dy, ends = made(*case)
     x.requires_grad_()
+    w.requires_grad_()  # as where all weights are trained
     y = PlainProduct.apply(x, w, ends)
-    want = reference.segments(x, w, w[:, :1] * 0, w[:, :, :1] * 0, ends.tolist(), S)
+    want = reference.segments(x, w, w[:, :1].detach() * 0, w[:, :, :1].detach() * 0, ends.tolist(), S)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
-    (got,) = torch.autograd.grad(y, x, dy)
-    (exact,) = torch.autograd.grad(want, x, dy.double())
-    torch.testing.assert_close(got, exact.float(), rtol=1e-5, atol=1e-5)
+    got, exact = torch.autograd.grad(y, [x, w], dy), torch.autograd.grad(want, [x, w], dy.double())
+    torch.testing.assert_close(got, exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -118,6 +118,7 @@ def test_shapes_without_values_and_their_work():
     s = OPS.segment_forward(x, w, a, b, ends, S)[1]
     for op, args in (
         (OPS.segment_product, (x, w, ends)),
+        (OPS.segment_outer, (dy, x, ends)),
         (OPS.segment_forward, (x, w, a, b, ends, S)),
         (OPS.segment_backward, (dy, x, s, w, a, b, ends, S, True, False, True)),
     ):
@@ -125,6 +126,7 @@ def test_shapes_without_values_and_their_work():
     rows, n, k, r = 50, 40, 65, 16
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
         OPS.segment_product(x, w, ends)
+        OPS.segment_outer(dy, x, ends)
         OPS.segment_forward(x, w, a, b, ends, S)
         OPS.segment_backward(dy, x, s, w, a, b, ends, S, True, True, True)
-    assert flops.get_total_flops() == 2 * rows * (3 * n * k + (n + k) * r + 2 * n * r + 2 * k * r)
+    assert flops.get_total_flops() == 2 * rows * (4 * n * k + (n + k) * r + 2 * n * r + 2 * k * r)

@@ -6,12 +6,16 @@ import pytest
 import torch
 from helpers import SMALL, build, quantize
 from test_estimate import LABELS, ROWS, TOKENS, config_of, estimated, measured, placement_on
+from transformers import MixtralConfig, MixtralForCausalLM
+from zoo import families
 
+from plopfast.lora.placement import Placement
+from plopfast.models.experts import weights_of
 from plopfast.models.linears import linear_modules
 from plopfast.models.shapes import miniature, model_of
 from plopfast.support.errors import ModelError
 from plopfast.training.dry import MIB
-from plopfast.training.estimate import estimate_shapes
+from plopfast.training.estimate import estimate, estimate_shapes
 
 HIDDEN, INNER, LAYERS, HEADS, GROUPS, VOCABULARY = 128, 352, 3, 4, 2, 640
 T, RANK = 256, 8
@@ -137,11 +141,27 @@ def test_what_mixes_the_devices_is_an_error(llama):
 
 
 def test_a_mixture_that_needs_values_has_no_estimate(tmp_path):
-    sizes = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "experts_implementation": "eager"}
-    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    families.config_of("jetmoe").save_pretrained(tmp_path)
     model = model_of(str(tmp_path))
+    first = linear_modules(model)[0].name
     with pytest.raises(ModelError, match="no estimate is possible"):
-        estimate_shapes(model, {"this": placement_on(model, "q_proj")}, config_of(), **SHAPE)
+        estimate_shapes(model, {"this": Placement({first: (2, 4.0)}, [], "explicit", 0)}, config_of(), **SHAPE)
+
+
+@pytest.mark.parametrize("way", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("adapted", ["experts", "attention", "full"])
+def test_a_mixture_is_counted_as_with_values(tmp_path, adapted, way):
+    """On the CPU, however transformers would compute its experts."""
+    sizes = {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "experts_implementation": way}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    empty, real = model_of(str(tmp_path)), MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=4)).eval()
+    real = real.to(torch.bfloat16)  # as it would be on a card
+    names = [info.name for info in weights_of(real) if hasattr(info, "experts") == (adapted == "experts")]
+    choice = {"this": None if adapted == "full" else Placement(dict.fromkeys(names, (2, 4.0)), [], "explicit", 0)}
+    (got,) = estimate_shapes(empty, choice, config_of(), device="cpu", **SHAPE)
+    (want,) = estimate(real, choice, config_of(), **SHAPE)
+    assert got.total_mib == pytest.approx(want.total_mib, rel=0.01)
+    assert got.tflops_per_step == pytest.approx(want.tflops_per_step) and got.parameters == want.parameters
 
 
 def test_modules_are_those_of_the_loaded_model(llama):
