@@ -79,7 +79,8 @@ def _about_the_choice(run: RunFolder) -> list[str]:
         texts.append("The scores do not say how sure the choice is.")
     if placement:
         texts += [note for note in placement.notes if not decision or decision.note not in note]
-    texts += [f"Not scored, and {note}." for note in run.scores.notes] if run.scores else []
+    for note in run.scores.notes if run.scores else ():
+        texts.append(f"Not scored, and {note}." if note.startswith("left out") else f"{note[0].upper()}{note[1:]}.")
     texts.append(
         "NFN compares a module's response to its real inputs with its response to random inputs of the same length. It is 1 "
         "for a random input."

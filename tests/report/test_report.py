@@ -341,6 +341,9 @@ def test_what_has_no_score_is_named(full):
     kept.notes = ["left out: 86% of the layers' weights, the experts (down_proj, gate_up_proj)"]
     kept.save(full / "scores.json")
     assert f"Not scored, and {kept.notes[0]}." in report(full).text
+    kept.notes = ["no token reached 2 of 16 experts"]
+    kept.save(full / "scores.json")
+    assert "No token reached 2 of 16 experts." in report(full).text
 
 
 def test_hostile_names_stay_text(full):
