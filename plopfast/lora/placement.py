@@ -21,7 +21,7 @@ class Placement:
     `modules`: name -> (rank, alpha). `types`: the module types chosen. `parameters`: trainable parameters in all.
     `margin`: the NFN between the last type chosen and the first left out, for rules that choose types by NFN.
     `notes`: how sure the choice is, and what a budget did. `shapes`: name -> (n_out, n_in) of the weights, where they are
-    known; a model with other weights is refused.
+    known; a model with other weights is refused. `experts`: name -> how many, of those that are weights of experts.
     """
 
     modules: Annotated[dict[str, tuple[Size, Positive]], MinLen(1)]
@@ -32,6 +32,7 @@ class Placement:
     model: str = ""
     notes: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[Size, Size]] = field(default_factory=dict)
+    experts: dict[str, Size] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Writes the placement as JSON, atomically."""
@@ -52,7 +53,10 @@ class Placement:
         In a model within a model, PEFT adapts modules whose names end with one of these, too.
         Example: `peft.get_peft_model(model, peft.LoraConfig(**placement.peft_config()))`.
         """
-        return {"task_type": "CAUSAL_LM", "target_modules": sorted(self.modules), **ranks_and_patterns(self.modules)}
+        targets: dict[str, Any] = {"target_modules": sorted(self.modules.keys() - self.experts.keys())}
+        if self.experts:
+            targets["target_parameters"] = sorted(self.experts)
+        return {"task_type": "CAUSAL_LM", **targets, **ranks_and_patterns(self.modules)}
 
     def __str__(self) -> str:
         ranks = [rank for rank, _ in self.modules.values()]

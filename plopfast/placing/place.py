@@ -67,7 +67,8 @@ def place(
     with_alpha = {name: (r, alpha) for name, r in given.items()}
     named = rule if isinstance(rule, str) else "explicit"
     shapes = {name: (score.n_out, score.n_in) for name, score in modules.items()}
-    return Placement(with_alpha, choice.types, named, parameters, choice.margin, report.model, notes, shapes)
+    experts = {name: score.experts for name, score in modules.items() if score.experts > 1}
+    return Placement(with_alpha, choice.types, named, parameters, choice.margin, report.model, notes, shapes, experts)
 
 
 def _check_options(ranks: str, granularity: str, cap: int | None) -> None:

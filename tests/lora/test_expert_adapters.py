@@ -122,6 +122,23 @@ def test_merged_switched_off_and_taken_out(family):
     assert not any(isinstance(m, LoRAExperts | ExpertLoRA) for m in model.modules())
 
 
+def test_one_of_two_adapters_can_be_off():
+    model, alone = adapted(), adapted(only="down_proj")
+    for name, module in adapters(model).items():
+        if name in adapters(alone):
+            adapters(alone)[name].lora_A.data, adapters(alone)[name].lora_B.data = module.lora_A, module.lora_B
+        else:
+            module.enabled = False
+    torch.testing.assert_close(logits(model), logits(alone))
+
+
+def test_every_expert_begins_with_an_a_of_its_own():
+    one, two, other = (adapters(adapted(seed=seed)) for seed in (0, 0, 1))
+    for name, module in one.items():
+        assert len({tuple(a.flatten().tolist()) for a in module.lora_A}) == families.HEADS
+        assert torch.equal(module.lora_A, two[name].lora_A) and not torch.equal(module.lora_A, other[name].lora_A)
+
+
 def test_a_merge_that_breaks_off_leaves_the_same_model(monkeypatch):
     model, calls = adapted(), []
     want = logits(model)

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from zoo import families, reference
 
 import plopfast as pf
@@ -112,6 +113,10 @@ def test_placements_and_budgets_count_every_expert():
     scores = of_experts(report)
     assert placed.parameters == sum(2 * 4 * (score.n_in + score.n_out) for score in scores.values())
     assert {"experts.down_proj", "q_proj"} <= set(pf.place(report, rule="all", rank=2).types)
+    assert set(placed.experts.values()) == {4} and placed.experts.keys() == placed.modules.keys()
+    everything = pf.place(report, rule="all", rank=2)
+    theirs = get_peft_model(families.build("mixtral"), LoraConfig(**everything.peft_config()))
+    assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) == everything.parameters
     model = families.build("mixtral")
     pf.inject(model, placed)
     assert placed.parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
