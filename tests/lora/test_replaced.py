@@ -69,6 +69,8 @@ def test_it_counts_as_in_peft(case, tmp_path):
     other = copy.deepcopy(model)
     unload(model)
     assert torch.equal(logits(model), before) and list(model.state_dict()) == names and not replaced_values(model)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (family.endswith("-tied") or family == "gpt2"), "the very Parameters are back"
     torch.testing.assert_close(logits(other), theirs, rtol=1e-5, atol=1e-5)
 
 
