@@ -98,6 +98,7 @@ def test_merged_it_is_the_models_own(case, tmp_path):
     fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     for one in (model, fresh):
         torch.testing.assert_close(logits(one), theirs, rtol=1e-5, atol=1e-5)
+    assert fresh.config.tie_word_embeddings == (family == "gpt2"), "other programs go by what the configuration says"
 
 
 def test_training_leaves_it_as_it_is_and_says_so(tmp_path):
