@@ -265,13 +265,10 @@ def compare(case: Case, arms: list[str], repeats: int, kept: Kept) -> tuple[list
     """The case's lines of the table, and every run's figures."""
     runs: dict[str, list[dict[str, float]]] = {arm: [] for arm in arms}
     base = quality(case, case.model, accuracy=True)
-    last = max(
-        (repeat for repeat in range(1, repeats + 1) for arm in arms if (arm, repeat) not in kept.runs), default=0
-    )
-    for repeat in range(repeats + 1):
+    measured = {(arm, repeat) for arm in arms for repeat in range(1, repeats + 1)}
+    # where nothing is left to measure, nothing is warmed up
+    for repeat in range(0 if measured - kept.runs.keys() else 1, repeats + 1):
         for arm in arms:
-            if not repeat and not last:
-                continue  # nothing is left that a warm-up would be for
             found = kept.run(case, arm, repeat)
             print(f"{repeat} {arm}:", ", ".join(f"{k} {v:.4g}" for k, v in found.items()), flush=True)
             if repeat:

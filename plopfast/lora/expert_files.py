@@ -14,7 +14,7 @@ import torch
 
 from ..models.experts import ExpertWeight, Mixture
 from ..support.errors import AdapterError
-from .placement import ends_of
+from .peft_targets import is_targeted
 
 NATURAL = (0, 19)  # the PEFT that first took weights for [E, out, in]
 
@@ -27,11 +27,6 @@ def names_in_file(mixtures: Mapping[str, Mixture], targeted: Collection[str]) ->
         for depth, key in enumerate(reversed(keys)):
             found[f"{place}.{key}"] = place + ".base_layer" * depth
     return found
-
-
-def is_targeted(name: str, targeted: Collection[str]) -> bool:
-    """Whether a parameter is one of the target_parameters, as PEFT matches them."""
-    return bool({name, *ends_of(name)} & {*targeted})
 
 
 def to_file(adapter: Any) -> dict[str, torch.Tensor]:

@@ -36,7 +36,12 @@ def targets_of(model: nn.Module, names: Sequence[str], as_parameters: bool = Tru
 def key_of(name: str, target_parameters: Iterable[str]) -> str:
     """What PEFT matches rank_pattern and alpha_pattern with: the module's name, or its weight's where that is the target."""
     key = name + WEIGHT
-    return key if {key, *ends_of(key)} & {*target_parameters} else name
+    return key if is_targeted(key, target_parameters) else name
+
+
+def is_targeted(name: str, target_parameters: Iterable[str]) -> bool:
+    """Whether a parameter is one of the target_parameters, as PEFT matches them: full names, or ends of names."""
+    return not {name, *ends_of(name)}.isdisjoint(target_parameters)
 
 
 def _has_fused_experts(model: nn.Module) -> bool:

@@ -9,6 +9,7 @@ set to zero. A module counts where `Mixture.run` gives what its own forward give
 E experts, N out, K in, T tokens, S rows: one for each token and expert that it is routed to, sorted by expert.
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from torch import nn
 from ..kernels import library_segments  # noqa: F401  # registers torch.ops.plopfast.segment_product
 from ..support.errors import ModelError
 from .exclusions import in_layers
-from .frozen import DTYPES, FrozenWeight, frozen_of, whole
+from .frozen import DTYPES, FrozenWeight, StoredWeight, frozen_of, whole
 from .linears import LinearInfo, linear_modules, place_in_layer
 
 UP = ("gate_up_proj", "up_proj")
@@ -74,11 +75,8 @@ class ExpertInfo:
 Product = Callable[[str, torch.Tensor, Route], torch.Tensor]  # (key, x [S, K], route) -> y [S, N], bias included
 
 
-class ExpertWeight:
-    """The frozen weight W [E, N, K] of all experts of a layer, in a parameter of its module. See `frozen.FrozenWeight`."""
-
-    kind = "dense"
-    streamed = False
+class ExpertWeight(StoredWeight):
+    """The frozen weight W [E, N, K] of all experts of a layer, in a parameter of its module."""
 
     def __init__(self, module: nn.Module, key: str, transposed: bool) -> None:
         self.module, self.key, self.transposed = module, key, transposed
@@ -105,14 +103,6 @@ class ExpertWeight:
         _, n_out, n_in = self.weight_ENK.shape
         return n_out, n_in
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.stored.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.stored.device
-
     def product(self, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
         """W_e x [S, N], without the bias."""
         y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK.to(self.dtype), self.weight_ENK, route.ends)
@@ -126,10 +116,6 @@ class ExpertWeight:
         stored = whole(self.stored.detach())
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         return torch.stack([torch.linalg.vector_norm(one, dtype=wide) for one in stored])  # no wide copy of all
-
-    def fingerprint(self) -> list[float]:
-        """The first four values as they are stored."""
-        return whole(self.stored.detach()).flatten()[:4].float().tolist()
 
     @torch.no_grad()
     def add_(self, delta_ENK: Callable[[int], torch.Tensor]) -> None:
@@ -156,7 +142,7 @@ class Mixture:
     def run(self, product: Product, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's forward for its own arguments, with `product` for its two products."""
         module, (up, down) = self.module, self.keys
-        hidden, *routing = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+        hidden, *routing = _signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
         experts = self.weight(down).experts
         x_TK = hidden.reshape(-1, hidden.shape[-1])
         if not self.routed:
@@ -174,6 +160,9 @@ class Mixture:
         back_S[route.order] = torch.arange(len(back_S), device=back_S.device)
         # a sum over each token's own rows: index_add_ has another order in each run on a GPU
         return y_SN[back_S].view(*chosen_Tk.shape, -1).sum(1).to(hidden.dtype).view(hidden.shape)
+
+
+_signature = functools.cache(inspect.signature)  # of a class's forward, which takes longer to find than to bind
 
 
 def mixtures(model: nn.Module) -> dict[str, Mixture]:
@@ -205,8 +194,11 @@ def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
     """The frozen weight of a linear module, or of the experts of a layer, by its name. Raises ModelError as `frozen_of` does,
     and where the model has neither."""
     place, _, key = name.rpartition(".")
-    modules: Any = dict(model.named_modules(remove_duplicate=False))
-    module, owner = modules.get(name), modules.get(place)
+    try:
+        owner: Any = model.get_submodule(place)
+    except AttributeError:
+        owner = None
+    module = None if owner is None else owner._modules.get(key)
     if module is None:
         mixture = None if owner is None else mixture_of(owner)
         if mixture is None or key not in mixture.keys:

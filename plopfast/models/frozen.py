@@ -21,14 +21,41 @@ from .quantized import QuantizedLinear, forget_quantization, is_nested, linear_o
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-class FrozenWeight:
+class StoredWeight:
+    """Values that a module has in a parameter, `stored`, in its own layout."""
+
+    streamed = False  # whether the values lie elsewhere than on `device`, see streaming.py
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The parameter itself."""
+        raise NotImplementedError
+
+    @property
+    def kind(self) -> str:
+        """How the values are stored: "dense", "nf4", "int8" or "fp8"."""
+        return "dense"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that products with W are computed in."""
+        return self.stored.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.stored.device
+
+    def fingerprint(self) -> list[float]:
+        """The first four values as they are stored. Every rank has to call this."""
+        return whole(self.stored.detach()).flatten()[:4].float().tolist()
+
+
+class FrozenWeight(StoredWeight):
     """The weight W [N, K] of a module that stores it densely: [N, K] in nn.Linear, [K, N] in transformers' Conv1D.
 
     It holds the module and not the tensor, because `model.to`, FSDP and `functional_call` put other tensors in the
     module's place. It is cheap to make, and a LoRALinear keeps one as its attribute `frozen`.
     """
-
-    streamed = False  # whether the values lie elsewhere than on `device`, see streaming.py
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -38,11 +65,6 @@ class FrozenWeight:
     def stored(self) -> torch.Tensor:
         """The parameter itself, in the module's own layout."""
         return self.module.weight  # type: ignore[return-value]
-
-    @property
-    def kind(self) -> str:
-        """How the values are stored: "dense", "nf4", "int8" or "fp8"."""
-        return "dense"
 
     @property
     def weight_NK(self) -> Any:
@@ -55,15 +77,6 @@ class FrozenWeight:
         n_out, n_in = self.weight_NK.shape
         return n_out, n_in
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that products with W are computed in."""
-        return self.stored.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.stored.device
-
     def dequantize(self) -> torch.Tensor:
         """All values of W as a dense tensor [N, K], which must not be written to. It has no gradient.
 
@@ -75,10 +88,6 @@ class FrozenWeight:
     def frobenius(self) -> torch.Tensor:
         """||W||_F, 0-d, in float32 (float64 for float64). Every rank has to call this."""
         return torch.ops.plopfast.row_norms(self.dequantize(), None, "auto").norm()
-
-    def fingerprint(self) -> list[float]:
-        """The first four values as they are stored. Every rank has to call this."""
-        return whole(self.stored.detach()).flatten()[:4].float().tolist()
 
     @torch.no_grad()
     def plus(self, delta_NK: torch.Tensor) -> torch.Tensor:

@@ -5,6 +5,7 @@ Nobody sees an adapter that stays as it was, because the others still learn. Ada
 the parameters is needed. An adapter's A and B are looked at together, as A has no gradient while B is zero.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,7 +38,7 @@ def census(
     *,
     each_expert: bool = False,
 ) -> list[Unmoved]:
-    """Returns what did not move in the steps that `optimizer` took, by module type; one look waits once for the device.
+    """Returns what did not move in the steps that `optimizer` took, by module type; one look waits once for the device (with `each_expert` twice).
 
     `parameters` are the trained ones of `model`, by name, and types are named as `linear_modules` does. On several ranks,
     gradients are those of all of them, so each rank finds the same. With `each_expert`, single experts of adapters that moved
@@ -55,16 +56,17 @@ def census(
 
 def _single_experts(model: nn.Module, optimizer: torch.optim.Optimizer, moved: Mapping[str, bool]) -> list[Unmoved]:
     lora = {name: m for name, m in adapters(model).items() if isinstance(m, ExpertLoRA) and moved.get(name)}
-    still: dict[str, dict[str, int]] = {}
-    total: dict[str, int] = {}
+    counts: dict[str, torch.Tensor] = {}
     for name, module in lora.items():
         trained = [p for p in (module.lora_A, module.lora_B) if p in optimizer.state]
         moments = [m for p in trained if (m := has_moved(optimizer, p)).shape == p.shape]
-        if not moments:
-            continue
-        alone = int((torch.stack([m.flatten(1).amax(1) for m in moments]).amax(0) == 0).sum())
+        if moments:
+            counts[name] = (torch.stack([m.flatten(1).amax(1) for m in moments]).amax(0) == 0).sum()
+    still: dict[str, dict[str, int]] = {}
+    total: Counter[str] = Counter()
+    for name, alone in zip(counts, torch.stack([*counts.values()]).tolist() if counts else [], strict=True):
         type_ = ".".join(name.split(".")[-2:]) + " expert"
-        total[type_] = total.get(type_, 0) + module.frozen.experts
+        total[type_] += lora[name].frozen.experts
         if alone:
             still.setdefault(type_, {})[name] = alone
     return [
