@@ -1,16 +1,19 @@
 """Modules of experts are found by what they compute, and every row reaches its own expert."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from zoo import families
 
 from plopfast.models.experts import DOWN, Route, expert_weights, mixture_of, mixtures, weight_at
 from plopfast.models.fingerprints import fingerprint
 from plopfast.support.errors import ModelError
 
-# as transformers names them: plain, beside shared experts, transposed with biases, all rows to all, no gate, a norm after
+# as transformers names them: plain, beside shared experts, transposed with biases, all rows to all, no gate
 FAMILIES = ["mixtral", "qwen3_moe", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text", "nemotron_h"]
 
 
@@ -27,6 +30,17 @@ def test_it_is_known(family):
         torch.testing.assert_close(weight.frobenius().double(), whole.flatten(1).norm(dim=1), rtol=1e-6, atol=0)
         assert weight_at(model, info.name).stored is weight.stored
         assert info.type == f"{info.name.split('.')[-2]}.{info.key}"
+
+
+def test_a_norm_after_each_expert_counts():
+    config = SimpleNamespace(
+        num_local_experts=4, moe_hidden_size=8, moe_intermediate_size=6, hidden_act="silu", post_norm_eps=1e-5,
+        _experts_implementation="eager",
+    )  # fmt: skip
+    module = MuseSparkExperts(config)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    assert module.has_post_expert_norm and mixture_of(module) is not None
 
 
 def test_of_the_wrong_class_it_is_not(monkeypatch):
