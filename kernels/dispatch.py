@@ -88,6 +88,7 @@ GEMM_TILES: dict[str, tuple[Tiles, ...]] = {
     "interpreter": (Tiles(32, 32, 32, 4, 1), Tiles(32, 32, 32, 4, 1, descriptor=True)),
 }  # fmt: skip
 SAFE_TILES = (Tiles(64, 64, 32, 4, 2),)  # 16 KiB in 16-bit types: fits every GPU, known or not
+MANY_ROWS = 128  # of a segment; fewer would leave half of a tile of 128 rows empty
 FLOAT32_TILES = Tiles(64, 64, 16, 4, 2)  # no matrix instruction in full float32, so registers bound the tile
 
 TABLE: dict[
@@ -180,6 +181,15 @@ def candidates(target: Target, dtype: torch.dtype, aligned: bool = True) -> tupl
 def unaligned(target: Target) -> Tiles:
     """Tiles for operands whose rows don't start at multiples of 16 elements, which no pipeline of copies takes."""
     return GEMM_TILES["interpreter"][0] if target.name == "interpreter" else SAFE_TILES[0]
+
+
+def segment_tiles(target: Target, dtype: torch.dtype, rows: int) -> Tiles:
+    """The tiles of segment_gemm for segments of `rows` rows on average; none is TMA's, whose descriptors know no segments."""
+    if dtype == torch.float32:
+        return FLOAT32_TILES
+    if rows < MANY_ROWS or target.name not in GEMM_TILES or target.name == "interpreter":
+        return unaligned(target)
+    return Tiles(128, 128, 64 if target.name.startswith("sm_") else 32, 8, 3)
 
 
 def key(target: Target, dtype: torch.dtype, m: int, n: int, k: int, rank: int) -> str:

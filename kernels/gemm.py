@@ -76,6 +76,29 @@ def finish(
         tl.store(y + rm[:, None] * sym + rn[None, :], acc.to(dtype), mask=mask)
 
 
+@triton.jit
+def frozen_product(
+    acc, x, w, row_M, rn, N, K, sxm, sxk, swn, swk, EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """acc + X W^T for rows clamped to the matrix."""
+    rk = tl.arange(0, BK)
+    inside_N = (rn < N)[None, :]
+    x_MK = x + row_M[:, None] * sxm + rk[None, :] * sxk
+    w_KN = w + rn[None, :].to(tl.int64) * swn + rk[:, None].to(tl.int64) * swk
+    step = tl.full((), BK, tl.int64)
+    for k in range(0, tl.cdiv(K, BK)):
+        if EVEN_K:
+            x_tile = tl.load(x_MK)
+            w_tile = tl.load(w_KN, mask=inside_N, other=0.0)
+        else:
+            x_tile = tl.load(x_MK, mask=rk[None, :] < K - k * BK, other=0.0)
+            w_tile = tl.load(w_KN, mask=inside_N & (rk[:, None] < K - k * BK), other=0.0)
+        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
+        x_MK += step * sxk
+        w_KN += step * swk
+    return acc
+
+
 @triton.jit(do_not_specialize=["M", "seed", "threshold"])
 def lora_gemm(
     x, w, s, b, bias, y, norms, M, seed, N, K, threshold, sxm, sxk, swn, swk, ssm, sbn, sbr, sym,
@@ -89,26 +112,12 @@ def lora_gemm(
     rm = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     row_M = tl.where(rm < M, rm, 0)  # rows beyond the edge read row 0: no mask for them in the loop
     rn = tile_n * BN + tl.arange(0, BN)
-    rk = tl.arange(0, BK)
-    inside_N = (rn < N)[None, :]
-    x_MK = x + row_M[:, None] * sxm + rk[None, :] * sxk
-    w_KN = w + rn[None, :].to(tl.int64) * swn + rk[:, None].to(tl.int64) * swk
-    step = tl.full((), BK, tl.int64)
     acc = tl.zeros((BM, BN), tl.float32)
     if MASK:
         acc = masked_low_rank(
             s, b, row_M, rm, rn, tile_n, seed, N, threshold, ssm, sbn, sbr, dtype, RANK, BR, PRECISION, BM, BN
         )
-    for k in range(0, tl.cdiv(K, BK)):
-        if EVEN_K:
-            x_tile = tl.load(x_MK)
-            w_tile = tl.load(w_KN, mask=inside_N, other=0.0)
-        else:
-            x_tile = tl.load(x_MK, mask=rk[None, :] < K - k * BK, other=0.0)
-            w_tile = tl.load(w_KN, mask=inside_N & (rk[:, None] < K - k * BK), other=0.0)
-        acc = tl.dot(x_tile, w_tile, acc, input_precision=PRECISION)
-        x_MK += step * sxk
-        w_KN += step * swk
+    acc = frozen_product(acc, x, w, row_M, rn, N, K, sxm, sxk, swn, swk, EVEN_K, PRECISION, BK)
     finish(
         acc, s, b, bias, y, norms, tile_n, rm, row_M, rn, M, N, ssm, sbn, sbr, sym, dtype,
         RANK, BR, LORA and not MASK, BIAS, NORMS, STORE, PRECISION,

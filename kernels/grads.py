@@ -16,15 +16,14 @@ import triton.language as tl
 from .mask import keep_tile
 
 
-@triton.jit(do_not_specialize=["M", "row_chunk", "seed", "sds", "threshold"])
-def lora_grads(
-    t, v, u, g, ds, M, row_chunk, seed, sds, C, scale, threshold, stm, stc, svm, suc, sur, sgp, sgc, sgr,
+@triton.jit
+def grads_of_rows(
+    t, v, u, g, ds, first, last, stripe, seed, sds, C, scale, threshold, stm, stc, svm, suc, sur, sgc, sgr,
     RANK: tl.constexpr, RP: tl.constexpr, WITH_DS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """g [row parts, C, R] under strides (sgp, sgc, sgr); ds [column parts, M, R] (stride sds of a part)."""
+    """g [C, R] of the rows from `first` to `last` and of one stripe of columns; ds [column parts, M, R] of the same."""
     dtype: tl.constexpr = t.dtype.element_ty
-    stripe, part = tl.program_id(0), tl.program_id(1)
     rc = stripe.to(tl.int64) * BC + tl.arange(0, BC)
     rank = tl.arange(0, RP).to(tl.int64)
     # dS and dB share a tile as left operands, which holds registers down on sm_80; a masked tile comes from registers,
@@ -33,14 +32,13 @@ def lora_grads(
     if WITH_DS:
         inside_U = (rc < C)[:, None] & (rank < RANK)[None, :]
         u_CR = tl.load(u + rc[:, None] * suc + rank[None, :] * sur, mask=inside_U, other=0.0).to(dtype)
-    first = part.to(tl.int64) * row_chunk
-    for m0 in range(first, min(M, first + row_chunk), BM):
+    for m0 in range(first, last, BM):
         rm = m0 + tl.arange(0, BM).to(tl.int64)
-        inside_T = (rm < M)[:, None] & (rc < C)[None, :]
+        inside_T = (rm < last)[:, None] & (rc < C)[None, :]
         t_MC = tl.load(t + rm[:, None] * stm + rc[None, :] * stc, mask=inside_T, other=0.0)
         if DROP:
             t_MC = tl.where(keep_tile(seed, rm, stripe * BC, threshold, BM, BC), t_MC, 0.0).to(dtype)
-        mask_MR = (rm < M)[:, None] & (rank < RANK)[None, :]
+        mask_MR = (rm < last)[:, None] & (rank < RANK)[None, :]
         v_MR = tl.load(v + rm[:, None] * svm + rank[None, :], mask=mask_MR, other=0.0)
         if WITH_DS:
             acc = tl.dot(tl.trans(t_MC), v_MR, acc, input_precision=PRECISION)
@@ -51,5 +49,20 @@ def lora_grads(
             acc = tl.dot(tl.trans(v_MR), t_MC, acc, input_precision=PRECISION)
     if WITH_DS:
         acc = tl.trans(acc)
-    at = g + part.to(tl.int64) * sgp + rank[:, None] * sgr + rc[None, :] * sgc
+    at = g + rank[:, None] * sgr + rc[None, :] * sgc
     tl.store(at, acc.to(g.dtype.element_ty), mask=(rank < RANK)[:, None] & (rc < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "row_chunk", "seed", "sds", "threshold"])
+def lora_grads(
+    t, v, u, g, ds, M, row_chunk, seed, sds, C, scale, threshold, stm, stc, svm, suc, sur, sgp, sgc, sgr,
+    RANK: tl.constexpr, RP: tl.constexpr, WITH_DS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """g [row parts, C, R] under strides (sgp, sgc, sgr); ds [column parts, M, R] (stride sds of a part)."""
+    stripe, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first = part * row_chunk
+    grads_of_rows(
+        t, v, u, g + part * sgp, ds, first, min(M, first + row_chunk), stripe, seed, sds, C, scale, threshold, stm, stc,
+        svm, suc, sur, sgc, sgr, RANK, RP, WITH_DS, DROP, PRECISION, BM, BC,
+    )  # fmt: skip

@@ -64,9 +64,10 @@ def grads_tiles(target: dispatch.Target, dtype: torch.dtype, rank: int, with_ds:
 
 def grads_us(
     target: dispatch.Target, size: int, m: int, columns: int, rank: int, with_ds: bool, drop: bool,
-    bm: int, bc: int, warps: int, parts: int,
+    bm: int, bc: int, warps: int, parts: int, segments: int = 1,
 ) -> float:  # fmt: skip
-    """A model of lora_grads and the sum of its parts, in microseconds; T has `size` bytes an element.
+    """A model of lora_grads and the sum of its parts, in microseconds; T has `size` bytes an element. `segments` of equal size
+    have sums of their own.
 
     Programs that live at a time share the bandwidth, and none takes a tile faster than its latency. The parts are written and
     read, and the sum has to wait for each.
@@ -74,19 +75,21 @@ def grads_us(
     bandwidth = BANDWIDTH.get(target.name, 1e6)
     at_a_time = target.units * max(1, min(16 // warps, SHARED.get(target.name, 99 << 10) // (STAGES * bm * bc * size)))
     stripes = triton.cdiv(columns, bc)
-    programs, steps = stripes * parts, triton.cdiv(triton.cdiv(m, bm), parts)
+    programs, steps = segments * stripes * parts, triton.cdiv(triton.cdiv(m, segments * bm), parts)
     sharing = max(target.units, min(programs, at_a_time))  # one SM alone gets no more than its share
     tile_us = max(bm * bc * size * sharing / bandwidth, DROP_US if drop else STEP_US)
-    added = {"g": (parts, columns), "ds": (stripes if with_ds else 1, m)}.values()
+    added = {"g": (parts, segments * columns), "ds": (stripes if with_ds else 1, m)}.values()
     part_bytes = sum(8 * rank * length * count for count, length in added if count > 1)
     waits = max((count for count, _ in added if count > 1), default=0)
     return triton.cdiv(programs, at_a_time) * (START_US + steps * tile_us) + part_bytes / bandwidth + waits * SUM_US
 
 
 def grads_grid(
-    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool, drop: bool = False
-) -> tuple[int, int, int, int, int]:
-    """(BM, BC, warps, row parts, column stripes) of lora_grads: by the model, the fastest of one, two and four waves.
+    target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool, drop: bool = False,
+    segments: int = 1,
+) -> tuple[int, int, int, int, int]:  # fmt: skip
+    """(BM, BC, warps, row parts, column stripes) of lora_grads: by the model, the fastest of one, two and four waves. The parts
+    are those of each segment.
 
     The tile is the fastest for TYPICAL tokens, whatever M is, so that one compiled kernel serves all.
     """
@@ -94,11 +97,13 @@ def grads_grid(
     def fastest(tokens: int, tiles: list[tuple[int, int, int]]) -> tuple[float, tuple[int, int, int, int, int]]:
         found = []
         for bm, bc, warps in tiles:
-            stripes, blocks = triton.cdiv(columns, bc), triton.cdiv(tokens, bm)
+            stripes, blocks = triton.cdiv(columns, bc), triton.cdiv(tokens, segments * bm)
             for waves in (1, 2, 4):
-                parts = min(max(1, waves * target.units // stripes), blocks)
+                parts = min(max(1, waves * target.units // (segments * stripes)), blocks)
                 parts = triton.cdiv(blocks, triton.cdiv(blocks, parts))  # no part is empty
-                us = grads_us(target, dtype.itemsize, tokens, columns, rank, with_ds, drop, bm, bc, warps, parts)
+                us = grads_us(
+                    target, dtype.itemsize, tokens, columns, rank, with_ds, drop, bm, bc, warps, parts, segments
+                )
                 found.append((us, (bm, bc, warps, parts, stripes)))
         return min(found)
 

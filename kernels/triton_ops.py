@@ -226,8 +226,12 @@ def describable(*matrices: torch.Tensor) -> bool:
 
 
 def copyable(*matrices: torch.Tensor) -> bool:
-    """Whether tiles come in 16-byte copies: Triton wants one stride 1 and the other a multiple of 16 elements."""
-    return all(1 in m.stride() and max(m.stride()) % 16 == 0 and m.data_ptr() % 16 == 0 for m in matrices)
+    """Whether tiles come in 16-byte copies: Triton wants one stride 1 and the others multiples of 16 elements."""
+    for matrix in matrices:
+        inner, *outer = sorted(matrix.stride())
+        if inner != 1 or any(stride % 16 for stride in outer) or matrix.data_ptr() % 16:
+            return False
+    return True
 
 
 def low_rank(

@@ -13,23 +13,35 @@ from torch import nn
 
 from ..kernels import library_segments  # noqa: F401  # registers the operations below
 from ..models.experts import ExpertWeight, Mixture, Route
+from .ops import or_backend_error, path
 from .placement import check_rank
 
 
 class ExpertLoRA(nn.Module):
     """The update of one weight of all experts of a layer: lora_A [E, R, K] and lora_B [E, N, R], float32.
 
-    It has no dropout and no magnitudes, as PEFT's files have none for parameters. Raises PlacementError for a rank below 1
-    or above the smaller side of an expert's weight.
+    It has no dropout and no magnitudes, as PEFT's files have none for parameters. `backend` "auto" takes the Triton kernels
+    wherever they run. Raises PlacementError for a rank below 1 or above the smaller side of an expert's weight, and
+    BackendError where `backend` cannot run.
     """
 
-    dropout, backend, shared, lora_magnitude = 0.0, "auto", None, None
+    dropout, shared, lora_magnitude = 0.0, None, None
 
-    def __init__(self, frozen: ExpertWeight, rank: int, alpha: float, *, rslora: bool, lora_A: torch.Tensor) -> None:
+    def __init__(
+        self,
+        frozen: ExpertWeight,
+        rank: int,
+        alpha: float,
+        *,
+        rslora: bool,
+        lora_A: torch.Tensor,
+        backend: str = "auto",
+    ) -> None:
         super().__init__()
         n_out, n_in = frozen.shape
         check_rank(rank, n_in, n_out)
-        self.frozen, self.rank, self.alpha, self.rslora = frozen, rank, alpha, rslora
+        path(frozen.device, backend)
+        self.frozen, self.rank, self.alpha, self.rslora, self.backend = frozen, rank, alpha, rslora, backend
         self.enabled = True
         self.low: tuple[torch.Tensor, torch.Tensor] | None = None  # A and B in the weight's dtype, see `Prepared`
         self.lora_A = nn.Parameter(lora_A.to(frozen.device))
@@ -45,7 +57,8 @@ class ExpertLoRA(nn.Module):
         weight = self.frozen.weight_ENK
         a_ERK, b_ENR = self.low or (self.lora_A, self.lora_B)
         x_SK = x_SK.to(weight.dtype).contiguous()
-        y_SN = Adapted.apply(x_SK, weight, self.lora_A, self.lora_B, a_ERK, b_ENR, route.ends, self.scaling)
+        how = route.ends, self.scaling, self.backend
+        y_SN = or_backend_error(Adapted.apply, x_SK, weight, self.lora_A, self.lora_B, a_ERK, b_ENR, *how)
         return self.frozen.with_bias(y_SN, route)
 
     @torch.no_grad()
@@ -66,11 +79,11 @@ class Adapted(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, a_ERK: torch.Tensor,
-        b_ENR: torch.Tensor, ends_E: torch.Tensor, scaling: float,
+        b_ENR: torch.Tensor, ends_E: torch.Tensor, scaling: float, backend: str,
     ) -> torch.Tensor:  # fmt: skip
-        y_SN, s_SR = torch.ops.plopfast.segment_forward(x_SK, w_ENK, a_ERK, b_ENR, ends_E, scaling)
+        y_SN, s_SR = torch.ops.plopfast.segment_forward(x_SK, w_ENK, a_ERK, b_ENR, ends_E, scaling, backend)
         ctx.save_for_backward(x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E)
-        ctx.low, ctx.scaling = (a_ERK, b_ENR), scaling
+        ctx.low, ctx.how = (a_ERK, b_ENR), (scaling, backend)
         return y_SN
 
     @staticmethod
@@ -79,36 +92,36 @@ class Adapted(torch.autograd.Function):
         x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
         found = torch.ops.plopfast.segment_backward(
-            dy_SN.contiguous(), x_SK, s_SR, w_ENK, *ctx.low, ends_E, ctx.scaling, *needed
+            dy_SN.contiguous(), x_SK, s_SR, w_ENK, *ctx.low, ends_E, *ctx.how, *needed
         )
         dx, da, db = (g if need else None for g, need in zip(found, needed, strict=True))
         da, db = (g if g is None else g.to(p.dtype) for g, p in ((da, lora_A), (db, lora_B)))
-        return dx, None, da, db, None, None, None, None
+        return dx, None, da, db, None, None, None, None, None
 
 
 class PlainProduct(torch.autograd.Function):
     """x W_e^T [S, N] of experts without adapters, with gradients for x and, where all weights are trained, W."""
 
     @staticmethod
-    def forward(ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor, backend: str) -> torch.Tensor:
         ctx.save_for_backward(x_SK if ctx.needs_input_grad[1] else None, w_ENK, ends_E)
-        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK, w_ENK, ends_E)
+        ctx.backend = backend
+        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK, w_ENK, ends_E, backend)
         return y_SN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
         x_SK, w_ENK, ends_E = ctx.saved_tensors
-        dy_SN, (need_x, need_w, _) = dy_SN.contiguous(), ctx.needs_input_grad
-        dx = torch.ops.plopfast.segment_product(dy_SN, w_ENK.transpose(1, 2), ends_E) if need_x else None
-        return dx, torch.ops.plopfast.segment_outer(dy_SN, x_SK, ends_E) if need_w else None, None
+        dy_SN, (need_x, need_w, *_) = dy_SN.contiguous(), ctx.needs_input_grad
+        dx = torch.ops.plopfast.segment_product(dy_SN, w_ENK.transpose(1, 2), ends_E, ctx.backend) if need_x else None
+        return dx, torch.ops.plopfast.segment_outer(dy_SN, x_SK, ends_E) if need_w else None, None, None
 
 
-def plain_product(weight: ExpertWeight, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+def plain_product(weight: ExpertWeight, x_SK: torch.Tensor, route: Route, backend: str = "auto") -> torch.Tensor:
     """W_e x_s + bias_e [S, N] of experts without adapters."""
-    return weight.with_bias(
-        PlainProduct.apply(x_SK.to(weight.dtype).contiguous(), weight.weight_ENK, route.ends), route
-    )
+    x_SK = x_SK.to(weight.dtype).contiguous()
+    return weight.with_bias(PlainProduct.apply(x_SK, weight.weight_ENK, route.ends, backend), route)
 
 
 class LoRAExperts(nn.Module):
@@ -130,8 +143,11 @@ class LoRAExperts(nn.Module):
         return {key: module for key, module in self.named_children() if isinstance(module, ExpertLoRA)}
 
     def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
-        adapter, frozen = self.adapters().get(key), self.mixture.weight(key)
-        return plain_product(frozen, x_SK, route) if adapter is None or not adapter.enabled else adapter(x_SK, route)
+        adapters = self.adapters()
+        if key in adapters and adapters[key].enabled:
+            return adapters[key](x_SK, route)
+        backend = next(iter(adapters.values())).backend
+        return or_backend_error(plain_product, self.mixture.weight(key), x_SK, route, backend)
 
 
 def adapted_mixtures(model: nn.Module) -> dict[str, Mixture]:

@@ -214,7 +214,8 @@ def inject(
                 info = experts[name]
                 kind = "kaiming" if init == "eva" else init
                 draws = [draw_seeded_A(kind, rank, info.n_in, seed, f"{name}.{e}") for e in range(info.experts)]
-                adapter = ExpertLoRA(info.frozen, rank, alpha, rslora=rslora, lora_A=torch.stack(draws))
+                lora_A = torch.stack(draws)
+                adapter = ExpertLoRA(info.frozen, rank, alpha, rslora=rslora, lora_A=lora_A, backend=backend)
                 inject_experts(model, name, info.mixture, adapter)
                 continue
             base = modules[name]

@@ -103,9 +103,10 @@ class ExpertWeight(StoredWeight):
         _, n_out, n_in = self.weight_ENK.shape
         return n_out, n_in
 
-    def product(self, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
-        """W_e x [S, N], without the bias."""
-        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK.to(self.dtype), self.weight_ENK, route.ends)
+    def product(self, x_SK: torch.Tensor, route: Route, backend: str = "auto") -> torch.Tensor:
+        """W_e x [S, N], without the bias. Raises UnsupportedError where `backend` cannot run."""
+        x_SK, op = x_SK.to(self.dtype), torch.ops.plopfast.segment_product
+        y_SN: torch.Tensor = op(x_SK, self.weight_ENK, route.ends, backend)
         return y_SN
 
     def with_bias(self, y_SN: torch.Tensor, route: Route) -> torch.Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..lora.ops import linear_and_norms, path, row_norms
+from ..lora.ops import linear_and_norms, or_backend_error, path, row_norms
 from ..models.experts import ExpertInfo, Route
 from ..models.frozen import is_sharded, is_transposed, whole
 from ..models.linears import LinearInfo
@@ -134,7 +134,7 @@ def _experts_with_norms(by_key: dict[str, tuple[int, ExpertInfo]], state: NFNSta
 
     def product(key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
         (index, info), frozen = by_key[key], mixture.weight(key)
-        y_SN = frozen.product(x_SK, route)
+        y_SN = or_backend_error(frozen.product, x_SK, route, state.backend)
         state.take_routed(index, info.name, x_SK, row_norms(y_SN, backend=state.backend), route)
         if end.reached(index):
             raise PassEnded

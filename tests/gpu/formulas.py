@@ -4,50 +4,9 @@ M tokens, K in, N out, R rank, C columns of T.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-import torch
-
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel's grid and its arguments, which can be read as attributes."""
-
-    kernel: str
-    grid: tuple[int, ...]  # empty for what torch computes
-    arguments: dict[str, Any]
-    frozen: bool  # it holds the frozen product
-    options: dict[str, int] = field(default_factory=dict)  # num_warps and num_stages
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self.arguments[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-    def itemsize(self, name: str) -> int:
-        """Bytes of an element of an argument."""
-        return tensor_of(self.arguments[name]).element_size()
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Bytes by argument, and FLOPs of dots: those of the formula, and those that tiles execute, beyond the edges too."""
-
-    loads: dict[str, int]
-    stores: dict[str, int]
-    useful: int = 0
-    executed: int = 0
-    own: int = 0  # bytes of the frozen product's operands, which the bare GEMM moves too; with L for a library's GEMM
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.loads.values()) + sum(self.stores.values())
-
-    @property
-    def outside(self) -> int:
-        return self.bytes - self.own
+from costs import Cost, Launch, up
+from formulas_segments import SEGMENTS
 
 
 def lora_shrink(at: Launch) -> Cost:
@@ -58,14 +17,14 @@ def lora_shrink(at: Launch) -> Cost:
     return Cost(
         {"x": at.M * at.K * at.itemsize("x"), **loads}, stores,
         useful=2 * at.M * at.K * at.RANK * count,
-        executed=2 * _up(at.M, at.BM) * _up(at.K, at.BK) * at.RP * count,
+        executed=2 * up(at.M, at.BM) * up(at.K, at.BK) * at.RP * count,
     )  # fmt: skip
 
 
 def lora_gemm(at: Launch) -> Cost:
     """X and W, S and B, a bias in; Y, and for each column of tiles a part of the norms out."""
     x, w = ("x", "w") if "x" in at.arguments else ("x_desc", "w_desc")
-    rows, columns = _up(at.M, at.BM), _up(at.N, at.BN)
+    rows, columns = up(at.M, at.BM), up(at.N, at.BN)
     loads = {x: at.M * at.K * at.itemsize(x), w: at.N * at.K * at.itemsize(w)}
     stores = {"y": at.M * at.N * at.itemsize("y")} if at.STORE else {}
     own = sum(loads.values()) + sum(stores.values()) if at.frozen else 0
@@ -78,7 +37,7 @@ def lora_gemm(at: Launch) -> Cost:
     return Cost(
         loads, stores, own=own,
         useful=2 * at.M * at.N * (at.K + at.RANK * at.LORA),
-        executed=2 * rows * columns * (_up(at.K, at.BK) + _up(at.RANK, at.BR) * at.LORA),
+        executed=2 * rows * columns * (up(at.K, at.BK) + up(at.RANK, at.BR) * at.LORA),
     )  # fmt: skip
 
 
@@ -90,7 +49,7 @@ def lora_expand(at: Launch) -> Cost:
     return Cost(
         loads, {"y": at.M * at.N * at.itemsize("y")},
         useful=2 * at.M * at.N * at.RANK,
-        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * _up(at.RANK, at.BR),
+        executed=2 * up(at.M, at.BM) * up(at.N, at.BN) * up(at.RANK, at.BR),
     )  # fmt: skip
 
 
@@ -104,7 +63,7 @@ def lora_expands(at: Launch) -> Cost:
             loads[f"bias{i}"] = n * at.itemsize(f"bias{i}")
         stores[f"y{i}"] = at.M * n * at.itemsize("y0")
         useful += 2 * at.M * n * at.RANK
-        executed += 2 * _up(at.M, at.BM) * _up(n, at.BN) * _up(at.RANK, at.BR)
+        executed += 2 * up(at.M, at.BM) * up(n, at.BN) * up(at.RANK, at.BR)
     return Cost(loads, stores, useful, executed)
 
 
@@ -115,7 +74,7 @@ def lora_expand_sum(at: Launch) -> Cost:
     return Cost(
         loads, {"y": at.M * at.N * at.itemsize("y")},
         useful=2 * at.M * at.N * at.RANK * at.COUNT,
-        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * _up(at.RANK, at.BR) * at.COUNT,
+        executed=2 * up(at.M, at.BM) * up(at.N, at.BN) * up(at.RANK, at.BR) * at.COUNT,
     )  # fmt: skip
 
 
@@ -131,7 +90,7 @@ def lora_grads(at: Launch) -> Cost:
     return Cost(
         loads, stores,
         useful=2 * at.M * at.C * at.RANK * products,
-        executed=2 * _up(at.M, at.BM) * _up(at.C, at.BC) * at.RP * products,
+        executed=2 * up(at.M, at.BM) * up(at.C, at.BC) * at.RP * products,
     )  # fmt: skip
 
 
@@ -183,7 +142,7 @@ def rms_norm_shrink(at: Launch) -> Cost:
         {"x": moved} | _norm_operands(at, moved) | loads,
         {"y": moved, "rstd": at.M * 4, "s": at.ADAPTERS * at.M * at.RANK * size},
         useful=2 * at.M * at.K * at.RANK * at.ADAPTERS,
-        executed=2 * _up(at.M, at.BM) * _up(at.K, at.BK) * at.RP * at.ADAPTERS,
+        executed=2 * up(at.M, at.BM) * up(at.K, at.BK) * at.RP * at.ADAPTERS,
     )  # fmt: skip
 
 
@@ -231,7 +190,7 @@ def lora_gemm_nf4(at: Launch) -> Cost:
     return Cost(
         loads, {"y": at.M * at.N * at.itemsize("y")},
         useful=2 * at.M * at.N * (at.K + rank),
-        executed=2 * _up(at.M, at.BM) * _up(at.N, at.BN) * (at.K + _up(rank, at.BR)),
+        executed=2 * up(at.M, at.BM) * up(at.N, at.BN) * (at.K + up(rank, at.BR)),
     )  # fmt: skip
 
 
@@ -242,14 +201,14 @@ def decode_nf4(at: Launch) -> Cost:
 
 def _nf4_operands(at: Launch, size: int) -> dict[str, int]:
     """With all of the 256 codes of absmax that so many blocks can hold."""
-    blocks = _up(size, 32) // 32
+    blocks = up(size, 32) // 32
     loads = {"packed": size, "absmax": blocks * at.itemsize("absmax"), "levels": 16 * 4}
-    return loads | ({"code": 4 * min(blocks, 256), "nested": 4 * (_up(blocks, 256) // 256)} if at.DOUBLE else {})
+    return loads | ({"code": 4 * min(blocks, 256), "nested": 4 * (up(blocks, 256) // 256)} if at.DOUBLE else {})
 
 
 def decode_scaled(at: Launch) -> Cost:
     """Bytes and scales in, W out."""
-    scales = at.columns * (_up(at.N, at.rows_of) // at.rows_of)
+    scales = at.columns * (up(at.N, at.rows_of) // at.rows_of)
     return Cost({"q": at.N * at.K, "scale": 4 * scales}, {"w": at.N * at.K * at.itemsize("w")})
 
 
@@ -298,6 +257,7 @@ QUANTIZED: dict[str, Callable[[Launch], Cost]] = {
 FORMULAS: dict[str, Callable[[Launch], Cost]] = {
     **BLOCKS,
     **QUANTIZED,
+    **SEGMENTS,
     "lora_shrink": lora_shrink,
     "lora_gemm": lora_gemm,
     "lora_gemm_tma": lora_gemm,
@@ -324,12 +284,3 @@ FORMULAS: dict[str, Callable[[Launch], Cost]] = {
 def cost(launch: Launch) -> Cost:
     assert launch.kernel in FORMULAS, f"{launch.kernel} has no formula: add one to FORMULAS, and record its arguments"
     return FORMULAS[launch.kernel](launch)
-
-
-def _up(value: int, block: int) -> int:
-    return -(-value // block) * block
-
-
-def tensor_of(value: Any) -> Any:
-    """A tensor, or a descriptor's."""
-    return value if isinstance(value, torch.Tensor) else getattr(value, "base", None)

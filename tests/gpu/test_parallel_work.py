@@ -9,7 +9,7 @@ import torch
 from cases import BF16
 from traffic import launches_of, operands, recorded
 
-from plopfast.kernels import triton_blocks, triton_ops
+from plopfast.kernels import triton_blocks, triton_ops, triton_segments
 from plopfast.kernels.dispatch import Target
 
 CARDS = {
@@ -22,8 +22,9 @@ LINEARS = {  # K in, N out
 }
 KERNELS = (
     "lora_gemm", "lora_shrink", "lora_grads", "lora_expand", "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink",
-    "gate", "gate_grad",
+    "gate", "gate_grad", "segment_shrink", "segment_gemm", "segment_grads",
 )  # fmt: skip
+EXPERTS = (1, 8, 128)
 TOKENS, RANKS = (2048, 16384), (16, 64)
 SHARE, SMALL = (
     0.75,
@@ -38,9 +39,15 @@ def cdiv(value, block):
 
 def size_of(launch):
     """(rows, columns) of the large operand that the launch's programs share."""
-    columns = {"lora_grads": "C", **dict.fromkeys(("lora_shrink", "rms_norm", "rms_norm_grad", "rms_norm_shrink"), "K")}
+    columns = {
+        "lora_grads": "C",
+        "segment_grads": "C",
+        "segment_shrink": "K",
+        **dict.fromkeys(("lora_shrink", "rms_norm", "rms_norm_grad", "rms_norm_shrink"), "K"),
+    }
     columns = columns.get(launch.kernel, "N")
-    return launch.M, launch.arguments[columns]
+    rows = launch.t.shape[0] if launch.kernel == "segment_grads" else launch.M
+    return rows, launch.arguments[columns]
 
 
 def block(x, a):
@@ -50,6 +57,16 @@ def block(x, a):
     triton_blocks.rms_norm_shrink(x, x[0], 1e-6, "narrow", (a,) * 3, 1.0)
     triton_blocks.gate(x, x, "silu")
     triton_blocks.gate_grad(x, x, x, "silu")
+
+
+def experts(tokens, k, n, rank):
+    """What the experts of a layer launch, of each number of them."""
+    for count in EXPERTS:
+        made = lambda *shape, dtype=BF16: torch.empty(shape, dtype=dtype, device="meta")  # noqa: E731
+        x, dy, w, ends = made(tokens, k), made(tokens, n), made(count, n, k), made(count, dtype=torch.int32)
+        a, b = made(count, rank, k, dtype=torch.float32), made(count, n, rank, dtype=torch.float32)
+        _, s = triton_segments.forward(x, w, a, b, ends, 2.0)
+        triton_segments.backward(dy, x, s, w, a, b, ends, 2.0, (True, True, True))
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +84,7 @@ def launches():
                         with recorded(target) as norms:
                             triton_ops.row_norms(torch.empty(tokens, n, dtype=BF16, device="meta"))
                             block(o.x, o.a)
+                            experts(tokens, k, n, rank)
                         for launch in made + norms:
                             name = launch.kernel.removesuffix("_tma")
                             if name in KERNELS:
@@ -79,11 +97,12 @@ def launches():
 @pytest.mark.parametrize("card", CARDS)
 def test_a_launch_fills_the_card(card, kernel, launches):
     units, low = CARDS[card].units, {}
+    share = 0.5 if kernel == "segment_grads" else SHARE  # a part more of each segment may make a second wave
     assert launches[card][kernel]
     for what, launch in launches[card][kernel]:
         rows, columns = size_of(launch)
         programs = torch.Size(launch.grid).numel()
-        if rows * columns >= SMALL and programs < SHARE * units:
+        if rows * columns >= SMALL and programs < share * units:
             low[f"{what}: [{rows}, {columns}]"] = programs
     assert not low, f"programs for {units} SMs: {low}"
 
@@ -104,7 +123,7 @@ def test_sums_are_split_for_programs_alone(card, launches):
 def test_copies_are_in_flight(card, launches):
     """Two stages at least in the loops over large operands: while one tile is multiplied, the next one is on its way."""
     few = {}
-    for kernel in ("lora_gemm", "lora_shrink", "lora_grads"):
+    for kernel in ("lora_gemm", "lora_shrink", "lora_grads", "segment_gemm", "segment_shrink", "segment_grads"):
         for what, launch in launches[card][kernel]:
             if launch.options["num_stages"] < 2:
                 few[f"{kernel}, {what}"] = launch.options["num_stages"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from cases import BF16, DEVICE, FP16, FP32, normal, operands, view
 
-from plopfast.kernels import dispatch, torch_blocks, triton_blocks, triton_ops
+from plopfast.kernels import dispatch, torch_blocks, triton_blocks, triton_ops, triton_segments
 from plopfast.kernels.launch import Planned, forget_plans
 
 SEED = 0xFEED_5EED_5EED
@@ -102,6 +102,26 @@ CALLS |= {
         lambda: triton_blocks.gate_grad(BASE.x, BASE.x, BASE.x, "silu", BASE.x.new_empty(18, 96).chunk(2, dim=1)),
     ],
 }  # fmt: skip
+
+
+def segments(o, rows=(11, 7), c=1.5, low_rank=True, turned=False):
+    """Every launcher of segments, which have all the same matrices."""
+    count, ends = len(rows), torch.tensor(rows, dtype=torch.int32, device=DEVICE).cumsum(0).int()
+    w, a, b = (t.expand(count, *t.shape) for t in (o.w, o.a, o.b))
+    if turned:
+        w, a, b = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (w, a, b))
+    s = triton_segments.shrink(o.x, a, ends, c)
+    y = triton_segments.product(o.x, w, ends, *((s, b) if low_rank else ()))
+    db, ds = triton_segments.grads(o.dy, s, ends, b.dtype, b if low_rank else None, c)
+    return s, y, db, ds, triton_segments.grads(o.x, s, ends, FP32, transposed=True)[0]
+
+
+CALLS["segments"] = [
+    *[lambda o=o: segments(o) for o in (BASE, HALF, NARROW, FULL, RANK_5, STRIDES["x"], STRIDES["dy"])],
+    *[lambda o=o: segments(BASE, **o) for o in (
+        {"c": 3.0}, {"low_rank": False}, {"turned": True}, {"rows": (18,)}, {"rows": (2, 0, 16)}, {"rows": (0,) * 20 + (18,)})],
+    lambda: segments(LARGER, (30, 10)),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,7 @@ from unittest import mock
 
 import peft_path
 import torch
-from formulas import Launch, tensor_of
+from costs import Launch, tensor_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 

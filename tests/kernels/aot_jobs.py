@@ -14,6 +14,7 @@ from typing import Any
 import aot_blocks
 import aot_quantized
 import aot_rows
+import aot_segments
 import torch
 from aot import LIMITS, TENSOR_MEMORY, Launch, Resources, cache_root, compiling, resources
 
@@ -147,6 +148,10 @@ def _tf32_norm_shrink(target: str) -> None:
     _in_tf32(lambda: aot_blocks.norm_shrink(target, count=2, p=0.1, dtype=torch.float32))
 
 
+def _tf32_segments(target: str) -> None:
+    _in_tf32(lambda: aot_segments.experts(target, dtype=torch.float32))
+
+
 def _few_tokens(target: str) -> None:
     """dX with its mask, S from K in parts, dS by itself."""
     _grad_x(target, p=0.1, m=64)
@@ -174,6 +179,7 @@ def launchers(m: int, p: float, seed: int, n: int = 512, k: int = 1024, r: int =
         "row_norms": lambda: triton_ops.row_norms(o.dy, o.bias),
         "two sums": lambda: _two_sums((m % 7 + 1, m, 3), (m % 5 + 1, m, 5)),
         **aot_blocks.launchers(m, p, seed, n, k, r),
+        **aot_segments.launchers(m, n, k, r),
     }
 
 
@@ -203,7 +209,10 @@ def _of(function: Callable[..., None], **arguments: Any) -> Callable[[str], None
 _LARGE = {name: Expect(matrix="large", loads=True, stores=True) for name in ("lora_gemm", "lora_gemm_tma")}
 _NORMS = {name: Expect(matrix="large", loads=True) for name in _LARGE}
 _SMALL = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_gemm_tma")}
-_READ = {name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads")}
+_READ = {
+    name: Expect(matrix="any", loads=True) for name in ("lora_shrink", "lora_grads", "segment_shrink", "segment_grads")
+}
+_SEGMENTS = {"segment_gemm": Expect(matrix="any", loads=True, stores=True)}
 _MIXED = {"lora_shrink": Expect(matrix="any")}  # three A in float32 outweigh X's tile
 _TF32 = {name: Expect(matrix="any") for name in ("lora_gemm", "lora_shrink", "lora_grads", "lora_expand")}
 _NORM = {name: Expect(loads=True, stores=True) for name in ("rms_norm", "rms_norm_grad")}
@@ -244,6 +253,10 @@ JOBS = {
     "grads, rank 64": Job(_of(_grads, r=64, p=0.1), _READ, _ONE_OF_EACH, slow=True),
     "seeds in memory": Job(_seeds_in_memory, _LARGE, _ONE_OF_EACH, slow=True),
     "rank 256": Job(_rank_256, {}, ("sm_80", "sm_90", "gfx942", "gfx950"), slow=True),
+    "segments": Job(aot_segments.experts, {"segment_gemm": _LARGE["lora_gemm"]} | _READ),
+    "segments, few rows": Job(_of(aot_segments.experts, m=2048, r=8), _SEGMENTS, _ONE_OF_EACH),
+    "segments, others": Job(aot_segments.others, {}, _NOT_BY_DEFAULT),
+    "tf32, segments": Job(_tf32_segments, {"segment_gemm": Expect(matrix="any")}, _HAVE_TF32, slow=True),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "norm": Job(aot_blocks.norm, _NORM),
     "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _NOT_BY_DEFAULT),

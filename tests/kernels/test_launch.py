@@ -17,6 +17,7 @@ KERNELS = {
     "lora_shrink", "lora_expand", "lora_expands", "lora_expand_sum", "lora_grads", "lora_gemm", "sum_partials", "sum_both",
     "row_norms", "rms_norm", "rms_norm_grad", "rms_norm_shrink", "gate", "gate_grad",
     "rotary", "cross_entropy", "lora_gemm_nf4", "decode_nf4", "decode_scaled",
+    "segment_shrink", "segment_gemm", "segment_grads",
 }  # fmt: skip
 GUARDS = {"misaligned", "64 bits", "seed in memory", "enter hook", "exit hook", "debug", "device", "switch"}
 

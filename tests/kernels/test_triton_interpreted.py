@@ -47,5 +47,5 @@ def test_nothing_fails_or_is_left_out(found):
 
 
 def test_there_is_a_file_for_each_kernel():
-    linears = {"gemm", "shrink", "expand", "grads", "reduce", "nf4", "scaled", "mask"}
+    linears = {"gemm", "shrink", "expand", "grads", "reduce", "nf4", "scaled", "mask", "segments"}
     assert linears | {"norm", "gate", "rotary", "cross_entropy"} <= {file.stem.removeprefix("test_") for file in FILES}

@@ -23,6 +23,7 @@ from plopfast.kernels import (  # noqa: E402
     triton_groups,
     triton_ops,
     triton_rows,
+    triton_segments,
 )
 from plopfast.lora.layer import LoRALinear  # noqa: E402
 from plopfast.lora.shared import Prepared, SharedInput  # noqa: E402
@@ -64,8 +65,16 @@ def work(o, p, seed):
     triton_groups.low_rank_sum([o["s"]] * 3, [o["a"].T] * 3, p, (seed, seed + 1, seed + 2))
     blocks(o, p, seed)
     rows(o["x"], o["dy"])
+    segments(o["x"], o["dy"], *(o[name].expand(3, *o[name].shape) for name in ("w", "a", "b")))
     quantized.decodings(len(o["w"]), o["w"].shape[1], (BF16,), "cpu")
     quantized.products(o["x"].new_zeros(len(o["x"]), 64), 48, o["s"], o["b"][:48])
+
+
+def segments(x, dy, w, a, b):
+    ends = (len(x) * torch.arange(1, len(w) + 1, device="cpu") // len(w)).int().to(x.device)
+    s = triton_segments.forward(x, w, a, b, ends, 2.0)[1]
+    triton_segments.backward(dy, x, s, w, a, b, ends, 2.0, (True, True, True))
+    triton_segments.product(x, w, ends)
 
 
 def blocks(o, p, seed):
@@ -280,6 +289,7 @@ def variants():
         groups.forward(x, s, weights, all_b, [None] * 3, group)
         groups.backward(dy, x, s, weights, all_a, all_b, group, need, dtypes)
         rows(x, dy[0])
+        segments(x, dy[0], *(t.expand(8, *t.shape) for t in (w, a, b)))
         if m == tokens[0]:
             for shape in ((1024, 1024), (999, 112)):
                 quantized.decodings(*shape, (BF16, FP32, torch.float16), "meta")

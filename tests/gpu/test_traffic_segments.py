@@ -1,0 +1,85 @@
+"""Bytes and launches of products by segments: formulas against counts, and a layer of experts against its floor."""
+
+import pytest
+import torch
+from cases import BF16, FP16, FP32
+from formulas import cost
+from interpreter import checked
+from test_traffic import A100, H100, MANY, SMALL, compare
+from traffic import recorded
+
+from plopfast.kernels import dispatch, triton_ops, triton_segments
+
+# rows of each segment, N, K, R, dtypes of activations and adapters; target
+CASES = [
+    ((1,), 1, 1, 1, BF16, FP32, SMALL),
+    ((3, 0, 40, 1), 33, 47, 5, FP32, FP32, SMALL),
+    ((0, 70, 0, 33), 40, 136, 16, BF16, FP32, H100),
+    ((200, 130), 70, 64, 16, FP16, FP16, A100),
+    ((20, 31), 150, 24, 8, BF16, FP32, MANY),
+    ((0, 20, 31), 40, 24, 64, BF16, FP32, MANY),
+    ((150, 0, 150), 24, 520, 24, BF16, FP32, dispatch.Target("gfx942", 304)),
+]
+QWEN3 = {
+    "gate_up": (2048, 1536),
+    "down": (768, 2048),
+}  # K and N of an expert of Qwen3-30B-A3B, which has 128 and takes 8
+EXPERTS, TAKEN, TOKENS, RANK = 128, 8, 16384, 16
+
+
+def step(rows, n, k, r, dtype, wide, target, device="cpu"):
+    """The launches of one weight of the experts, forward and backward."""
+    e, m = len(rows), sum(rows)
+    made = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+    x, dy, w, a, b = made(m, k), made(m, n), made(e, n, k), made(e, r, k, dtype=wide), made(e, n, r, dtype=wide)
+    ends = torch.tensor(rows).cumsum(0).int().to(device)
+    with recorded(target, w) as launches:
+        _, s = triton_segments.forward(x, w, a, b, ends, 2.0)
+        triton_segments.backward(dy, x, s, w, a, b, ends, 2.0, (True,) * 3)
+    return launches
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_formula_is_count(case):
+    with checked(race=False, compute=False) as check:
+        launches = step(*case)
+    compare(launches, check)
+
+
+@pytest.mark.parametrize("target", [H100, A100, dispatch.Target("gfx942", 304)], ids=str)
+@pytest.mark.parametrize("name", QWEN3)
+def test_a_layer_of_experts_is_close_to_its_floor(name, target):
+    """Beside the frozen products' operands X moves twice and dY once; at most six launches for 128 experts."""
+    k, n = QWEN3[name]
+    rows = [TOKENS * TAKEN // EXPERTS] * EXPERTS
+    launches = step(rows, n, k, RANK, BF16, FP32, target, "meta")
+    moved, products = sum(cost(launch).bytes for launch in launches), sum(cost(launch).own for launch in launches)
+    outside, x, y = moved - products, 2 * sum(rows) * k, 2 * sum(rows) * n
+    assert len(launches) <= 6 and all(launch.grid for launch in launches)
+    adapters = 4 * RANK * (n + k) * EXPERTS
+    # X is read for S and dA, dY for dS and dB; adapters are read twice, and their gradients written
+    assert 2 * x + y + 3 * adapters <= outside <= 1.2 * (2 * x + y) + 3 * adapters
+
+
+def test_segments_cost_no_more_than_a_launch_for_each():
+    """Nearly the bytes of every expert's own launches, in six launches instead of five for each expert."""
+    k, n = QWEN3["gate_up"]
+    m = TOKENS * TAKEN // EXPERTS
+    made = lambda *shape, dtype=BF16: torch.zeros(shape, dtype=dtype, device="meta")  # noqa: E731
+    x, dy, w, a, b = made(m, k), made(m, n), made(n, k), made(RANK, k, dtype=FP32), made(n, RANK, dtype=FP32)
+    tiles = dispatch.segment_tiles(H100, BF16, m)
+    with recorded(H100, w) as one:
+        s = triton_ops.shrink(x, a, 2.0)
+        triton_ops.gemm(x, w, s, b, tiles=tiles)
+        ds, _ = triton_ops.grad_s_and_b(dy, s, b, 2.0)
+        triton_ops.grad_a(ds, x, 0.0, 0, FP32)
+        triton_ops.gemm(dy, w.T, ds, a.T, tiles=tiles)
+    together = step([m] * EXPERTS, n, k, RANK, BF16, FP32, H100, "meta")
+    apart = EXPERTS * sum(cost(launch).bytes for launch in one)
+    assert sum(cost(launch).bytes for launch in together) <= 1.02 * apart
+    assert len(together) <= 6 and len(one) * EXPERTS >= 5 * EXPERTS
+
+
+def test_launches_do_not_grow_with_the_experts():
+    counts = {e: len(step([64 // e] * e, 40, 24, 8, BF16, FP32, H100, "meta")) for e in (1, 4, 64)}
+    assert max(counts.values()) <= 6, counts
