@@ -30,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "gpu"))
 import formulas  # tests/gpu/formulas.py
 import interpreter
 import measure
+import torch
 import traffic  # tests/gpu/traffic.py, which comes before this file's folder
 
 from plopfast.kernels.dispatch import Target
@@ -59,6 +60,10 @@ GPUS = {
 MODELS = {  # linears of one layer by shape: (K in, N out)
     "Llama-3-8B": {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336), "down": (14336, 4096)},
     "SmolLM2-135M": {"q, o": (576, 576), "k, v": (576, 192), "gate, up": (576, 1536), "down": (1536, 576)},
+}
+EXPERTS = {  # experts, those of a token, and the shapes of their weights
+    "Qwen3-30B-A3B": (128, 8, {"gate_up": (2048, 1536), "down": (768, 2048)}),
+    "Mixtral-8x7B": (8, 2, {"gate_up": (4096, 28672), "down": (14336, 4096)}),
 }
 DETAILED = ("H100 SXM", "A100 80GB SXM")  # of which every linear is saved
 RUNS = [("Llama-3-8B", 16384), ("Llama-3-8B", 8192), ("SmolLM2-135M", 16384)]
@@ -132,6 +137,34 @@ def lines_of(rows: dict[str, dict[str, float]], name: str) -> list[str]:
     return lines
 
 
+def experts(gpu: Gpu, tokens: int) -> tuple[list[str], dict[str, Any]]:
+    """Each weight of a layer's experts, whose tokens are spread evenly: launches, bytes beside the products, the roofline."""
+    lines, found = [], {}
+    for model, (count, taken, weights) in EXPERTS.items():
+        for name, (k, n) in weights.items():
+            rows = [tokens * taken // count] * count
+            launches = traffic.launches_of_experts(
+                rows, n, k, RANK, torch.bfloat16, torch.float32, gpu.target, device="meta"
+            )
+            costs = [formulas.cost(launch) for launch in launches]
+            bare = [formulas.Cost({"all": c.own}, {}, useful=2 * sum(rows) * n * k) for c in costs if c.own]
+            # X for S and dA, dY for dS and dB; adapters twice, and their gradients
+            floor = 2 * sum(rows) * (2 * k + n) + 3 * 4 * RANK * count * (n + k)
+            row = {
+                "launches": len(launches), "outside": sum(c.outside for c in costs), "floor": floor,
+                "all": sum(c.bytes for c in costs), "bare": sum(c.bytes for c in bare),
+                "useful_flops": sum(c.useful for c in costs), "executed_flops": sum(c.executed for c in costs),
+                MODEL + ", ms": gpu.model_ms(costs), "bare, ms": gpu.model_ms(bare),
+            }  # fmt: skip
+            found[f"{model} {name}"] = row
+            lines.append(
+                f"{model:<15}{f'{name} {k}->{n}':<21}{count:>8}{row['launches']:>10}{row['outside'] / MIB:>14.1f}"
+                f"{row['outside'] / floor:>9.3f}{row['all'] / row['bare']:>11.3f}"
+                f"{row['executed_flops'] / row['useful_flops']:>18.3f}{row[MODEL + ', ms'] / row['bare, ms']:>11.3f}"
+            )
+    return lines, found
+
+
 def counted() -> tuple[list[str], dict[str, Any]]:
     """One linear run in the interpreter, with the H100's grids: its count, and its accesses through a model of L2."""
     m, n, k = COUNTED
@@ -198,8 +231,18 @@ def main() -> None:
         for name, gpu in GPUS.items():
             times = "".join(f"{found[name]['layer'][label][MODEL + ', ms']:>15.3f}" for label in PATHS)
             lines.append(f"{f'{name}: {gpu.peak_tflops} TFLOP/s, {gpu.bandwidth_tb_s} TB/s':<40}{times}")
+    of_experts, saved_experts = experts(GPUS["H100 SXM"], RUNS[0][1])
+    lines += [
+        "",
+        f"Experts, {RUNS[0][1]} tokens spread evenly, R = {RANK}, bfloat16, float32 adapters, grids of H100 SXM; {MODEL}",
+        f"{'model':<15}{'weight':<21}{'experts':>8}{'launches':>10}{'outside, MiB':>14}{'/ floor':>9}{'all / bare':>11}"
+        f"{'executed / useful':>18}{'ms / bare':>11}",
+        *of_experts,
+    ]
     more, run = counted()
-    measure.save("traffic", "\n".join([*lines[1:], "", *more]), {"models": saved, "counted": run})
+    measure.save(
+        "traffic", "\n".join([*lines[1:], "", *more]), {"models": saved, "experts": saved_experts, "counted": run}
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Codes:
         return self
 
     def rows(self, begin: int, end: int) -> "Codes":
-        """W[begin:end]; `begin` is a multiple of 128."""
+        """W[begin:end]; `begin` is a multiple of 128, or with NF4 of any number of rows that fill whole blocks."""
         raise NotImplementedError
 
     def decode(self, out: torch.Tensor) -> torch.Tensor:
@@ -166,6 +166,56 @@ class Scaled(Codes):
 
     def new(self) -> torch.Tensor:
         return torch.ops.plopfast.decode_scaled(self.codes, self.scale, *self.block, self.dtype)
+
+
+class Stack:
+    """The matrices W_e [N, K] of `count` experts, whose rows lie one after the other in `codes` [E N, K]; as [K, N] if `turned`.
+
+    With NF4 an expert begins with a block: N K is a multiple of 64.
+    """
+
+    def __init__(self, codes: Codes, count: int, turned: bool = False) -> None:
+        self.codes, self.count, self.turned = codes, count, turned
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        n_out, n_in = self.codes.shape[0] // self.count, self.codes.shape[1]
+        return (self.count, n_in, n_out) if self.turned else (self.count, n_out, n_in)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.codes.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it has values, now."""
+        return _is_real(self.codes.tensors[0])
+
+    def transpose(self, one: int, other: int) -> "Stack":
+        """The same with [K, N] for each."""
+        assert (one, other) == (1, 2)
+        return Stack(self.codes, self.count, not self.turned)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[expert] for expert in range(self.count))
+
+    def __getitem__(self, expert: int) -> torch.Tensor:
+        """One of them, for a product that is made at once."""
+        n_out = self.codes.shape[0] // self.count
+        w_NK = dense(self.codes.rows(expert * n_out, (expert + 1) * n_out))
+        return w_NK.T if self.turned else w_NK
+
+    def dense(self) -> torch.Tensor:
+        """All of them, for a product that is made at once."""
+        w_ENK = dense(self.codes).view(self.count, -1, self.codes.shape[1])
+        return w_ENK.transpose(1, 2) if self.turned else w_ENK
 
 
 Weight = torch.Tensor | Codes

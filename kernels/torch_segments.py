@@ -8,6 +8,7 @@ E segments, S rows, N out, K in, R rank.
 import torch
 
 from . import torch_ops
+from .codes import Stack
 
 
 def slices(ends_E: torch.Tensor) -> list[tuple[int, slice]]:
@@ -16,7 +17,7 @@ def slices(ends_E: torch.Tensor) -> list[tuple[int, slice]]:
     return [(e, slice(start, end)) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
 
 
-def product(x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+def product(x_SK: torch.Tensor, w_ENK: torch.Tensor | Stack, ends_E: torch.Tensor) -> torch.Tensor:
     """Y = X W_e^T"""
     y_SN = x_SK.new_zeros(x_SK.shape[0], w_ENK.shape[1])
     for e, rows in slices(ends_E):
@@ -33,7 +34,12 @@ def outer(one_SN: torch.Tensor, other_SK: torch.Tensor, ends_E: torch.Tensor) ->
 
 
 def forward(
-    x_SK: torch.Tensor, w_ENK: torch.Tensor, a_ERK: torch.Tensor, b_ENR: torch.Tensor, ends_E: torch.Tensor, c: float
+    x_SK: torch.Tensor,
+    w_ENK: torch.Tensor | Stack,
+    a_ERK: torch.Tensor,
+    b_ENR: torch.Tensor,
+    ends_E: torch.Tensor,
+    c: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Y = X W_e^T + S B_e^T, S = c X A_e^T"""
     y_SN, s_SR = x_SK.new_zeros(x_SK.shape[0], w_ENK.shape[1]), x_SK.new_zeros(x_SK.shape[0], a_ERK.shape[1])
@@ -45,7 +51,7 @@ def forward(
 
 
 def backward(
-    dy_SN: torch.Tensor, x_SK: torch.Tensor, s_SR: torch.Tensor, w_ENK: torch.Tensor, a_ERK: torch.Tensor,
+    dy_SN: torch.Tensor, x_SK: torch.Tensor, s_SR: torch.Tensor, w_ENK: torch.Tensor | Stack, a_ERK: torch.Tensor,
     b_ENR: torch.Tensor, ends_E: torch.Tensor, c: float, needed: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dX = dS A_e + dY W_e, dA_e = dS^T X, dB_e = dY^T S with dS = c dY B_e; empty where not needed, zeros where an expert

@@ -1,9 +1,9 @@
-"""`plopfast doctor`'s check of what lies beside the products: norms, gates, rotary embedding and the loss.
+"""`plopfast doctor`'s check of what is no linear module: norms, gates, rotary embedding, the loss and the experts of a mixture.
 
 Results and gradients are compared with float64, by the rule of errors (kernels/accuracy.py): off by at most twice as much as
 plain torch's.
 
-M tokens, K width.
+M tokens, K width, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..kernels import accuracy, block_ops, library_rows, reference
+from ..lora.experts import Adapted
 from ..models.cross_entropy import chunked_cross_entropy
 
 SHAPES = ((320, 576), (63, 504), (1, 64), (2, 8200))  # M, K; the last row is longer than a program keeps
 EPS, HEADS, MULTIPLIER, CAP = 1e-6, 4, 0.5, 5.0
+EXPERTS, WIDTH, RANK, SCALING = 5, 72, 8, 2.0
 Run = Callable[[str], list[Tensor]]  # of a backend: the result and the gradients
 
 
@@ -53,6 +55,14 @@ def _operations(
     total = reference.cross_entropy(leaf @ weight.double().T, targets, None, MULTIPLIER, CAP).sum()
     exact = [total.detach(), *torch.autograd.grad(total, leaf)]
     yield "cross-entropy", _loss(*(one.to(device) for one in (h, weight, targets))), exact
+    sizes = (EXPERTS, WIDTH, k), (EXPERTS, RANK, k), (EXPERTS, WIDTH, RANK), (m, WIDTH)
+    weights, a, b, dy = (torch.randn(*size, generator=generator).div(8).to(dtype) for size in sizes)
+    ends = torch.tensor([m // 3, m // 3, m // 2, m - 1, m], dtype=torch.int32)  # one has no rows, and one has one
+    leaves = [one.double().requires_grad_() for one in (x, a, b)]
+    wide_x, wide_a, wide_b = leaves
+    y = reference.segments(wide_x, weights, wide_a, wide_b, ends.tolist(), SCALING)
+    exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    yield "experts", _experts(*(one.to(device) for one in (x, weights, a, b, ends, dy))), exact
 
 
 def _norm(x: Tensor, g: Tensor, dy: Tensor, w: Tensor) -> Run:
@@ -73,6 +83,17 @@ def _loss(h: Tensor, weight: Tensor, targets: Tensor) -> Run:
             return chunked_cross_entropy(h, weight, targets, multiplier=MULTIPLIER, cap=CAP, backend=backend)
 
         return _with_gradients(loss, h.new_ones(()), h)
+
+    return run
+
+
+def _experts(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, ends: Tensor, dy: Tensor) -> Run:
+    def run(backend: str) -> list[Tensor]:
+        def adapted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            y: Tensor = Adapted.apply(x, weights, a, b, a, b, ends, SCALING, backend)
+            return y
+
+        return _with_gradients(adapted, dy, x, a, b)
 
     return run
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from ..models.experts import ExpertWeight, Mixture
+from ..models.experts import Mixture
+from ..models.routed import ExpertWeight
 from ..support.errors import AdapterError
 from .peft_targets import is_targeted
 

@@ -11,8 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import library_segments  # noqa: F401  # registers the operations below
-from ..models.experts import ExpertWeight, Mixture, Route
+from ..kernels import library_segments
+from ..kernels.codes import Stack
+from ..models.experts import Mixture
+from ..models.quantized_experts import codes_of, put_codes, put_dense
+from ..models.routed import ExpertWeight, QuantizedExpertWeight, Route, plain_product
 from .ops import or_backend_error, path
 from .placement import check_rank
 
@@ -78,50 +81,28 @@ class Adapted(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, lora_A: torch.Tensor, lora_B: torch.Tensor, a_ERK: torch.Tensor,
+        ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor | Stack, lora_A: torch.Tensor, lora_B: torch.Tensor, a_ERK: torch.Tensor,
         b_ENR: torch.Tensor, ends_E: torch.Tensor, scaling: float, backend: str,
     ) -> torch.Tensor:  # fmt: skip
-        y_SN, s_SR = torch.ops.plopfast.segment_forward(x_SK, w_ENK, a_ERK, b_ENR, ends_E, scaling, backend)
-        ctx.save_for_backward(x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E)
-        ctx.low, ctx.how = (a_ERK, b_ENR), (scaling, backend)
+        how = scaling, backend
+        y_SN, s_SR = library_segments.run("segment_forward", x_SK, w_ENK, a_ERK, b_ENR, ends_E, *how)
+        kept = (w_ENK,) if isinstance(w_ENK, torch.Tensor) else ()  # codes are decoded again
+        ctx.save_for_backward(x_SK, s_SR, lora_A, lora_B, ends_E, *kept)
+        ctx.low, ctx.how, ctx.codes = (a_ERK, b_ENR), how, None if kept else w_ENK
         return y_SN
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
-        x_SK, s_SR, w_ENK, lora_A, lora_B, ends_E = ctx.saved_tensors
+        x_SK, s_SR, lora_A, lora_B, ends_E, *kept = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]
-        found = torch.ops.plopfast.segment_backward(
-            dy_SN.contiguous(), x_SK, s_SR, w_ENK, *ctx.low, ends_E, *ctx.how, *needed
+        w_ENK = kept[0] if kept else ctx.codes
+        found = library_segments.run(
+            "segment_backward", dy_SN.contiguous(), x_SK, s_SR, w_ENK, *ctx.low, ends_E, *ctx.how, *needed
         )
         dx, da, db = (g if need else None for g, need in zip(found, needed, strict=True))
         da, db = (g if g is None else g.to(p.dtype) for g, p in ((da, lora_A), (db, lora_B)))
         return dx, None, da, db, None, None, None, None, None
-
-
-class PlainProduct(torch.autograd.Function):
-    """x W_e^T [S, N] of experts without adapters, with gradients for x and, where all weights are trained, W."""
-
-    @staticmethod
-    def forward(ctx: Any, x_SK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor, backend: str) -> torch.Tensor:
-        ctx.save_for_backward(x_SK if ctx.needs_input_grad[1] else None, w_ENK, ends_E)
-        ctx.backend = backend
-        y_SN: torch.Tensor = torch.ops.plopfast.segment_product(x_SK, w_ENK, ends_E, backend)
-        return y_SN
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
-        x_SK, w_ENK, ends_E = ctx.saved_tensors
-        dy_SN, (need_x, need_w, *_) = dy_SN.contiguous(), ctx.needs_input_grad
-        dx = torch.ops.plopfast.segment_product(dy_SN, w_ENK.transpose(1, 2), ends_E, ctx.backend) if need_x else None
-        return dx, torch.ops.plopfast.segment_outer(dy_SN, x_SK, ends_E) if need_w else None, None, None
-
-
-def plain_product(weight: ExpertWeight, x_SK: torch.Tensor, route: Route, backend: str = "auto") -> torch.Tensor:
-    """W_e x_s + bias_e [S, N] of experts without adapters."""
-    x_SK = x_SK.to(weight.dtype).contiguous()
-    return weight.with_bias(PlainProduct.apply(x_SK, weight.weight_ENK, route.ends, backend), route)
 
 
 class LoRAExperts(nn.Module):
@@ -172,3 +153,16 @@ def remove_experts(model: nn.Module, name: str) -> None:
     del there._modules[key]
     if not there.adapters():
         model.set_submodule(place, there.base)
+
+
+def merge_codes(model: nn.Module, name: str, adapter: ExpertLoRA, *, dense: bool) -> None:
+    """Puts W + update in the place of codes, as a parameter or as codes of the same kind, and takes the adapter out."""
+    weight, there = adapter.frozen, model.get_submodule(name.rpartition(".")[0])
+    assert isinstance(weight, QuantizedExpertWeight) and isinstance(there, LoRAExperts)
+    new = weight.plus(adapter.delta_NK)
+    codes = None if dense else codes_of(new.transpose(1, 2) if weight.transposed else new, weight.kind)
+    if codes is None:
+        put_dense(there.mixture, weight.key, new)
+    else:
+        put_codes(there.mixture, weight.key, weight.kind, codes)
+    remove_experts(model, name)

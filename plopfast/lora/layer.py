@@ -17,11 +17,13 @@ from torch import nn
 
 from ..models.exclusions import READ, exclusions
 from ..models.experts import expert_weights
-from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, make_dense, sharers, streamed_in
+from ..models.frozen import QuantizedWeight, frozen_in, frozen_of, is_linear, sharers, streamed_in
+from ..models.quantized_experts import make_dense
+from ..models.routed import QuantizedExpertWeight
 from ..models.running import remember_requires_grad
 from ..support.errors import AdapterError, ConfigError, PlacementError
 from . import dora as dora_math, tuning
-from .experts import ExpertLoRA, inject_experts, remove_experts
+from .experts import ExpertLoRA, inject_experts, merge_codes, remove_experts
 from .init import check_init, check_vectors, draw_A, draw_seeded_A
 from .ops import lora_linear, new_seed, path
 from .placement import Placement, check_rank
@@ -166,7 +168,8 @@ def inject(
     if adapters(model):
         raise AdapterError("the model has LoRA adapters already: unload(model) or merge(model) first")
     modules, on_gpu = dict(model.named_modules(remove_duplicate=False)), False
-    experts = {info.name: info for info in expert_weights(model)} if placement.modules.keys() - modules.keys() else {}
+    linear = all(name in modules and is_linear(modules[name]) for name in placement.modules)
+    experts = {} if linear else {info.name: info for info in expert_weights(model)}
     for name, (rank, _) in placement.modules.items():
         if name not in experts and (name not in modules or not is_linear(modules[name])):
             raise PlacementError(
@@ -305,6 +308,9 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
     for name, module in merged.items():
         if isinstance(module.frozen, QuantizedWeight):
             replace_module(model, name, module.frozen.merged(module.delta_NK(), dense=into == "dense"))
+            continue
+        if isinstance(module.frozen, QuantizedExpertWeight):
+            merge_codes(model, name, module, dense=into == "dense")
             continue
         before = module.frozen.stored.detach().clone()
         try:

@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ..models.experts import ExpertWeight, mixtures, weight_at
+from ..models.experts import mixtures, weight_at
 from ..models.fingerprints import SAME, SAME_QUANTIZED, fingerprint, kinds_of, same_fingerprint
 from ..models.frozen import DTYPES, frozen_of, is_linear
+from ..models.routed import ExpertWeight
 from ..models.weights import is_finite
 from ..support import files, ranks
 from ..support.errors import AdapterError, FileError, PlacementError

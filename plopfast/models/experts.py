@@ -14,44 +14,20 @@ import inspect
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..kernels import library_segments  # noqa: F401  # registers torch.ops.plopfast.segment_product
 from ..support.errors import ModelError
 from .exclusions import in_layers
-from .frozen import DTYPES, FrozenWeight, StoredWeight, frozen_of, whole
+from .frozen import DTYPES, FrozenWeight, frozen_of
 from .linears import LinearInfo, linear_modules, place_in_layer
+from .quantized import ExpertCodes
+from .routed import ExpertWeight, Route, plain_product, weight_of
 
 UP = ("gate_up_proj", "up_proj")
 DOWN = "down_proj"
-
-
-class Route(NamedTuple):
-    """Which rows are whose: the expert [S] of each row, where each expert's rows end [E] (int32), the token [S] of each row, and
-    where the rows came from [S]."""
-
-    experts: torch.Tensor
-    ends: torch.Tensor
-    tokens: torch.Tensor
-    order: torch.Tensor
-
-    @classmethod
-    def of(cls, chosen_Tk: torch.Tensor, experts: int) -> "Route":
-        """The rows of tokens that are routed to the experts `chosen_Tk` each. Nothing waits for the device."""
-        experts_S, order_S = chosen_Tk.reshape(-1).sort(stable=True)
-        each = torch.arange(experts, device=chosen_Tk.device, dtype=experts_S.dtype)
-        ends_E = torch.searchsorted(experts_S, each, right=True, out_int32=True)
-        return cls(experts_S, ends_E, order_S // chosen_Tk.shape[-1], order_S)
-
-    @classmethod
-    def of_all(cls, rows: int, experts: int, device: torch.device) -> "Route":
-        """The rows of a module that runs every expert on all tokens."""
-        order_S, each = torch.arange(rows, device=device), rows // experts
-        ends_E = torch.arange(1, experts + 1, device=device, dtype=torch.int32) * each
-        return cls(order_S // each, ends_E, order_S % each, order_S)
 
 
 @dataclass(frozen=True)
@@ -75,56 +51,6 @@ class ExpertInfo:
 Product = Callable[[str, torch.Tensor, Route], torch.Tensor]  # (key, x [S, K], route) -> y [S, N], bias included
 
 
-class ExpertWeight(StoredWeight):
-    """The frozen weight W [E, N, K] of all experts of a layer, in a parameter of its module."""
-
-    def __init__(self, module: nn.Module, key: str, transposed: bool) -> None:
-        self.module, self.key, self.transposed = module, key, transposed
-
-    @property
-    def stored(self) -> torch.Tensor:
-        return self.module._parameters[self.key]  # type: ignore[return-value]
-
-    @property
-    def weight_ENK(self) -> torch.Tensor:
-        return self.stored.transpose(1, 2) if self.transposed else self.stored
-
-    @property
-    def bias_EN(self) -> torch.Tensor | None:
-        return self.module._parameters.get(f"{self.key}_bias")
-
-    @property
-    def experts(self) -> int:
-        return self.stored.shape[0]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K) of one expert."""
-        _, n_out, n_in = self.weight_ENK.shape
-        return n_out, n_in
-
-    def product(self, x_SK: torch.Tensor, route: Route, backend: str = "auto") -> torch.Tensor:
-        """W_e x [S, N], without the bias. Raises UnsupportedError where `backend` cannot run."""
-        x_SK, op = x_SK.to(self.dtype), torch.ops.plopfast.segment_product
-        y_SN: torch.Tensor = op(x_SK, self.weight_ENK, route.ends, backend)
-        return y_SN
-
-    def with_bias(self, y_SN: torch.Tensor, route: Route) -> torch.Tensor:
-        return y_SN if self.bias_EN is None else y_SN + self.bias_EN[route.experts]
-
-    def frobenius(self) -> torch.Tensor:
-        """||W_e||_F of each expert [E], in float32 (float64 for float64)."""
-        stored = whole(self.stored.detach())
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.stack([torch.linalg.vector_norm(one, dtype=wide) for one in stored])  # no wide copy of all
-
-    @torch.no_grad()
-    def add_(self, delta_ENK: Callable[[int], torch.Tensor]) -> None:
-        """W_e += delta_ENK(e) [N, K] for each expert, summed in float32 and rounded once."""
-        for e, one in enumerate(self.weight_ENK):
-            one.copy_(one.float() + delta_ENK(e))
-
-
 @dataclass(frozen=True)
 class Mixture:
     """A module of experts, and how it computes."""
@@ -135,10 +61,10 @@ class Mixture:
     @property
     def keys(self) -> tuple[str, str]:
         """The parameters that are applied first and last."""
-        return next(key for key in UP if key in self.module._parameters), DOWN
+        return next(key for key in UP if key in self.module._parameters or key in self.module._modules), DOWN
 
     def weight(self, key: str) -> ExpertWeight:
-        return ExpertWeight(self.module, key, getattr(self.module, "is_transposed", not self.routed))
+        return weight_of(self.module, key, getattr(self.module, "is_transposed", not self.routed))
 
     def run(self, product: Product, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The module's forward for its own arguments, with `product` for its two products."""
@@ -200,7 +126,7 @@ def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
     except AttributeError:
         owner = None
     module = None if owner is None else owner._modules.get(key)
-    if module is None:
+    if module is None or isinstance(module, ExpertCodes):
         mixture = None if owner is None else mixture_of(owner)
         if mixture is None or key not in mixture.keys:
             raise ModelError(f"{type(model).__name__} has no linear module or weight of experts {name!r}")
@@ -211,6 +137,8 @@ def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
 
 def mixture_of(module: Any) -> Mixture | None:
     """How a module of experts computes; None for every other module, and for experts of another kind."""
+    if isinstance(computed := vars(module).get("forward"), OfCodes):
+        return computed.mixture
     own = module._parameters
     held = [own.get(key) for key in (*UP, DOWN)]
     if held[2] is None or (held[0] is None) == (held[1] is None):
@@ -226,6 +154,20 @@ def mixture_of(module: Any) -> Mixture | None:
         _KNOWN[kind] = next((routed for routed in (True, False) if _agrees(Mixture(module, routed))), None)
     routed = _KNOWN[kind]
     return None if routed is None else Mixture(module, routed)
+
+
+class OfCodes:
+    """The forward of a module of experts whose weights are codes. Gradients reach its input alone."""
+
+    def __init__(self, mixture: Mixture) -> None:
+        self.mixture = mixture
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the module's own."""
+        return self.mixture.run(self._product, *args, **kwargs)
+
+    def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        return plain_product(self.mixture.weight(key), x_SK, route)
 
 
 _KNOWN: "weakref.WeakKeyDictionary[type, bool | None]" = weakref.WeakKeyDictionary()

@@ -273,7 +273,7 @@ def streamed_in(model: nn.Module) -> list[str]:
     return [name for name, own, f in carried if isinstance(f, FrozenWeight) and f.streamed and f.module is own]
 
 
-def make_dense(model: nn.Module) -> list[str]:
+def make_linears_dense(model: nn.Module) -> list[str]:
     """Puts an nn.Linear with the decoded weight in the place of each quantised linear module; returns their names."""
     names = []
     if streamed_in(model):

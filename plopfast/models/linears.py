@@ -10,7 +10,7 @@ from torch import nn
 from ..support.errors import ModelError
 from .exclusions import exclusions
 from .frozen import FrozenWeight, find_frozen, frozen_of, is_linear, streamed_in
-from .quantized import QuantizedLinear
+from .quantized import ExpertCodes, QuantizedMatrix
 from .running import output_head
 
 _LAYER = re.compile(r"(.*?\.)??\d+(?=\.)")  # a name up to its first number
@@ -75,12 +75,14 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
 def words_of_codes(model: nn.Module) -> str:
     """Says which linear weights are kept as codes, such as "nf4 codes in 210 linear modules"; empty where none are."""
     kinds = Counter(frozen.kind for module in model.modules() if is_linear(module) and (frozen := find_frozen(module)))
-    return ", ".join(f"{kind} codes in {count} linear modules" for kind, count in kinds.items() if kind != "dense")
+    experts = Counter(module.kind for module in model.modules() if isinstance(module, ExpertCodes))
+    found = [f"{kind} codes in {count} linear modules" for kind, count in kinds.items() if kind != "dense"]
+    return ", ".join(found + [f"{kind} codes in {count} weights of experts" for kind, count in experts.items()])
 
 
 def number_of_weights(model: nn.Module) -> int:
     """The number of parameters; a weight kept as codes, or streamed, counts as the matrix that it stands for."""
-    codes = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    codes = [module for module in model.modules() if isinstance(module, QuantizedMatrix)]
     held = sum(p.numel() for module in codes for name, p in module.named_parameters() if name != "bias")
     stand_for = sum(module.in_features * module.out_features for module in codes)
     streamed = [module for module in map(model.get_submodule, streamed_in(model)) if module not in codes]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels import library_codes, torch_codes  # noqa: F401  # the first registers the operations that decode
-from ..kernels.codes import NF4, Codes, Scaled, frozen_linear, one_workspace
+from ..kernels.codes import NF4, Codes, Scaled, Stack, frozen_linear, one_workspace
 from ..support.errors import ModelError
 
 __all__ = ["one_workspace"]  # for training, which imports no kernels
@@ -21,8 +21,8 @@ KINDS = ("nf4", "int8", "fp8")
 FP8_BLOCK = (128, 128)
 
 
-class QuantizedLinear(nn.Module):
-    """A frozen linear module of `kind` "nf4", "int8" or "fp8" that takes the place of an nn.Linear.
+class QuantizedMatrix(nn.Module):
+    """A frozen matrix [N, K] as codes of `kind` "nf4", "int8" or "fp8", with a bias or none.
 
     Its parameters are `weight`, the codes (those of fp8 as bytes, which no cast of a model touches), and what decodes them:
     `absmax` (nf4; with `nested_absmax` and `nested_code` where the absmax are codes, too), or `scale`. None of them is
@@ -71,11 +71,7 @@ class QuantizedLinear(nn.Module):
         nested = (held["nested_code"], held["nested_absmax"], self.nested_offset) if "nested_code" in held else None
         return NF4(held["weight"], held["absmax"], shape, self.dtype, nested)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., K] -> [..., N]"""
-        return frozen_linear(x, self.codes, self.bias)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedLinear":
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "QuantizedMatrix":
         kept = {name: p.detach() for name, p in self.named_parameters() if name != "bias" and p.dtype == torch.float32}
         self.dtype = fn(self._parameters["weight"].new_empty(0, dtype=self.dtype)).dtype  # type: ignore[union-attr]
         super()._apply(fn, recurse)
@@ -88,12 +84,36 @@ class QuantizedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}, bias={self.bias is not None}"
 
 
+class QuantizedLinear(QuantizedMatrix):
+    """A frozen linear module that takes the place of an nn.Linear."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]"""
+        return frozen_linear(x, self.codes, self.bias)
+
+
+class ExpertCodes(QuantizedMatrix):
+    """The weights [N, K] of all experts of a layer, one below the other: a child of the module of experts, of the name that the
+    parameter had."""
+
+    def __init__(self, experts: int, n_in: int, n_out: int, kind: str, dtype: torch.dtype) -> None:
+        super().__init__(n_in, experts * n_out, kind, dtype)
+        self.experts = experts
+
+    @property
+    def stack(self) -> Stack:
+        return Stack(self.codes, self.experts)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.experts}, {super().extra_repr()}"
+
+
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
 def encoded(weight: torch.Tensor, kind: str, *, nested: bool = False) -> dict[str, Any]:
-    """Parameter name -> value of a QuantizedLinear with the weight [N, K]; "nested_offset" is a number.
+    """Parameter name -> value of a QuantizedMatrix with the weight [N, K]; "nested_offset" is a number.
 
     Raises ModelError for a weight that is not a matrix of finite floating-point values, or whose number of values is odd
     (nf4 puts two into a byte).

@@ -17,8 +17,12 @@ from torch import nn
 from ..support import memory
 from ..support.errors import ModelError, PlopfastError
 from . import weights
+from .exclusions import in_layers
+from .experts import Mixture
 from .linears import linear_modules
-from .quantized import QuantizedLinear, encoded, forget_quantization
+from .quantized import ExpertCodes, QuantizedLinear, encoded, forget_quantization
+from .quantized_experts import check_shape, codes_of, put_codes, recognised
+from .routed import ExpertWeight
 from .running import output_head
 from .spool import is_mapped
 
@@ -122,17 +126,24 @@ def check_untied(model: Any, name: str, remedy: str) -> None:
 
 
 class Encoding:
-    """Makes codes of `kind` of the linear weights in the repeated layers, and with `head` of the output head, too. `keep` may
-    put them elsewhere than into memory."""
+    """Makes codes of `kind` of the linear weights in the repeated layers and of `experts`, and with `head` of the output head,
+    too. `keep` may put those of linear modules elsewhere than into memory."""
 
     def __init__(
-        self, kind: str, head: bool, keep: Callable[[torch.Tensor], torch.Tensor] = lambda codes: codes
+        self,
+        kind: str,
+        head: bool,
+        keep: Callable[[torch.Tensor], torch.Tensor] = lambda codes: codes,
+        experts: bool = True,
     ) -> None:
-        self.kind, self.head, self.keep = kind, head, keep
+        self.kind, self.head, self.keep, self.of_experts = kind, head, keep, experts
         self.ignored: list[str] = []
         self._modules: dict[
             str, tuple[QuantizedLinear, torch.Size, bool]
         ] = {}  # with the stored shape, and whether [in, out]
+        self._experts: dict[
+            str, tuple[Mixture, str, torch.Size]
+        ] = {}  # with the parameter's own name and its stored shape
         self._bad: dict[str, None] = {}
         self._other: dict[str, tuple[torch.Size, torch.Size]] = {}
 
@@ -155,6 +166,14 @@ class Encoding:
             # until its codes come: transformers casts what it reads to the dtype that it finds here
             made.weight = nn.Parameter(torch.empty_like(weight, device="meta"), requires_grad=False)
             self._modules[info.name] = (made, weight.shape, info.transposed)
+        for name, module in model.named_modules():
+            mixture = recognised(module) if self.of_experts and in_layers(name) else None
+            if mixture is None:
+                continue
+            for key in mixture.keys:
+                held: ExpertWeight = mixture.weight(key)
+                check_shape(f"{name}.{key}", self.kind, *held.shape)
+                self._experts[f"{name}.{key}"] = mixture, key, held.stored.shape
         if not self._modules:
             raise ModelError(
                 f"model {model.name_or_path!r}: its linear modules ({type(infos[0].module).__name__}) are neither nn.Linear nor "
@@ -166,23 +185,31 @@ class Encoding:
         self.swap(model)
         for name, (module, *_) in self._modules.items():
             replace(model, name, module.in_features, module.out_features, self.kind, module.dtype)
+        for mixture, key, _ in self._experts.values():
+            put_codes(mixture, key, self.kind, {})
 
     def takes(self, name: str) -> bool:
         module, _, parameter = name.rpartition(".")
-        return parameter == "weight" and module in self._modules
+        return name in self._experts or (parameter == "weight" and module in self._modules)
 
     def convert(self, model: Any, name: str, value: torch.Tensor) -> dict[str, torch.Tensor]:
-        place = name.rpartition(".")[0]
-        _, shape, transposed = self._modules[place]
+        place, experts = name.rpartition(".")[0], self._experts.get(name)
+        shape, transposed = self._modules[place][1:] if experts is None else (experts[2], False)
         if value.shape != shape:
             self._other[name] = (value.shape, shape)
             return {}
         if not weights.is_finite(value):
             self._bad[name] = None
             return {}
-        codes = encoded(value.T if transposed else value, self.kind)
+        if experts is not None:
+            mixture, key, _ = experts
+            put_codes(mixture, key, self.kind, {})
+            place = name
+            codes = codes_of(value.transpose(1, 2) if mixture.weight(key).transposed else value, self.kind)
+        else:
+            codes = {key: self.keep(one) for key, one in encoded(value.T if transposed else value, self.kind).items()}
         memory.trim()  # else freed parts of the weights before add up to as much as the codes
-        return {f"{place}.{key}": nn.Parameter(self.keep(one), requires_grad=False) for key, one in codes.items()}
+        return {f"{place}.{key}": nn.Parameter(one, requires_grad=False) for key, one in codes.items()}
 
     def fill(self, model: Any) -> None:
         """They have them."""
@@ -237,20 +264,27 @@ def _config_class() -> Any:
         def mismatched(self, model: Any) -> set[tuple[Any, ...]]:
             """Dense parameters that got another shape: transformers 5.20 does not look where there is a quantiser."""
             now = {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-            return {(name, now[name], shape) for name, shape in self.shapes.items() if now[name] != shape}
+            return {
+                (name, now[name], shape) for name, shape in self.shapes.items() if name in now and now[name] != shape
+            }
 
     class Convert(ConversionOps):
         def __init__(self, way: Way) -> None:
             self.way = way
 
-        def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Any]:  # type: ignore[override]
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], model: Any = None, missing_keys: set[str] | None = None, **_: Any
+        ) -> dict[str, Any]:
             result: dict[str, Any] = {}
             for name, value in input_dict.items():
                 value = value[0] if isinstance(value, list) else value
                 try:
-                    result |= self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
+                    made = self.way.convert(model, name, value) if self.way.takes(name) else {name: value}
                 except PlopfastError as error:
                     raise _Left(error) from error
+                if made and name not in made and missing_keys is not None:
+                    missing_keys.discard(name)  # other parameters took its place
+                result |= made
             return result
 
     @register_quantizer(METHOD)
@@ -286,7 +320,7 @@ def _config_class() -> Any:
             return True  # once no codes are left: see the next function, which save_pretrained calls
 
         def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
-            if codes := [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
+            if codes := [name for name, m in model.named_modules() if isinstance(m, QuantizedLinear | ExpertCodes)]:
                 raise ModelError(
                     f"model {model.name_or_path!r} keeps codes in {len(codes)} modules ({codes[0]}, ...): write it with "
                     "plopfast.models.saved.save_model, or make it dense by merging"

@@ -4,6 +4,7 @@ So the folder can be read by plopfast (see stored.py for the format), and by tra
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch import nn
 from ..kernels import torch_codes
 from ..support.errors import ModelError
 from .quantized import FP8_BLOCK, QuantizedLinear, is_nested
+from .quantized_experts import codes_in
 
 
 def save_model(model: Any, folder: str | Path) -> None:
-    """Writes config.json and safetensors into `folder`. Raises ModelError for codes of several kinds, which no such folder
-    holds, and for fp8 in other blocks than 128 x 128."""
+    """Writes config.json and safetensors into `folder`. Experts that are codes are written dense, with a warning: no such folder
+    holds their codes. Raises ModelError for codes of several kinds, and for fp8 in other blocks than 128 x 128."""
     modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not modules:
         return model.save_pretrained(folder)
@@ -38,6 +40,14 @@ def save_model(model: Any, folder: str | Path) -> None:
 def stored_state(model: nn.Module, modules: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
     """The model's tensors by their names in a checkpoint."""
     state = model.state_dict()
+    if experts := codes_in(model):
+        warnings.warn(
+            f"{len(experts)} weights of experts are written dense: checkpoints do not hold their codes", stacklevel=3
+        )
+    for name, (_, weight) in experts.items():
+        for key in weight.held._parameters:
+            state.pop(f"{name}.{key}", None)
+        state[name] = weight.plus()
     for name, module in modules.items():
         for key in [key for key in module._parameters if key != "bias"]:
             state.pop(f"{name}.{key}", None)

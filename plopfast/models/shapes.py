@@ -133,7 +133,7 @@ def model_of(
     model.name_or_path = name
     kind = quantize or (stored[0] if stored is not None else None)
     if kind is not None:
-        Encoding(kind, quantize_head).shape(model)
+        Encoding(kind, quantize_head, experts=quantize is not None).shape(model)  # such checkpoints hold experts dense
     return model.eval()
 
 

@@ -7,15 +7,18 @@ module is not written.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..lora.ops import linear_and_norms, or_backend_error, path, row_norms
-from ..models.experts import ExpertInfo, Route
+from ..models.experts import ExpertInfo, OfCodes
 from ..models.frozen import is_sharded, is_transposed, whole
 from ..models.linears import LinearInfo
+from ..models.routed import Route
 from .sums import NFNState
 
 
@@ -63,7 +66,7 @@ def may_be_left(model: nn.Module) -> bool:
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks
-        or "forward" in vars(module)
+        or not isinstance(vars(module).get("forward"), NoneType | OfCodes)
         or module._compiled_call_impl is not None
         or type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel", "torch._dynamo"))
         for module in model.modules()
@@ -87,8 +90,12 @@ def scored(infos: Sequence[LinearInfo | ExpertInfo], state: NFNState, end: PassE
                 hook = _after(index, info.name, bias, state, end)
                 stack.enter_context(module.register_forward_hook(hook))
         for module, by_key in mixtures.items():
+            before = vars(module).get("forward")  # of experts that are codes
             module.forward = _experts_with_norms(by_key, state, end)
-            stack.callback(delattr, module, "forward")
+            put_back = (
+                partial(delattr, module, "forward") if before is None else partial(setattr, module, "forward", before)
+            )
+            stack.callback(put_back)
         yield
 
 

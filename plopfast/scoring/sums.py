@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..lora.ops import row_norms
-from ..models.experts import Route
+from ..models.routed import Route
 from ..support import ranks
 from ..support.errors import ModelError
 from .eva import InputSketch

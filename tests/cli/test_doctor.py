@@ -294,16 +294,19 @@ def test_dense_cases_take_copies_of_the_adapters_as_training_does(monkeypatch):
     assert {case.views for case in SMALL} == {False, True}
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotary", "chunked_cross_entropy"])
+@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotary", "chunked_cross_entropy", "apply"])
 def test_a_wrong_operation_beside_the_products_is_named(name, monkeypatch):
-    where = {"rotary": doctor_blocks.library_rows, "chunked_cross_entropy": doctor_blocks}.get(
-        name, doctor_blocks.block_ops
-    )
+    places = {
+        "rotary": doctor_blocks.library_rows,
+        "chunked_cross_entropy": doctor_blocks,
+        "apply": doctor_blocks.Adapted,
+    }
+    where = places.get(name, doctor_blocks.block_ops)
     right, cpu = getattr(where, name), torch.device("cpu")
-    assert doctor_blocks.blocks(cpu, "auto", torch.float32).startswith("36 results")
-    said = {"rms_norm": "RMSNorm", "rotary": "rotary embedding", "chunked_cross_entropy": "cross-entropy"}.get(
-        name, name
-    )
+    assert doctor_blocks.blocks(cpu, "auto", torch.float32).startswith("52 results")
+    said = {
+        "rms_norm": "RMSNorm", "rotary": "rotary embedding", "chunked_cross_entropy": "cross-entropy", "apply": "experts",
+    }.get(name, name)  # fmt: skip
 
     def wrong(*arguments, **how):
         backend = how.get("backend", arguments[-1])

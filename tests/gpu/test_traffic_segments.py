@@ -6,9 +6,9 @@ from cases import BF16, FP16, FP32
 from formulas import cost
 from interpreter import checked
 from test_traffic import A100, H100, MANY, SMALL, compare
-from traffic import recorded
+from traffic import launches_of_experts, recorded
 
-from plopfast.kernels import dispatch, triton_ops, triton_segments
+from plopfast.kernels import dispatch, triton_ops
 
 # rows of each segment, N, K, R, dtypes of activations and adapters; target
 CASES = [
@@ -27,22 +27,10 @@ QWEN3 = {
 EXPERTS, TAKEN, TOKENS, RANK = 128, 8, 16384, 16
 
 
-def step(rows, n, k, r, dtype, wide, target, device="cpu"):
-    """The launches of one weight of the experts, forward and backward."""
-    e, m = len(rows), sum(rows)
-    made = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
-    x, dy, w, a, b = made(m, k), made(m, n), made(e, n, k), made(e, r, k, dtype=wide), made(e, n, r, dtype=wide)
-    ends = torch.tensor(rows).cumsum(0).int().to(device)
-    with recorded(target, w) as launches:
-        _, s = triton_segments.forward(x, w, a, b, ends, 2.0)
-        triton_segments.backward(dy, x, s, w, a, b, ends, 2.0, (True,) * 3)
-    return launches
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_formula_is_count(case):
     with checked(race=False, compute=False) as check:
-        launches = step(*case)
+        launches = launches_of_experts(*case)
     compare(launches, check)
 
 
@@ -52,7 +40,7 @@ def test_a_layer_of_experts_is_close_to_its_floor(name, target):
     """Beside the frozen products' operands X moves twice and dY once; at most six launches for 128 experts."""
     k, n = QWEN3[name]
     rows = [TOKENS * TAKEN // EXPERTS] * EXPERTS
-    launches = step(rows, n, k, RANK, BF16, FP32, target, "meta")
+    launches = launches_of_experts(rows, n, k, RANK, BF16, FP32, target, "meta")
     moved, products = sum(cost(launch).bytes for launch in launches), sum(cost(launch).own for launch in launches)
     outside, x, y = moved - products, 2 * sum(rows) * k, 2 * sum(rows) * n
     assert len(launches) <= 6 and all(launch.grid for launch in launches)
@@ -74,12 +62,12 @@ def test_segments_cost_no_more_than_a_launch_for_each():
         ds, _ = triton_ops.grad_s_and_b(dy, s, b, 2.0)
         triton_ops.grad_a(ds, x, 0.0, 0, FP32)
         triton_ops.gemm(dy, w.T, ds, a.T, tiles=tiles)
-    together = step([m] * EXPERTS, n, k, RANK, BF16, FP32, H100, "meta")
+    together = launches_of_experts([m] * EXPERTS, n, k, RANK, BF16, FP32, H100, "meta")
     apart = EXPERTS * sum(cost(launch).bytes for launch in one)
     assert sum(cost(launch).bytes for launch in together) <= 1.02 * apart
     assert len(together) <= 6 and len(one) * EXPERTS >= 5 * EXPERTS
 
 
 def test_launches_do_not_grow_with_the_experts():
-    counts = {e: len(step([64 // e] * e, 40, 24, 8, BF16, FP32, H100, "meta")) for e in (1, 4, 64)}
+    counts = {e: len(launches_of_experts([64 // e] * e, 40, 24, 8, BF16, FP32, H100, "meta")) for e in (1, 4, 64)}
     assert max(counts.values()) <= 6, counts

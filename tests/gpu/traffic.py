@@ -25,7 +25,7 @@ from costs import Launch, tensor_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from plopfast.kernels import dispatch, library, triton_ops
+from plopfast.kernels import dispatch, library, triton_ops, triton_segments
 from plopfast.kernels.launch import forget_plans
 
 SCALING, SEED = 2.0, 0x1234_5678_9ABC
@@ -185,6 +185,24 @@ def launches_of(path: str, o: SimpleNamespace, p: float = 0.0, target: dispatch.
         count = len(launches)
         next(halves)
     return Step(launches[:count], launches[count:])
+
+
+def launches_of_experts(
+    rows: list[int], n: int, k: int, r: int, dtype: torch.dtype, wide: torch.dtype, target: dispatch.Target,
+    device: str = "cpu",
+) -> list[Launch]:  # fmt: skip
+    """The launches of one weight of a layer's experts with so many rows each, forward and backward."""
+
+    def made(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    e, m = len(rows), sum(rows)
+    x, dy, w, a, b = made(m, k), made(m, n), made(e, n, k), made(e, r, k, dtype=wide), made(e, n, r, dtype=wide)
+    ends = torch.tensor(rows).cumsum(0).int().to(device)
+    with recorded(target, w) as launches:
+        s = triton_segments.forward(x, w, a, b, ends, SCALING)[1]
+        triton_segments.backward(dy, x, s, w, a, b, ends, SCALING, (True, True, True))
+    return launches
 
 
 def table_bytes(path: str, o: SimpleNamespace, p: float = 0.0) -> tuple[float, float]:

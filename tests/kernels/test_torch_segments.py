@@ -9,7 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from plopfast.kernels import library_segments, reference  # noqa: F401  # registers the operations
 from plopfast.kernels.accuracy import assert_no_worse
-from plopfast.lora.experts import Adapted, PlainProduct
+from plopfast.lora.experts import Adapted
+from plopfast.models.routed import PlainProduct
 from plopfast.training.meter import FORMULAS
 
 OPS = torch.ops.plopfast
@@ -46,7 +47,7 @@ def by_torch(x, w, a, b, ends):
 def test_forward_and_gradients(case, dtype, strided):
     x, w, a, b, dy, ends = made(*case, dtype=dtype, strided=strided)
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    y = Adapted.apply(leaves[0], w, leaves[1], leaves[2], leaves[1], leaves[2], ends, S)
+    y = Adapted.apply(leaves[0], w, leaves[1], leaves[2], leaves[1], leaves[2], ends, S, "torch")
     y.backward(dy)
     other = [t.clone().requires_grad_() for t in (x, a, b)]
     same = by_torch(other[0], w, other[1], other[2], ends)
@@ -68,7 +69,7 @@ def test_the_frozen_product_and_its_gradient(case):
     x, w, _, _, dy, ends = made(*case)
     x.requires_grad_()
     w.requires_grad_()  # as where all weights are trained
-    y = PlainProduct.apply(x, w, ends)
+    y = PlainProduct.apply(x, w, ends, "torch")
     want = reference.segments(x, w, w[:, :1].detach() * 0, w[:, :, :1].detach() * 0, ends.tolist(), S)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     got, exact = torch.autograd.grad(y, [x, w], dy), torch.autograd.grad(want, [x, w], dy.double())
@@ -79,12 +80,12 @@ def test_the_frozen_product_and_its_gradient(case):
 def test_gradient_subsets(needs):
     x, w, a, b, dy, ends = made(*CASES[1])
     leaves = [t.clone().requires_grad_(need) for t, need in zip((x, a, b), needs, strict=True)]
-    y = Adapted.apply(leaves[0], w, leaves[1], leaves[2], leaves[1], leaves[2], ends, S)
+    y = Adapted.apply(leaves[0], w, leaves[1], leaves[2], leaves[1], leaves[2], ends, S, "torch")
     assert y.requires_grad == any(needs)
     if any(needs):
         y.backward(dy)
     full = [t.clone().requires_grad_() for t in (x, a, b)]
-    Adapted.apply(full[0], w, full[1], full[2], full[1], full[2], ends, S).backward(dy)
+    Adapted.apply(full[0], w, full[1], full[2], full[1], full[2], ends, S, "torch").backward(dy)
     for leaf, whole, need in zip(leaves, full, needs, strict=True):
         assert torch.equal(leaf.grad, whole.grad) if need else leaf.grad is None
 
@@ -99,7 +100,7 @@ def test_it_keeps_x_and_s_alone():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        Adapted.apply(x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), a, b, ends, S)
+        Adapted.apply(x.requires_grad_(), w, a.requires_grad_(), b.requires_grad_(), a, b, ends, S, "torch")
     assert new == [50 * 16]
 
 
@@ -107,7 +108,7 @@ def test_copies_of_the_adapters_in_the_weights_dtype_are_used():
     x, w, a, b, dy, ends = made(*CASES[0], dtype=torch.bfloat16)
     wide = [a.float().requires_grad_(), b.float().requires_grad_()]
     x.requires_grad_()
-    outputs = [Adapted.apply(x, w, *wide, *low, ends, S) for low in (wide, (a, b))]
+    outputs = [Adapted.apply(x, w, *wide, *low, ends, S, "torch") for low in (wide, (a, b))]
     assert torch.equal(*outputs)
     for one, two in zip(*(torch.autograd.grad(y, [x, *wide], dy) for y in outputs), strict=True):
         assert torch.equal(one, two) and one.dtype == two.dtype
@@ -115,18 +116,18 @@ def test_copies_of_the_adapters_in_the_weights_dtype_are_used():
 
 def test_shapes_without_values_and_their_work():
     x, w, a, b, dy, ends = made(*CASES[4])
-    s = OPS.segment_forward(x, w, a, b, ends, S)[1]
+    s = OPS.segment_forward(x, w, a, b, ends, S, "torch")[1]
     for op, args in (
-        (OPS.segment_product, (x, w, ends)),
+        (OPS.segment_product, (x, w, ends, "torch")),
         (OPS.segment_outer, (dy, x, ends)),
-        (OPS.segment_forward, (x, w, a, b, ends, S)),
-        (OPS.segment_backward, (dy, x, s, w, a, b, ends, S, True, False, True)),
+        (OPS.segment_forward, (x, w, a, b, ends, S, "torch")),
+        (OPS.segment_backward, (dy, x, s, w, a, b, ends, S, "torch", True, False, True)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
     rows, n, k, r = 50, 40, 65, 16
     with FlopCounterMode(display=False, custom_mapping=FORMULAS) as flops:
-        OPS.segment_product(x, w, ends)
+        OPS.segment_product(x, w, ends, "torch")
         OPS.segment_outer(dy, x, ends)
-        OPS.segment_forward(x, w, a, b, ends, S)
-        OPS.segment_backward(dy, x, s, w, a, b, ends, S, True, True, True)
+        OPS.segment_forward(x, w, a, b, ends, S, "torch")
+        OPS.segment_backward(dy, x, s, w, a, b, ends, S, "torch", True, True, True)
     assert flops.get_total_flops() == 2 * rows * (4 * n * k + (n + k) * r + 2 * n * r + 2 * k * r)

@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
 from zoo import families
 
-from plopfast.models.experts import DOWN, Route, expert_weights, mixture_of, mixtures, weight_at
+from plopfast.models.experts import DOWN, expert_weights, mixture_of, mixtures, weight_at
 from plopfast.models.fingerprints import fingerprint
+from plopfast.models.routed import Route
 from plopfast.support.errors import ModelError
 
 # as transformers names them: plain, beside shared experts, transposed with biases, all rows to all, no gate

@@ -15,9 +15,10 @@ import plopfast as pf
 from plopfast.lora.layer import adapters, merge
 from plopfast.lora.merging import merge_checked
 from plopfast.lora.shared import Prepared, find_shared_inputs
-from plopfast.models.frozen import find_frozen, frozen_of, is_linear, make_dense
+from plopfast.models.frozen import find_frozen, frozen_of, is_linear
 from plopfast.models.lean import lean_modules
 from plopfast.models.quantized import QuantizedLinear, encoded, quantized
+from plopfast.models.quantized_experts import make_dense
 from plopfast.support.errors import AdapterError, ModelError
 
 KINDS = [("nf4", False), ("nf4", True), ("int8", False), ("fp8", False)]

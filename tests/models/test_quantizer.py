@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plopfast as pf
-from plopfast.models.frozen import make_dense
 from plopfast.models.quantized import KINDS, QuantizedLinear, quantized
+from plopfast.models.quantized_experts import make_dense
 from plopfast.models.quantizer import Encoding
 from plopfast.models.running import output_head
 from plopfast.models.weights import is_finite

@@ -8,9 +8,9 @@ import transformers
 from helpers import quantize
 
 import plopfast as pf
-from plopfast.models.frozen import make_dense
 from plopfast.models.linears import linear_modules
 from plopfast.models.quantized import QuantizedLinear, quantized
+from plopfast.models.quantized_experts import make_dense
 from plopfast.models.saved import save_model
 from plopfast.support.errors import ModelError
 

@@ -13,9 +13,10 @@ import plopfast as pf
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models import streaming
 from plopfast.models.fingerprints import fingerprint
-from plopfast.models.frozen import frozen_of, make_dense, streamed_in
+from plopfast.models.frozen import frozen_of, streamed_in
 from plopfast.models.lean import lean_modules
 from plopfast.models.linears import blocks, number_of_weights
+from plopfast.models.quantized_experts import make_dense
 from plopfast.models.running import device_of
 from plopfast.models.saved import save_model
 from plopfast.models.streamer import ALIGNED, Streamer, in_one_buffer, payload_of
