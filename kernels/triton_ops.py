@@ -227,11 +227,10 @@ def describable(*matrices: torch.Tensor) -> bool:
 
 def copyable(*matrices: torch.Tensor) -> bool:
     """Whether tiles come in 16-byte copies: Triton wants one stride 1 and the others multiples of 16 elements."""
-    for matrix in matrices:
-        inner, *outer = sorted(matrix.stride())
-        if inner != 1 or any(stride % 16 for stride in outer) or matrix.data_ptr() % 16:
-            return False
-    return True
+    strides = (sorted(m.stride()) for m in matrices)
+    return all(s[0] == 1 and not any(one % 16 for one in s[1:]) for s in strides) and not any(
+        m.data_ptr() % 16 for m in matrices
+    )
 
 
 def low_rank(

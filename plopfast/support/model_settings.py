@@ -36,7 +36,7 @@ class ModelSettings(Backend):
     )
     quantize: str | None = option(
         None,
-        "keep the linear weights of the layers as codes, to save memory: a half (nf4) or one (int8, fp8) byte a weight "
+        "keep the linear weights of the layers and their experts as codes, to save memory: a half (nf4) or one (int8, fp8) byte a weight "
         "(default: as the checkpoint holds them)",
         ("nf4", "int8", "fp8"),
     )

@@ -7,8 +7,9 @@ import pytest
 import torch
 from cases import BF16, DEVICE, FP16, FP32, name_of, normal, view
 
-from plopfast.kernels import dispatch, library_segments, reference, triton_segments
+from plopfast.kernels import dispatch, library_segments, reference, torch_codes, triton_segments
 from plopfast.kernels.accuracy import assert_no_worse
+from plopfast.kernels.codes import NF4, Stack
 from plopfast.kernels.launch import forget_plans
 
 C = 1.7
@@ -258,3 +259,26 @@ def test_views_of_one_tensor_are_taken(watched):
     with watched(*OUT):
         one, two = (forward(of)[0] for of in (o, turned))
     torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_codes_are_decoded_for_the_kernels(turned, watched, launched):
+    """All of them into the workspace, and again for dX; plain torch decodes one at a time, and finds the same."""
+    o, dy = operands((9, 0, 30), 24, 48 if turned else 64, 8, FP32, FP32)
+    x, w, a, b, ends = o.values()
+    packed, absmax = torch_codes.encode_nf4(w.reshape(-1, w.shape[2]))
+    stack = Stack(NF4(packed, absmax, (w.shape[0] * w.shape[1], w.shape[2]), FP32), len(w))
+    dense = stack.dense().clone()
+    assert all(torch.equal(one, two) for one, two in zip(stack, dense, strict=True)) and stack.shape == dense.shape
+    if turned:
+        stack, dense, x, a = stack.transpose(1, 2), dense.transpose(1, 2), dy, b.transpose(1, 2).contiguous()
+        b, dy = a.new_ones(len(w), 48, 8), normal(39, 48, seed=9)
+    for backend in ("triton", "torch"):
+        with watched():
+            y, s = library_segments.run("segment_forward", x, stack, a, b, ends, C, backend)
+            grads = library_segments.run("segment_backward", dy, x, s, stack, a, b, ends, C, backend, True, True, True)
+            y2, s2 = torch.ops.plopfast.segment_forward(x, dense, a, b, ends, C, backend)
+            grads2 = torch.ops.plopfast.segment_backward(dy, x, s, dense, a, b, ends, C, backend, True, True, True)
+        for one, two in zip((y, s, *grads), (y2, s2, *grads2), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
+    assert launched.count("segment_gemm") == 4

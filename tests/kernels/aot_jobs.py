@@ -125,31 +125,23 @@ def _rank_256(target: str) -> None:
     _everything(target, r=256)
 
 
-def _tf32(target: str, **shape: Any) -> None:
+def _float32(target: str, **shape: Any) -> None:
+    _everything(target, dtype=torch.float32, **shape)
+    _low_rank(target, p=0.1, dtype=torch.float32, **shape)
+
+
+def _tf32(function: Callable[..., None], **arguments: Any) -> Callable[[str], None]:
     """What runs where torch's own float32 products may take TF32."""
 
-    def work() -> None:
-        _everything(target, dtype=torch.float32, **shape)
-        _low_rank(target, p=0.1, dtype=torch.float32, **shape)
+    def work(target: str) -> None:
+        matmul = torch.backends.cuda.matmul
+        before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+        try:
+            function(target, **arguments)
+        finally:
+            matmul.fp32_precision = before
 
-    _in_tf32(work)
-
-
-def _in_tf32(work: Callable[[], None]) -> None:
-    matmul = torch.backends.cuda.matmul
-    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
-    try:
-        work()
-    finally:
-        matmul.fp32_precision = before
-
-
-def _tf32_norm_shrink(target: str) -> None:
-    _in_tf32(lambda: aot_blocks.norm_shrink(target, count=2, p=0.1, dtype=torch.float32))
-
-
-def _tf32_segments(target: str) -> None:
-    _in_tf32(lambda: aot_segments.experts(target, dtype=torch.float32))
+    return work
 
 
 def _few_tokens(target: str) -> None:
@@ -232,9 +224,9 @@ JOBS = {
     "gemm, 1 token": Job(_of(_forward, m=1, norms=False), _SMALL),
     "gemm, odd": Job(_of(_forward, m=8191, n=4099, k=4099, r=5), _SMALL, _ONE_OF_EACH, slow=True),
     "float32": Job(_of(_everything, dtype=torch.float32), {}, (*_ONE_OF_EACH, "sm_86")),
-    "tf32": Job(_tf32, _TF32, _HAVE_TF32),
-    "tf32, rank 64": Job(_of(_tf32, r=64), _TF32, _HAVE_TF32, slow=True),
-    "tf32, odd": Job(_of(_tf32, m=8191, n=4099, k=4099, r=5), _TF32, _HAVE_TF32, slow=True),
+    "tf32": Job(_tf32(_float32), _TF32, _HAVE_TF32),
+    "tf32, rank 64": Job(_tf32(_float32, r=64), _TF32, _HAVE_TF32, slow=True),
+    "tf32, odd": Job(_tf32(_float32, m=8191, n=4099, k=4099, r=5), _TF32, _HAVE_TF32, slow=True),
     "float16": Job(
         _of(_everything, dtype=torch.float16), _LARGE | _READ, ("sm_80", "sm_90", "gfx942", "gfx950"), slow=True
     ),
@@ -256,7 +248,9 @@ JOBS = {
     "segments": Job(aot_segments.experts, {"segment_gemm": _LARGE["lora_gemm"]} | _READ),
     "segments, few rows": Job(_of(aot_segments.experts, m=2048, r=8), _SEGMENTS, _ONE_OF_EACH),
     "segments, others": Job(aot_segments.others, {}, _NOT_BY_DEFAULT),
-    "tf32, segments": Job(_tf32_segments, {"segment_gemm": Expect(matrix="any")}, _HAVE_TF32, slow=True),
+    "tf32, segments": Job(
+        _tf32(aot_segments.experts, dtype=torch.float32), {"segment_gemm": Expect(matrix="any")}, _HAVE_TF32, slow=True
+    ),
     "row norms": Job(_row_norms, {"row_norms": Expect(loads=True)}),
     "norm": Job(aot_blocks.norm, _NORM),
     "norm, short and long": Job(aot_blocks.short_and_long_norms, _NORM, _NOT_BY_DEFAULT),
@@ -268,7 +262,9 @@ JOBS = {
     "norm and shrink, float32": Job(
         _of(aot_blocks.norm_shrink, r=64, p=0.1, dtype=torch.float32), {}, ("sm_80", "sm_100", "gfx942")
     ),
-    "tf32, norm and shrink": Job(_tf32_norm_shrink, _MIXED_NORM, _HAVE_TF32),
+    "tf32, norm and shrink": Job(
+        _tf32(aot_blocks.norm_shrink, count=2, p=0.1, dtype=torch.float32), _MIXED_NORM, _HAVE_TF32
+    ),
     "gate": Job(_of(aot_blocks.gates, k=14336), _GATE),
     "gate, float16": Job(_of(aot_blocks.gates, k=14336, dtype=torch.float16), _GATE, ("sm_80", "gfx942")),
     "gate, float32": Job(_of(aot_blocks.gates, k=1536, dtype=torch.float32), _GATE, ("sm_80", "gfx942")),

@@ -1,6 +1,7 @@
 """Experts whose weights are codes compute what the decoded weights compute: alone, with adapters, in scores, merged, saved."""
 
 import copy
+import json
 import pickle
 
 import pytest
@@ -193,3 +194,8 @@ def test_an_estimate_counts_their_codes(tmp_path):
     assert found["nf4"].weights_mib < 0.45 * found[None].weights_mib
     largest = max(info.experts * info.n_out * info.n_in for info in expert_weights(model))
     assert found["nf4"].parts["workspace of a decoded weight"] == 2 * largest / 2**20
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    kinds = {info.frozen.kind for info in expert_weights(model_of(str(tmp_path)))}
+    assert kinds == {"dense"}, "checkpoints of bitsandbytes hold experts dense"
