@@ -3,6 +3,7 @@
 M rows, K in, C columns, N out, R rank.
 """
 
+import pytest
 import torch
 from cases import BF16, FP32, HALF, normal
 from interpreter import checked, far_apart
@@ -49,22 +50,23 @@ def test_the_second_part_of_s():
         close(s[part], x[:, columns] @ a[0, :, columns].T)
 
 
-def test_parts_of_gradients_and_of_ds():
+@pytest.mark.parametrize("part, expert", [(HALF, HALF // 4), (3 * HALF, HALF)])
+def test_parts_of_gradients_and_of_ds(part, expert):
     """Three row parts of dB [E, C, R] of three experts, three stripes of dS [M, R]."""
     columns = 3 * 32
     ends = torch.tensor([48, 48, 96], dtype=torch.int32)
     t, v, u = normal(96, columns, seed=1), normal(96, 16, seed=2), normal(3, columns, 16, scale=0.2, seed=3)
-    g, ds = far_apart((3, 3, columns, 16), (3 * HALF, HALF, 16, 1), FP32), far_apart((3, 96, 16), (HALF, 16, 1), FP32)
+    g, ds = far_apart((3, 3, columns, 16), (part, expert, 16, 1), FP32), far_apart((3, 96, 16), (HALF, 16, 1), FP32)
     with checked(out=("g", "ds")) as check:
         segments.segment_grads[3, 3, 3](
-            t, v, u, ends, g, ds, HALF, columns, 1.0, columns, 1, 16, columns * 16, 16, 1, 3 * HALF, HALF, 16, 1,
+            t, v, u, ends, g, ds, HALF, columns, 1.0, columns, 1, 16, columns * 16, 16, 1, part, expert, 16, 1,
             RANK=16, RP=16, WITH_DS=True, PRECISION="ieee", BM=16, BC=32,
         )  # fmt: skip
     assert check.coverage() == {"g": 1.0, "ds": 1.0}
     for i in range(3):
         stripe = slice(32 * i, 32 * i + 32)
-        for expert, first in ((0, 0), (2, 48)):
+        for number, first in ((0, 0), (2, 48)):
             rows = slice(first + 16 * i, first + 16 * i + 16)
-            close(g[i, expert], t[rows].T @ v[rows])
-            close(ds[i, first : first + 48], t[first : first + 48, stripe] @ u[expert, stripe])
+            close(g[i, number], t[rows].T @ v[rows])
+            close(ds[i, first : first + 48], t[first : first + 48, stripe] @ u[number, stripe])
         assert not g[i, 1].any()

@@ -232,8 +232,10 @@ def test_the_operations_take_the_kernels(launched, watched):
         assert not taken or not any(name.startswith("torch.") for name in launched)
 
 
-def test_what_the_kernels_do_not_take_is_torchs_or_an_error():
+def test_what_the_kernels_do_not_take_is_torchs_or_an_error(monkeypatch):
+    monkeypatch.setattr(dispatch, "resolve", lambda device, backend="auto": "torch" if backend == "torch" else "triton")
     x = normal(4, 8)
+    assert library_segments.runs_kernels(x, 4, "auto")
     assert not library_segments.runs_kernels(x.double(), 4, "auto")
     assert not library_segments.runs_kernels(x, dispatch.MAX_RANK + 1, "auto")
     assert not library_segments.runs_kernels(x, dispatch.MAX_RANK + 1, "torch")
