@@ -117,13 +117,14 @@ class LoRAExperts(nn.Module):
         """As the module itself."""
         if not any(module.enabled for module in self.adapters().values()):
             return self.base(*args, **kwargs)
-        return self.mixture.run(self._product, *args, **kwargs)
+        return self.mixture.run(self.product, *args, **kwargs)
 
     def adapters(self) -> dict[str, ExpertLoRA]:
         """The adapted weights, by name."""
         return {key: module for key, module in self.named_children() if isinstance(module, ExpertLoRA)}
 
-    def _product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+    def product(self, key: str, x_SK: torch.Tensor, route: Route) -> torch.Tensor:
+        """One weight's product, with its adapter where it has one and with its bias."""
         adapters = self.adapters()
         if key in adapters and adapters[key].enabled:
             return adapters[key](x_SK, route)

@@ -13,6 +13,7 @@ from ..kernels.codes import Codes, Weight
 from ..kernels.groups import Group
 from ..models.lean import LeanNorm
 from ..models.running import body, device_of, evaluating
+from .experts import LoRAExperts
 from .grouped import LoRAGroup
 from .layer import LoRALinear, adapters
 from .ops import check, is_direct, new_seed, or_backend_error
@@ -129,6 +130,7 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(adapters(model).values())
+        self.experts = [module for module in model.modules() if isinstance(module, LoRAExperts)]
         self.groups = list({id(m.shared): m.shared for m in self.modules if m.shared}.values())
         self._stacks: list[torch.Tensor] = []
         self._low: list[tuple[torch.Tensor, torch.Tensor]] = []

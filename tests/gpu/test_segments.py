@@ -139,6 +139,17 @@ def test_gradient_subsets(needs, watched, launched):
     assert launched.count("segment_grads") == needs[1] + needs[2]
 
 
+@pytest.mark.parametrize("rank, apart", [(dispatch.MOST_DS_RANK, 0), (dispatch.MOST_DS_RANK + 1, 1)])
+def test_a_large_rank_takes_ds_by_itself(rank, apart, watched, launched):
+    """Together with dB it would spill."""
+    o, dy = operands((9, 0, 30), 24, 40, rank, BF16, FP32)
+    with watched():
+        s = forward(o)[1]
+        launched.clear()
+        backward(o, dy, s, (True, True, True))
+    assert launched.count("segment_shrink") == apart
+
+
 def test_rows_of_other_segments_do_not_count(watched):
     """NaN in one segment's rows and weights stays there."""
     rows = (5, 20, 0, 7)

@@ -71,3 +71,9 @@ def test_segments_cost_no_more_than_a_launch_for_each():
 def test_launches_do_not_grow_with_the_experts():
     counts = {e: len(launches_of_experts([64 // e] * e, 40, 24, 8, BF16, FP32, H100, "meta")) for e in (1, 4, 64)}
     assert max(counts.values()) <= 6, counts
+
+
+def test_few_rows_of_many_experts_take_small_tiles():
+    for count, size in ((1, 128), (64, 64)):
+        launches = launches_of_experts([4096 // count] * count, 64, 64, 8, BF16, FP32, H100, "meta")
+        assert [launch.BM for launch in launches if launch.kernel == "segment_gemm"] == [size, size]

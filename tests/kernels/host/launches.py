@@ -25,9 +25,11 @@ from plopfast.kernels import (  # noqa: E402
     triton_rows,
     triton_segments,
 )
+from plopfast.lora.experts import ExpertLoRA, inject_experts  # noqa: E402
 from plopfast.lora.layer import LoRALinear  # noqa: E402
 from plopfast.lora.shared import Prepared, SharedInput  # noqa: E402
 from plopfast.lora.warmup import warm_up  # noqa: E402
+from plopfast.models.experts import Mixture  # noqa: E402
 
 BF16, FP32 = torch.bfloat16, torch.float32
 CARD = dispatch.Target("sm_90", 132, "stub")
@@ -289,7 +291,7 @@ def variants():
         groups.forward(x, s, weights, all_b, [None] * 3, group)
         groups.backward(dy, x, s, weights, all_a, all_b, group, need, dtypes)
         rows(x, dy[0])
-        segments(x, dy[0], *(t.expand(8, *t.shape) for t in (w, a, b)))
+        segments(x, dy[0], made(8, 1024, 1024), made(8, rank, 1024, dtype=FP32), made(8, 1024, rank, dtype=FP32))
         if m == tokens[0]:
             for shape in ((1024, 1024), (999, 112)):
                 quantized.decodings(*shape, (BF16, FP32, torch.float16), "meta")
@@ -312,12 +314,40 @@ def warmed():
     return {rate: _warmed(rate) for rate in (0.0, 0.1)}
 
 
+class Experts(nn.Module):
+    """The second weight of the two has an adapter."""
+
+    has_gate, has_post_expert_norm, act_fn = True, False, nn.SiLU()
+
+    def __init__(self, experts=4, width=256, inner=128):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.zeros(experts, 2 * inner, width, dtype=BF16))
+        self.down_proj = nn.Parameter(torch.zeros(experts, width, inner, dtype=BF16))
+
+    def _apply_gate(self, h):
+        gate, up = h.chunk(2, dim=-1)
+        return self.act_fn(gate) * up
+
+    def forward(self, x, chosen, weights):
+        raise NotImplementedError  # its account in plopfast/models/experts.py is what runs
+
+
+def adapted_experts(model):
+    """Puts them into a model, with an adapter."""
+    model["experts"] = Experts()
+    mixture = Mixture(model["experts"], True)
+    frozen = mixture.weight("down_proj")
+    adapter = ExpertLoRA(frozen, 8, 16.0, rslora=False, lora_A=torch.zeros(4, 8, 128), backend="triton")
+    inject_experts(model, "experts.down_proj", mixture, adapter)
+
+
 def _warmed(rate):
     model = nn.ModuleDict({
         "q": nn.Linear(256, 256, dtype=BF16), "k": nn.Linear(256, 64, dtype=BF16), "o": nn.Linear(256, 256, dtype=BF16)
     })  # fmt: skip
     for name, base in [*model.items()]:
         model[name] = LoRALinear(base, 8, 16.0, dropout=rate, backend="lora-first")
+    adapted_experts(model)
     shared = SharedInput([model["q"], model["k"]])
     model["q"].shared = model["k"].shared = shared
     kept, asked = Prepared(model.train()), []
@@ -333,7 +363,9 @@ def _warmed(rate):
         for tokens in (2, 17, 60, 1000, 2500, 4096, 7000):
             x = torch.zeros(tokens, 256, dtype=BF16, requires_grad=True)
             with kept:
-                sum(one(x).sum() for one in model.values()).backward()
+                sum(one(x).sum() for name, one in model.items() if name != "experts").backward()
+                chosen = torch.arange(2 * tokens).view(tokens, 2) % 4
+                model["experts"](x, chosen, torch.ones(tokens, 2, dtype=BF16)).sum().backward()
     finally:
         triton.knobs.runtime.jit_cache_hook = None
         launch.forget_plans()
