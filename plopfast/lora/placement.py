@@ -5,13 +5,17 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import MinLen
 
 from ..support import files
 from ..support.errors import PlacementError
 from ..support.schema import Count, Positive, Size, checked
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
 
 
 @dataclass
@@ -57,6 +61,21 @@ class Placement:
         if self.experts:
             targets["target_parameters"] = sorted(self.experts)
         return {"task_type": "CAUSAL_LM", **targets, **ranks_and_patterns(self.modules)}
+
+    def lora_config(self, model: "nn.Module | None" = None, **overrides: Any) -> "LoraConfig":
+        """Returns a `peft.LoraConfig` that adapts the same modules with the same ranks and alphas, for PEFT and TRL.
+
+        With the `model` that is to be wrapped, targets are written as briefly as PEFT reads them rightly: the last components of
+        names where they match these modules alone (`["down_proj", "v_proj"]`), else full names, else a regular expression;
+        and what PEFT would take for the experts of a mixture goes to `target_parameters`. Without it they are full names.
+        `overrides` are other fields, such as `lora_dropout=0.05` or `use_rslora=True`.
+
+        Raises ConfigError without peft, and for an override of what the placement says; PlacementError where `model` lacks a
+        module. Example: `SFTTrainer(model, peft_config=placement.lora_config(model, lora_dropout=0.05), ...)`.
+        """
+        from .lora_config import lora_config  # which reads placements
+
+        return lora_config(self, model, overrides)
 
     def __str__(self) -> str:
         ranks = [rank for rank, _ in self.modules.values()]

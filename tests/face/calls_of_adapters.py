@@ -263,7 +263,7 @@ def _is_read(w):
 
 @case("Placement")
 def _in_words(w):
-    return lambda: (str(PLACEMENT), PLACEMENT.peft_config()), (PLACEMENT,)
+    return lambda: (str(PLACEMENT), PLACEMENT.peft_config(), PLACEMENT.lora_config()), (PLACEMENT,)
 
 
 @case("Placement", raises=FileError)
