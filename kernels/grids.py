@@ -58,7 +58,7 @@ def grads_tiles(target: dispatch.Target, dtype: torch.dtype, rank: int, with_ds:
     small = target.name.startswith("gfx1")  # RDNA has fewer registers
     for bc in (width for width in (64, 128, 256, 512) if width <= (128 if small else 8192 // padded)):
         bm = next((rows for rows in (64, 32) if 2 * (STAGES * rows * (bc + padded) + bc * padded) <= room), 0)
-        found += [(bm, bc, 8 if bc >= (128 if small else 256) else 4)] if bm else []
+        found += [(bm, bc, 8 if small or bc >= 256 else 4)] if bm else []
     return found
 
 
@@ -86,10 +86,10 @@ def grads_us(
 
 def grads_grid(
     target: dispatch.Target, dtype: torch.dtype, m: int, columns: int, rank: int, with_ds: bool, drop: bool = False,
-    segments: int = 1,
+    segments: int = 0,
 ) -> tuple[int, int, int, int, int]:  # fmt: skip
-    """(BM, BC, warps, row parts, column stripes) of lora_grads: by the model, the fastest of one, two and four waves. The parts
-    are those of each segment.
+    """(BM, BC, warps, row parts, column stripes) of lora_grads: by the model, the fastest of one, two and four waves; of
+    segment_grads, with the parts of each segment, if there are `segments`.
 
     The tile is the fastest for TYPICAL tokens, whatever M is, so that one compiled kernel serves all.
     """
@@ -107,5 +107,9 @@ def grads_grid(
                 found.append((us, (bm, bc, warps, parts, stripes)))
         return min(found)
 
-    tile = fastest(TYPICAL, grads_tiles(target, dtype, rank, with_ds))[1][:3]
+    tiles = grads_tiles(target, dtype, rank, with_ds)
+    if segments and target.name.startswith("sm_10"):  # 512 columns beside the numbers of segments spill there
+        tiles = [tile for tile in tiles if tile[1] <= 256]
+    segments = max(segments, 1)
+    tile = fastest(TYPICAL, tiles)[1][:3]
     return fastest(m, [tile])[1]

@@ -112,7 +112,7 @@ def _product(
         (count, n, k, *x_strides, *w_strides, *s_strides, *b_strides, n),
         {"RANK": rank, "BR": rank_chunk(rank), "LORA": b_dtype is not None, "EVEN_K": k % tiles.bk == 0, "PRECISION": exact,
          "EP": triton.next_power_of_2(count), "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group},
-        device, num_warps=tiles.warps, num_stages=tiles.stages,
+        device, num_warps=8 if exact == "tf32" else tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
     def run(
