@@ -18,11 +18,12 @@ from .mask import keep_tile
 
 @triton.jit
 def grads_of_rows(
-    t, v, u, g, ds, first, last, stripe, seed, sds, C, scale, threshold, stm, stc, svm, suc, sur, sgc, sgr,
+    t, v, u, g, ds, first, last, M, stripe, seed, sds, C, scale, threshold, stm, stc, svm, suc, sur, sgc, sgr,
     RANK: tl.constexpr, RP: tl.constexpr, WITH_DS: tl.constexpr, DROP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """g [C, R] of the rows from `first` to `last` and of one stripe of columns; ds [column parts, M, R] of the same."""
+    """g [C, R] of the rows from `first` to `last`, of which those before M count, and of one stripe of columns; ds [column parts, M, R]
+    of the same. `last` is M, or whole tiles after `first`."""
     dtype: tl.constexpr = t.dtype.element_ty
     rc = stripe.to(tl.int64) * BC + tl.arange(0, BC)
     rank = tl.arange(0, RP).to(tl.int64)
@@ -34,11 +35,11 @@ def grads_of_rows(
         u_CR = tl.load(u + rc[:, None] * suc + rank[None, :] * sur, mask=inside_U, other=0.0).to(dtype)
     for m0 in range(first, last, BM):
         rm = m0 + tl.arange(0, BM).to(tl.int64)
-        inside_T = (rm < last)[:, None] & (rc < C)[None, :]
+        inside_T = (rm < M)[:, None] & (rc < C)[None, :]
         t_MC = tl.load(t + rm[:, None] * stm + rc[None, :] * stc, mask=inside_T, other=0.0)
         if DROP:
             t_MC = tl.where(keep_tile(seed, rm, stripe * BC, threshold, BM, BC), t_MC, 0.0).to(dtype)
-        mask_MR = (rm < last)[:, None] & (rank < RANK)[None, :]
+        mask_MR = (rm < M)[:, None] & (rank < RANK)[None, :]
         v_MR = tl.load(v + rm[:, None] * svm + rank[None, :], mask=mask_MR, other=0.0)
         if WITH_DS:
             acc = tl.dot(tl.trans(t_MC), v_MR, acc, input_precision=PRECISION)
@@ -63,6 +64,6 @@ def lora_grads(
     stripe, part = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = part * row_chunk
     grads_of_rows(
-        t, v, u, g + part * sgp, ds, first, min(M, first + row_chunk), stripe, seed, sds, C, scale, threshold, stm, stc,
+        t, v, u, g + part * sgp, ds, first, min(M, first + row_chunk), M, stripe, seed, sds, C, scale, threshold, stm, stc,
         svm, suc, sur, sgc, sgr, RANK, RP, WITH_DS, DROP, PRECISION, BM, BC,
     )  # fmt: skip

@@ -98,6 +98,6 @@ def segment_grads(
     chunk = tl.cdiv(tl.cdiv(end - start, BM), tl.num_programs(1)) * BM
     first = start + part.to(tl.int64) * chunk
     grads_of_rows(
-        t, v, u + segment * sue, g + part.to(tl.int64) * sgp + segment * sge, ds, first, min(end, first + chunk), stripe,
+        t, v, u + segment * sue, g + part.to(tl.int64) * sgp + segment * sge, ds, first, min(end, first + chunk), end, stripe,
         0, sds, C, scale, 0, stm, stc, svm, suc, sur, sgc, sgr, RANK, RP, WITH_DS, False, PRECISION, BM, BC,
     )  # fmt: skip
