@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..models.experts import Mixture
+from ..models.quantized import ExpertCodes
 from ..models.routed import ExpertWeight
 from ..support.errors import AdapterError
 from .peft_targets import is_targeted
@@ -24,7 +25,10 @@ def names_in_file(mixtures: Mapping[str, Mixture], targeted: Collection[str]) ->
     """Name of a weight of experts -> the module of PEFT's file that has its tensors; `targeted` are full names or their ends."""
     found = {}
     for place, mixture in mixtures.items():
-        keys = [key for key in mixture.module._parameters if is_targeted(f"{place}.{key}", targeted)]
+        own = list(mixture.module._parameters)  # the order in which PEFT wraps them
+        if any(isinstance(child, ExpertCodes) for child in mixture.module.children()):
+            own = list(mixture.keys)
+        keys = [key for key in own if is_targeted(f"{place}.{key}", targeted)]
         for depth, key in enumerate(reversed(keys)):
             found[f"{place}.{key}"] = place + ".base_layer" * depth
     return found

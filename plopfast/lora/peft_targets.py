@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ..models.exclusions import is_of_experts
+from ..models.quantized import ExpertCodes
 from .experts import adapted_mixtures
 from .placement import ends_of
 
@@ -45,7 +46,8 @@ def is_targeted(name: str, target_parameters: Iterable[str]) -> bool:
 
 
 def _has_fused_experts(model: nn.Module) -> bool:
-    return any(is_of_experts(name, parameter) for name, parameter in model.named_parameters())
+    codes = any(isinstance(module, ExpertCodes) for module in model.modules())
+    return codes or any(is_of_experts(name, parameter) for name, parameter in model.named_parameters())
 
 
 def _target_modules(model: nn.Module, names: list[str]) -> list[str] | str:

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,34 @@ def test_merging(family, into, loaded):
     assert kinds["experts.gate_up_proj"] == ("dense" if into == "dense" else "int8")
     moved, off = (exact - logits(model)).norm(), (logits(with_adapters) - exact).norm()
     assert off <= (1e-4 if into == "dense" else 0.3) * moved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_are_saved_as_those_of_the_dense_model_and_read_again(family, loaded, tmp_path):
+    """On the weights of experts and on shared experts, which PEFT would take for them in a list of modules."""
+    model = loaded(family, "int8")
+    dense, codes = adapted(families.build(family), "down_proj"), adapted(model, "down_proj")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of patterns
+        for one, name in ((dense, "dense"), (codes, "codes")):
+            pf.save_adapter(one, tmp_path / name)
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("dense", "codes")]
+    assert configs[0] | {"base_model_name_or_path": None} == configs[1] | {"base_model_name_or_path": None}
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("dense", "codes")]
+    assert files[0].keys() == files[1].keys() and all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+    again = copy.deepcopy(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pf.load_adapter(again, tmp_path / "codes")
+    assert torch.equal(logits(again), logits(codes))
+    both = {name: (2, 4.0) for name in placed(model, "_proj").modules if "experts." in name}
+    pf.inject(other := copy.deepcopy(model), pf.Placement(both, [], "explicit", 0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pf.save_adapter(other, tmp_path / "both")
+    pf.inject(plain := families.build(family), pf.Placement(both, [], "explicit", 0))
+    assert adapters(plain).keys() == adapters(other).keys()
+    assert sorted(pf.load_adapter(copy.deepcopy(model), tmp_path / "both")) == sorted(both)
 
 
 def test_a_saved_model_has_dense_experts(loaded, tmp_path, tokenizer):
