@@ -155,6 +155,15 @@ def test_adapters_are_saved_as_those_of_the_dense_model_and_read_again(family, l
     assert sorted(pf.load_adapter(copy.deepcopy(model), tmp_path / "both")) == sorted(both)
 
 
+def test_adapters_on_shared_experts_alone(loaded, tmp_path):
+    """They are parameters for PEFT, which would take `down_proj` in a list of modules for the experts' own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pf.save_adapter(adapted(loaded("qwen2_moe", "int8"), "shared_expert.down_proj"), tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == [] and len(config["target_parameters"]) == 4
+
+
 def test_a_saved_model_has_dense_experts(loaded, tmp_path, tokenizer):
     model = loaded("mixtral", "nf4")
     with pytest.warns(UserWarning, match="8 weights of experts are written dense"):
