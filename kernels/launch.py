@@ -163,6 +163,35 @@ def summing_both(
     return run
 
 
+def gradients(
+    launch: Planned, device: torch.device, parts: int, shape: tuple[int, ...], dtype: torch.dtype, stripes: int,
+    rows: tuple[int, int], v_dtype: torch.dtype, c: float, with_ds: bool, before: tuple[int, ...] = (),
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:  # fmt: skip
+    """Returns a function of T, V, U or None, further pointers and seeds, which launches lora_grads or segment_grads: the gradient in
+    `dtype`, and dS [`rows`] in `v_dtype` if `with_ds`. Where a sum is in one part, it is written as it is. `before` are the
+    launch's first free numbers."""
+    part = rows[0] * rows[1]
+    g_dtype, ds_dtype = dtype if parts == 1 else torch.float32, v_dtype if stripes == 1 else torch.float32
+    ds_shape = (stripes, *rows) if with_ds else (0,)
+    gather, gather_ds = summing(device, parts, shape, dtype, 1.0), summing(device, stripes, rows, v_dtype, c)
+    both = summing_both(device, (parts, shape, dtype, 1.0), (stripes, rows, v_dtype, c))
+
+    def run(
+        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, pointers: tuple[torch.Tensor, ...],
+        seeds: tuple[int | torch.Tensor, ...],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+        g, ds = v.new_empty(parts, *shape, dtype=g_dtype), v.new_empty(ds_shape, dtype=ds_dtype)
+        launch((t, v, t if u is None else u, *pointers, g, ds), (*before, *seeds, part))
+        if u is not None and parts > 1 and stripes > 1:
+            return both(g, ds)
+        g = g[0] if parts == 1 else gather(g)
+        if u is None:
+            return g, None
+        return g, ds[0] if stripes == 1 else gather_ds(ds)
+
+    return run
+
+
 def _direct(kernel: Any, found: Any) -> bool:
     from triton.compiler import CompiledKernel
     from triton.runtime.jit import JITFunction
@@ -196,10 +225,10 @@ def is_near(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 def low_rank_facts(s_MR: torch.Tensor | None, b_NR: torch.Tensor | None) -> tuple[torch.Tensor | None, tuple[Any, ...]]:
     """(B, what a plan has to know of S and B: rank, S's row stride, B's strides and dtype). B is dense where its strides leave
-    32 bits."""
+    32 bits. B may be a stack of such matrices."""
     if s_MR is None or b_NR is None:
         return b_NR, (1, (), (), None)
-    if not is_near(b_NR.shape, b_NR.stride()):
+    if not is_near(b_NR.shape[-2:], b_NR.stride()[-2:]):
         b_NR = b_NR.contiguous()
     return b_NR, (s_MR.shape[1], s_MR.stride()[:1], b_NR.stride(), b_NR.dtype)
 

@@ -25,6 +25,7 @@ from .grads import lora_grads
 from .grids import STAGES, grads_grid, shrink_grid
 from .launch import (
     Planned,
+    gradients,
     is_near,
     low_rank_facts,
     on_device,
@@ -33,7 +34,6 @@ from .launch import (
     precision,
     rank_chunk,
     summing,
-    summing_both,
 )
 from .reduce import row_norms as row_norms_kernel
 from .shrink import lora_shrink
@@ -309,7 +309,7 @@ def _grads(
         None if u is None else (u.dtype, u.stride()), c, p, transposed,
         precision(t_MC),
     )  # fmt: skip
-    return run(t_MC, v_MR, u, seed)
+    return run(t_MC, v_MR, u, (), (seed,))
 
 
 def _grads_plan(
@@ -319,7 +319,7 @@ def _grads_plan(
     m, columns = t_shape
     shape = (rank, columns) if transposed else (columns, rank)
     if not m or not columns:
-        return lambda t, v, u, seed: (v.new_zeros(shape, dtype=dtype), None if u is None else v.new_zeros(m, rank))
+        return lambda t, v, *_: (v.new_zeros(shape, dtype=dtype), None if u is None else v.new_zeros(m, rank))
     target = dispatch.target_of(device)
     bm, bc, warps, parts, stripes = grads_grid(target, t_dtype, m, columns, rank, u is not None, p > 0)
     order = (columns * rank, *((1, columns) if transposed else (rank, 1)))
@@ -329,22 +329,5 @@ def _grads_plan(
         {"RANK": rank, "RP": padded_rank(rank), "WITH_DS": u is not None, "DROP": p > 0, "PRECISION": exact, "BM": bm,
          "BC": bc}, device, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
-    chunk, part = triton.cdiv(triton.cdiv(m, bm), parts) * bm, m * rank
-    g_dtype, ds_dtype = dtype if parts == 1 else torch.float32, v_dtype if stripes == 1 else torch.float32
-    ds_shape = (stripes, m, rank) if u is not None else (0,)
-    gather, gather_ds = summing(device, parts, shape, dtype, 1.0), summing(device, stripes, (m, rank), v_dtype, c)
-    both = summing_both(device, (parts, shape, dtype, 1.0), (stripes, (m, rank), v_dtype, c))
-
-    def run(
-        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, seed: philox.Seed
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        g, ds = v.new_empty(parts, *shape, dtype=g_dtype), v.new_empty(ds_shape, dtype=ds_dtype)
-        launch((t, v, t if u is None else u, g, ds), (m, chunk, seed, part))
-        if u is not None and parts > 1 and stripes > 1:
-            return both(g, ds)
-        g = g[0] if parts == 1 else gather(g)
-        if u is None:
-            return g, None
-        return g, ds[0] if stripes == 1 else gather_ds(ds)
-
-    return run
+    chunk = triton.cdiv(triton.cdiv(m, bm), parts) * bm
+    return gradients(launch, device, parts, shape, dtype, stripes, (m, rank), v_dtype, c, u is not None, (m, chunk))

@@ -14,7 +14,7 @@ import triton
 
 from . import dispatch
 from .grids import STAGES, grads_grid, shrink_grid
-from .launch import Planned, is_near, padded_rank, plan, precision, rank_chunk, summing, summing_both
+from .launch import Planned, gradients, low_rank_facts, padded_rank, plan, precision, rank_chunk, summing
 from .segments import segment_gemm, segment_grads, segment_shrink
 from .triton_ops import copyable
 
@@ -86,11 +86,7 @@ def product(
     b_ENR: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Y = X W_e^T + S B_e^T [M, N]"""
-    low: tuple[Any, ...] = (1, (0,), (0, 0, 0), None)
-    if s_MR is not None and b_ENR is not None:
-        if not is_near(b_ENR.shape[1:], b_ENR.stride()[1:]):
-            b_ENR = b_ENR.contiguous()
-        low = s_MR.shape[1], s_MR.stride()[:1], b_ENR.stride(), b_ENR.dtype
+    b_ENR, low = low_rank_facts(s_MR, b_ENR)
     run = plan(
         _product, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), w_ENK.shape, w_ENK.stride(), low,
         copyable(x_MK, w_ENK), precision(x_MK),
@@ -109,7 +105,7 @@ def _product(
     tiles = dispatch.segment_tiles(target, dtype, m // count) if aligned else dispatch.unaligned(target)
     launch = Planned(
         segment_gemm, ((m // tiles.bm + count) * triton.cdiv(n, tiles.bn),),
-        (count, n, k, *x_strides, *w_strides, *s_strides, *b_strides, n),
+        (count, n, k, *x_strides, *w_strides, *(s_strides or (0,)), *(b_strides or (0, 0, 0)), n),
         {"RANK": rank, "BR": rank_chunk(rank), "LORA": b_dtype is not None, "EVEN_K": k % tiles.bk == 0, "PRECISION": exact,
          "EP": triton.next_power_of_2(count), "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group},
         device, num_warps=8 if exact == "tf32" else tiles.warps, num_stages=tiles.stages,
@@ -134,7 +130,7 @@ def grads(
         _grads, t_MC.device, t_MC.dtype, t_MC.shape, t_MC.stride(), v_MR.shape[1], v_MR.stride(0), v_MR.dtype, dtype,
         len(ends_E), None if u_ECR is None else (u_ECR.dtype, u_ECR.stride()), c, transposed, precision(t_MC),
     )  # fmt: skip
-    return run(t_MC, v_MR, u_ECR, ends_E)
+    return run(t_MC, v_MR, u_ECR, (ends_E,), ())
 
 
 def _grads(
@@ -155,21 +151,4 @@ def _grads(
         {"RANK": rank, "RP": padded_rank(rank), "WITH_DS": u is not None, "PRECISION": exact, "BM": bm, "BC": bc},
         device, num_warps=warps, num_stages=STAGES,
     )  # fmt: skip
-    g_dtype, ds_dtype = dtype if parts == 1 else torch.float32, v_dtype if stripes == 1 else torch.float32
-    ds_shape = (stripes, m, rank) if u is not None else (0,)
-    gather, gather_ds = summing(device, parts, shape, dtype, 1.0), summing(device, stripes, (m, rank), v_dtype, c)
-    both = summing_both(device, (parts, shape, dtype, 1.0), (stripes, (m, rank), v_dtype, c))
-
-    def run(
-        t: torch.Tensor, v: torch.Tensor, u: torch.Tensor | None, ends: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        g, ds = v.new_empty(parts, *shape, dtype=g_dtype), v.new_empty(ds_shape, dtype=ds_dtype)
-        launch((t, v, t if u is None else u, ends, g, ds), (m * rank,))
-        if u is not None and parts > 1 and stripes > 1:
-            return both(g, ds)
-        g = g[0] if parts == 1 else gather(g)
-        if u is None:
-            return g, None
-        return g, ds[0] if stripes == 1 else gather_ds(ds)
-
-    return run
+    return gradients(launch, device, parts, shape, dtype, stripes, (m, rank), v_dtype, c, u is not None)

@@ -137,7 +137,7 @@ def weight_at(model: nn.Module, name: str) -> FrozenWeight | ExpertWeight:
 
 def mixture_of(module: Any) -> Mixture | None:
     """How a module of experts computes; None for every other module, and for experts of another kind."""
-    if isinstance(computed := vars(module).get("forward"), OfCodes):
+    if isinstance(computed := vars(module).get("forward"), BySegments):
         return computed.mixture
     own = module._parameters
     held = [own.get(key) for key in (*UP, DOWN)]
@@ -156,8 +156,8 @@ def mixture_of(module: Any) -> Mixture | None:
     return None if routed is None else Mixture(module, routed)
 
 
-class OfCodes:
-    """The forward of a module of experts whose weights are codes. Gradients reach its input alone."""
+class BySegments:
+    """The forward of a module of experts by `Mixture.run`: of those whose weights are codes, which its class does not read."""
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture

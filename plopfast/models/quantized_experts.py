@@ -11,7 +11,7 @@ from torch import nn
 
 from ..kernels import torch_codes
 from ..support.errors import ModelError
-from .experts import DOWN, Mixture, OfCodes, mixture_of
+from .experts import DOWN, BySegments, Mixture, mixture_of
 from .frozen import make_linears_dense
 from .quantized import ExpertCodes, encoded
 from .routed import QuantizedExpertWeight
@@ -67,7 +67,7 @@ def put_codes(mixture: Mixture, key: str, kind: str, tensors: dict[str, torch.Te
     module._parameters.pop(key, None)
     module._modules.pop(key, None)
     module.add_module(key, made.train(module.training))
-    module.forward = OfCodes(mixture)
+    module.forward = BySegments(mixture)
 
 
 def put_dense(mixture: Mixture, key: str, weight: torch.Tensor) -> None:
@@ -83,7 +83,7 @@ def codes_in(model: nn.Module) -> dict[str, tuple[Mixture, QuantizedExpertWeight
     """The weights of experts that are codes, by name, each with its mixture."""
     found: dict[str, tuple[Mixture, QuantizedExpertWeight]] = {}
     for name, module in model.named_modules():
-        if isinstance(computed := vars(module).get("forward"), OfCodes):
+        if isinstance(computed := vars(module).get("forward"), BySegments):
             weights = {key: computed.mixture.weight(key) for key in computed.mixture.keys}
             found |= {
                 f"{name}.{key}": (computed.mixture, w)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..lora.ops import linear_and_norms, or_backend_error, path, row_norms
-from ..models.experts import ExpertInfo, OfCodes
+from ..models.experts import BySegments, ExpertInfo
 from ..models.frozen import is_sharded, is_transposed, whole
 from ..models.linears import LinearInfo
 from ..models.routed import Route
@@ -66,7 +66,7 @@ def may_be_left(model: nn.Module) -> bool:
     return not any(
         module._forward_hooks
         or module._forward_pre_hooks
-        or not isinstance(vars(module).get("forward"), NoneType | OfCodes)
+        or not isinstance(vars(module).get("forward"), NoneType | BySegments)
         or module._compiled_call_impl is not None
         or type(module).__module__.startswith(("torch.distributed", "torch.nn.parallel", "torch._dynamo"))
         for module in model.modules()

@@ -25,7 +25,6 @@ import dataclasses
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -36,13 +35,12 @@ from ..lora.layer import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
 from ..models.embedding import at_home
-from ..models.experts import OfCodes, mixtures
+from ..models.experts import BySegments, mixtures
 from ..models.frozen import find_frozen, is_linear
 from ..models.lean import lean_modules
 from ..models.quantized import one_workspace
 from ..models.quantized_experts import make_dense
 from ..models.rotary import rotated
-from ..models.routed import plain_product
 from ..models.running import body, device_of, exchanged, output_head, remember_requires_grad
 from ..models.shapes import miniature
 from ..models.streaming import stream, unstream
@@ -241,9 +239,7 @@ def _experts_by_segments(model: nn.Module) -> None:
     """Makes experts compute with our operations: torch's grouped product refuses float32 and odd widths where tensors have no
     values."""
     for mixture in mixtures(model).values():
-        if isinstance(vars(mixture.module).get("forward"), OfCodes):
-            continue  # these do
-        mixture.module.forward = partial(mixture.run, lambda key, *of, m=mixture: plain_product(m.weight(key), *of))
+        mixture.module.forward = BySegments(mixture)
 
 
 def recognised(model: nn.Module, config: TrainConfig) -> dict[str, str]:

@@ -9,6 +9,7 @@ files in the interpreter: tests/kernels/test_triton_interpreted.py.
 
 import contextlib
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -30,6 +31,18 @@ else:
 @pytest.fixture
 def device():
     return torch.device("cpu" if INTERPRETED else "cuda")
+
+
+@pytest.fixture
+def units(monkeypatch, device):
+    """A GPU of so many multiprocessors decides how sums are split."""
+    target = dispatch.target_of(device)
+
+    def of(count):
+        monkeypatch.setattr(dispatch, "target_of", lambda device: replace(target, units=count))
+        forget_plans()
+
+    return of
 
 
 @pytest.fixture(autouse=True)

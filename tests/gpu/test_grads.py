@@ -10,7 +10,6 @@ from cases import BF16, DEVICE, FAR, FP16, FP32, far, keep_of, name_of, normal, 
 from plopfast.kernels import dispatch, triton_ops
 from plopfast.kernels.accuracy import assert_no_worse
 from plopfast.kernels.grids import grads_grid, grads_tiles
-from plopfast.kernels.launch import forget_plans
 
 C, SEED = 1.7, 0x8765_4321_0FED
 
@@ -25,18 +24,6 @@ CASES = [
     (40, 40, 256, BF16, FP32, "odd", "odd", 0.1, 16),
     (130, 33, 1, FP32, FP32, "columns", "columns", 0.6, 24),
 ]
-
-
-@pytest.fixture
-def units(monkeypatch):
-    """A GPU of so many multiprocessors decides how sums are split."""
-    target = dispatch.target_of(DEVICE)
-
-    def of(count):
-        monkeypatch.setattr(dispatch, "target_of", lambda device: replace(target, units=count))
-        forget_plans()
-
-    return of
 
 
 @pytest.mark.parametrize("seed", [0, 1])

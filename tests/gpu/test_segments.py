@@ -10,7 +10,6 @@ from cases import BF16, DEVICE, FP16, FP32, name_of, normal, view
 from plopfast.kernels import dispatch, library_segments, reference, torch_codes, triton_segments
 from plopfast.kernels.accuracy import assert_no_worse
 from plopfast.kernels.codes import NF4, Stack
-from plopfast.kernels.launch import forget_plans
 
 C = 1.7
 OUT = "segment_shrink.s", "segment_gemm.y", "segment_grads.g", "segment_grads.ds", "out", "other_out"
@@ -25,18 +24,6 @@ CASES = [
     ((20, 31), 70, 24, 64, FP16, FP16, "odd", 16),
     ((9, 0, 30), 24, 40, 256, BF16, FP32, "aligned", 4),
 ]
-
-
-@pytest.fixture
-def units(monkeypatch):
-    """A GPU of so many multiprocessors decides how sums are split."""
-    target = dispatch.target_of(DEVICE)
-
-    def of(count):
-        monkeypatch.setattr(dispatch, "target_of", lambda device: replace(target, units=count))
-        forget_plans()
-
-    return of
 
 
 def stacked(count, *shape, layout="dense", **options):

@@ -13,7 +13,7 @@ from zoo import families, reference
 import plopfast as pf
 from plopfast.lora.layer import adapters, merge
 from plopfast.models import loading
-from plopfast.models.experts import OfCodes, expert_weights, mixture_of
+from plopfast.models.experts import BySegments, expert_weights, mixture_of
 from plopfast.models.quantized import KINDS, ExpertCodes
 from plopfast.models.quantized_experts import make_dense
 from plopfast.models.saved import save_model
@@ -181,7 +181,7 @@ def test_copies_casts_and_pickles(loaded):
     model = loaded("gpt_oss", "nf4")
     experts = model.model.layers[0].mlp.experts
     for other in (copy.deepcopy(model).model.layers[0].mlp.experts, pickle.loads(pickle.dumps(experts))):
-        assert mixture_of(other).module is other and isinstance(other.forward, OfCodes)
+        assert mixture_of(other).module is other and isinstance(other.forward, BySegments)
     other = copy.deepcopy(model)
     experts.down_proj.absmax.mul_(2)  # a copy has codes of its own
     assert not torch.allclose(logits(other), logits(model), atol=1e-5)
