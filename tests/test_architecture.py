@@ -19,7 +19,8 @@ MAY_IMPORT = {  # wing -> the other wings that it may import, all of them above 
     "lora": {"kernels", "models", "support"},
     "scoring": {"lora", *BELOW},
     "training": {"lora", *BELOW},
-    "placing": {"scoring", "lora", "support"},
+    "placing": {"scoring", "lora", *BELOW},
+    "integrations": {"placing", "training", "scoring", "lora", *BELOW},
     "report": {
         "placing",
         "scoring",
@@ -27,9 +28,9 @@ MAY_IMPORT = {  # wing -> the other wings that it may import, all of them above 
         "data",
         "support",
     },  # reads files only: what they hold, and nothing that computes
-    "run": {"report", "placing", "training", "scoring", "lora", *BELOW},
-    "studies": {"run", "report", "placing", "training", "scoring", "lora", *BELOW},
-    "cli": {"studies", "run", "report", "placing", "training", "scoring", "lora", "kernels", *BELOW},
+    "run": {"report", "integrations", "placing", "training", "scoring", "lora", *BELOW},
+    "studies": {"run", "report", "integrations", "placing", "training", "scoring", "lora", *BELOW},
+    "cli": {"studies", "run", "report", "integrations", "placing", "training", "scoring", "lora", "kernels", *BELOW},
 }
 PACKAGE = sorted(path for wing in MAY_IMPORT for path in (ROOT / wing).glob("*.py"))
 

@@ -1,0 +1,1 @@
+"""In the tools people have: PEFT models in place, and TRL."""
