@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
 from .fit_settings import FitSettings, ShapeSettings
+from .grpo_settings import GRPOSettings
 from .memory_settings import MemorySettings
 from .model_settings import Backend, ModelSettings, RankSettings, Seed
 from .options import Settings, option
@@ -258,6 +259,7 @@ class RunConfig(
     SearchSettings,
     ShapeSettings,
     FitSettings,
+    GRPOSettings,
     RankSettings,
 ):
     """Every setting of a run, flat, as options and config.json name them; the properties are its groups.

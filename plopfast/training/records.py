@@ -1,4 +1,4 @@
-"""The records of a training, one for each step and each validation: in memory, in metrics.jsonl, and in the log."""
+"""The records of a training, one for each step and each validation: in memory, in metrics.jsonl (of GRPO: grpo.jsonl), and in the log."""
 
 import contextlib
 from pathlib import Path
@@ -11,16 +11,16 @@ from .logs import Log
 
 
 class Records:
-    """Keeps records in `history`, in FOLDER/metrics.jsonl (rank 0; without a folder, nowhere) and in the targets of
+    """Keeps records in `history`, in the file `name` of a folder (rank 0; without a folder, nowhere) and in the targets of
     `log`."""
 
-    def __init__(self, folder: Path | None) -> None:
-        self.path = folder / "metrics.jsonl" if folder is not None else None
+    def __init__(self, folder: Path | None, name: str = "metrics.jsonl") -> None:
+        self.path = folder / name if folder is not None else None
         self.history: list[dict[str, Any]] = []
         self.log = Log()
 
     def begin(self, step: int) -> None:
-        """Cuts metrics.jsonl back to the first `step` steps, those of the checkpoint that is resumed (0: anew)."""
+        """Cuts the file back to the first `step` steps, those of the checkpoint that is resumed (0: anew)."""
         self.history.clear()
         if self.path is None:
             return
