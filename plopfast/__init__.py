@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .data.describe import describe_data as describe_data
     from .data.labels import tokenize as tokenize
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
+    from .integrations.grpo import grpo as grpo
     from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -44,6 +45,7 @@ _HOME = {
         "data.describe": "describe_data",
         "data.labels": "tokenize",
         "data.rows": "read_jsonl read_rows",
+        "integrations.grpo": "grpo",
         "models.linears": "linear_modules",
         "models.loading": "load_model",
         "placing.place": "place",
