@@ -91,7 +91,6 @@ def main() -> None:
         fill()
     lines = kept()
     text, figures = table(lines)
-    print(text)
     measure.save("grpo", text, figures)
 
 

@@ -113,6 +113,16 @@ def _estimate(call: Call) -> None:
     print(estimate_config(call.config, given.out, default_rule=default, overwrite=given.overwrite))
 
 
+def _grpo(call: Call) -> None:
+    from ..integrations.rewards import load_function
+    from ..run.grpo import in_words, run_grpo
+    from ..support.grpo_settings import names_code
+
+    given = getattr(call.arguments, "reward", None)  # of the command line alone: no file makes code run
+    run = call.run()
+    print(in_words(run_grpo(run, load_function(given) if names_code(given) else None)))
+
+
 def _eval(call: Call) -> None:
     from ..run.stages import eval_lines, run_eval
 
@@ -163,7 +173,7 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
-FIT = groups.FitSettings
+FIT, GRPO = groups.FitSettings, groups.GRPOSettings
 STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
@@ -198,6 +208,14 @@ COMMANDS = {
     "train": Command(
         "train adapters on the placement: adapter/",
         _train, (MODEL, DATA, ADAPTER, TRAIN, FIT, RANKS), flags=RESUMABLE, needs_out=True,
+    ),
+    "grpo": Command(
+        "train adapters by reinforcement learning on a reward that can be computed (GRPO, by TRL): adapter/, grpo.json",
+        _grpo,
+        ("model", "dtype", "device", "threads", "train", "test", "bad_rows", "allow_overlap", "score_prompts", "confidence", PLACE,
+         GRPO, "eval_rows", "max_steps", "lr", "schedule", "warmup", "weight_decay", "clip", "accumulate", "checkpointing",
+         "save_every", "keep"),
+        without=("init",), flags=RESUMABLE,
     ),
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",

@@ -57,15 +57,18 @@ def prompts_of(
 ) -> list[Prompt]:  # fmt: skip
     """Tokenises prompts: a text as it is, messages through the tokenizer's chat template, up to the assistant's turn.
 
-    `rows`: dicts, or (where, dict) pairs. `longest`: most tokens of a prompt. `check` raises ValueError for a row that its
+    `rows`: dicts, (where, dict) pairs, or what this function gave for them. `longest`: most tokens of a prompt. `check` raises ValueError for a row that its
     reward cannot judge. `skipped` gets what is wrong with each bad row; without it, the first one raises DataError with its
     place. All prompts are texts, or all are messages: a trainer takes no mixture.
     """
     found: list[Prompt] = []
     for number, given in enumerate(rows, 1):
-        where, row = given if isinstance(given, tuple) else (f"row {number}", given)
+        if isinstance(given, Prompt):
+            where, row = given.where, {"prompt": given.prompt, **given.columns}
+        else:
+            where, row = given if isinstance(given, tuple) else (f"row {number}", given)
         try:
-            prompt = _prompt(where, row, tokenizer, longest)
+            prompt = given if isinstance(given, Prompt) else _prompt(where, row, tokenizer, longest)
             if found and type(prompt.prompt) is not type(found[0].prompt):
                 raise ValueError(f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind")
             if check:

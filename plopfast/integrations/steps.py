@@ -1,14 +1,11 @@
 """The steps of GRPO: TRL's trainer, told what to do by our settings, and watched step by step.
 
-Only this file and those that PEFT needs import TRL; grpo.py says what to install where it is missing.
-
-Checkpoints are those of Hugging Face's Trainer. The adapter in them is a safetensors file. The optimizer's state, the
-schedule and the random states are torch files, which transformers reads with `weights_only=True`: they cannot run code.
-`training_args.bin`, which nobody reads, is a pickle and is not kept.
+Only this file imports TRL; grpo.py says what to install where it is missing.
 """
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,18 +19,17 @@ from torch import nn
 from ..data.prompts import Prompt
 from ..lora.placement import Placement
 from ..models.running import device_of
-from ..support import files
 from ..support.config import TrainConfig
 from ..support.errors import Interrupted, TrainingError
 from ..support.grpo_settings import GRPOSettings
 from ..support.progress import bar
 from ..training.interrupt import Noted, interruptible
 from ..training.records import Records
+from .checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, step_of
 from .judging import Judge
 
-CHECKPOINTS, RECORDS = "grpo-checkpoints", "grpo.jsonl"
+RECORDS = "grpo.jsonl"
 SAVE_EVERY = 50  # steps between two checkpoints by default
-WHOLE = "plopfast.json"  # written last into a checkpoint: one without it was cut short
 ROW = "plopfast_row"  # the column by which the reward finds a row: others may hold what Arrow does not take
 NAMES = {  # of a record -> TRL's
     "reward": "reward", "reward_std": "reward_std", "idle": "frac_reward_zero_std", "length": "completions/mean_length",
@@ -55,7 +51,7 @@ class Steps:
     ) -> None:  # fmt: skip
         self.total = config.max_steps or max(1, len(rows) // settings.prompts)
         self.rows, self.judge, self.config, self.progress = rows, judge, config, progress
-        self.checkpoints, self.kept = folder / CHECKPOINTS, kept
+        self.checkpoints, self.kept = folder / GRPO_CHECKPOINTS, kept
         self.records = Records(folder if kept else None, RECORDS)
         self.notes: list[str] = []
         with _quiet():
@@ -92,10 +88,10 @@ class Steps:
     def fit(self, *, resume: bool) -> None:
         """Takes the steps that are left. Raises Interrupted for a signal, after the state is saved, and TrainingError."""
         last = last_checkpoint(self.checkpoints) if resume else None
-        self.records.begin(_step_of(last) if last else 0)
+        self.records.begin(step_of(last) if last else 0)
         with interruptible() as noted, bar("grpo", self.total, "steps", self.progress) as meter, _quiet():
             if last:
-                meter.update(_step_of(last))
+                meter.update(step_of(last))
             self.trainer.add_callback(_Watch(self, noted, meter))
             self.trainer.train(resume_from_checkpoint=str(last) if last else None)
         if noted.number:
@@ -153,19 +149,7 @@ class _Watch(transformers.TrainerCallback):
             control.should_save = self.steps.kept
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        (path / "training_args.bin").unlink(missing_ok=True)
-        files.write_json(path / WHOLE, {"plopfast": "grpo checkpoint", "step": state.global_step})
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a folder, if any."""
-    whole = [path.parent for path in folder.glob(f"checkpoint-*/{WHOLE}")]
-    return max(whole, key=_step_of, default=None)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
+        finish(Path(args.output_dir), state.global_step)
 
 
 def _number(value: Any) -> float | None:
@@ -210,13 +194,15 @@ def _arguments(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the lines and bars of transformers and datasets: ours say the same."""
+    """Without the lines and bars of transformers and datasets, as ours say the same, and its warnings about TRL's code."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), datasets.are_progress_bars_disabled()
     logging.set_verbosity_error()
     datasets.disable_progress_bars()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
     finally:
         logging.set_verbosity(verbosity)
         if not bars:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..integrations.checkpoints import GRPO_CHECKPOINT_FILES, GRPO_CHECKPOINTS
 from ..lora.peft_files import FILES as ADAPTER
 from ..support import files, machine, memory, ranks
 from ..support.errors import ConfigError, FileError
@@ -29,6 +30,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
         "adapter": ADAPTER, "model": None, "metrics.jsonl": (), "training.json": (), CHECKPOINTS: CHECKPOINT_FILES,
         TENSORBOARD: ("events.*",), "adapter-before-failure": ADAPTER,
     },  # with --full the result is "model"
+    "grpo": {"adapter": ADAPTER, "grpo.json": (), "grpo.jsonl": (), GRPO_CHECKPOINTS: GRPO_CHECKPOINT_FILES},
     "eval": {"eval.json": ()},
     "report": {"report.html": (), "report": None},
     "merge": {"merged": None},
@@ -45,8 +47,8 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
     },
     "search": {"search.json": (), "search.db": (), "search.db-journal": ()},
 }  # fmt: skip
-READS = {"place": "score", "estimate": "place", "train": "place", "eval": "train", "merge": "train"}  # from the folder
-UNFINISHED = {"train": CHECKPOINTS, "trial": "trial", "search": "search.db"}  # what a stage leaves that can be resumed
+READS = {"place": "score", "estimate": "place", "train": "place", "grpo": "place", "eval": "train", "merge": "train"}  # from the folder
+UNFINISHED = {"train": CHECKPOINTS, "grpo": GRPO_CHECKPOINTS, "trial": "trial", "search": "search.db"}  # what a stage leaves that can be resumed
 EARLIER = ("stages.json",)  # names that earlier versions wrote
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
@@ -174,7 +176,7 @@ class Folder:
             if self.overwrite:
                 self.set_aside("run", list(ARTEFACTS))
         elif self.overwrite and stage in UNFINISHED:
-            self.set_aside(stage, [stage])
+            self.set_aside(stage, [one for one in ARTEFACTS if self.file(one) == self.file(stage)])
         elif not self.overwrite and self._is_taken(stage):
             raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
         self.ledger.check(name for name in ARTEFACTS[stage] if name != "model" or self._full)
@@ -194,13 +196,14 @@ class Folder:
         """Whether the result is there to stay: done, or not of plopfast. A search that is done can be widened."""
         result = self.file(stage)
         own = result.name in self.ledger.claims()
-        done = self.is_done(stage) if own else result.exists()
+        makers = [one for one in ARTEFACTS if self.file(one) == result]  # train and grpo both make adapter/
+        done = any(map(self.is_done, makers)) if own else result.exists()
         return done and not (own and self.resume and stage == "search")
 
     def _end(self, stage: str, noted: dict[str, Any], inputs: Sequence[Path]) -> None:
         facts: dict[str, Any] = {"stage": stage, "command": machine.command()}
         if stage in ARTEFACTS:
-            made = [CONFIG, *(name for name in ARTEFACTS[stage] if name != CHECKPOINTS)]
+            made = [CONFIG, *(name for name in ARTEFACTS[stage] if name not in (CHECKPOINTS, GRPO_CHECKPOINTS))]
             read = [self.file(READS[stage])] if stage in READS else []
             facts["outputs"] = hashes_in(self.path, made)
             facts["inputs"] = hashes_in(self.path, [path.name for path in read]) | _hashes_of([*self.reads, *inputs])

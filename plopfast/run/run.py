@@ -15,6 +15,7 @@ from ..data.labels import tokenize
 from ..data.notices import Notices
 from ..data.rows import Row, Rows
 from ..data.text import read_text
+from ..integrations.rewards import absolute
 from ..models.fingerprints import fingerprint
 from ..models.linears import linear_modules, number_of_weights, words_of_codes
 from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
@@ -120,6 +121,11 @@ class Run:
     def tokenizer(self) -> Any:
         """The model's tokenizer; it loads without the model, so that broken rows are found in seconds."""
         return self._tokenizer[0]
+
+    @property
+    def context(self) -> int | None:
+        """The longest row in tokens that the model takes, where that is known."""
+        return self._tokenizer[1]
 
     @cached_property
     def splits(self) -> dict[str, Rows]:
@@ -274,7 +280,7 @@ def resolve(config: RunConfig) -> RunConfig:
     text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
     if config.model and "://" in config.model and not Path(config.model).exists():  # before it is written down
         raise ConfigError("model: a URL, where a Hugging Face hub id, a folder or a .gguf file is expected")
-    known["model"] = _absolute(config.model)
+    known["model"], known["reward"] = _absolute(config.model), absolute(config.reward)
     return dataclasses.replace(config, **known | rows | text)
 
 

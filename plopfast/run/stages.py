@@ -5,10 +5,12 @@ data -> score -> scores.json -> place -> placement.json -> train -> adapter/ -> 
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..data.describe import DataFacts
+from ..data.example import Example
 from ..lora.layer import adapters, disabled, unload
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
@@ -49,14 +51,15 @@ def run_data(run: Run) -> DataFacts:
     return facts
 
 
-def run_score(run: Run) -> NFNReport:
-    """Scores the training rows: scores.json, and eva.safetensors where adapters begin with EVA's vectors."""
-    run.rows("train")  # broken data should stop the run before the model is loaded
+def run_score(run: Run, examples: Sequence[Example] | None = None) -> NFNReport:
+    """Scores the training rows, or `examples`: scores.json, and eva.safetensors where adapters begin with EVA's vectors."""
+    if examples is None:
+        run.rows("train")  # broken data should stop the run before the model is loaded
     settings = run.config.scoring
     if why := why_every_row(settings):
         run.say(f"every row is scored, as {why}")
     with run.stage("score"):
-        report = scored(run.model, run.sample(), settings, run.progress)
+        report = scored(run.model, run.sample() if examples is None else examples, settings, run.progress)
 
         def save() -> None:
             if report.eva:
