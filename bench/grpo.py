@@ -34,7 +34,14 @@ LINES = Path(__file__).parent / "results" / "grpo.jsonl"
 ARMS = ("plop", "all", "plop-inverse")
 RATES, SEEDS, CONTROL = (5e-4, 1.5e-3), (0, 1, 2), "chance reward"
 RANK, TEST_PROMPTS, LENGTH = 8, 100, 4
-STEP = {"generations": 4, "prompts": 4, "max_steps": 16, "completion_length": LENGTH, "schedule": "constant", "warmup": 0.0}
+STEP = {
+    "generations": 4,
+    "prompts": 4,
+    "max_steps": 16,
+    "completion_length": LENGTH,
+    "schedule": "constant",
+    "warmup": 0.0,
+}
 
 
 def task() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -69,7 +76,9 @@ def kept() -> list[dict[str, Any]]:
 
 def best_rate(lines: list[dict[str, Any]], arm: str) -> float | None:
     """The rate of the higher reward over the last eight steps with seed 0; None before both are known."""
-    found = {line["lr"]: statistics.fmean(line["rewards"][-8:]) for line in lines if (line["arm"], line["seed"]) == (arm, 0)}
+    found = {
+        line["lr"]: statistics.fmean(line["rewards"][-8:]) for line in lines if (line["arm"], line["seed"]) == (arm, 0)
+    }
     return max(found, key=lambda lr: found[lr]) if len(found) == len(RATES) else None
 
 
@@ -114,7 +123,10 @@ def fill() -> None:
         )  # fmt: skip
         line = {"arm": arm, "lr": lr, "seed": seed, "rewards": [record["reward"] for record in result.history]}
         line |= {"entropy": [record["entropy"] for record in result.history], "right": right(result.model)}
-        line |= {"parameters": made["plop" if arm == CONTROL else arm].parameters, "seconds": time.perf_counter() - began}
+        line |= {
+            "parameters": made["plop" if arm == CONTROL else arm].parameters,
+            "seconds": time.perf_counter() - began,
+        }
         note(line | {"cpu_seconds": time.process_time() - used})
         model = result.model.unload()
 
@@ -140,13 +152,24 @@ def table(lines: list[dict[str, Any]]) -> tuple[str, dict[str, Any]]:
         right = [[run["right"] for run in whole[name]] for name in order] + [[base] * len(SEEDS)]
         found = compare(torch.tensor(right, dtype=torch.float64))
         versus = dict(zip([*order[1:], "before"], map(vars, found), strict=True))
-    rows = [f"{'':<15}{'rate':>8}{'parameters':>12}{'reward, steps 1-4':>19}{'13-16':>8}{'test accuracy':>15}   seeds             against plop"]
-    rows.append(f"{'before':<15}{'':>8}{'':>12}{'':>19}{'':>8}{statistics.fmean(base):>15.3f}   {'':<18}{said(versus.get('before'))}")
-    figures: dict[str, Any] = {"before": statistics.fmean(base), "versus": versus, "arms": {}, "test_prompts": len(base)}
+    rows = [
+        f"{'':<15}{'rate':>8}{'parameters':>12}{'reward, steps 1-4':>19}{'13-16':>8}{'test accuracy':>15}   seeds             against plop"
+    ]
+    rows.append(
+        f"{'before':<15}{'':>8}{'':>12}{'':>19}{'':>8}{statistics.fmean(base):>15.3f}   {'':<18}{said(versus.get('before'))}"
+    )
+    figures: dict[str, Any] = {
+        "before": statistics.fmean(base),
+        "versus": versus,
+        "arms": {},
+        "test_prompts": len(base),
+    }
     for name, of in runs.items():
         if not of:
             continue
-        first, last = (statistics.fmean(v for run in of for v in run["rewards"][part]) for part in (slice(4), slice(-4, None)))
+        first, last = (
+            statistics.fmean(v for run in of for v in run["rewards"][part]) for part in (slice(4), slice(-4, None))
+        )
         each = [statistics.fmean(run["right"]) for run in of]
         spoken = " ".join(f"{one:.2f}" for one in each)
         rows.append(

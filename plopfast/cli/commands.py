@@ -118,9 +118,9 @@ def _grpo(call: Call) -> None:
     from ..run.grpo import in_words, run_grpo
     from ..support.grpo_settings import names_code
 
-    given = getattr(call.arguments, "reward", None)  # of the command line alone: no file makes code run
+    given: str | None = getattr(call.arguments, "reward", None)  # of the command line alone: no file makes code run
     run = call.run()
-    print(in_words(run_grpo(run, load_function(given) if names_code(given) else None)))
+    print(in_words(run_grpo(run, load_function(given) if given and names_code(given) else None)))
 
 
 def _eval(call: Call) -> None:

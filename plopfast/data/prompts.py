@@ -11,7 +11,9 @@ from ..support.errors import DataError, first_line, shown
 from ..support.strict_json import StrictJSON
 from .readers import read_source
 
-EXPECTED = '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, with further columns for the reward'
+EXPECTED = (
+    '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, with further columns for the reward'
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,9 @@ class Prompt:
         return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
 
 
-def read_prompts(sources: str | Path | Sequence[str | Path], bad_rows: str = "error", split: str = "train") -> list[Any]:
+def read_prompts(
+    sources: str | Path | Sequence[str | Path], bad_rows: str = "error", split: str = "train"
+) -> list[Any]:
     """Reads files, folders and hub ids (as `read_rows` does) into (where, row) pairs; `prompts_of` checks the rows.
 
     Raises DataError with the file and line for a file without rows, and for a row that is no object unless `bad_rows` is
@@ -70,7 +74,9 @@ def prompts_of(
         try:
             prompt = given if isinstance(given, Prompt) else _prompt(where, row, tokenizer, longest)
             if found and type(prompt.prompt) is not type(found[0].prompt):
-                raise ValueError(f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind")
+                raise ValueError(
+                    f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind"
+                )
             if check:
                 check(row)
         except ValueError as error:
@@ -89,7 +95,7 @@ def _kind(prompt: Prompt) -> str:
 def _prompt(where: str, row: Any, tokenizer: Any, longest: int | None) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected a row like {EXPECTED}, got {shown(row)}")
-    value = row.get("prompt")
+    value: Any = row.get("prompt")
     if isinstance(value, str) and value.strip():
         tokens = tokenizer(value)["input_ids"]
     elif _is_chat(value):
@@ -112,16 +118,23 @@ def _is_chat(value: Any) -> bool:
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(m, dict) and {*m} == {"role", "content"} and all(isinstance(v, str) for v in m.values()) for m in value)
+        and all(
+            isinstance(m, dict) and {*m} == {"role", "content"} and all(isinstance(v, str) for v in m.values())
+            for m in value
+        )
     )
 
 
 def _chat_tokens(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
     if not tokenizer.chat_template:
-        raise ValueError("the prompt is messages, and this model's tokenizer has no chat template: give prompts as texts")
+        raise ValueError(
+            "the prompt is messages, and this model's tokenizer has no chat template: give prompts as texts"
+        )
     try:
         return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
+                "input_ids"
+            ]
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the model's chat template refuses the messages: {first_line(error)}") from None

@@ -98,7 +98,11 @@ def grpo(
     ModelError for a model that PEFT cannot adapt, TrainingError for a loss that is not finite, and Interrupted for a signal.
     """
     settings = GRPOSettings(
-        generations=generations, prompts=prompts, completion_length=completion_length, temperature=temperature, beta=beta
+        generations=generations,
+        prompts=prompts,
+        completion_length=completion_length,
+        temperature=temperature,
+        beta=beta,
     )
     config = TrainConfig(
         max_steps=max_steps, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
@@ -134,10 +138,10 @@ def grpo(
         Sample(prompt.text, old.text, new.text, old.reward, new.reward)
         for prompt, old, new in zip(held[:SHOWN], before, after, strict=False)
     ]
-    rewards = [[one.reward for one in found] for found in (before, after)]
     return GRPOResult(
-        run.model, run.steps, *rewards, samples, run.history, run.idle, time.perf_counter() - began, run.notes
-    )
+        run.model, run.steps, [one.reward for one in before], [one.reward for one in after], samples, run.history, run.idle,
+        time.perf_counter() - began, run.notes,
+    )  # fmt: skip
 
 
 def libraries() -> Any:
@@ -159,9 +163,13 @@ def _check_model(model: nn.Module, placement: Placement | None) -> None:
             else "GRPO needs to know what is trained: give a placement (pf.place), or a PEFT model"
         )
     if any(isinstance(module, LoRALinear) for module in model.modules()):
-        raise ConfigError("the model has plopfast's own adapters, which TRL does not train: unload(model), and give the placement")
+        raise ConfigError(
+            "the model has plopfast's own adapters, which TRL does not train: unload(model), and give the placement"
+        )
     if codes := words_of_codes(model):
-        raise ModelError(f"PEFT puts no adapters on plopfast's own codes, and this model holds {codes}: load dense weights")
+        raise ModelError(
+            f"PEFT puts no adapters on plopfast's own codes, and this model holds {codes}: load dense weights"
+        )
 
 
 def _check_step(settings: GRPOSettings, config: TrainConfig, rows: int) -> None:

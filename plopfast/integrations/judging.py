@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig
 
 from ..data.prompts import Prompt
@@ -33,9 +32,13 @@ class Judge:
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
-        self.name = getattr(reward, "__name__", type(reward).__name__)
+        self.name: str = (
+            reward.name if isinstance(reward, BuiltIn) else getattr(reward, "__name__", type(reward).__name__)
+        )
         if not callable(reward) or inspect.iscoroutinefunction(reward):
-            raise ConfigError(f"reward: expected the name of one that is included, or a plain function, got {shown(reward)}")
+            raise ConfigError(
+                f"reward: expected the name of one that is included, or a plain function, got {shown(reward)}"
+            )
         if not isinstance(reward, BuiltIn):
             kinds = [one.kind for one in inspect.signature(reward).parameters.values()]
             if inspect.Parameter.VAR_KEYWORD not in kinds:
@@ -69,17 +72,19 @@ class Judge:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, tokenizer: Any, rows: Sequence[Prompt], judge: Judge, length: int) -> Iterator[Judged]:
+def measure(model: Any, tokenizer: Any, rows: Sequence[Prompt], judge: Judge, length: int) -> Iterator[Judged]:
     """Yields the most likely completion (greedy, at most `length` tokens) of each prompt, and its reward.
 
     A reward that does not apply counts as 0.
     """
-    kept, model_of = model.training, getattr(model, "get_base_model", lambda: model)()
-    ends = model_of.generation_config.eos_token_id
+    kept, generation = model.training, getattr(model, "get_base_model", lambda: model)().generation_config
+    ends = generation.eos_token_id
     own = tokenizer.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), own} - {None}
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else own
-    config = GenerationConfig(do_sample=False, max_new_tokens=length, pad_token_id=padding, eos_token_id=sorted(stops) or None)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=length, pad_token_id=padding, eos_token_id=sorted(stops) or None
+    )
     device = next(model.parameters()).device
     model.eval()
     try:

@@ -44,11 +44,12 @@ def answer_of(row: Mapping[str, Any]) -> Any:
 class BuiltIn:
     """Base of the rewards here: `right(text, row)` judges one completion."""
 
-    needs_answer = True
+    name = ""
 
     @property
-    def __name__(self) -> str:  # TRL names its metrics so
-        return type(self).__name__.lower()
+    def needs_answer(self) -> bool:
+        """Whether a row must have an answer."""
+        return True
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float]:
         kept = {name: columns[name] for name in ("answer", "completion") if columns.get(name) is not None}
@@ -65,7 +66,7 @@ class BuiltIn:
             value = answer_of(row)
             if isinstance(value, bool) or not isinstance(value, str | int | float):
                 raise ValueError(
-                    f'the reward {self.__name__} compares with the row\'s "answer" (or "completion"), a text or a number; got '
+                    f'the reward {self.name} compares with the row\'s "answer" (or "completion"), a text or a number; got '
                     f"{'none' if value is None else shown(value)}, and the row has {sorted(row)}"
                 )
 
@@ -77,6 +78,8 @@ class Exact(BuiltIn):
     >>> Exact()(["animal", "an animal"], answer=["animal", "animal"])
     [1.0, 0.0]
     """
+
+    name = "exact"
 
     def right(self, text: str, row: Mapping[str, Any]) -> bool:
         return text.strip() == str(answer_of(row)).strip()
@@ -93,6 +96,7 @@ class Number(BuiltIn):
     """
 
     tolerance: float = 0.0
+    name = "number"
 
     def right(self, text: str, row: Mapping[str, Any]) -> bool:
         found, wanted = last_number(text), last_number(str(answer_of(row)))
@@ -101,7 +105,9 @@ class Number(BuiltIn):
     def check(self, row: Mapping[str, Any]) -> None:
         super().check(row)
         if last_number(str(answer_of(row))) is None:
-            raise ValueError(f"the reward number compares with the answer's last number, and {shown(answer_of(row))} has none")
+            raise ValueError(
+                f"the reward number compares with the answer's last number, and {shown(answer_of(row))} has none"
+            )
 
 
 @dataclass(frozen=True)
@@ -113,13 +119,10 @@ class Matches(BuiltIn):
     """
 
     pattern: str
+    name = "regex"
 
     @property
-    def __name__(self) -> str:
-        return "regex"
-
-    @property
-    def needs_answer(self) -> bool:  # type: ignore[override]
+    def needs_answer(self) -> bool:
         return "{answer}" in self.pattern
 
     def right(self, text: str, row: Mapping[str, Any]) -> bool:
@@ -138,11 +141,11 @@ class FitsSchema(BuiltIn):
 
     schema: Any
     validator: Any = field(init=False, compare=False, repr=False)
-    needs_answer = False
+    name = "json"
 
     @property
-    def __name__(self) -> str:
-        return "json"
+    def needs_answer(self) -> bool:
+        return False
 
     def __post_init__(self) -> None:
         try:
@@ -201,7 +204,9 @@ def built_in(reward: str) -> BuiltIn:
     if name == "number":
         return Number(_tolerance(rest, reward) if colon else 0.0)
     if not rest:
-        raise ConfigError(f"reward: expected {'regex:PATTERN' if name == 'regex' else 'json:SCHEMA.json'}, got {reward!r}")
+        raise ConfigError(
+            f"reward: expected {'regex:PATTERN' if name == 'regex' else 'json:SCHEMA.json'}, got {reward!r}"
+        )
     if name == "json":
         path = Path(rest)
         try:
@@ -241,10 +246,14 @@ def load_function(reward: str) -> Reward:
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
-            raise ConfigError(f"reward: no module {error.name!r} for {reward!r}; a file is named FILE.py:FUNCTION") from None
+            raise ConfigError(
+                f"reward: no module {error.name!r} for {reward!r}; a file is named FILE.py:FUNCTION"
+            ) from None
     function = getattr(module, name, None)
     if not callable(function):
-        raise ConfigError(f"reward: {where} has no function {name!r}{nearest(name, [n for n in vars(module) if n[0] != '_'])}")
+        raise ConfigError(
+            f"reward: {where} has no function {name!r}{nearest(name, [n for n in vars(module) if n[0] != '_'])}"
+        )
     return function
 
 

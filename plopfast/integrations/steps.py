@@ -46,7 +46,7 @@ class Steps:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, placement: Placement | None, rows: Sequence[Prompt], judge: Judge,
+        self, model: Any, tokenizer: Any, placement: Placement | None, rows: Sequence[Prompt], judge: Judge,
         settings: GRPOSettings, config: TrainConfig, folder: Path, *, kept: bool, progress: bool,
     ) -> None:  # fmt: skip
         self.total = config.max_steps or max(1, len(rows) // settings.prompts)
@@ -59,9 +59,11 @@ class Steps:
                 model=model,
                 reward_funcs=self._reward,
                 args=_arguments(settings, config, self.checkpoints, self.total, model, kept),
-                train_dataset=datasets.Dataset.from_dict({"prompt": [row.prompt for row in rows], ROW: range(len(rows))}),
+                train_dataset=datasets.Dataset.from_dict(
+                    {"prompt": [row.prompt for row in rows], ROW: range(len(rows))}
+                ),
                 processing_class=tokenizer,
-                peft_config=placement and placement.lora_config(model),
+                peft_config=None if placement is None else placement.lora_config(model),
             )
         for one in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(one)
@@ -120,7 +122,11 @@ class Steps:
                 raise TrainingError(
                     f"step {self.steps}: the {name.replace('_', ' ')} is {value}: lower --lr, or --beta; the last checkpoint is whole"
                 )
-        words = [f"{name} {record[name]:.3g}" for name in ("reward", "length", "entropy", "kl") if record.get(name) is not None]
+        words = [
+            f"{name} {record[name]:.3g}"
+            for name in ("reward", "length", "entropy", "kl")
+            if record.get(name) is not None
+        ]
         return ", ".join(words)
 
 

@@ -47,8 +47,20 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
     },
     "search": {"search.json": (), "search.db": (), "search.db-journal": ()},
 }  # fmt: skip
-READS = {"place": "score", "estimate": "place", "train": "place", "grpo": "place", "eval": "train", "merge": "train"}  # from the folder
-UNFINISHED = {"train": CHECKPOINTS, "grpo": GRPO_CHECKPOINTS, "trial": "trial", "search": "search.db"}  # what a stage leaves that can be resumed
+READS = {
+    "place": "score",
+    "estimate": "place",
+    "train": "place",
+    "grpo": "place",
+    "eval": "train",
+    "merge": "train",
+}  # from the folder
+UNFINISHED = {
+    "train": CHECKPOINTS,
+    "grpo": GRPO_CHECKPOINTS,
+    "trial": "trial",
+    "search": "search.db",
+}  # what a stage leaves that can be resumed
 EARLIER = ("stages.json",)  # names that earlier versions wrote
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 

@@ -7,7 +7,6 @@ import json
 import random
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from ..data.describe import left_out
 from ..data.example import Example
@@ -38,7 +37,9 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
     libraries()
     device = device_for(config.device)
     if machine.launch().size > 1 or device.index:
-        raise ConfigError("plopfast grpo trains on one device, the first: choose another one by CUDA_VISIBLE_DEVICES, without torchrun")
+        raise ConfigError(
+            "plopfast grpo trains on one device, the first: choose another one by CUDA_VISIBLE_DEVICES, without torchrun"
+        )
     train, test = _prompts(run, judge)
     if not run.file("place").exists():
         check_rule(run)
@@ -123,7 +124,9 @@ def _refuse_overlap(run: Run, train: list[Prompt], test: list[Prompt]) -> None:
         return
     said = f"{len(both)} of {len(test)} test prompts are trained on, such as that of {both[0].where}, which is {seen[json.dumps(both[0].prompt)]} too"
     if not run.config.allow_overlap:
-        raise DataError(f"{said}: a reward on them would not show what the model does on new ones; take them out, or pass --allow-overlap")
+        raise DataError(
+            f"{said}: a reward on them would not show what the model does on new ones; take them out, or pass --allow-overlap"
+        )
     run.say(said)
 
 
@@ -131,5 +134,3 @@ def _to_score(run: Run, prompts: list[Prompt]) -> list[Example]:
     config = run.config
     drawn = random.Random(config.seed).sample(prompts, min(config.score_prompts, len(prompts)))
     return [Example.after_prompt(prompt.tokens, len(prompt.tokens), where=prompt.where) for prompt in drawn]
-
-

@@ -1,5 +1,6 @@
 """A whole run: every stage in order, and the short table that ends it."""
 
+from collections.abc import Callable
 from functools import partial
 
 from ..lora.placement import Placement
@@ -12,7 +13,7 @@ from .costs import fit_run, try_estimate
 from .run import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
 
-ORDER = {  # data comes first, and reads every split: a row that cannot be used stops the run there
+ORDER: dict[str, Callable[[Run], object]] = {  # data comes first, and reads every split: a row that cannot be used stops the run there
     "data": run_data, "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
     "report": run_report,
 }  # fmt: skip

@@ -35,7 +35,11 @@ class Previous:
         the folder is the rest of a work that was stopped: it is deleted. Raises FileError, before anything is moved, as
         `Ledger.check` does, and where results wait here for another stage than this one or, for "run", than any.
         """
-        present = [name for name in dict.fromkeys(name for of in names.values() for name in of) if (self.folder / name).exists()]
+        present = [
+            name
+            for name in dict.fromkeys(name for of in names.values() for name in of)
+            if (self.folder / name).exists()
+        ]
         if not present:
             return False
         self.ledger.check(present)
