@@ -44,6 +44,32 @@ class Metric(TypedDict):
     valid_loss: NotRequired[float | None]
 
 
+class Completion(TypedDict):
+    prompt: str
+    before: str
+    after: str
+    reward_before: float
+    reward_after: float
+
+
+class GRPO(TypedDict):
+    reward: str
+    steps: Count
+    test_prompts: Count
+    before: NotRequired[float]
+    after: NotRequired[float]
+    samples: list[Completion]
+    notes: Words
+
+
+class Rewarded(TypedDict):
+    step: Count
+    reward: float | None
+    length: NotRequired[float | None]
+    entropy: NotRequired[float | None]
+    kl: NotRequired[float | None]
+
+
 class Picked(TypedDict):
     what: str
     pick: Words
@@ -233,6 +259,7 @@ KINDS: dict[str, Any] = {
     "training": Training,
     "audit": Audit,
     "estimate": Estimate,
+    "grpo": GRPO,
     "trial": Trial,
     "data": Data,
     "config": Config,
@@ -242,11 +269,14 @@ KINDS: dict[str, Any] = {
 }
 
 
+LINES: dict[str, Any] = {"metrics": Metric, "grpo": Rewarded}  # a value a line
+
+
 def read(path: Path, made_by: str) -> Any:
-    """Returns what a file named in `KINDS`, or metrics.jsonl, holds. Raises FileError where a field does not fit."""
+    """Returns what a file named in `KINDS`, or a .jsonl file named in `LINES`, holds. Raises FileError where a field does not fit."""
     remedy = f"make it anew with {made_by} --overwrite"
     if path.suffix == ".jsonl":
-        return [_whole(Metric, value, path, remedy) for value in files.read_json_lines(path, made_by)]
+        return [_whole(LINES[path.stem], value, path, remedy) for value in files.read_json_lines(path, made_by)]
     return _whole(KINDS[path.stem], files.read_json(path, made_by), path, remedy)
 
 

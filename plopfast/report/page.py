@@ -21,9 +21,11 @@ except ImportError as error:
     raise ConfigError(f"the report needs matplotlib and jinja2 ({error}): pip install 'plopfast[report]'") from error
 
 from .folder import RunFolder
+from .reinforcement import reinforcement
 from .sections import SOURCES, Section, Source, cost, made
 from .words import interval_of, listed, points_of, range_of, ties_of
 
+LEARNED = Source("grpo.json", reinforcement, "what completions earned", "grpo")  # not missed where there is none
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 PICTURES = "report"  # the folder of PNG and CSV files
 
@@ -35,7 +37,7 @@ def write_report(folder: str | Path) -> Path:
     lacks what its section shows.
     """
     run = RunFolder(Path(folder))
-    present = [source for source in SOURCES if (run.path / source.file).exists()]
+    present = [source for source in (*SOURCES, LEARNED) if (run.path / source.file).exists()]
     missing = [(source.adds, run.command(source.stage)) for source in SOURCES if source not in present]
     if not present:
         raise FileError(
@@ -163,6 +165,9 @@ def _figures(run: RunFolder) -> list[tuple[str, str]]:
         bounds = interval_of(tuned, ".1%")
         after = f"{tuned['accuracy']:.1%}{f' ({bounds})' if bounds else ''}"
         found.append((f"Accuracy on {base['examples']} {run.judged_by} rows", f"{base['accuracy']:.1%} → {after}"))
+    if "before" in run.grpo:
+        before, after = run.grpo["before"], run.grpo["after"]
+        found.append((f"Reward of {run.grpo['test_prompts']} test prompts", f"{before:.3f} → {after:.3f}"))
     if run.placement:
         found.append(("Trained parameters", f"{run.placement.parameters:,}"))
     if run.scores:

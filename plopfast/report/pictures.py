@@ -138,6 +138,17 @@ def curve(rows: Sequence[Sequence[Any]]) -> bytes:
 
 
 @rc_context(STYLE)
+def rewards(rows: Sequence[Sequence[Any]]) -> bytes:
+    """Draw a line through (step, reward, ...). A None leaves its point out."""
+    axes = _axes(2.6)
+    points = [row[:2] for row in rows if row[1] is not None]
+    axes.plot(*zip(*points, strict=True), "o-", color=INK, markersize=3)
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward of a step")
+    return _png(axes)
+
+
+@rc_context(STYLE)
 def before_after(rows: Sequence[Sequence[Any]]) -> bytes:
     """Draw two panels of bars for (model, accuracy, low, high, loss, rows). Without an interval, low and high are None."""
     panels = _axes(2.3, columns=2)
