@@ -25,7 +25,9 @@ from ..support.strict_json import StrictJSON
 
 Reward = Callable[..., Sequence[float | None]]
 FORMS = "exact, number, number:TOLERANCE, regex:PATTERN, json:SCHEMA.json, FILE.py:FUNCTION or MODULE:FUNCTION"
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_NUMBER = re.compile(  # a sign directly after a letter or digit joins words or ranges: the last number of 3-4 is 4
+    r"(?:(?<!\w)[-+])?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+)
 _FENCED = re.compile(r"```(?:json)?\s*\n(.*?)\n\s*```", re.DOTALL)
 
 
@@ -182,7 +184,7 @@ def last_number(text: str) -> float | None:
     >>> last_number("1,024 of 3.5e3"), last_number("none")
     (3500.0, None)
     """
-    found = [one for one in _NUMBER.findall(text) if any(map(str.isdigit, one))]
+    found = _NUMBER.findall(text)
     if not found:
         return None
     value = float(found[-1].replace(",", ""))

@@ -15,6 +15,7 @@ import torch
 import transformers
 import trl
 from torch import nn
+from trl.trainer.utils import RepeatSampler
 
 from ..data.prompts import Prompt
 from ..lora.placement import Placement
@@ -130,8 +131,20 @@ class Steps:
         return ", ".join(words)
 
 
+class _Order(RepeatSampler):
+    """TRL's order of the prompts, but of the seed and the epoch alone: resumed, TRL's own begins with the first epoch's."""
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed((self.seed or 0) + epoch)
+
+
 class _Trainer(trl.GRPOTrainer):
     """TRL's trainer, which tells nobody that it is used, and writes no page about it."""
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        order = super()._get_train_sampler(dataset)
+        order.__class__ = _Order
+        return order
 
     def _send_telemetry(self) -> None: ...
 

@@ -26,7 +26,9 @@ def reinforcement(run: RunFolder) -> list[Section]:
     shown = []
     if drawn:
         alt = f"Mean reward of each of {len(rows)} steps, from {drawn[0]:.3f} to {drawn[-1]:.3f}."
-        shown = [Picture("rewards", alt, "Completions that were drawn in training.", HEAD, rows, pictures.rewards(rows))]
+        shown = [
+            Picture("rewards", alt, "Completions that were drawn in training.", HEAD, rows, pictures.rewards(rows))
+        ]
     columns = [Column("prompt"), Column("before"), Column("reward", ".3g"), Column("after"), Column("reward", ".3g")]
     cells = [(s["prompt"], s["before"], s["reward_before"], s["after"], s["reward_after"]) for s in found["samples"]]
     tables = [Table("Most likely completions of test prompts", columns, cells)] * bool(cells)

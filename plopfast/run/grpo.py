@@ -103,6 +103,7 @@ def _prompts(run: Run, judge: Judge) -> tuple[list[Prompt], list[Prompt]]:
     for split in ("train", "test"):
         if split in sources:
             rows = read_prompts(sources[split], config.bad_rows, split)
+            run.at.reads += [path for path in map(Path, sources[split]) if path.is_file()]
             skipped: list[str] | None = [] if config.bad_rows == "skip" else None
             found[split] = prompts_of(rows, run.tokenizer, longest, judge.check, skipped)
             for line in left_out(skipped, len(rows)):
