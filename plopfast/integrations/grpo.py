@@ -46,7 +46,7 @@ class GRPOResult:
     """How a training ended. `model` is the PEFT model, adapters and all.
 
     `before` and `after` are the rewards of the test prompts, one each, of the most likely completion (greedy); empty without
-    test prompts. `history` holds a record a step, as grpo.jsonl does. `idle` is the share of the steps in which all
+    test prompts. `history` holds a record a step, as rewards.jsonl does. `idle` is the share of the steps in which all
     completions of each prompt were rewarded alike, which teach nothing.
     """
 

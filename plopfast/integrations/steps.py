@@ -29,7 +29,7 @@ from ..training.records import Records
 from .checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, step_of
 from .judging import Judge
 
-RECORDS = "grpo.jsonl"
+RECORDS = "rewards.jsonl"
 SAVE_EVERY = 50  # steps between two checkpoints by default
 ROW = "plopfast_row"  # the column by which the reward finds a row: others may hold what Arrow does not take
 NAMES = {  # of a record -> TRL's

@@ -27,7 +27,7 @@ class RunFolder:
         self.config, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
             self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data")
         )
-        self.grpo, lines = self._read("grpo"), path / "grpo.jsonl"
+        self.grpo, lines = self._read("grpo"), path / "rewards.jsonl"
         self.rewards = kinds.read(lines, "plopfast grpo") if _is_there(lines) else []
         self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}
         self.metrics = kinds.read(metrics, "plopfast train") if _is_there(metrics) else []

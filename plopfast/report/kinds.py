@@ -269,7 +269,7 @@ KINDS: dict[str, Any] = {
 }
 
 
-LINES: dict[str, Any] = {"metrics": Metric, "grpo": Rewarded}  # a value a line
+LINES: dict[str, Any] = {"metrics": Metric, "rewards": Rewarded}  # a value a line
 
 
 def read(path: Path, made_by: str) -> Any:

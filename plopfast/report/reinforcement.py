@@ -10,7 +10,7 @@ HEAD = ("step", "reward", "length", "entropy", "kl")
 
 
 def reinforcement(run: RunFolder) -> list[Section]:
-    """grpo.json and grpo.jsonl: the reward before and after, its course, and completions."""
+    """grpo.json and rewards.jsonl: the reward before and after, its course, and completions."""
     found = run.grpo
     texts = [f"Completions were rewarded by {found['reward']}, over {found['steps']} steps of GRPO."]
     if "before" in found:

@@ -30,7 +30,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
         "adapter": ADAPTER, "model": None, "metrics.jsonl": (), "training.json": (), CHECKPOINTS: CHECKPOINT_FILES,
         TENSORBOARD: ("events.*",), "adapter-before-failure": ADAPTER,
     },  # with --full the result is "model"
-    "grpo": {"adapter": ADAPTER, "grpo.json": (), "grpo.jsonl": (), GRPO_CHECKPOINTS: GRPO_CHECKPOINT_FILES},
+    "grpo": {"adapter": ADAPTER, "grpo.json": (), "rewards.jsonl": (), GRPO_CHECKPOINTS: GRPO_CHECKPOINT_FILES},
     "eval": {"eval.json": ()},
     "report": {"report.html": (), "report": None},
     "merge": {"merged": None},

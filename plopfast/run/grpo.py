@@ -1,4 +1,4 @@
-"""The stage of reinforcement learning: prompts and a reward to adapter/, grpo.json and grpo.jsonl.
+"""The stage of reinforcement learning: prompts and a reward to adapter/, grpo.json and rewards.jsonl.
 
 Scoring and placing come first where the folder has no placement. They read the prompts alone.
 """
@@ -27,7 +27,7 @@ from .stages import run_place, run_score
 
 
 def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
-    """Trains adapters by GRPO: adapter/, grpo.json and grpo.jsonl.
+    """Trains adapters by GRPO: adapter/, grpo.json and rewards.jsonl.
 
     `function` is the reward that the settings name, where that is code: who calls this has to load it, as settings that come
     from a file must not make code run. Raises what `grpo` raises.

@@ -1,4 +1,4 @@
-"""The records of a training, one for each step and each validation: in memory, in metrics.jsonl (of GRPO: grpo.jsonl), and in the log."""
+"""The records of a training, one for each step and each validation: in memory, in metrics.jsonl (of GRPO: rewards.jsonl), and in the log."""
 
 import contextlib
 from pathlib import Path

@@ -125,7 +125,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tokenizer, tmp_path, mon
     result = trained(tokenizer, max_steps=5, out=tmp_path / "cut", resume=True)
     assert reading and all(reading), "no pickle is read that could run code"
     assert result.history == whole.history
-    lines = (tmp_path / "cut" / "grpo.jsonl").read_text().splitlines()
+    lines = (tmp_path / "cut" / "rewards.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == whole.history
     now, then = values(result.model), values(whole.model)
     assert all(torch.equal(now[name], then[name]) for name in then)

@@ -51,7 +51,7 @@ def test_from_prompts_to_the_page(given, code, tmp_path, capsys):
     assert "2 of the training rows, every 20th, are held out" in said.err
     written = kinds.read(out / "grpo.json", "plopfast grpo")
     assert written["reward"] == code and written["steps"] == 2 and len(written["samples"]) == 2
-    assert [record["step"] for record in kinds.read(out / "grpo.jsonl", "plopfast grpo")] == [1, 2]
+    assert [record["step"] for record in kinds.read(out / "rewards.jsonl", "plopfast grpo")] == [1, 2]
     placement = Placement.load(out / "placement.json")
     assert {rank for rank, _ in placement.modules.values()} == {2} and placement.rule == "plop"
     assert {"score", "place", "grpo"} <= {*Ledger(out).done()}
@@ -125,7 +125,7 @@ def test_interrupted_and_resumed(given, code, tmp_path, capsys, monkeypatch):
     assert "lr" in refused(capsys, "--resume", "--out", str(out), "--reward", code, "--lr=0.5")
     assert "reward" in refused(capsys, "--resume", "--out", str(out), "--reward", "exact")
     assert command("grpo", "--resume", "--out", str(out), "--reward", code) == 0
-    for name in ("grpo.jsonl", "adapter/adapter_model.safetensors"):
+    for name in ("rewards.jsonl", "adapter/adapter_model.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
     assert not (out / "grpo-checkpoints").exists()
 

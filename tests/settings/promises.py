@@ -23,6 +23,7 @@ from plopfast.cli.commands import COMMANDS
 from plopfast.cli.options import names_of
 
 LEARNED = "adapter metrics training"
+REINFORCED = "adapter grpo rewards"
 USED = ("score", "audit", "estimate", "train", "eval")
 CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
@@ -82,6 +83,7 @@ option(
     audit="audit",
     estimate="estimate",
     train=f"{LEARNED} adapter_config",
+    grpo=f"{REINFORCED} adapter_config",
     eval=REFUSED,
     merge=REFUSED,
     info="said",
@@ -93,6 +95,7 @@ option(
     audit="audit",
     estimate="estimate",
     train=LEARNED,
+    grpo=REINFORCED,
     eval="eval",
     merge="merged",
     info="",
@@ -128,8 +131,8 @@ option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU
 option("model_config", "--model-config=smollm2-135m", estimate=REFUSED)  # in a run folder, which has a model
 option("fit", "--fit=1GB", train="passes", estimate="passes")  # it fits as it is; models without values are counted
 option("fit", "--fit=1kB", train=REFUSED, estimate=REFUSED)
-option("device", "--device=cuda", **dict.fromkeys((*WORKING, "info"), REFUSED))
-option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"))
+option("device", "--device=cuda", **dict.fromkeys((*WORKING, "grpo", "info"), REFUSED))
+option("threads", "--threads=2", **dict.fromkeys((*WORKING, "grpo"), "threads"))
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
 option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
@@ -193,6 +196,27 @@ option(
 )
 option("long", "--long=cut", "--max-length=40", "--long=error", **CHECKED)
 
+# reinforcement learning, whose rows have a prompt
+option("train", f"--train={FILE}prompts-3.jsonl", grpo=REINFORCED)
+option("test", f"--test={FILE}prompts-3.jsonl", grpo="grpo")
+option("bad_rows", "--bad-rows=skip", f"--train={FILE}prompts-bad.jsonl", grpo=ACCEPTED)
+option("allow_overlap", "--allow-overlap", f"--test={FILE}prompts.jsonl", grpo=ACCEPTED)
+option("reward", "--reward=regex:a", grpo=REINFORCED)
+option("generations", "--generations=2", grpo=REINFORCED)
+option("prompts", "--prompts=3", grpo=REINFORCED)
+option("completion_length", "--completion-length=2", grpo=REINFORCED)
+option("temperature", "--temperature=0.5", grpo=REINFORCED)
+option("beta", "--beta=9", grpo=REINFORCED)
+option("eval_rows", "--eval-rows=2", grpo="grpo")
+PLACED = {  # a placement that is there is taken, whatever is asked for
+    "score_prompts": "--score-prompts=9", "confidence": "--confidence=0.5", "rule": "--rule=attn", "k": "--k=1", "rank": "--rank=3",
+    "alpha": "--alpha=5.25", "budget": "--budget=2000", "ranks": "--ranks=proportional --budget=5700",
+    "granularity": "--granularity=module --budget=700", "cap": "--cap=0 --granularity=module --budget=700",
+}  # fmt: skip
+for name, words in PLACED.items():
+    other, _, also = words.partition(" ")
+    option(name, other, also, grpo="")
+
 # what is chosen, and how it is scored
 SURE = "--confidence=0.5"
 option("rule", "--rule=plop-inverse", SURE, score="scores", place="placement")
@@ -205,7 +229,7 @@ option("init", "--init=eva", score="eva scores", place="")
 option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
 option("init", "--init=gaussian", train=LEARNED)
 option(
-    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, trial=SCORES
+    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=REINFORCED, trial=SCORES
 )  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
@@ -230,23 +254,23 @@ option(
 )  # it places nothing
 option("batch_tokens", "--batch-tokens=400", train=LEARNED, estimate="estimate")
 option("batch_rows", "--batch-rows=2", train=LEARNED, estimate="estimate")
-option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate")
+option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate", grpo=REINFORCED)
 option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
-option("checkpointing", "--checkpointing", train="passes training", estimate="estimate passes", trial="passes")
+option("checkpointing", "--checkpointing", grpo="passes", train="passes training", estimate="estimate passes", trial="passes")
 option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
 option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
-option("lr", "--lr=0.01", train=LEARNED)
-option("schedule", "--schedule=linear", train=LEARNED)
+option("lr", "--lr=0.01", train=LEARNED, grpo=REINFORCED)
+option("schedule", "--schedule=linear", train=LEARNED, grpo=REINFORCED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
-option("warmup", "--warmup=0.7", train=LEARNED)
+option("warmup", "--warmup=0.7", train=LEARNED, grpo=REINFORCED)
 option("lora_plus", "--lora-plus=4", train=LEARNED)
-option("weight_decay", "--weight-decay=0.5", train=LEARNED)
-option("clip", "--clip=0.01", train=LEARNED)
+option("weight_decay", "--weight-decay=0.5", train=LEARNED, grpo=REINFORCED)
+option("clip", "--clip=0.01", train=LEARNED, grpo=REINFORCED)
 option("neftune", "--neftune=5", train=LEARNED)
-option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints")
+option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints", grpo=REINFORCED)
 option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoints")
 option("eval_every", "--eval-every=2", train="metrics training checkpoints")
 option("eval_rows", "--eval-rows=2", train="metrics training")
@@ -255,8 +279,8 @@ option(
 )  # which has rates of its own
 option("unlabeled_share", "--unlabeled-share=0.5", f"--unlabeled={FILE}domain.txt --max-steps=6", train=LEARNED)
 option("nonfinite", "--nonfinite=skip", f"--train={FILE}nan.jsonl --max-steps=12 --eval-every=12", train=ACCEPTED)
-option("save_every", "--save-every=2", train="checkpoints")
-option("keep", "--keep=1", train="checkpoints")
+option("save_every", "--save-every=2", train="checkpoints", grpo="")
+option("keep", "--keep=1", train="checkpoints", grpo="")
 option("offload", "--offload", train=REFUSED, estimate=REFUSED)  # the CPU's memory is where it would go
 option("compile", "--compile", train="adapter metrics training compiled")  # rounding
 option("liger", "--liger", train=REFUSED)  # it needs a GPU

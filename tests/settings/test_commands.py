@@ -91,10 +91,10 @@ def test_results_are_replaced_only_when_asked(shop, command):
     starts = {"data": None, "score": None, "place": "placed", "train": "trained", "eval": "trained", "merge": "trained"}
     folder = shop.folder(starts[command])
     words = shop.words(command)
-    if command in ("data", "score", "eval", "merge"):
+    if command in ("data", "score", "grpo", "eval", "merge"):
         assert shop.quietly(command, *words, "--out", folder)[0] == 0
     before = artefacts(folder)
-    other = {"place": "--k=1", "score": "--seed=1", "train": "--seed=1"}.get(command)
+    other = {"place": "--k=1", "score": "--seed=1", "train": "--seed=1", "grpo": "--seed=1"}.get(command)
     words = [*words, *([other] if other else [])]
     code, said = shop.quietly(command, *words, "--out", folder)
     assert code == 2 and "exists already" in said and not differences(before, artefacts(folder))

@@ -22,6 +22,7 @@ from plopfast.cli.options import FIELDS, names_of, parse, settings_of
 from plopfast.data.batches import batches_of
 from plopfast.data.labels import tokenize
 from plopfast.data.rows import read_rows
+from plopfast.integrations.grpo import grpo
 from plopfast.lora.layer import inject
 from plopfast.lora.peft_files import load_adapter
 from plopfast.models.loading import load_model
@@ -33,7 +34,7 @@ from plopfast.training.estimate import Estimate, estimate
 from plopfast.training.trainer import Trainer
 
 FUNCTIONS = (
-    batches_of, tokenize, read_rows, inject, load_adapter, load_model, place, score, estimate, module_paths, Trainer.__init__,
+    batches_of, tokenize, grpo, read_rows, inject, load_adapter, load_model, place, score, estimate, module_paths, Trainer.__init__,
     doctor.examine, ranks.init,
 )  # fmt: skip
 NAMES = {  # of parameters that are settings, or only sound like one ("")
@@ -47,12 +48,12 @@ SHOULD_DIFFER = {  # what varies on purpose: the arms and seeds of a trial, what
     "audit": {"score_tokens", "skip_first", "seed", "confidence", "k", "backend", "init", "dropout"},
     "info load_model": {"dtype"},
 }
-INDIRECT = {"score": {"rule", "rank", "init"}, "audit": {"rank"}, "place": {"init"}}  # they decide other arguments
+INDIRECT = {"score": {"rule", "rank", "init"}, "audit": {"rank"}, "place": {"init"}, "grpo": {"eval_rows"}}  # they decide other arguments
 APART = {  # what is seen elsewhere: in the rows, the folder, the model, or only on several ranks
     "model", "device", "threads", "parallel", "train", "valid", "test", "unlabeled", "unlabeled_share", "columns", "allow_overlap",
     "max_length", "score_prompts", "compat", "full", "epochs", "budget", "granularity", "cap", "ranks", "packing", "offload",
     "compile", "liger", "log_to", "arms", "lrs", "seeds", "general", "search_trials", "nonfinite", "bad_rows", "save_every", "keep",
-    "model_config", "fit",
+    "model_config", "fit", "reward",
 }  # fmt: skip
 TOGETHER = sorted({*FIELDS} - APART)
 SHORT = {  # in place of long work
@@ -119,6 +120,7 @@ STARTS = {"score": "scored", "place": "scored", "estimate": "trained", "train": 
         *STARTS,
         "audit",
         "run",
+        "grpo",
         "info",
         "doctor",
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("trial", "search")),
@@ -129,7 +131,7 @@ def test_every_setting_is_handed_on(shop, noted, monkeypatch, command):
     entry = COMMANDS[command]
     own = {flag(name) for name in names_of(entry)}
     out = [] if command in ("info", "doctor") else ["--out", str(shop.folder(STARTS.get(command)))]
-    more = {"trial": ["--arms=plop,plop-inverse", "--lrs=0.01"], "search": ["--search-trials=1"]}.get(command, [])
+    more = {"trial": ["--arms=plop,plop-inverse", "--lrs=0.01"], "search": ["--search-trials=1"], "grpo": shop.grpo[:3]}.get(command, [])
     needed = [*shop.settings["data"], *words(command), *more]
     options = [*(word for word in needed if word.partition("=")[0].replace("--no-", "--") in own), *out]
     options += ["--overwrite"] * (command in STARTS)

@@ -29,6 +29,8 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
     "search_trials": (20, 0, False, ANY), "mlp_rows": (None, 0, False, ANY), "resident_share": (0.0, 0, True, 1),
+    "generations": (8, 1, False, ANY), "prompts": (4, 0, False, ANY), "completion_length": (256, 0, False, ANY),
+    "temperature": (1.0, 0, False, ANY), "beta": (0.0, 0, True, ANY),
 }  # fmt: skip
 CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
@@ -40,7 +42,7 @@ CHOICES = {
 TEXTS = {
     "model": None, "device": "auto", "train": None, "valid": None, "test": None, "unlabeled": None, "columns": None,
     "rule": "plop", "budget": None, "log_to": "none", "arms": "plop,plop-inverse,attn,mlp,all", "lrs": "5e-4,1e-3,2e-3",
-    "seeds": "0,1,2", "general": None, "fit": None, "model_config": None,
+    "seeds": "0,1,2", "general": None, "fit": None, "model_config": None, "reward": None,
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "dora": False, "full": False, "packing": False, "checkpointing": False,
@@ -209,7 +211,7 @@ def test_files_are_the_same_from_every_folder(name, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "train" in names_of(entry)])
 def test_rows_come_in_several_files(command):
-    for split in ROWS:
+    for split in {*ROWS} & {*names_of(COMMANDS[command])}:
         assert list(getattr(settings_of(parse([command, f"--{split}", "a", "b"])), split)) == ["a", "b"]
 
 

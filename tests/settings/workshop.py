@@ -37,7 +37,7 @@ VARYING = {  # what no setting promises: times, memory, places, versions
     "seconds", "tokens_per_s", "peak_mib", "extra_mib", "cost", "time", "command", "machine", "versions", "file", "where",
     "datetime_start", "datetime_complete",
 }  # fmt: skip
-BEFORE = {"place": "scored", "estimate": "placed", "train": "placed", "eval": "trained", "merge": "trained"}
+BEFORE = {"place": "scored", "estimate": "placed", "train": "placed", "grpo": "placed", "eval": "trained", "merge": "trained"}
 STAGES = {"scored": ("score", ""), "placed": ("place", "scored"), "trained": ("train", "placed")}
 OF_STUDIES = {  # all weights need no placement of equal size, which few settings leave room for
     "trial": ["--arms=plop,full", "--lrs=0.02"], "search": ["--search-trials=2"],
@@ -71,6 +71,11 @@ class Shop:
             "place": ["--rank=2", "--alpha=3.5", "--k=2"],
             "train": steps,
         }
+
+        self.grpo = [  # a reward that a random model earns now and then
+            *(f"--{name}={root / file}.jsonl" for name, file in (("train", "prompts"), ("test", "prompts-2"))), "--reward=regex:e",
+            *("--generations=4", "--prompts=2", "--completion-length=3", "--max-steps=3", "--eval-rows=3", "--lr=0.02"),
+        ]  # fmt: skip
 
     def made(self, start: str) -> Path:
         """The folder in which the stages up to this one are done."""
@@ -107,6 +112,9 @@ class Shop:
         for name, of in (("columns", words[:6]), ("columns-2", words[6:9]), ("columns-3", words[9:])):
             for more, (q, a) in (("", ("q", "a")), ("-plain", ("prompt", "completion"))):
                 self.write(f"{name}{more}", [{q: f"{one} {two}", a: two} for one in of for two in of])
+        for name, of in (("prompts", words), ("prompts-2", words[::-1]), ("prompts-3", words[:5])):
+            self.write(name, [{"prompt": f"{one} {len(name)} {two}", "answer": two} for one, two in zip(of, of[1:])])
+        self.write("prompts-bad", [*self.read("prompts"), {"answer": "finch"}])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
             rng = random.Random(number)
             text = "\n\n".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(16))
@@ -129,7 +137,7 @@ class Shop:
     def words(self, command: str) -> list[str]:
         """The options that a command needs where it starts from nothing."""
         if command in BEFORE:
-            return self.settings.get(command, [])
+            return self.grpo if command == "grpo" else self.settings.get(command, [])
         needed = {"data": ("data",), "score": ("data", "score"), "audit": ("data", "score")}
         named = needed.get(command, self.settings)
         own = OF_STUDIES.get(command, [])
