@@ -62,7 +62,7 @@ class GRPOResult:
 
     def facts(self) -> dict[str, Any]:
         """What grpo.json holds."""
-        means = {"before": fmean(self.before), "after": fmean(self.after)} if self.before else {}
+        means = {"mean_before": fmean(self.before), "mean_after": fmean(self.after)} if self.before else {}
         rewards = [record["reward"] for record in self.history if record["reward"] is not None]
         few = max(1, len(rewards) // 4)
         return {

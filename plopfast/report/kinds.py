@@ -56,8 +56,8 @@ class GRPO(TypedDict):
     reward: str
     steps: Count
     test_prompts: Count
-    before: NotRequired[float]
-    after: NotRequired[float]
+    mean_before: NotRequired[float]
+    mean_after: NotRequired[float]
     samples: list[Completion]
     notes: Words
 

@@ -165,8 +165,8 @@ def _figures(run: RunFolder) -> list[tuple[str, str]]:
         bounds = interval_of(tuned, ".1%")
         after = f"{tuned['accuracy']:.1%}{f' ({bounds})' if bounds else ''}"
         found.append((f"Accuracy on {base['examples']} {run.judged_by} rows", f"{base['accuracy']:.1%} → {after}"))
-    if "before" in run.grpo:
-        before, after = run.grpo["before"], run.grpo["after"]
+    if "mean_before" in run.grpo:
+        before, after = run.grpo["mean_before"], run.grpo["mean_after"]
         found.append((f"Reward of {run.grpo['test_prompts']} test prompts", f"{before:.3f} → {after:.3f}"))
     if run.placement:
         found.append(("Trained parameters", f"{run.placement.parameters:,}"))

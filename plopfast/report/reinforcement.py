@@ -13,10 +13,10 @@ def reinforcement(run: RunFolder) -> list[Section]:
     """grpo.json and rewards.jsonl: the reward before and after, its course, and completions."""
     found = run.grpo
     texts = [f"Completions were rewarded by {found['reward']}, over {found['steps']} steps of GRPO."]
-    if "before" in found:
+    if "mean_before" in found:
         texts.append(
-            f"The most likely completions of {found['test_prompts']} test prompts earned {found['before']:.3f} before and "
-            f"{found['after']:.3f} after, on average."
+            f"The most likely completions of {found['test_prompts']} test prompts earned {found['mean_before']:.3f} before and "
+            f"{found['mean_after']:.3f} after, on average."
         )
     else:
         texts.append("There were no test prompts: only the rewards of the training prompts are known.")

@@ -280,7 +280,8 @@ def resolve(config: RunConfig) -> RunConfig:
     text = {name: str(files.real(value)) for name in {*FILES} - {*ROWS} if (value := getattr(config, name))}
     if config.model and "://" in config.model and not Path(config.model).exists():  # before it is written down
         raise ConfigError("model: a URL, where a Hugging Face hub id, a folder or a .gguf file is expected")
-    known["model"], known["reward"] = _absolute(config.model), absolute(config.reward)
+    known["model"] = _absolute(config.model)
+    known["reward"] = absolute(config.reward)
     return dataclasses.replace(config, **known | rows | text)
 
 

@@ -52,7 +52,7 @@ def test_the_reward_rises(tokenizer):
     assert len(rewards) == result.steps == 20
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
     facts = result.facts()
-    assert facts["after"] > facts["before"] + 0.1 and facts["test_prompts"] == 6
+    assert facts["mean_after"] > facts["mean_before"] + 0.1 and facts["test_prompts"] == 6
     assert facts["reward_last"] > facts["reward_first"]
     first = result.samples[0]
     assert first.prompt == ROWS[0]["prompt"] and first.reward_after == vowels([first.after])[0] == result.after[0]

@@ -68,13 +68,14 @@ def test_from_prompts_to_the_page(given, code, tmp_path, capsys):
     load_adapter(model, out / "adapter")  # plopfast reads what PEFT wrote
     assert command("report", "--out", str(out)) == 0
     page = (out / "report.html").read_text()
-    assert "Reinforcement learning" in page and f"{written['before']:.3f} → {written['after']:.3f}" in page
+    assert "Reinforcement learning" in page and f"{written['mean_before']:.3f} → {written['mean_after']:.3f}" in page
     assert written["samples"][0]["after"] in page and (out / "report" / "rewards.csv").exists()
     assert command("merge", "--out", str(out)) == 0
 
     assert command("grpo", *given, "--reward", code) == 2
     assert "exists already" in capsys.readouterr().err
-    assert command("train", "--out", str(out)) == 2, "an adapter of grpo is no training's to replace"
+    assert command("train", "--out", str(out)) == 2
+    assert "exists already" in capsys.readouterr().err, "an adapter of grpo is no training's to replace"
 
 
 def refused(capsys, *words):

@@ -12,7 +12,7 @@ from plopfast.support.errors import FileError
 MAY_LACK = {  # files of earlier versions
     "eval": {"rows", "accuracy_low", "accuracy_high"}, "audit": {"missing", "scored_tokens"}, "trial": {"general_loss"},
     "training": {"tokens", "validation", "unmoved"}, "config": {"settings", "data", "versions", "machine"}, "result": {"error"},
-    "test": {"general_loss"}, "estimate": set(), "data": set(),
+    "test": {"general_loss"}, "estimate": set(), "data": set(), "grpo": {"mean_before", "mean_after"},
 }  # fmt: skip
 MAY_BE_NULL = {
     "audit": {"tau", "cost", "extra_mib"}, "trial": {"rank_low", "rank_high", "general_loss", "forgetting", "versus"},
@@ -27,9 +27,12 @@ READ = {  # the fields that a reader uses; the files hold more
     "accuracy_low accuracy_high loss forgetting peak_mib versus difference low high p_corrected verdict file sha256 tokens",
     "data": "splits overlap split rows tokens learned shortest longest percentiles histogram notes where row",
     "result": "seed lr valid_loss seconds peak_mib tokens_per_s", "test": "accuracy loss metric right seconds",
+    "grpo": "reward steps test_prompts mean_before mean_after samples notes prompt before after reward_before reward_after",
 }  # fmt: skip
 SOME = {"estimate": {"choices"}, "trial": {"arms", "runs"}, "data": {"splits", "histogram"}, "test": {"right"}}
 OTHERS = {
+    "grpo": {"reward": "number", "steps": 2, "test_prompts": 3, "mean_before": 0.25, "mean_after": 0.5, "notes": ["a note"], "idle": 0.5,
+             "samples": [{"prompt": "2 + 2 =", "before": "5", "after": "4", "reward_before": 0.0, "reward_after": 1.0}]},
     "result": {"seed": 1, "lr": 1e-3, "valid_loss": 0.5, "seconds": 1.0, "peak_mib": 9.0, "tokens_per_s": 3.0},
     "test": {"accuracy": 0.5, "loss": 1.0, "metric": "choice", "right": [1.0], "seconds": 1.0, "general_loss": 2.0},
 }  # fmt: skip

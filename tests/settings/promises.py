@@ -258,7 +258,14 @@ option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate", grpo=
 option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
-option("checkpointing", "--checkpointing", grpo="passes", train="passes training", estimate="estimate passes", trial="passes")
+option(
+    "checkpointing",
+    "--checkpointing",
+    grpo="passes",
+    train="passes training",
+    estimate="estimate passes",
+    trial="passes",
+)
 option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
 option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are

@@ -48,7 +48,12 @@ SHOULD_DIFFER = {  # what varies on purpose: the arms and seeds of a trial, what
     "audit": {"score_tokens", "skip_first", "seed", "confidence", "k", "backend", "init", "dropout"},
     "info load_model": {"dtype"},
 }
-INDIRECT = {"score": {"rule", "rank", "init"}, "audit": {"rank"}, "place": {"init"}, "grpo": {"eval_rows"}}  # they decide other arguments
+INDIRECT = {
+    "score": {"rule", "rank", "init"},
+    "audit": {"rank"},
+    "place": {"init"},
+    "grpo": {"eval_rows"},
+}  # they decide other arguments
 APART = {  # what is seen elsewhere: in the rows, the folder, the model, or only on several ranks
     "model", "device", "threads", "parallel", "train", "valid", "test", "unlabeled", "unlabeled_share", "columns", "allow_overlap",
     "max_length", "score_prompts", "compat", "full", "epochs", "budget", "granularity", "cap", "ranks", "packing", "offload",
@@ -131,7 +136,11 @@ def test_every_setting_is_handed_on(shop, noted, monkeypatch, command):
     entry = COMMANDS[command]
     own = {flag(name) for name in names_of(entry)}
     out = [] if command in ("info", "doctor") else ["--out", str(shop.folder(STARTS.get(command)))]
-    more = {"trial": ["--arms=plop,plop-inverse", "--lrs=0.01"], "search": ["--search-trials=1"], "grpo": shop.grpo[:3]}.get(command, [])
+    more = {
+        "trial": ["--arms=plop,plop-inverse", "--lrs=0.01"],
+        "search": ["--search-trials=1"],
+        "grpo": shop.grpo[:3],
+    }.get(command, [])
     needed = [*shop.settings["data"], *words(command), *more]
     options = [*(word for word in needed if word.partition("=")[0].replace("--no-", "--") in own), *out]
     options += ["--overwrite"] * (command in STARTS)

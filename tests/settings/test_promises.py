@@ -13,7 +13,14 @@ CASES = [
     for promise in promises
     for command, reaches in promise.reaches.items()
 ]
-SLOW = ("audit", "estimate", "grpo", "run", "trial", "search")  # half a second and more; test_handed_on.py covers them quickly
+SLOW = (
+    "audit",
+    "estimate",
+    "grpo",
+    "run",
+    "trial",
+    "search",
+)  # half a second and more; test_handed_on.py covers them quickly
 
 
 def test_every_option_has_a_promise():

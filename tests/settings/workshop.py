@@ -7,6 +7,7 @@ command made, artefact by artefact, without times and memory; `differences` name
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import pkgutil
 import random
@@ -37,7 +38,14 @@ VARYING = {  # what no setting promises: times, memory, places, versions
     "seconds", "tokens_per_s", "peak_mib", "extra_mib", "cost", "time", "command", "machine", "versions", "file", "where",
     "datetime_start", "datetime_complete",
 }  # fmt: skip
-BEFORE = {"place": "scored", "estimate": "placed", "train": "placed", "grpo": "placed", "eval": "trained", "merge": "trained"}
+BEFORE = {
+    "place": "scored",
+    "estimate": "placed",
+    "train": "placed",
+    "grpo": "placed",
+    "eval": "trained",
+    "merge": "trained",
+}
 STAGES = {"scored": ("score", ""), "placed": ("place", "scored"), "trained": ("train", "placed")}
 OF_STUDIES = {  # all weights need no placement of equal size, which few settings leave room for
     "trial": ["--arms=plop,full", "--lrs=0.02"], "search": ["--search-trials=2"],
@@ -113,7 +121,9 @@ class Shop:
             for more, (q, a) in (("", ("q", "a")), ("-plain", ("prompt", "completion"))):
                 self.write(f"{name}{more}", [{q: f"{one} {two}", a: two} for one in of for two in of])
         for name, of in (("prompts", words), ("prompts-2", words[::-1]), ("prompts-3", words[:5])):
-            self.write(name, [{"prompt": f"{one} {len(name)} {two}", "answer": two} for one, two in zip(of, of[1:])])
+            self.write(
+                name, [{"prompt": f"{one} {len(name)} {two}", "answer": two} for one, two in itertools.pairwise(of)]
+            )
         self.write("prompts-bad", [*self.read("prompts"), {"answer": "finch"}])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
             rng = random.Random(number)
