@@ -96,7 +96,14 @@ class Steps:
             if last:
                 meter.update(step_of(last))
             self.trainer.add_callback(_Watch(self, noted, meter))
-            self.trainer.train(resume_from_checkpoint=str(last) if last else None)
+            try:
+                self.trainer.train(resume_from_checkpoint=str(last) if last else None)
+            except RuntimeError as error:
+                if "probability tensor" not in str(error):  # torch.multinomial's words
+                    raise
+                raise TrainingError(
+                    f"step {self.steps + 1}: the model's probabilities are not finite: lower --lr, or --dtype float32"
+                ) from error
         if noted.number:
             where = f"; the state is in {self.checkpoints}" if self.kept else ""
             raise Interrupted(f"stopped after step {self.steps} of {self.total}{where}", noted.number)

@@ -317,6 +317,14 @@ def test_a_step_that_is_not_finite_stops_the_training(tokenizer, monkeypatch):
         trained(tokenizer, max_steps=2)
 
 
+def test_a_model_that_is_not_finite_has_a_clear_error(tokenizer):
+    model = decided()
+    with torch.no_grad():
+        model.lm_head.weight[5] = float("nan")
+    with pytest.raises(TrainingError, match="step 1: the model's probabilities are not finite"):
+        pf.grpo(model, tokenizer, ROWS, vowels, placement=everywhere(build("llama")), max_steps=1, **STEP)
+
+
 def test_nobody_is_told_that_it_is_used(tokenizer, monkeypatch):
     monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry"))
     trained(tokenizer, max_steps=1)

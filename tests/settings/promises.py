@@ -24,6 +24,7 @@ from plopfast.cli.options import names_of
 
 LEARNED = "adapter metrics training"
 REINFORCED = "adapter grpo rewards"
+MOVED = "adapter rewards"  # too little to be seen in the few completions that grpo.json keeps
 USED = ("score", "audit", "estimate", "train", "eval")
 CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
@@ -95,7 +96,7 @@ option(
     audit="audit",
     estimate="estimate",
     train=LEARNED,
-    grpo=REINFORCED,
+    grpo=MOVED,
     eval="eval",
     merge="merged",
     info="",
@@ -132,7 +133,7 @@ option("model_config", "--model-config=smollm2-135m", estimate=REFUSED)  # in a 
 option("fit", "--fit=1GB", train="passes", estimate="passes")  # it fits as it is; models without values are counted
 option("fit", "--fit=1kB", train=REFUSED, estimate=REFUSED)
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "grpo", "info"), REFUSED))
-option("threads", "--threads=2", **dict.fromkeys((*WORKING, "grpo"), "threads"))
+option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"), grpo=f"threads {MOVED}")  # rounding
 option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
 option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
@@ -229,7 +230,7 @@ option("init", "--init=eva", score="eva scores", place="")
 option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
 option("init", "--init=gaussian", train=LEARNED)
 option(
-    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=REINFORCED, trial=SCORES
+    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=MOVED, trial=SCORES
 )  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
@@ -254,7 +255,7 @@ option(
 )  # it places nothing
 option("batch_tokens", "--batch-tokens=400", train=LEARNED, estimate="estimate")
 option("batch_rows", "--batch-rows=2", train=LEARNED, estimate="estimate")
-option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate", grpo=REINFORCED)
+option("accumulate", "--accumulate=2", train=LEARNED, estimate="estimate", grpo=MOVED)
 option("packing", "--packing", train=LEARNED, estimate="estimate")
 option("dropout", "--dropout=0.25", train=f"{LEARNED} adapter_config", estimate="estimate")
 option("ema", "--ema=0.5", train=LEARNED, estimate="estimate")
@@ -270,12 +271,13 @@ option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
 option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
 option("lr", "--lr=0.01", train=LEARNED, grpo=REINFORCED)
-option("schedule", "--schedule=linear", train=LEARNED, grpo=REINFORCED)
+option("schedule", "--schedule=linear", train=LEARNED, grpo=MOVED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
 option("warmup", "--warmup=0.7", train=LEARNED, grpo=REINFORCED)
 option("lora_plus", "--lora-plus=4", train=LEARNED)
 option("weight_decay", "--weight-decay=0.5", train=LEARNED, grpo=REINFORCED)
-option("clip", "--clip=0.01", train=LEARNED, grpo=REINFORCED)
+option("clip", "--clip=0.01", train=LEARNED)
+option("clip", "--clip=1e-9", grpo=REINFORCED)
 option("neftune", "--neftune=5", train=LEARNED)
 option("max_steps", "--max-steps=4", train=f"{LEARNED} checkpoints", grpo=REINFORCED)
 option("epochs", "--epochs=0.25", "", "--epochs=0.5", train=f"{LEARNED} checkpoints")

@@ -165,7 +165,8 @@ class Shop:
     def outcome(self, command: str, *words: object, start: str | None = None, bare: bool = False) -> Outcome:
         """What a command leaves and says, with these options (`bare`: and no others)."""
         folder = self.folder(start or BEFORE.get(command))
-        with watched(folder, self.poison_id) as seen:
+        poison = -1 if command == "grpo" else self.poison_id  # a random model may say it itself
+        with watched(folder, poison) as seen:
             out = ["--out", folder] if command not in ("info", "doctor") else []
             options = [w.format(shop=self) if isinstance(w, str) else w for w in words]
             needed = [] if bare else self.words(command)
