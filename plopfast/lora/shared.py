@@ -118,7 +118,7 @@ class SharedInput:
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
         outputs = LoRAGroup.apply(x_MK, s, weights, biases, low, self.stacked_A, group, *trained)
         shape = x.shape[:-1]
-        return {m: y if x.dim() == 2 else y.view(*shape, -1) for m, y in zip(members, outputs, strict=True)}
+        return {m: y if x.dim() == 2 else y.view(*shape, y.shape[1]) for m, y in zip(members, outputs, strict=True)}
 
 
 class Prepared(contextlib.AbstractContextManager["Prepared"]):

@@ -57,7 +57,7 @@ def errors(got, want):
     other tensors' roundings). A shape, a dtype or a name more or less is a difference, too."""
     assert [(name, one.shape) for name, one in got.items()] == [(name, one.shape) for name, one in want.items()]
     norms = {name: one.double().norm().item() for name, one in want.items()}
-    least = max(norms.values()) / 100
+    least = max(norms.values()) / 100 or 1.0
     return {
         name: (got[name].double() - one.double()).norm().item() / max(norms[name], least) for name, one in want.items()
     }
