@@ -40,8 +40,8 @@ def results(model, batch=BATCH, **arguments):
     model.train()
     model.zero_grad()
     output = model(**batch, **arguments)
-    output.loss.backward()
     found = {"loss": output.loss, "logits": output.logits}
+    output.loss.backward()
     found |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: value.detach().clone() for name, value in found.items()}
 
