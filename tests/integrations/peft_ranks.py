@@ -6,7 +6,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
 from helpers import random_batches
 from peft_twins import results, wrapped
 from safetensors.torch import save_file
