@@ -58,8 +58,7 @@ class LossForward:
         labels = given.get("labels")
         if not isinstance(labels, torch.Tensor) or labels.dtype != torch.int64 or torch.compiler.is_compiling():
             return None
-        others = [given[name] for name in given.keys() - TAKEN - OURS]
-        if any(one is not None and one is not False for one in others):
+        if any(given[name] is not None for name in given.keys() - TAKEN - OURS):
             return None
         if text_setting(self.module, "output_router_logits"):  # the loss has a term for them
             return None
@@ -92,7 +91,8 @@ class LossForward:
 def why_not(model: Any) -> str:
     """Why `model` cannot have a LossForward, or "". It runs the model on two short rows."""
     if "forward" in vars(model):
-        return f"its forward was replaced, by {getattr(model.forward, '__module__', None) or type(model.forward).__module__}"
+        function = getattr(model.forward, "__func__", model.forward)
+        return f"its forward was replaced, by {getattr(function, '__globals__', {}).get('__name__') or type(function).__name__}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return f"{type(model).__name__} has a loss of its own"
     try:
