@@ -84,7 +84,7 @@ class Member:
     def state(self) -> tuple[Any, ...]:
         """Differs where the same x would give another y now."""
         tensors = self.frozen.stored, self.lora_A, self.lora_B
-        return (self.scaling, self.dropout, *((id(one), one._version) for one in tensors))
+        return (self.scaling, self.dropout, *((id(one), _version(one)) for one in tensors))
 
 
 def member_of(layer: Any, x: torch.Tensor) -> Member | None:
@@ -145,9 +145,7 @@ class ReadTogether:
     """
 
     def __init__(self, layers: list[Any]) -> None:
-        self.layers = [
-            weakref.ref(layer) for layer in layers
-        ]  # or a deleted model would wait for the garbage collector
+        self.__setstate__(layers)
         self._x: Callable[[], torch.Tensor | None] = lambda: None
         self._key: tuple[Any, ...] = ()
         self._found: dict[Any, tuple[tuple[Any, ...], torch.Tensor]] = {}  # layer -> its state, and its output
@@ -162,17 +160,15 @@ class ReadTogether:
         return ReadTogether, ([],), [layer for ref in self.layers if (layer := ref()) is not None]
 
     def __setstate__(self, layers: list[Any]) -> None:
+        # weak, or a deleted model would wait for the garbage collector
         self.layers = [weakref.ref(layer) for layer in layers]
 
     def y_of(self, layer: Any, member: Member, x: torch.Tensor) -> torch.Tensor | None:
         """This layer's output [..., out], or None where it has to compute by itself."""
         if not is_direct(x):
             return None
-        key = (
-            x._version,
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(x.device.type),
-        )  # x could be changed in place
+        # x could be changed in place
+        key = (_version(x), torch.is_grad_enabled(), torch.is_autocast_enabled(x.device.type))
         if self._x() is not x or self._key != key:
             self._found = self._together(layer, member, x)
             self._x, self._key = weakref.ref(x), key
@@ -197,6 +193,10 @@ class ReadTogether:
         with torch.autocast(kind, enabled=False):
             outputs = shared.together(x.to(dtype), member.dropout)
         return {one: (m.state(), outputs[m]) for one, m in zip(layers, members, strict=True)}
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def alike(one: Any, other: Any) -> bool:

@@ -184,6 +184,29 @@ def test_what_changes_between_the_layers_of_a_group_is_seen():
     assert_equal(found[1], found[0])
 
 
+def test_in_inference_mode():
+    """Tensors that are made there have no version."""
+    plain, fast = twins()
+    with torch.inference_mode():
+        made_there = build("llama")
+        assert_equal(logits(fast), logits(plain))
+    wrapped_there = filled(peft.get_peft_model(made_there, peft.LoraConfig(**LORA)))
+    before = logits(wrapped_there)
+    with torch.inference_mode():
+        pf.accelerate(wrapped_there, loss=False)
+        assert_equal(logits(wrapped_there), before)
+
+
+def test_what_is_changed_in_place_in_x_is_seen():
+    found = []
+    for model in twins():
+        q, k = (model.get_submodule(Q.replace("q_proj", name)) for name in ("q_proj", "k_proj"))
+        x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found.append({"q": q(x), "k": k(x.mul_(2))})
+    assert_equal(found[1], found[0])
+
+
 def test_a_member_that_is_off_leaves_the_others_to_themselves():
     found = []
     for model in twins():
