@@ -8,7 +8,9 @@
 Parameters, their names and what PEFT writes stay as they are.
 """
 
+import contextlib
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,7 +64,7 @@ def accelerate(
     Outputs and gradients are PEFT's, to rounding; with dropout the masks are others. Whatever PEFT does later holds: further
     adapters, merging, disabling, saving. Layers that are added later are plain until `accelerate` is called again. Give the
     model before fully_shard, torch.compile or DDP wrap it, and after `get_peft_model`; with TRL's `peft_config`, give
-    `trainer.model`.
+    `trainer.model`. Not for nn.DataParallel, whose replicas share what a module calls: start one process a GPU.
 
     Raises ConfigError without peft and transformers or for another `loss`, and AdapterError for a model without PEFT's LoRA
     layers and where `loss=True` cannot be.
@@ -72,43 +74,64 @@ def accelerate(
     if loss not in ("auto", True, False):
         raise ConfigError(f'accelerate: expected loss="auto", True or False, got {shown(loss)}')
     layers = _layers_of(model)
+    with _undone_on_error(model):
+        restore(model)  # what this call does not ask for is not left from an earlier one
+        return _accelerated(model, layers, linears, norms, shared, loss)
+
+
+def _accelerated(
+    model: nn.Module, layers: dict[str, Any], linears: bool, norms: bool, shared: bool, loss: str | bool
+) -> Report:
     from . import peft_layers as fast, peft_loss
 
     report, inner = Report(), _inner(model)
-    if linears:
-        for name, layer in layers.items():
-            if isinstance(layer, fast.Fast):
-                report.linears.append(name)
-            elif why := fast.why_left(layer):
-                report.left[name] = why
-            else:
-                fast.quicken(layer)
-                report.linears.append(name)
+    quick: dict[Any, str] = {}
+    for name, layer in layers.items() if linears else ():
+        if why := fast.why_left(layer):
+            report.left[name] = why
+        else:
+            fast.quicken(layer)
+            quick[layer] = name
+    report.linears = list(quick.values())
     if any(is_sharded(parameter) or parameter.is_meta for parameter in model.parameters()):
-        for what in ("norms", "shared inputs", "loss"):
-            report.left[what] = "the weights are sharded or have no values: accelerate the model before"
+        asked = {"norms": norms, "shared": shared, "loss": loss}
+        why = "the weights are sharded or have no values: accelerate the model before"
+        report.left |= {option: why for option, wanted in asked.items() if wanted}
         return report
     if norms:
         lean_modules(inner)
-        names = {module: name for name, module in model.named_modules()}
-        report.norms = [names[module] for module in inner.modules() if _is_lean(module)]
-    if shared and linears:
-        quick: dict[Any, str] = {layer: name for name, layer in layers.items() if isinstance(layer, fast.Fast)}
+        report.norms = [name for name, module in model.named_modules() if _is_lean(module)]
+    if shared:
         for members, _ in readers(inner, quick, fast.alike):
-            together = fast.ReadTogether(members)
-            for member in members:
-                vars(member)[fast.READS_WITH] = together
+            fast.read_together(members)
             report.shared.append([quick[member] for member in members])
-    if loss and not isinstance(vars(inner).get("forward"), peft_loss.LossForward):
+    if loss:
         if not (why := peft_loss.why_not(inner)):
             inner.forward = peft_loss.LossForward(inner)
         elif loss is True:
-            restore(model)
             raise AdapterError(f"accelerate: the loss cannot be computed by chunks: {why}; leave out loss=True")
         else:
             report.left["loss"] = why
-    report.loss = isinstance(vars(inner).get("forward"), peft_loss.LossForward)
+        report.loss = not why
     return report
+
+
+@contextlib.contextmanager
+def _undone_on_error(model: nn.Module) -> Iterator[None]:
+    from .peft_layers import FROZEN, READS_WITH
+
+    names = ("forward", FROZEN, READS_WITH)
+    before = [(m, type(m), {name: vars(m)[name] for name in names if name in vars(m)}) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, own in before:
+            if type(module) is not kind:
+                module.__class__ = kind
+            for name in names:
+                vars(module).pop(name, None)
+            vars(module).update(own)
+        raise
 
 
 def restore(model: nn.Module) -> list[str]:
@@ -120,14 +143,15 @@ def restore(model: nn.Module) -> list[str]:
     from . import peft_layers as fast, peft_loss
 
     changed = []
-    for name, module in model.named_modules():
-        if isinstance(module, fast.Fast):
-            fast.slow_down(module)
-        elif _is_lean(module) or isinstance(vars(module).get("forward"), peft_loss.LossForward):
-            del module.forward
-        else:
-            continue
-        changed.append(name)
+    with _undone_on_error(model):
+        for name, module in model.named_modules():
+            if isinstance(module, fast.Fast):
+                fast.slow_down(module)
+            elif _is_lean(module) or isinstance(vars(module).get("forward"), peft_loss.LossForward):
+                del module.forward
+            else:
+                continue
+            changed.append(name)
     return changed
 
 

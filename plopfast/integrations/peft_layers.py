@@ -245,6 +245,13 @@ def quicken(layer: Any) -> None:
     layer.__class__ = classes_of(layer)[type(layer)]
 
 
+def read_together(layers: list[Any]) -> None:
+    """Lets layers that read one input compute together."""
+    together = ReadTogether(layers)
+    for layer in layers:
+        vars(layer)[READS_WITH] = together
+
+
 def slow_down(layer: Any) -> None:
     """Makes it PEFT's again. Raises AdapterError where fully_shard has put a class of its own before plopfast's."""
     if Fast not in type(layer).__bases__:

@@ -90,6 +90,14 @@ def test_twice_is_once(calls):
     assert calls == {"together": 6, "alone": 6}
 
 
+def test_the_last_calls_options_hold():
+    model = wrapped()
+    pf.accelerate(model)
+    report = pf.accelerate(model, norms=False, shared=False, loss=False)
+    assert report.linears and not (report.norms or report.shared or report.loss)
+    assert len(pf.restore(model)) == 21
+
+
 def test_a_copy_is_bound_to_itself(calls):
     model = wrapped()
     pf.accelerate(model)
