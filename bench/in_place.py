@@ -8,7 +8,7 @@ settings, in float32. The arms add one option of `accelerate` after the other; T
 there the last arm is the one before. Every run is a process of its own, and the arms take turns in each repeat. CPU time is
 that of `train()`; memory is the peak of resident memory during `train()`, less that of the loaded model.
 
-Trainer and SFTTrainer make 12 steps of 16 rows of the demo task; GRPOTrainer makes 4 steps of 16 completions of up to 8
+Trainer and SFTTrainer make 6 steps of 16 rows of the demo task; GRPOTrainer makes 3 steps of 16 completions of up to 8
 tokens, with a reward that counts a letter, so it generates as well. The loss at the end is that of the last step (Trainer,
 SFTTrainer) or the mean reward (GRPOTrainer): equal values show that the arms did the same work.
 """
@@ -34,7 +34,7 @@ OPTIONS = ("linears", "shared", "norms", "loss")  # in the order in which they a
 TRAINERS = {"Trainer": 5, "SFTTrainer": 4, "GRPOTrainer": 4}  # -> how many arms
 ARMS = ("PEFT", *(f"+ {option}" for option in OPTIONS))
 TYPES = ["v_proj", "up_proj", "down_proj"]
-ROWS, STEPS = 16, {"Trainer": 12, "SFTTrainer": 12, "GRPOTrainer": 4}
+ROWS, STEPS = 16, {"Trainer": 6, "SFTTrainer": 6, "GRPOTrainer": 3}
 COLUMNS = {"cpu_seconds": "CPU seconds", "extra_mib": "extra MiB", "steps": "steps", "end": "end"}
 
 
