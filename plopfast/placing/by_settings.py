@@ -1,6 +1,6 @@
 """Settings applied: the one call of `score` and the one of `place`, whoever asks (run, trial, search, suggest)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..data.batches import batches_of
@@ -60,3 +60,13 @@ def unscored(model: Any) -> NFNReport:
         for i in weights_of(model)
     }
     return NFNReport(scores, 0, 0, 0.0)
+
+
+def check_rule(settings: PlaceSettings, model: Callable[[], Any]) -> None:
+    """Raises PlacementError for a rule that no scores of `model()` could place, so that nobody scores for it in vain.
+
+    A rule that chooses k types by the scores can fail only on k, which scoring checks itself. It asks for no model.
+    """
+    rule = RULES.get(settings.rule)
+    if not (rule and rule.needs_k and rule.from_report):
+        placed(unscored(model()), settings)

@@ -8,23 +8,10 @@ import torch
 from ..lora.layer import inject, unload
 from ..lora.placement import Placement
 from ..models.streaming import plain_copy
-from ..placing.by_settings import placed, unscored
-from ..placing.rules import RULES
 from ..support.config import RunConfig
 from ..support.errors import ConfigError
 from ..training.trainer import Trainer
 from .run import Run
-
-
-def check_rule(run: Run) -> None:
-    """Raises PlacementError for a rule that no scores could place, so that a run stops before it scores.
-
-    A rule that chooses k types by the scores can fail only on k, which scoring checks itself. No model is loaded for it.
-    """
-    settings = run.config.placing
-    rule = RULES.get(settings.rule)
-    if not (rule and rule.needs_k and rule.from_report):
-        placed(unscored(run.model), settings)
 
 
 def trainer_for(
