@@ -80,9 +80,8 @@ def _peft(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> li
 
 def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
     targets = fields["target_modules"]
-    if (
-        isinstance(targets, list) and len(targets) == 1
-    ):  # TRL makes a single name a text, and PEFT reads a text as a pattern
+    if isinstance(targets, list) and len(targets) == 1:
+        # TRL makes a single name a text, and PEFT reads a text as a pattern of whole names
         targets = rf"(.*\.)?{re.escape(targets[0])}"
     given = {
         "use_peft": True, "lora_r": fields["r"], "lora_alpha": fields["lora_alpha"], "lora_dropout": fields["lora_dropout"],
