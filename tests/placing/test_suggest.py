@@ -97,8 +97,7 @@ def test_rows_of_each_form(form, llama, chat, examples, capsys):
     rows = [make(row["prompt"], row["completion"]) for row in PAIRS]
     kept = copy.deepcopy(rows)
     one = pf.suggest(llama, rows, chat, k=2, rank=4)
-    mixed = [*rows, {"odd": None, **rows[0]}]  # Arrow gives every row, and every message, each other's keys
-    two = pf.suggest(llama, datasets.Dataset.from_list(mixed).select(range(len(rows))), chat, k=2, rank=4)
+    two = pf.suggest(llama, datasets.Dataset.from_list(rows), chat, k=2, rank=4)
     assert rows == kept and one == two and one.modules
     order = [int(example.where.removeprefix("row ")) - 1 for example in examples[0]]
     assert sorted(order) == list(range(len(rows))) and order != sorted(order)
@@ -108,6 +107,20 @@ def test_rows_of_each_form(form, llama, chat, examples, capsys):
     printed = capsys.readouterr().out
     assert str(one) in printed and f"of {len(rows)} rows" in printed and "forward passes alone" in printed
     assert ("prompts alone" in printed) == (form.startswith("prompts"))
+
+
+def test_keys_that_a_data_set_fills_in_are_not_there(llama, chat, examples):
+    """Arrow gives every row, and every message, the keys of all others."""
+    chat.chat_template = TEMPLATE.replace(
+        "{{ m.role }}", "{{ m.role }}{% if 'name' in m %} named {{ m.name }}{% endif %}"
+    )
+    rows = [{"messages": [user(row["prompt"]), assistant(row["completion"])]} for row in PAIRS]
+    rows[0]["messages"][0]["name"] = "Eve"
+    rows[1]["tools"] = []
+    for given in rows, datasets.Dataset.from_list(rows):
+        pf.suggest(llama, given, chat, rank=4)
+    one, two = ([(e.where, e.tokens) for e in seen] for seen in examples)
+    assert one == two
 
 
 def test_prompts_score_as_their_own_batches_do(llama, tokenizer):
@@ -176,6 +189,12 @@ def test_options_of_place_are_handed_on(llama, tokenizer):
     assert {alpha for _, alpha in placement.modules.values()} == {5}
     named = pf.suggest(llama, PAIRS, tokenizer, rule="v_proj,q_proj", rank=2)
     assert set(named.types) == {"v_proj", "q_proj"} and {rank for rank, _ in named.modules.values()} == {2}
+
+
+def test_a_wrong_rule_is_found_before_scoring(llama, tokenizer, monkeypatch):
+    monkeypatch.setattr(module, "scored", None)
+    with pytest.raises(PlacementError, match="neither a module type nor"):
+        pf.suggest(llama, PAIRS, tokenizer, rule="no_proj")
 
 
 def wrapped(model):
