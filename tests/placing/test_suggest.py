@@ -50,6 +50,10 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+def call(arguments):
+    return {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+
+
 def test_it_is_the_placement_of_a_run(llama, tokenizer, model_folder, tmp_path):
     train = tmp_path / "train.jsonl"
     train.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -112,11 +116,13 @@ def test_rows_of_each_form(form, llama, chat, examples, capsys):
 def test_keys_that_a_data_set_fills_in_are_not_there(llama, chat, examples):
     """Arrow gives every row, and every message, the keys of all others."""
     chat.chat_template = TEMPLATE.replace(
-        "{{ m.role }}", "{{ m.role }}{% if 'name' in m %} named {{ m.name }}{% endif %}"
+        "{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls else '' }}"
     )
-    rows = [{"messages": [user(row["prompt"]), assistant(row["completion"])]} for row in PAIRS]
-    rows[0]["messages"][0]["name"] = "Eve"
-    rows[1]["tools"] = []
+    calls = [{"city": "Bern"}, {"hour": 7}]
+    rows = [
+        {"messages": [user(row["prompt"]), assistant(row["completion"]) | {"tool_calls": [call(calls[i % 2])]}]}
+        for i, row in enumerate(PAIRS)
+    ]
     for given in rows, datasets.Dataset.from_list(rows):
         pf.suggest(llama, given, chat, rank=4)
     one, two = ([(e.where, e.tokens) for e in seen] for seen in examples)
