@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .data.describe import describe_data as describe_data
     from .data.labels import tokenize as tokenize
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
+    from .integrations.peft import accelerate as accelerate, restore as restore
     from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
+        "integrations.peft": "accelerate restore",
         "lora.layer": "LoRALinear inject merge unload",
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",

@@ -234,3 +234,34 @@ def quantize(model, kind, nested=False):
         parent, _, child = info.name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized(info.module, kind, nested=nested))
     return model
+
+
+def model_for_bitsandbytes(folder):
+    """Saves a model whose shapes bitsandbytes' products on a CPU take."""
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+OF_BITSANDBYTES = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nested nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def of_bitsandbytes(folder, kind):
+    """Loaded by transformers. Its products on a CPU are float32's, which on some CPUs they would not be."""
+    config = transformers.BitsAndBytesConfig(**OF_BITSANDBYTES[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
+    return model
