@@ -61,12 +61,12 @@ def draw(source: Any, count: int, seed: int) -> Given:
 
 
 def _length(source: Any) -> int | None:
+    if not (hasattr(source, "__iter__") or hasattr(source, "__getitem__")):
+        raise DataError(f"rows: expected a list or a data set of dicts, or the path of a file, got {shown(source)}")
     try:
         return len(source)
     except TypeError:
-        if hasattr(source, "__iter__"):
-            return None
-    raise DataError(f"rows: expected a list or a data set of dicts, or the path of a file, got {shown(source)}")
+        return None
 
 
 def _recognised(numbered: Sequence[tuple[int, Any]], total: int | None, nulls: bool) -> Given:

@@ -1,6 +1,7 @@
 """Where adapters belong, in one call: for a script whose trainer is PEFT, TRL or Hugging Face's own."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -12,9 +13,9 @@ from ..data.notices import Notices
 from ..data.prompts import tokenize_prompts
 from ..lora.placement import Placement
 from ..models.running import context_length
-from ..support import ranks
+from ..support import machine, ranks
 from ..support.config import DataSettings, PlaceSettings, ScoreSettings
-from ..support.errors import ModelError
+from ..support.errors import ConfigError, ModelError
 from .by_settings import check_rule, placed, scored
 
 
@@ -47,8 +48,8 @@ def suggest(
     `place`; `rule` may be module types with commas. It takes forward passes alone, and the model and the tokenizer stay as they are:
     modes, `requires_grad`, hooks, padding side. On several ranks all call it with the same rows.
 
-    Raises DataError for no rows and for rows that cannot be used; ModelError for a model that PEFT has wrapped and for one
-    that cannot be scored; ConfigError and PlacementError for impossible options.
+    Raises DataError for no rows and for rows that cannot be used; ModelError for a model that PEFT has wrapped, for one
+    that cannot be scored and for a tokenizer of another model; ConfigError and PlacementError for impossible options.
     """
     choice: dict[str, Any] = {"k": k, "rank": rank, "rule": rule, "seed": seed}
     scoring = ScoreSettings(score_prompts=score_prompts, **choice)  # checked before anything is read
@@ -59,14 +60,19 @@ def suggest(
             "the model has PEFT's adapters, and where they belong is asked of the model without any: give the model from before "
             "get_peft_model, or what peft_model.unload() returns, which drops the adapters"
         )
+    if not hasattr(tokenizer, "eos_token_id"):
+        raise ConfigError(
+            f"tokenizer: expected a Hugging Face tokenizer, got {type(tokenizer).__name__}; of a processor give its .tokenizer"
+        )
     check_rule(placing, lambda: model)
     began = time.perf_counter()
     given, notices = draw(rows, score_prompts, seed), Notices()
     limits = [n for n in (max_length, context_length(model)) if n]
     examples = _examples(given, tokenizer, min(limits, default=None), notices)
+    _check_numbers(model, examples)
     report = scored(model, examples, scoring)
     placement = placed(report, placing)
-    if ranks.is_main():
+    if ranks.is_main() and not machine.launch().rank:  # of a script that has not joined its ranks yet
         of = f"the first {len(given.rows):,} rows" if given.total is None else f"{given.total:,} rows"
         read = f"{report.prompts:,} of {of} ({given.kinds}), {report.tokens:,} tokens, forward passes alone"
         seconds = time.perf_counter() - began
@@ -78,6 +84,18 @@ def _examples(given: Given, tokenizer: Any, limit: int | None, notices: Notices)
     if given.prompts:
         return tokenize_prompts(given.rows, tokenizer, limit, notices)
     return tokenize(given.rows, tokenizer, limit, long="cut", notices=notices)
+
+
+def _check_numbers(model: nn.Module, examples: Sequence[Example]) -> None:
+    """Raises ModelError for tokens that the model's embedding lacks: a GPU would die of one."""
+    get = getattr(model, "get_input_embeddings", None)
+    rows = getattr(get() if get else None, "num_embeddings", None)
+    highest = max(max(example.tokens, default=0) for example in examples)
+    if rows is not None and highest >= rows:
+        raise ModelError(
+            f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows: give the model's own tokenizer, or "
+            "model.resize_token_embeddings(len(tokenizer)) first"
+        )
 
 
 def _is_wrapped(model: nn.Module) -> bool:

@@ -251,6 +251,32 @@ def test_a_wrapped_model_is_refused(llama, tokenizer):
     assert pf.suggest(theirs.unload(), PAIRS, tokenizer, rank=4).modules
 
 
+@pytest.mark.parametrize("odd", ["HuggingFaceTB/SmolLM2-135M-Instruct", PAIRS])
+def test_what_is_no_tokenizer(odd, llama):
+    with pytest.raises(ConfigError, match=f"expected a Hugging Face tokenizer, got {type(odd).__name__}"):
+        pf.suggest(llama, PAIRS, odd)
+
+
+def test_arguments_in_another_order(llama, tokenizer):
+    with pytest.raises(DataError, match="rows: expected a list or a data set"):
+        pf.suggest(llama, tokenizer, tokenizer)
+
+
+def test_a_tokenizer_of_another_model(llama, tokenizer):
+    llama.resize_token_embeddings(250)
+    with pytest.raises(ModelError, match=r"token 2\d\d, and the model's embedding has 250 rows"):
+        pf.suggest(llama, PAIRS, tokenizer)
+
+
+def test_one_rank_of_several_speaks(llama, tokenizer, monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for rank, speaks in ("0", True), ("1", False):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        pf.suggest(llama, PAIRS, tokenizer, rank=4)
+        assert bool(capsys.readouterr().out) == speaks
+
+
 def test_a_refused_prompt_is_named(llama, chat):
     chat.chat_template = "{{ raise_exception('odd') }}"
     with pytest.raises(DataError, match="row 1: the model's chat template refuses this row"):
