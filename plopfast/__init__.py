@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .models.linears import linear_modules as linear_modules
     from .models.loading import load_model as load_model
     from .placing.place import place as place
+    from .placing.suggest import suggest as suggest
     from .scoring.nfn import score as score
     from .scoring.report import NFNReport as NFNReport
     from .support.config import RunConfig as RunConfig, TrainConfig as TrainConfig
@@ -49,6 +50,7 @@ _HOME = {
         "models.linears": "linear_modules",
         "models.loading": "load_model",
         "placing.place": "place",
+        "placing.suggest": "suggest",
         "scoring.nfn": "score",
         "scoring.report": "NFNReport",
         "support.config": "RunConfig TrainConfig",

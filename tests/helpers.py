@@ -73,6 +73,19 @@ def prompted(rows, starts):
     return [Example.after_prompt(row, start) for row, start in zip(rows, starts, strict=True)]
 
 
+def adapted_in(wrapped):
+    """Name -> (rank, alpha) of what PEFT adapts in a PeftModel, where names of parameters stand for those of experts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in wrapped.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = getattr(module, "parameter_name", None)
+            name = name.replace(".base_layer", "") + (f".{parameter}" if parameter not in (None, "weight") else "")
+            found[name] = module.r["default"], float(module.lora_alpha["default"])
+    return found
+
+
 def randomise(model):
     with torch.no_grad():
         for module in adapters(model).values():
