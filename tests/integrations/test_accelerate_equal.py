@@ -37,6 +37,25 @@ def several_together(model):
     return results(model)
 
 
+def of_another_kind(**options):
+    """A second adapter that is more than plain LoRA, on layers whose first one is plain."""
+
+    def do(model):
+        model.add_adapter("second", peft.LoraConfig(**TWO | options))
+        filled(model, seed=2)
+        model.set_adapter("second")
+        return results(model)
+
+    return do
+
+
+def base_trained_later(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.base_layer.weight"):
+            parameter.requires_grad_(True)
+    return results(model)
+
+
 def mixed_batch(model):
     second(model)
     return logits(model, adapter_names=["default", "second", "__base__", "default"])
@@ -174,6 +193,9 @@ CASES = {
     "saved and loaded": (saved_and_loaded, {}),
     "without labels": (no_labels, {}),
     "the sum over a number of items": (sum_of_items, {}),
+    "DoRA in a second adapter": (of_another_kind(use_dora=True), {}),
+    "a trained bias in a second adapter's B": (of_another_kind(lora_bias=True), {}),
+    "a base that is trained later": (base_trained_later, {}),
     "DoRA": (results, {"use_dora": True}),
     "a trained bias in B": (results, {"lora_bias": True, "architecture": "gpt2"}),
     "trained biases": (results, {"bias": "lora_only", "architecture": "qwen2"}),
