@@ -25,7 +25,7 @@ import measure
 import torch
 
 import plopfast as pf
-from plopfast.data.prompts import prompts_of
+from plopfast.data.tasks import prompts_of
 from plopfast.integrations.judging import Judge, measure as completions_of
 from plopfast.integrations.rewards import Number
 from plopfast.studies.paired import compare

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from measure import RESULTS, save
 
-from plopfast.run.apply import unscored
+from plopfast.placing.by_settings import unscored
 from plopfast.run.fit import reckon
 from plopfast.run.shapes import Shapes, without_scores
 from plopfast.support.config import RunConfig

@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from . import dispatch, philox, torch_blocks
+from .autograd import once
 
 
 def rms_norm(
@@ -88,7 +88,7 @@ class _RMSNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         (x, weight, rstd), ops = ctx.saved_tensors, ctx.ops
         dx = ops.rms_norm_grad(_rows(ops, dy), _rows(ops, x), weight, rstd, ctx.mode)
@@ -106,7 +106,7 @@ class _RMSNormShrink(torch.autograd.Function):
         return y.view(x.shape), s
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor, _):
         (x, weight, rstd), ops = ctx.saved_tensors, ctx.ops
         dx = ops.rms_norm_grad(_rows(ops, dy), _rows(ops, x), weight, rstd, ctx.mode)
@@ -133,7 +133,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return h, y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dh: torch.Tensor | None, dy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         (h, weight, rstd), ops = ctx.saved_tensors, ctx.ops
         if dy is not None:
@@ -151,7 +151,7 @@ class _Gate(torch.autograd.Function):
         return ops.gate(_rows(ops, gate), _rows(ops, up), act).view(gate.shape)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (gate, up), ops = ctx.saved_tensors, ctx.ops
         d_gate, d_up = ops.gate_grad(_rows(ops, dy), _rows(ops, gate), _rows(ops, up), ctx.act)
@@ -168,7 +168,7 @@ class _MergedGate(torch.autograd.Function):
         return y.view(*gate_up.shape[:-1], y.shape[-1])
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gate_up,), ops = ctx.saved_tensors, ctx.ops
         gradient = gate_up.new_empty(gate_up.shape)

@@ -314,7 +314,6 @@ class _Linear(torch.autograd.Function):
         return linear(x_MK, weight, bias_N)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy_MN: torch.Tensor) -> tuple[torch.Tensor | None, None, None]:
         return dy_MN @ dense(ctx.weight) if ctx.needs_input_grad[0] else None, None, None
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .data.labels import tokenize as tokenize
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
     from .integrations.grpo import grpo as grpo
+    from .integrations.peft import accelerate as accelerate, restore as restore
     from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .models.linears import linear_modules as linear_modules
     from .models.loading import load_model as load_model
     from .placing.place import place as place
+    from .placing.suggest import suggest as suggest
     from .scoring.nfn import score as score
     from .scoring.report import NFNReport as NFNReport
     from .support.config import RunConfig as RunConfig, TrainConfig as TrainConfig
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 _HOME = {
     name: module
     for module, names in {
+        "integrations.peft": "accelerate restore",
         "lora.layer": "LoRALinear inject merge unload",
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",
@@ -49,6 +52,7 @@ _HOME = {
         "models.linears": "linear_modules",
         "models.loading": "load_model",
         "placing.place": "place",
+        "placing.suggest": "suggest",
         "scoring.nfn": "score",
         "scoring.report": "NFNReport",
         "support.config": "RunConfig TrainConfig",

@@ -73,6 +73,19 @@ def prompted(rows, starts):
     return [Example.after_prompt(row, start) for row, start in zip(rows, starts, strict=True)]
 
 
+def adapted_in(wrapped):
+    """Name -> (rank, alpha) of what PEFT adapts in a PeftModel, where names of parameters stand for those of experts."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    found = {}
+    for name, module in wrapped.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = getattr(module, "parameter_name", None)
+            name = name.replace(".base_layer", "") + (f".{parameter}" if parameter not in (None, "weight") else "")
+            found[name] = module.r["default"], float(module.lora_alpha["default"])
+    return found
+
+
 def randomise(model):
     with torch.no_grad():
         for module in adapters(model).values():
@@ -220,4 +233,35 @@ def quantize(model, kind, nested=False):
     for info in linear_modules(model):
         parent, _, child = info.name.rpartition(".")
         setattr(model.get_submodule(parent), child, quantized(info.module, kind, nested=nested))
+    return model
+
+
+def model_for_bitsandbytes(folder):
+    """Saves a model whose shapes bitsandbytes' products on a CPU take."""
+    config = transformers.LlamaConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+OF_BITSANDBYTES = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nested nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def of_bitsandbytes(folder, kind):
+    """Loaded by transformers. Its products on a CPU are float32's, which on some CPUs they would not be."""
+    config = transformers.BitsAndBytesConfig(**OF_BITSANDBYTES[kind])
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    for module in model.modules():
+        module.support_avx512bf16_for_cpu = False
     return model

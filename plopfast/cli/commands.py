@@ -75,13 +75,24 @@ class Command:
 
 
 def _stage(name: str) -> Callable[[Call], None]:
-    """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns."""
+    """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns, and what
+    --print-peft asks for."""
     module, _, function = name.rpartition(".")
 
     def do(call: Call) -> None:
-        result = getattr(importlib.import_module(f"plopfast.{module}"), function)(call.run())
+        with_peft = getattr(call.arguments, "print_peft", False)
+        if with_peft and call.config.full:
+            raise ConfigError(
+                "--print-peft shows where adapters go, and --full trains all weights: leave one of them out"
+            )
+        run = call.run()
+        result = getattr(importlib.import_module(f"plopfast.{module}"), function)(run)
         if isinstance(result, str | Path):
             print(result)
+        if with_peft and not machine.launch().rank:
+            from ..run.paste import peft_text
+
+            print(peft_text(run, placed=call.name != "score"))
 
     return do
 
@@ -180,7 +191,7 @@ RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "an
 COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
-        _stage("run.whole.run_all"), (*ALL, FIT, RANKS), flags=RESUMABLE,
+        _stage("run.whole.run_all"), (*ALL, FIT, RANKS), flags=(*RESUMABLE, "print_peft"),
     ),
     "data": Command(
         "show what would be learned of your rows: lengths, learned tokens, what is left out, one whole row",
@@ -189,6 +200,7 @@ COMMANDS = {
     "score": Command(
         "measure the NFN of every linear module: scores.json",
         _stage("run.stages.run_score"), (MODEL, DATA, SCORE, RANKS), without=("unlabeled",),
+        flags=("overwrite", "print_peft"),
     ),
     "audit": Command(
         "find out whether the scores can be trusted (stability, controls, other criteria): audit.json",
@@ -197,7 +209,8 @@ COMMANDS = {
         without=("unlabeled",),
     ),
     "place": Command(
-        "choose modules by their scores: placement.json", _stage("run.stages.run_place"), (PLACE,), needs_out=True
+        "choose modules by their scores: placement.json",
+        _stage("run.stages.run_place"), (PLACE,), flags=("overwrite", "print_peft"), needs_out=True,
     ),
     "estimate": Command(
         "estimate memory and FLOPs of training on each placement, before any training: estimate.json; or, with --model-config, "

@@ -31,6 +31,10 @@ FLAGS: dict[str, dict[str, Any]] = {
         "action": "store_true",
         "help": "of a quantised model: write codes again, which rounds the merged weights, instead of dense weights",
     },
+    "print_peft": {
+        "action": "store_true",
+        "help": "show the placement as PEFT, TRL, Axolotl and Unsloth take it, to paste",
+    },
     "seconds": {
         "type": arguments.number(float, 1e6),
         "default": 60.0,

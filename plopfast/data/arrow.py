@@ -89,14 +89,14 @@ def _rows(source: str, batches: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     for batch in batches:
         for row in batch.to_pylist():
             number += 1
-            yield f"{source}, row {number}", _without_nulls(row)
+            yield f"{source}, row {number}", without_nulls(row)
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """Drops the keys that are null: Arrow gives every row, and every message, all keys that any of them has."""
     if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _package(name: str, source: str) -> Any:

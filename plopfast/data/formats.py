@@ -43,9 +43,9 @@ def format_of(row: dict[str, Any]) -> str | None:
     if prompt is not None and completion is not None:
         if isinstance(prompt, str) and isinstance(completion, str):
             return "pair"
-        if _is_messages(prompt) and _is_messages(completion):
+        if is_messages(prompt) and is_messages(completion):
             return "chat"
-    if _is_messages(row.get("messages")):
+    if is_messages(row.get("messages")):
         return "messages"
     if _is_turns(row.get("conversations")):
         return "sharegpt"
@@ -54,7 +54,8 @@ def format_of(row: dict[str, Any]) -> str | None:
     return "text" if isinstance(row.get("text"), str) else None
 
 
-def _is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> bool:
+    """Return whether a value is messages: a list of dicts that each have a "role", at least one."""
     if not isinstance(value, list) or not value:
         return False
     for message in value:

@@ -1,140 +1,47 @@
-"""Rows of reinforcement learning: a prompt, and whatever its reward wants to know. Nothing in them is learned by heart."""
+"""Rows of prompts alone, as trainers that sample the answers themselves take them (TRL's GRPO)."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-import jinja2
-
-from ..support.errors import DataError, first_line, shown
-from ..support.strict_json import StrictJSON
-from .readers import read_source
-
-EXPECTED = (
-    '{"prompt": "text"} or {"prompt": [{"role": "user", "content": "text"}]}, with further columns for the reward'
-)
+from ..support.errors import DataError
+from .encoding import Encoder
+from .example import Example
+from .notices import Notices
+from .rows import Row
+from .template import REFUSED, Template
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A row: where it stands, its prompt (a text, or messages), its other columns, and the prompt's tokens."""
+def tokenize_prompts(rows: Sequence[Row], tokenizer: Any, max_length: int | None, notices: Notices) -> list[Example]:
+    """Turn rows of a `prompt`, text or messages, into one Example each, of which nothing is learned.
 
-    where: str
-    prompt: Any
-    columns: dict[str, Any]
-    tokens: tuple[int, ...]
+    A prompt is tokenised as the model reads it before it answers: messages through the chat template, up to where the
+    assistant begins. Of a prompt of more than `max_length` tokens the last ones are kept, and `notices` counts it.
 
-    @property
-    def text(self) -> str:
-        """The prompt for people: its text, or its messages with their roles."""
-        if isinstance(self.prompt, str):
-            return self.prompt
-        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt)
-
-
-def read_prompts(
-    sources: str | Path | Sequence[str | Path], bad_rows: str = "error", split: str = "train"
-) -> list[Any]:
-    """Reads files, folders and hub ids (as `read_rows` does) into (where, row) pairs; `prompts_of` checks the rows.
-
-    Raises DataError with the file and line for a file without rows, and for a row that is no object unless `bad_rows` is
-    "skip".
+    Raises DataError for messages without a chat template, or that it refuses, and for a prompt without a token.
     """
-    found: list[Any] = []
-
-    def bad(where: str, why: object) -> None:
-        if bad_rows != "skip":
-            raise DataError(f"{where}: {why}")
-
-    for source in [sources] if isinstance(sources, str | Path) else sources:
-        rows = list(read_source(str(source), split, StrictJSON(), bad))
-        if not rows:
-            raise DataError(f"{source}: no rows; expected rows like {EXPECTED}")
-        found += rows
-    return found
-
-
-def prompts_of(
-    rows: Sequence[Any], tokenizer: Any, longest: int | None = None, check: Callable[[Mapping[str, Any]], None] | None = None,
-    skipped: list[str] | None = None,
-) -> list[Prompt]:  # fmt: skip
-    """Tokenises prompts: a text as it is, messages through the tokenizer's chat template, up to the assistant's turn.
-
-    `rows`: dicts, (where, dict) pairs, or what this function gave for them. `longest`: most tokens of a prompt. `check` raises ValueError for a row that its
-    reward cannot judge. `skipped` gets what is wrong with each bad row; without it, the first one raises DataError with its
-    place. All prompts are texts, or all are messages: a trainer takes no mixture.
-    """
-    found: list[Prompt] = []
-    for number, given in enumerate(rows, 1):
-        if isinstance(given, Prompt):
-            where, row = given.where, {"prompt": given.prompt, **given.columns}
-        else:
-            where, row = given if isinstance(given, tuple) else (f"row {number}", given)
-        try:
-            prompt = given if isinstance(given, Prompt) else _prompt(where, row, tokenizer, longest)
-            if found and type(prompt.prompt) is not type(found[0].prompt):
-                raise ValueError(
-                    f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind"
-                )
-            if check:
-                check(row)
-        except ValueError as error:
-            if skipped is None:
-                raise DataError(f"{where}: {error}") from None
-            skipped.append(f"{where}: {error}")
-        else:
-            found.append(prompt)
-    return found
+    encoder = Encoder(tokenizer)
+    template = Template(tokenizer) if getattr(tokenizer, "chat_template", None) else None
+    examples = []
+    with template.watch if template else contextlib.nullcontext():
+        for where, row in rows:
+            tokens = _tokens(where, row, encoder, template)
+            if max_length is not None and len(tokens) > max_length:
+                notices.add(f"cut to {max_length} tokens, from the left of the prompt", where)
+                tokens = tokens[-max_length:]
+            examples.append(Example(encoder.shared(tokens), (), None, None, where))
+    return examples
 
 
-def _kind(prompt: Prompt) -> str:
-    return "a text" if isinstance(prompt.prompt, str) else "a list of messages"
-
-
-def _prompt(where: str, row: Any, tokenizer: Any, longest: int | None) -> Prompt:
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a row like {EXPECTED}, got {shown(row)}")
-    value: Any = row.get("prompt")
-    if isinstance(value, str) and value.strip():
-        tokens = tokenizer(value)["input_ids"]
-    elif _is_chat(value):
-        tokens = _chat_tokens(value, tokenizer)
-    else:
-        got = "no prompt" if value is None else f"the prompt {shown(value)}"
-        raise ValueError(f"expected a row like {EXPECTED}, got {got} among the keys {sorted(row)}")
-    if not tokens:
-        raise ValueError(f"the prompt {shown(value)} has no tokens")
-    if longest is not None and len(tokens) > longest:
-        raise ValueError(
-            f"the prompt has {len(tokens):,} tokens, and the model's context leaves {max(0, longest):,} beside the completion: "
-            "shorten it, or lower --completion-length"
-        )
-    columns = {name: item for name, item in row.items() if name != "prompt"}
-    return Prompt(where, value, columns, tuple(tokens))
-
-
-def _is_chat(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, dict) and {*m} == {"role", "content"} and all(isinstance(v, str) for v in m.values())
-            for m in value
-        )
-    )
-
-
-def _chat_tokens(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the prompt is messages, and this model's tokenizer has no chat template: give prompts as texts"
-        )
-    try:
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the messages: {first_line(error)}") from None
+def _tokens(where: str, row: dict[str, Any], encoder: Encoder, template: Template | None) -> list[int]:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        (tokens,) = encoder.encode([prompt])
+        return tokens if tokens[: len(encoder.front)] == encoder.front else encoder.front + tokens
+    if template is None:
+        raise DataError(f"{where}: messages need a tokenizer with a chat template; use a prompt of plain text")
+    variables = {"tools": row["tools"]} if row.get("tools") else {}
+    text = template.text_or_none(prompt, variables, generate=True)
+    if text is None:
+        raise DataError(f"{where}: {REFUSED}")
+    return encoder.encode([text])[0]

@@ -5,6 +5,7 @@ Rows follow TRL's conventions, Alpaca's or ShareGPT's; `formats.py` lists them. 
 
 import contextlib
 import gc
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -116,6 +117,11 @@ def read_rows(
     return _collect(
         [(name, partial(read_source, name, split)) for name in names], Renaming(columns), bad_rows == "skip"
     )
+
+
+def drawn(rows: Sequence[Any], count: int, seed: int) -> list[Any]:
+    """Return at most `count` of the rows, in random order: those that are scored."""
+    return random.Random(seed).sample(rows, min(count, len(rows)))
 
 
 def read_jsonl(path: str | Path) -> list[Row]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from ..data.prompts import prompts_of
+from ..data.tasks import prompts_of
 from ..lora.layer import LoRALinear
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
@@ -47,7 +47,7 @@ class GRPOResult:
 
     `before` and `after` are the rewards of the test prompts, one each, of the most likely completion (greedy); empty without
     test prompts. `history` holds a record a step, as rewards.jsonl does. `idle` is the share of the steps in which all
-    completions of each prompt were rewarded alike, which teach nothing.
+    completions of each prompt were rewarded alike, which teach nothing. `paths` says what `accelerate` made faster.
     """
 
     model: Any
@@ -58,6 +58,7 @@ class GRPOResult:
     history: list[dict[str, Any]]
     idle: float
     seconds: float
+    paths: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def facts(self) -> dict[str, Any]:
@@ -68,7 +69,7 @@ class GRPOResult:
         return {
             "steps": self.steps, "test_prompts": len(self.before), **means, "idle": self.idle, "seconds": self.seconds,
             "reward_first": fmean(rewards[:few]) if rewards else None, "reward_last": fmean(rewards[-few:]) if rewards else None,
-            "samples": [vars(sample) for sample in self.samples], "notes": self.notes,
+            "samples": [vars(sample) for sample in self.samples], "paths": self.paths, "notes": self.notes,
         }  # fmt: skip
 
 
@@ -140,7 +141,7 @@ def grpo(
     ]
     return GRPOResult(
         run.model, run.steps, [one.reward for one in before], [one.reward for one in after], samples, run.history, run.idle,
-        time.perf_counter() - began, run.notes,
+        time.perf_counter() - began, run.paths, run.notes,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from ..data.prompts import Prompt
+from ..data.tasks import Prompt
 from ..support.errors import ConfigError, TrainingError, shown
 from .rewards import BuiltIn, Reward
 

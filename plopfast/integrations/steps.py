@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -17,7 +17,7 @@ import trl
 from torch import nn
 from trl.trainer.utils import RepeatSampler
 
-from ..data.prompts import Prompt
+from ..data.tasks import Prompt
 from ..lora.placement import Placement
 from ..models.running import device_of
 from ..support.config import TrainConfig
@@ -28,6 +28,7 @@ from ..training.interrupt import Noted, interruptible
 from ..training.records import Records
 from .checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, step_of
 from .judging import Judge
+from .peft import accelerate, restore
 
 RECORDS = "rewards.jsonl"
 SAVE_EVERY = 50  # steps between two checkpoints by default
@@ -43,7 +44,7 @@ class Steps:
     """GRPO on a model, from its adapters' making to the last step.
 
     With `placement`, PEFT wraps the model in place; else it is a PEFT model already. `folder` gets checkpoints and records
-    where `kept`. After `fit`, `model`, `steps`, `history`, `idle` and `notes` are as `GRPOResult` says.
+    where `kept`. After `fit`, `model`, `steps`, `history`, `idle`, `paths` and `notes` are as `GRPOResult` says.
     """
 
     def __init__(
@@ -68,7 +69,10 @@ class Steps:
             )
         for one in (transformers.PrinterCallback, transformers.ProgressCallback):
             self.trainer.remove_callback(one)
-        self.model: Any = self.trainer.model
+        self.model = cast(Any, self.trainer.model)
+        self.paths: list[str] = []
+        if placement is not None:  # of a PEFT model that was given, its owner decides
+            self.paths = str(accelerate(self.model, loss=False)).splitlines()
 
     @property
     def steps(self) -> int:
@@ -114,9 +118,10 @@ class Steps:
             )
 
     def put_back(self) -> None:
-        """Takes TRL's own forward pass off the model again."""
-        base = self.model.get_base_model()
-        vars(base).pop("forward", None)
+        """Takes TRL's own forward pass, and plopfast's operations, off the model again."""
+        vars(self.model.get_base_model()).pop("forward", None)
+        if self.paths:
+            restore(self.model)
 
     def note(self, logs: dict[str, Any]) -> str:
         """Keeps a record of a step; returns it in words. Raises TrainingError where the step was not finite."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..kernels import library_segments
+from ..kernels.autograd import once
 from ..kernels.codes import Stack
 from ..models.experts import Mixture
 from ..models.quantized_experts import codes_of, put_codes, put_dense
@@ -92,7 +93,7 @@ class Adapted(torch.autograd.Function):
         return y_SN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
         x_SK, s_SR, lora_A, lora_B, ends_E, *kept = ctx.saved_tensors
         needed = [ctx.needs_input_grad[i] for i in (0, 2, 3)]

@@ -8,9 +8,9 @@ M tokens, K in, N_i out, R_i rank. The sums are those of ops.py in another order
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import groups
+from ..kernels.autograd import once
 from ..kernels.groups import Group
 
 
@@ -34,31 +34,25 @@ class LoRAGroup(torch.autograd.Function):
         return tuple(groups.forward(x_MK, s, weights, b, biases, group))
 
     @staticmethod
-    def backward(ctx: Any, *dy):
-        return _gradients_once(ctx, *dy) if torch.is_grad_enabled() else _gradients(ctx, *dy)
-
-
-def _gradients(ctx: Any, *dy: torch.Tensor | None) -> tuple[Any, ...]:
-    x_MK, *s = ctx.saved_tensors
-    weights, a, b, group = ctx.frozen
-    count = len(dy)
-    need_x, of_adapters = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
-    need_a, need_b = any(of_adapters[:count]), any(of_adapters[count:])
-    used = [i for i, one in enumerate(dy) if one is not None]  # an output that nothing read has no gradient
-    da: list[torch.Tensor | None] = [None] * count
-    db: list[torch.Tensor | None] = [None] * count
-    dx_MK: torch.Tensor | None = None
-    if used:
-        pick = lambda of: [of[i] for i in used]  # noqa: E731
-        dense = [one.contiguous() for one in dy if one is not None]
-        if len(used) < count:
-            group = Group(group.c, group.p, tuple(pick(group.seeds)), tuple(pick(group.ranks)), group.plan)
-        dx_MK, some_a, some_b = groups.backward(
-            dense, x_MK, pick(s), pick(weights), pick(a), pick(b), group, (need_x, need_a, need_b), ctx.dtypes
-        )
-        for i, one, other in zip(used, some_a, some_b, strict=True):
-            da[i], db[i] = one, other
-    return dx_MK, None, None, None, None, None, None, *da, *db
-
-
-_gradients_once = once_differentiable(_gradients)
+    @once
+    def backward(ctx: Any, *dy: torch.Tensor | None) -> tuple[Any, ...]:
+        x_MK, *s = ctx.saved_tensors
+        weights, a, b, group = ctx.frozen
+        count = len(dy)
+        need_x, of_adapters = ctx.needs_input_grad[0], ctx.needs_input_grad[-2 * count :]
+        need_a, need_b = any(of_adapters[:count]), any(of_adapters[count:])
+        used = [i for i, one in enumerate(dy) if one is not None]  # an output that nothing read has no gradient
+        da: list[torch.Tensor | None] = [None] * count
+        db: list[torch.Tensor | None] = [None] * count
+        dx_MK: torch.Tensor | None = None
+        if used:
+            pick = lambda of: [of[i] for i in used]  # noqa: E731
+            dense = [one.contiguous() for one in dy if one is not None]
+            if len(used) < count:
+                group = Group(group.c, group.p, tuple(pick(group.seeds)), tuple(pick(group.ranks)), group.plan)
+            dx_MK, some_a, some_b = groups.backward(
+                dense, x_MK, pick(s), pick(weights), pick(a), pick(b), group, (need_x, need_a, need_b), ctx.dtypes
+            )
+            for i, one, other in zip(used, some_a, some_b, strict=True):
+                da[i], db[i] = one, other
+        return dx_MK, None, None, None, None, None, None, *da, *db

@@ -21,13 +21,21 @@ def lora_config(placement: Placement, model: nn.Module | None, overrides: dict[s
         raise ConfigError(
             f"lora_config: {' and '.join(given)} come from the placement; for others, place anew (pf.place(report, rank=...))"
         )
-    fields = placement.peft_config()
-    if model is not None:
-        fields |= _fields_for(placement, model, as_parameters=not overrides.get("use_dora"))
+    fields = fields_for(placement, model, as_parameters=not overrides.get("use_dora"))
     return peft.LoraConfig(**fields | overrides)
 
 
-def _fields_for(placement: Placement, model: nn.Module, as_parameters: bool) -> dict[str, Any]:
+def fields_for(placement: Placement, model: nn.Module | None, as_parameters: bool = True) -> dict[str, Any]:
+    """Returns the fields of the placement's LoraConfig; PEFT need not be installed.
+
+    `model` may be without values. `as_parameters`: linear modules whose names PEFT takes for experts' go to
+    target_parameters, which it cannot train with DoRA. Raises PlacementError where `model` lacks a module.
+    """
+    fields = placement.peft_config()
+    return fields if model is None else fields | _fields_of(placement, model, as_parameters)
+
+
+def _fields_of(placement: Placement, model: nn.Module, as_parameters: bool) -> dict[str, Any]:
     known = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
     if missing := [name for name in placement.modules if name not in known]:
         raise PlacementError(

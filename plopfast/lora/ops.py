@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch, library
+from ..kernels.autograd import once
 from ..kernels.codes import Codes, Weight, dense
 from ..support.errors import BackendError
 
@@ -173,30 +173,23 @@ class _LoRALinear(torch.autograd.Function):
         return y_MN
 
     @staticmethod
-    def backward(ctx: Any, dy_MN):
-        # the decorator's context alone takes 14 calls of the host
-        return _gradients_once(ctx, dy_MN) if torch.is_grad_enabled() else _gradients(ctx, dy_MN)
-
-
-def _gradients(ctx: Any, dy_MN: torch.Tensor) -> tuple[Any, ...]:
-    x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
-    if ctx.codes is not None:
-        w_NK = ctx.codes
-    need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
-    dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
-    if ctx.direct:
-        c, p, number, plan, dtypes = ctx.direct
-        needed = need_x, need_a, need_b
-        found = library.backward(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, c, p, number, plan, needed, dtypes)
-    else:
-        scaling, p, backend = ctx.settings
-        op = torch.ops.plopfast.lora_backward.default
-        found = op(dy_MN, x_MK, s_MR, dense(w_NK), a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
-    dx_MK, da_RK, db_NR = found
-    return dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, None, None, None
-
-
-_gradients_once = once_differentiable(_gradients)
+    @once
+    def backward(ctx: Any, dy_MN: torch.Tensor) -> tuple[Any, ...]:
+        x_MK, s_MR, w_NK, a_RK, b_NR, seed = ctx.saved_tensors
+        if ctx.codes is not None:
+            w_NK = ctx.codes
+        need_x, _, need_a, need_b = ctx.needs_input_grad[:4]
+        dy_MN = dy_MN.contiguous()  # the gradient of a sum comes with stride 0, and see lora_linear
+        if ctx.direct:
+            c, p, number, plan, dtypes = ctx.direct
+            needed = need_x, need_a, need_b
+            found = library.backward(dy_MN, x_MK, s_MR, w_NK, a_RK, b_NR, c, p, number, plan, needed, dtypes)
+        else:
+            scaling, p, backend = ctx.settings
+            op = torch.ops.plopfast.lora_backward.default
+            found = op(dy_MN, x_MK, s_MR, dense(w_NK), a_RK, b_NR, scaling, p, seed, backend, need_x, need_a, need_b)
+        dx_MK, da_RK, db_NR = found
+        return dx_MK if need_x else None, None, da_RK if need_a else None, db_NR if need_b else None, None, None, None
 
 
 def is_direct(x: torch.Tensor) -> bool:

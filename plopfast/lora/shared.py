@@ -82,7 +82,7 @@ class SharedInput:
             return None
         key = (x._version, torch.is_grad_enabled(), p)  # x could be changed in place
         if self._x() is not x or self._key != key or member not in self._outputs:
-            self._outputs = self._together(x, p)
+            self._outputs = self.together(x, p)
             self._x, self._key = weakref.ref(x), key
         return self._outputs.pop(member)
 
@@ -104,7 +104,8 @@ class SharedInput:
         factors, numbers = zip(*(library.factors(first.scaling, p, seed) for seed in seeds), strict=True)
         return Group(factors[0], p, numbers, tuple(m.rank for m in members), plan)
 
-    def _together(self, x: torch.Tensor, p: float) -> dict[LoRALinear, torch.Tensor]:
+    def together(self, x: torch.Tensor, p: float) -> dict[Any, torch.Tensor]:
+        """Each member's output [..., N]."""
         members, made = self.members, self._made
         if made is not None and self._normed() is x and made[0] == x._version and made[1].p == p:
             _, group, s = made
@@ -117,7 +118,7 @@ class SharedInput:
         trained = [m.lora_A for m in members] + [m.lora_B for m in members]
         outputs = LoRAGroup.apply(x_MK, s, weights, biases, low, self.stacked_A, group, *trained)
         shape = x.shape[:-1]
-        return {m: y if x.dim() == 2 else y.view(*shape, -1) for m, y in zip(members, outputs, strict=True)}
+        return {m: y if x.dim() == 2 else y.view(*shape, y.shape[1]) for m, y in zip(members, outputs, strict=True)}
 
 
 class Prepared(contextlib.AbstractContextManager["Prepared"]):
@@ -219,16 +220,31 @@ def _copy_of(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def find_shared_inputs(model: nn.Module) -> list[list[str]]:
     """Groups the adapters that read the same input tensor, for `Prepared`; returns the names in each group.
 
-    The groups are found by running the model on two tokens. All members of a group have one scaling, one dropout rate,
-    one backend and one dtype, are at most MAX_MEMBERS, and their ranks sum to at most MAX_RANKS.
+    All members of a group have one scaling, one dropout rate, one backend and one dtype, are at most MAX_MEMBERS, and their
+    ranks sum to at most MAX_RANKS.
     """
-    seen: list[tuple[torch.Tensor, list[LoRALinear]]] = []  # keeps the inputs alive, so that their identities differ
     names = {module: name for name, module in adapters(model).items()}
+    found = readers(model, names, _alike)
+    found = [(members, producer) for members, producer in found if sum(m.rank for m in members) <= MAX_RANKS]
+    for members, producer in found:
+        shared = SharedInput(members, producer)
+        for member in members:
+            member.shared = shared
+    return [[names[module] for module in members] for members, _ in found]
+
+
+@torch.no_grad()
+def readers(
+    model: nn.Module, modules: Iterable[nn.Module], alike: Callable[[Any, Any], bool]
+) -> list[tuple[list[Any], nn.Module | None]]:
+    """Groups of two or three of `modules` that read the same input tensor one after the other and are `alike`, each with the
+    module whose output that is, if there is one. They are found by running the model on two tokens."""
+    seen: list[tuple[torch.Tensor, list[Any]]] = []  # keeps the inputs alive, so that their identities differ
     made: dict[int, nn.Module] = {}  # by the output's identity
     outputs: list[Any] = []  # likewise kept alive
 
     def note(module: Any, args: tuple[torch.Tensor, ...]) -> None:
-        if seen and seen[-1][0] is args[0] and _alike(seen[-1][1][0], module) and len(seen[-1][1]) < MAX_MEMBERS:
+        if seen and seen[-1][0] is args[0] and alike(seen[-1][1][0], module) and len(seen[-1][1]) < MAX_MEMBERS:
             seen[-1][1].append(module)
         else:
             seen.append((args[0], [module]))
@@ -239,18 +255,13 @@ def find_shared_inputs(model: nn.Module) -> list[list[str]]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluating(model))  # dropout would move torch's generator on
-        for module in names:
+        for module in modules:
             stack.enter_context(module.register_forward_pre_hook(note))
         for leaf in model.modules():
             if not any(leaf.children()):
                 stack.enter_context(leaf.register_forward_hook(note_output))
         body(model)(input_ids=torch.ones(1, 2, dtype=torch.long, device=device_of(model)), use_cache=False)
-    found = [(x, members) for x, members in seen if len(members) > 1 and sum(m.rank for m in members) <= MAX_RANKS]
-    for x, members in found:
-        shared = SharedInput(members, made.get(id(x)))
-        for member in members:
-            member.shared = shared
-    return [[names[module] for module in members] for _, members in found]
+    return [(members, made.get(id(x))) for x, members in seen if len(members) > 1]
 
 
 def _alike(one: LoRALinear, other: LoRALinear) -> bool:

@@ -18,9 +18,9 @@ n tokens, H hidden, V vocabulary.
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from ..kernels import dispatch, library_rows, torch_rows  # noqa: F401  # the second registers the operation
+from ..kernels.autograd import once
 from ..kernels.codes import Codes, Weight, dense
 
 CHUNK_ELEMENTS = {"cpu": 1 << 25}  # logits held at once: 128 MiB in float32; an eighth of it takes 25 % longer
@@ -152,7 +152,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, d_total):
         dh_nH, dw_VH, dbias_V = (None if g is None else g * d_total for g in ctx.saved_tensors)
         return dh_nH, dw_VH, dbias_V, None, None, None, None

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
 from ..kernels import library_rows
+from ..kernels.autograd import once
 
 NAME = "apply_rotary_pos_emb"
 PARAMETERS = ["q", "k", "cos", "sin", "unsqueeze_dim"]
@@ -45,7 +45,7 @@ class _Rotary(torch.autograd.Function):
         return _op(q)(q, k, cos, sin, interleaved, False, "auto")
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> Any:
         found = _op(dq)(dq, dk, *ctx.saved_tensors, ctx.interleaved, True, "auto")
         return *found, None, None, None

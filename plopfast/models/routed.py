@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels import library_segments
+from ..kernels.autograd import once
 from ..kernels.codes import Stack
 from ..support.errors import ModelError
 from .frozen import StoredWeight, whole
@@ -159,7 +160,7 @@ class PlainProduct(torch.autograd.Function):
         return y_SN
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once
     def backward(ctx: Any, dy_SN: torch.Tensor) -> Any:
         x_SK, ends_E, *kept = ctx.saved_tensors
         dy_SN, (need_x, need_w, *_) = dy_SN.contiguous(), ctx.needs_input_grad

@@ -10,6 +10,7 @@ from ..lora.layer import unload
 from ..lora.placement import Placement
 from ..models.loading import shapes_source
 from ..models.running import device_of
+from ..placing.by_settings import placed, unscored
 from ..placing.rules import FULL, RULES
 from ..report.tables import estimate_table
 from ..scoring.report import NFNReport
@@ -19,7 +20,6 @@ from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, ModelError, PlacementError
 from ..training.estimate import as_rows, estimate
 from ..training.plan import Plan
-from .apply import placed, unscored
 from .fit import Fitted, fit, limit_of
 from .run import Run
 from .shapes import Shapes, largest

@@ -10,16 +10,16 @@ from statistics import fmean
 
 from ..data.describe import left_out
 from ..data.example import Example
-from ..data.prompts import Prompt, prompts_of, read_prompts
+from ..data.tasks import Prompt, prompts_of, read_prompts
 from ..integrations.grpo import GRPOResult, grpo, libraries
 from ..integrations.judging import Judge
 from ..integrations.rewards import FORMS, Reward, built_in
 from ..lora.placement import Placement
+from ..placing.by_settings import check_rule
 from ..support import files, machine
 from ..support.devices import device_for
 from ..support.errors import ConfigError, DataError
 from ..support.grpo_settings import names_code
-from .apply import check_rule
 from .folder import GRPO_CHECKPOINTS
 from .run import Run
 from .splits import HOLD_OUT, sources_of
@@ -42,7 +42,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         )
     train, test = _prompts(run, judge)
     if not run.file("place").exists():
-        check_rule(run)
+        check_rule(config.placing, lambda: run.model)
         if not run.file("score").exists():
             run_score(run, _to_score(run, train))
         run_place(run)
@@ -64,7 +64,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         value = {"plopfast": "grpo", "reward": config.reward, **result.facts()}
         files.write_json(run.folder / "grpo.json", value)
     run.at.ledger.clear(GRPO_CHECKPOINTS)
-    for line in result.notes:
+    for line in (*result.paths, *result.notes):
         run.say(line)
     return result
 

@@ -1,7 +1,6 @@
 """A run: its settings, and the model and data, which are loaded when a stage first needs them."""
 
 import dataclasses
-import random
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..data.describe import DataFacts, facts_of, left_out
 from ..data.example import Example
 from ..data.labels import tokenize
 from ..data.notices import Notices
-from ..data.rows import Row, Rows
+from ..data.rows import Row, Rows, drawn
 from ..data.text import read_text
 from ..integrations.rewards import absolute
 from ..models.fingerprints import fingerprint
@@ -31,7 +30,6 @@ from .folder import CONFIG, Folder
 from .splits import read_splits, resolved, sha256_of, sources_of
 
 DEMO_SETTINGS = {"max_steps": 60, "batch_tokens": 160}  # 8 rows a step: minutes on 2 cores
-SCORE_ROWS = 8  # rows in a batch as it is handed to score(), which batches anew
 
 
 class Run:
@@ -217,9 +215,8 @@ class Run:
 
         Rows of messages know the roles of their tokens.
         """
-        rows, config = self.rows("train"), self.config
-        rng = random.Random(config.seed if seed is None else seed)
-        return self._tokenized("train", rng.sample(rows, min(config.score_prompts, len(rows))), roles=True)
+        rows = drawn(self.rows("train"), self.config.score_prompts, self.config.seed if seed is None else seed)
+        return self._tokenized("train", rows, roles=True)
 
     def inputs(self, without: str = "") -> dict[str, Any]:
         """What a study rests on besides settings, by name: the hash of each file but one, and some of the weights."""

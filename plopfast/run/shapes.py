@@ -12,6 +12,7 @@ import torch
 
 from ..lora.placement import Placement
 from ..models.shapes import config_of, model_of
+from ..placing.by_settings import placed, unscored
 from ..placing.rules import RULES, command_rules
 from ..report.tables import shapes_table
 from ..scoring.report import NFNReport
@@ -19,7 +20,6 @@ from ..support import files
 from ..support.config import ROWS, RunConfig
 from ..support.errors import ConfigError, FileError, PlacementError
 from ..training.estimate import Estimate, estimate_shapes
-from .apply import placed, unscored
 
 TOKENS = 2048  # in a row, unless --max-length or the model's context says otherwise
 NOT_COUNTED = (

@@ -21,6 +21,7 @@ from ..models.loading import load_model
 from ..models.running import device_of
 from ..models.saved import save_model
 from ..models.weights import check_finite
+from ..placing.by_settings import placed, scored, why_every_row
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
@@ -30,7 +31,7 @@ from ..support.progress import shows_color
 from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.trainer import Trainer, TrainResult
-from .apply import placed, scored, trainer_for, why_every_row
+from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
 from .run import Run

@@ -4,11 +4,11 @@ from collections.abc import Callable
 from functools import partial
 
 from ..lora.placement import Placement
+from ..placing.by_settings import check_rule
 from ..report import kinds
 from ..scoring.report import NFNReport
 from ..support import ranks
 from ..support.tables import Column, Table
-from .apply import check_rule
 from .costs import fit_run, try_estimate
 from .run import Run
 from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
@@ -31,7 +31,7 @@ def run_all(run: Run) -> str:
     run.rows("train")
     fit_run(run)
     if not run.config.full:
-        check_rule(run)  # before invalid settings are kept
+        check_rule(run.config.placing, lambda: run.model)  # before invalid settings are kept
     with run.stage("run"):  # from here on an interrupted run can be resumed
         for stage, do in ORDER.items():
             if run.config.full and stage not in ("data", "train", "eval"):

@@ -17,9 +17,10 @@ from ..data.batches import batches_of
 from ..data.example import Example
 from ..models.experts import ExpertInfo, weights_of
 from ..models.running import context_length, device_of
+from ..placing.by_settings import SCORE_ROWS
 from ..placing.rules import RULES, Rule, ranked
 from ..report.tables import audit_tables
-from ..run.run import SCORE_ROWS, Run
+from ..run.run import Run
 from ..scoring.nfn import score
 from ..scoring.report import NFNReport
 from ..support import files, memory

@@ -20,8 +20,9 @@ from ..lora.init import INITS
 from ..lora.layer import unload
 from ..lora.placement import full_rank
 from ..models.experts import weights_of
+from ..placing.by_settings import placed, scored
 from ..placing.rules import RULES, command_rules
-from ..run.apply import placed, scored, trainer_for
+from ..run.apply import trainer_for
 from ..run.run import Run
 from ..scoring.report import NFNReport
 from ..support import files

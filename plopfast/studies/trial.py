@@ -21,10 +21,10 @@ from ..data.rows import DEMO
 from ..lora.layer import unload
 from ..lora.placement import Placement
 from ..models.linears import number_of_weights
+from ..placing.by_settings import placed
 from ..placing.rules import FULL, arm_names
 from ..report import kinds
 from ..report.tables import trial_table
-from ..run.apply import placed
 from ..run.folder import CONFIG, EVA
 from ..run.run import Run
 from ..run.stages import run_score

@@ -34,6 +34,10 @@ class Head:
     def weight_VH(self) -> Any:
         return frozen_of(self.module).weight_NK
 
+    @property
+    def bias_V(self) -> torch.Tensor | None:
+        return cast(torch.Tensor | None, self.module.bias)
+
     def logits(self, hidden_nH: torch.Tensor) -> torch.Tensor:
         """Returns logits [n, vocabulary] in float32 for hidden states [n, hidden]."""
         z_nV = self.module(hidden_nH).float()
@@ -108,9 +112,10 @@ class Objective(nn.Module):
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
             hidden_nH = body(self.model)(**inputs_of(batch), use_cache=False)[0][where]
-        head, bias = self.head, cast(torch.Tensor | None, self.head.module.bias)
-        weight, multiplier = head.weight_VH, head.multiplier
-        return chunked_cross_entropy(hidden_nH, weight, targets_n, bias, multiplier=multiplier, cap=head.cap)
+        head = self.head
+        return chunked_cross_entropy(
+            hidden_nH, head.weight_VH, targets_n, head.bias_V, multiplier=head.multiplier, cap=head.cap
+        )
 
     @torch.no_grad()
     def _agrees(self, ids: torch.Tensor, theirs: torch.Tensor) -> bool:

@@ -158,23 +158,26 @@ def test_help_names_every_command(capsys):
 MODEL = {"--model", "--dtype", "--device", "--backend"}
 DATA = {"--train", "--valid", "--test", "--max-length"}
 READ = {  # options that a command offers, and some that it does not read
-    "run": (MODEL | DATA | {"--rule", "--rank", "--lr", "--parallel", "--resume"}, {"--arms", "--search-trials"}),
+    "run": (
+        MODEL | DATA | {"--rule", "--rank", "--lr", "--parallel", "--resume", "--print-peft"},
+        {"--arms", "--search-trials"},
+    ),
     "data": (
         DATA | {"--model", "--columns", "--learn", "--long", "--bad-rows", "--allow-overlap"},
         {"--device", "--rank", "--lr"},
     ),
     "score": (
-        MODEL | DATA | {"--confidence", "--k", "--seed", "--init"},
+        MODEL | DATA | {"--confidence", "--k", "--seed", "--init", "--print-peft"},
         {"--lr", "--alpha", "--unlabeled", "--max-steps"},
     ),
     "audit": (MODEL | DATA | {"--k", "--rank", "--seed"}, {"--max-steps", "--alpha", "--parallel"}),
-    "place": ({"--rule", "--budget", "--cap", "--seed"}, {"--model", "--train", "--lr", "--max-steps"}),
+    "place": ({"--rule", "--budget", "--cap", "--seed", "--print-peft"}, {"--model", "--train", "--lr", "--max-steps"}),
     "estimate": (
         MODEL - {"--backend"} | DATA | {"--batch-tokens", "--rank", "--unlabeled"},
         {"--max-steps", "--lr", "--alpha", "--backend"},
     ),
     "train": (MODEL | DATA | {"--lr", "--max-steps", "--full", "--resume"}, {"--rule", "--budget", "--score-prompts"}),
-    "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank"}),
+    "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank", "--print-peft"}),
     "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
     "search": (MODEL | DATA | {"--search-trials", "--cap", "--max-steps"}, {"--arms", "--confidence"}),
     "report": ({"--out", "--overwrite"}, {"--model", "--train", "--seed"}),

@@ -95,6 +95,20 @@ def _too_little(w):
     return lambda: pf.place(report, budget=3), (report,)
 
 
+SUGGESTED = [{"prompt": f"a word {i}", "completion": f" kind {i % 3}"} for i in range(20)]
+
+
+@case("suggest")
+def _places_in_one_call(w):
+    return lambda: pf.suggest(w.model, SUGGESTED, w.tokenizer, k=2, rank=3), (SUGGESTED,)
+
+
+@case("suggest", raises=DataError)
+def _of_rows_of_no_kind(w):
+    rows = [*SUGGESTED, {"other": 1}]
+    return lambda: pf.suggest(w.model, rows, w.tokenizer), (rows,)
+
+
 # data
 
 

@@ -13,7 +13,7 @@ from helpers import build, everywhere
 from safetensors.torch import load_file
 
 import plopfast as pf
-from plopfast.data.prompts import prompts_of, read_prompts
+from plopfast.data.tasks import prompts_of, read_prompts
 from plopfast.integrations.checkpoints import GRPO_CHECKPOINTS, last_checkpoint
 from plopfast.integrations.judging import Judge, measure
 from plopfast.integrations.rewards import Exact
@@ -79,6 +79,8 @@ def test_the_adapters_are_those_of_the_placement_and_the_base_stays(tokenizer):
     assert len(ranks) == len(placement.modules) and set(ranks.values()) == {2}
     base = result.model.get_base_model()
     assert base is model and "forward" not in vars(base), "TRL's own forward pass is off again"
+    assert result.paths[0].startswith(f"accelerated: {len(placement.modules)} LoRA layers")
+    assert {type(module) for module in result.model.modules() if hasattr(module, "lora_A")} == {peft.tuners.lora.Linear}
     plain = result.model.unload()
     assert all(torch.equal(value, before[name]) for name, value in plain.named_parameters())
 
@@ -93,7 +95,7 @@ def test_a_peft_model_is_trained_on(tokenizer):
     model = peft.get_peft_model(decided(), everywhere(build("llama"), 4, 32.0).lora_config())
     before = values(model)
     result = pf.grpo(model, tokenizer, ROWS, vowels, max_steps=2, **STEP)
-    assert result.model is model
+    assert result.model is model and not result.paths
     assert any(not torch.equal(value, before[name]) for name, value in values(model).items())
 
 

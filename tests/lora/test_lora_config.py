@@ -4,9 +4,8 @@ import sys
 
 import pytest
 import torch
-from helpers import build
+from helpers import adapted_in, build
 from peft import LoraConfig, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from zoo import families, reference
 
 import plopfast as pf
@@ -24,17 +23,6 @@ def placed(model, *ends, ranks=(2,)):
     return pf.Placement(modules, [], "explicit", 0, experts=experts)
 
 
-def adapted_by_peft(model, config):
-    """Name -> (rank, alpha) of what PEFT adapts, where names of parameters stand for those of experts."""
-    wrapped, found = get_peft_model(model, config).base_model, {}
-    for name, module in wrapped.model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            parameter = getattr(module, "parameter_name", None)
-            name = name.replace(".base_layer", "") + (f".{parameter}" if parameter not in (None, "weight") else "")
-            found[name] = module.r["default"], float(module.lora_alpha["default"])
-    return found
-
-
 @pytest.mark.parametrize("with_model", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_peft_adapts_the_same_modules(architecture, with_model):
@@ -44,7 +32,7 @@ def test_peft_adapts_the_same_modules(architecture, with_model):
     )
     config = placement.lora_config(model if with_model else None, lora_dropout=0.25)
     assert isinstance(config, LoraConfig) and config.task_type == "CAUSAL_LM" and config.lora_dropout == 0.25
-    assert adapted_by_peft(model, config) == placement.modules
+    assert adapted_in(get_peft_model(model, config)) == placement.modules
 
 
 def test_targets_are_as_short_as_they_can_be():
@@ -60,7 +48,7 @@ def test_experts_and_shared_experts(family):
     """PEFT takes `gate_proj` of shared experts for the experts' own, and would drop it."""
     model = families.build(family)
     placement = placed(model, "v_proj", "down_proj", ranks=(2, 3))
-    assert adapted_by_peft(families.build(family), placement.lora_config(model)) == placement.modules
+    assert adapted_in(get_peft_model(families.build(family), placement.lora_config(model))) == placement.modules
     pf.inject(model, placement)
     theirs = get_peft_model(families.build(family), placement.lora_config(model=families.build(family)))
     names = {

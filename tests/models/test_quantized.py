@@ -7,9 +7,9 @@ import warnings
 import pytest
 import torch
 import transformers
-from helpers import build, quantize
+from helpers import OF_BITSANDBYTES, build, model_for_bitsandbytes, of_bitsandbytes, quantize
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM
 
 import plopfast as pf
 from plopfast.lora.layer import adapters, merge
@@ -151,38 +151,10 @@ def test_weights_that_cannot_be_quantised():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model whose shapes bitsandbytes' products on a CPU take."""
-    config = transformers.LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-    )
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    return path
+    return model_for_bitsandbytes(tmp_path_factory.mktemp("model"))
 
 
-THEIRS = {
-    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    "nested nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
-    "int8": {"load_in_8bit": True},
-}
-
-
-def of_bitsandbytes(folder, kind):
-    """Loaded by transformers. Its products on a CPU are float32's, which on some CPUs they would not be."""
-    config = BitsAndBytesConfig(**THEIRS[kind])
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
-    for module in model.modules():
-        module.support_avx512bf16_for_cpu = False
-    return model
-
-
-@pytest.mark.parametrize("kind", THEIRS)
+@pytest.mark.parametrize("kind", OF_BITSANDBYTES)
 def test_a_model_that_bitsandbytes_has_quantised(folder, kind, tmp_path):
     """It is scored and adapted by the same values, PEFT finds the adapter right, and it merges into a dense model."""
     from peft import PeftModel

@@ -123,9 +123,9 @@ def test_a_recomputed_block_computes_its_mlp_no_more_often(settings, runs):
 
 
 def test_members_of_a_group_compute_together_in_each_tile(monkeypatch):
-    model, together, plain = trained(build("llama")), Counter(), SharedInput._together
+    model, together, plain = trained(build("llama")), Counter(), SharedInput.together
     monkeypatch.setattr(
-        SharedInput, "_together", lambda self, x, p: (together.update([len(self.members)]), plain(self, x, p))[1]
+        SharedInput, "together", lambda self, x, p: (together.update([len(self.members)]), plain(self, x, p))[1]
     )
     step(model, mlp_rows=29)
     assert together == {3: 3, 2: 3 * 2 * 2}, (
