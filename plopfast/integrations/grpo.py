@@ -6,14 +6,17 @@ rows, the rewards, the measurement before and after, and what makes a run go on 
 """
 
 import contextlib
+import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..data.tasks import prompts_of
@@ -73,6 +76,19 @@ class GRPOResult:
         }  # fmt: skip
 
 
+@contextlib.contextmanager
+def _own_random() -> Iterator[None]:
+    """Puts the random states back that a trainer seeds: Python's, NumPy's and torch's."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@_own_random()
 def grpo(
     model: nn.Module, tokenizer: Any, rows: Sequence[Any], reward: str | Reward, *, placement: Placement | None = None,
     test: Sequence[Any] = (), generations: int = 8, prompts: int = 4, completion_length: int = 256, temperature: float = 1.0,
@@ -129,10 +145,10 @@ def grpo(
     with contextlib.ExitStack() as ends:
         folder = Path(out) if out is not None else Path(ends.enter_context(TemporaryDirectory()))
         before = measured("before", model)
-        run = steps_of(
+        steps = steps_of(
             model, tokenizer, placement, train, judge, settings, config, folder, kept=out is not None, progress=progress
         )
-        ends.callback(run.put_back)
+        run = ends.enter_context(steps)
         run.fit(resume=resume)
         after = measured("after", run.model)
     samples = [

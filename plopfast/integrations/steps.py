@@ -51,6 +51,8 @@ class Steps:
         self, model: Any, tokenizer: Any, placement: Placement | None, rows: Sequence[Prompt], judge: Judge,
         settings: GRPOSettings, config: TrainConfig, folder: Path, *, kept: bool, progress: bool,
     ) -> None:  # fmt: skip
+        base = model if placement is not None else model.get_base_model()
+        self._forward = vars(base).get("forward")  # the caller's own, if any: TRL puts another one before it
         self.total = config.max_steps or max(1, len(rows) // settings.prompts)
         self.rows, self.judge, self.config, self.progress = rows, judge, config, progress
         self.checkpoints, self.kept = folder / GRPO_CHECKPOINTS, kept
@@ -117,11 +119,19 @@ class Steps:
                 "harder prompts, more --generations, or a reward with degrees"
             )
 
-    def put_back(self) -> None:
-        """Takes TRL's own forward pass, and plopfast's operations, off the model again."""
-        vars(self.model.get_base_model()).pop("forward", None)
+    def __enter__(self) -> "Steps":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Takes TRL's own forward pass, and plopfast's operations, off the model again; after an error the adapters, too."""
+        base = self.model.get_base_model()
+        vars(base).pop("forward", None)
+        if self._forward is not None:
+            base.forward = self._forward
         if self.paths:
             restore(self.model)
+            if kind:
+                self.model.unload()
 
     def note(self, logs: dict[str, Any]) -> str:
         """Keeps a record of a step; returns it in words. Raises TrainingError where the step was not finite."""

@@ -1,10 +1,10 @@
 """Calls of what works in other people's tools, returning and raising, each with what it is there to change."""
 
 import peft
-from face_world import case
+from face_world import PLACEMENT, case
 
 import plopfast as pf
-from plopfast.support.errors import AdapterError, ConfigError
+from plopfast.support.errors import AdapterError, ConfigError, DataError, TrainingError
 
 IN_PLACE = r"^model "
 
@@ -49,3 +49,31 @@ def _restores(w):
 @case("restore", raises=AdapterError)
 def _nothing_of_pefts(w):
     return lambda: pf.restore(w.model), ()
+
+
+PROMPTS = [{"prompt": f"a word {number}", "answer": str(number)} for number in range(4)]
+SMALL_STEP = {"generations": 2, "prompts": 2, "completion_length": 2, "max_steps": 1}
+
+
+def _earned(completions, **_):
+    return [float(len(text)) for text in completions]
+
+
+@case("grpo", changes=[IN_PLACE])
+def _reinforces(w):
+    return lambda: pf.grpo(w.model, w.tokenizer, PROMPTS, _earned, placement=PLACEMENT, test=PROMPTS[:1], **SMALL_STEP).history, (PROMPTS,)  # fmt: skip
+
+
+@case("grpo", raises=ConfigError)
+def _without_a_placement(w):
+    return lambda: pf.grpo(w.model, w.tokenizer, PROMPTS, "exact"), ()
+
+
+@case("grpo", raises=DataError)
+def _without_an_answer(w):
+    return lambda: pf.grpo(w.model, w.tokenizer, [{"prompt": "a"}], "exact", placement=PLACEMENT, **SMALL_STEP), ()
+
+
+@case("grpo", "a reward that is not finite", raises=TrainingError, changes=[IN_PLACE])
+def _not_finite(w):
+    return lambda: pf.grpo(w.model, w.tokenizer, PROMPTS, lambda completions, **_: [float("nan")] * len(completions), placement=PLACEMENT, **SMALL_STEP), ()  # fmt: skip

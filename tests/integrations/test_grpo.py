@@ -310,6 +310,15 @@ def test_without_a_library_one_is_told_what_to_install(tokenizer, monkeypatch, n
         trained(tokenizer, max_steps=1)
 
 
+def test_after_an_error_the_model_is_as_it_was(tokenizer):
+    model, placement = decided(), everywhere(build("llama"))
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(TrainingError):
+        pf.grpo(model, tokenizer, ROWS, lambda completions, **_: [], placement=placement, max_steps=1, **STEP)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    assert pf.grpo(model, tokenizer, ROWS, vowels, placement=placement, max_steps=1, **STEP).steps == 1
+
+
 def test_a_step_that_is_not_finite_stops_the_training(tokenizer, monkeypatch):
     from plopfast.integrations.steps import Steps
 
