@@ -47,13 +47,13 @@ def values(model):
 
 
 def test_the_reward_rises(tokenizer):
-    result = trained(tokenizer, generations=8, max_steps=20, test=ROWS[:6])
+    result = trained(tokenizer, generations=8, max_steps=15, test=ROWS[:6])
     rewards = [record["reward"] for record in result.history]
-    assert len(rewards) == result.steps == 20
+    assert len(rewards) == result.steps == 15
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.1
     facts = result.facts()
     assert facts["mean_after"] > facts["mean_before"] + 0.1 and facts["test_prompts"] == 6
-    assert facts["reward_last"] > facts["reward_first"]
+    assert facts["reward_last"] > facts["reward_first"] and facts["notes"] == []
     first = result.samples[0]
     assert first.prompt == ROWS[0]["prompt"] and first.reward_after == vowels([first.after])[0] == result.after[0]
     assert first.before != first.after
@@ -85,6 +85,7 @@ def test_the_adapters_are_those_of_the_placement_and_the_base_stays(tokenizer):
     assert all(torch.equal(value, before[name]) for name, value in plain.named_parameters())
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_nothing_else(tokenizer):
     one, two, other = (trained(tokenizer, max_steps=2, seed=seed) for seed in (3, 3, 4))
     assert one.history == two.history and one.history != other.history
@@ -130,14 +131,9 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tokenizer, tmp_path, mon
     lines = (tmp_path / "cut" / "rewards.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == whole.history
     now, then = values(result.model), values(whole.model)
-    assert all(torch.equal(now[name], then[name]) for name in then)
+    kept = load_file(last_checkpoint(folder) / "adapter_model.safetensors")
+    assert all(torch.equal(now[name], then[name]) and torch.equal(kept[name], then[name]) for name in then)
     assert [path.name for path in (tmp_path / "whole" / GRPO_CHECKPOINTS).glob("checkpoint-*")] == ["checkpoint-5"]
-
-
-def test_a_checkpoint_holds_the_adapter_of_its_step(tokenizer, tmp_path):
-    result = trained(tokenizer, max_steps=2, out=tmp_path)
-    kept = load_file(last_checkpoint(tmp_path / GRPO_CHECKPOINTS) / "adapter_model.safetensors")
-    assert all(torch.equal(kept[name], value) for name, value in values(result.model).items())
 
 
 def test_without_a_folder_nothing_is_kept(tokenizer, tmp_path, monkeypatch):
@@ -147,25 +143,24 @@ def test_without_a_folder_nothing_is_kept(tokenizer, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-def test_kl_is_known_with_beta(tokenizer):
-    kl = [record["kl"] for record in trained(tokenizer, max_steps=3, beta=0.1).history]
+def test_kl_is_known_with_beta_and_nobody_else_is_told(tokenizer, monkeypatch):
+    """In one pass over the rows, the default."""
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry"))
+    kl = [record["kl"] for record in trained(tokenizer, beta=0.1).history]
+    assert len(kl) == len(ROWS) // STEP["prompts"]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
 
 
 def test_rewards_that_teach_nothing_are_told(tokenizer):
     result = trained(tokenizer, lambda completions, **_: [1.0] * len(completions), max_steps=2)
     assert result.idle == 1 and "100% of the steps taught nothing" in result.notes[0]
-    assert trained(tokenizer, max_steps=2).notes == []
 
 
+@pytest.mark.slow
 def test_a_step_in_micro_batches(tokenizer):
     one, two = (trained(tokenizer, max_steps=1, accumulate=cut) for cut in (1, 4))
     assert one.history[0]["grad_norm"] == pytest.approx(two.history[0]["grad_norm"], rel=0.5)
     assert two.steps == 1
-
-
-def test_one_pass_over_the_rows_by_default(tokenizer):
-    assert trained(tokenizer).steps == len(ROWS) // STEP["prompts"]
 
 
 def test_a_reward_gets_the_columns_of_its_rows(tokenizer):
@@ -242,15 +237,26 @@ async def later(completions, **_):
         (DataError, "row 1: expected a row", {"rows": ["dog"]}), (DataError, "no chat template", {"rows": [{"prompt": [{"role": "user", "content": "a"}]}]}),
         (DataError, "row 1: the prompt has .* context leaves 1 beside", {"completion_length": 127}),
         (DataError, "file:7: expected a row", {"rows": [("file:7", {})]}),
-        (TrainingError, "returned 1 numbers for 16", {"reward": lambda completions, **_: [1.0]}),
-        (TrainingError, "returned nan for a completion of row", {"reward": lambda completions, **_: [float("nan")] * len(completions)}),
-        (TrainingError, "returned 'x'", {"reward": lambda completions, **_: ["x"] * len(completions)}),
     ],
 )  # fmt: skip
 def test_bad_input_has_one_clear_error(tokenizer, monkeypatch, error, said, given):
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(error, match=said):
         trained(tokenizer, **{"max_steps": 1, **given})
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [([1.0], "odd returned 1 numbers for 2"), ([0, float("nan")], "nan for a completion of a:2"), (["x", 0], "'x' .* a:1"), ([0, [1]], "expected")],
+)  # fmt: skip
+def test_what_a_reward_may_return(tokenizer, found, said):
+    def odd(completions, **_):
+        return found
+
+    rows = prompts_of([("a:1", {"prompt": "dog"}), ("a:2", {"prompt": "cat"})], tokenizer)
+    with pytest.raises(TrainingError, match=said):
+        Judge(odd)(rows, ["", ""])
+    assert Judge(lambda completions, **_: [None, torch.tensor(2)])(rows, ["", ""]) == [None, 2.0]
 
 
 def test_texts_and_messages_do_not_mix(tokenizer, monkeypatch):
@@ -334,8 +340,3 @@ def test_a_model_that_is_not_finite_has_a_clear_error(tokenizer):
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(TrainingError, match="step 1: the model's probabilities are not finite"):
         pf.grpo(model, tokenizer, ROWS, vowels, placement=everywhere(build("llama")), max_steps=1, **STEP)
-
-
-def test_nobody_is_told_that_it_is_used(tokenizer, monkeypatch):
-    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *_, **__: pytest.fail("telemetry"))
-    trained(tokenizer, max_steps=1)

@@ -103,13 +103,6 @@ def test_a_settings_file_makes_no_code_run(given, code, tmp_path, capsys, monkey
     )
 
 
-def test_a_settings_file_may_name_a_reward_that_is_included(given, tmp_path, capsys):
-    settings = tmp_path / "settings.json"
-    settings.write_text(json.dumps({"reward": "regex:[aeiou]"}))
-    assert command("grpo", *given, "--config", str(settings)) == 0
-    assert json.loads((tmp_path / "out" / "grpo.json").read_text())["reward"] == "regex:[aeiou]"
-
-
 def test_interrupted_and_resumed(given, code, tmp_path, capsys, monkeypatch):
     out, whole = tmp_path / "out", tmp_path / "whole"
     given = [*given, "--max-steps=3"]
@@ -167,12 +160,15 @@ def test_there_must_be_a_reward(given, capsys):
 
 
 def test_overlap_and_bad_rows_are_allowed_when_asked(given, tmp_path, capsys):
-    file = tmp_path / "prompts.jsonl"
+    """The reward is one that is included, which a settings file may name."""
+    file, settings = tmp_path / "prompts.jsonl", tmp_path / "settings.json"
     file.write_text(file.read_text() + '{"prompt": 3}\n')
-    words = [*given, "--reward=regex:a", "--test", str(file), "--allow-overlap", "--bad-rows=skip", "--max-steps=1"]
-    assert command("grpo", *words) == 0
+    settings.write_text(json.dumps({"reward": "regex:[aeiou]"}))
+    words = ["--test", str(file), "--allow-overlap", "--bad-rows=skip", "--max-steps=1", "--config", str(settings)]
+    assert command("grpo", *given, *words) == 0
     said = capsys.readouterr().err
     assert "24 of 24 test prompts are trained on" in said and "prompts.jsonl:25" in said
+    assert json.loads((tmp_path / "out" / "grpo.json").read_text())["reward"] == "regex:[aeiou]"
 
 
 def test_torchrun_is_refused(given, capsys, monkeypatch):

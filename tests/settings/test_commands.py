@@ -88,7 +88,15 @@ def test_a_folder_is_free_when_its_command_has_ended(shop, word):
 
 @pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "overwrite" in entry.flags and name not in ("trial", "search", "run", "report", "audit", "estimate")])  # fmt: skip
 def test_results_are_replaced_only_when_asked(shop, command):
-    starts = {"data": None, "score": None, "place": "placed", "train": "trained", "eval": "trained", "merge": "trained"}
+    starts = {
+        "data": None,
+        "score": None,
+        "place": "placed",
+        "train": "trained",
+        "grpo": "placed",
+        "eval": "trained",
+        "merge": "trained",
+    }
     folder = shop.folder(starts[command])
     words = shop.words(command)
     if command in ("data", "score", "grpo", "eval", "merge"):
