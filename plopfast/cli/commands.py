@@ -5,6 +5,7 @@ A command imports what it calls when it is called, so that --help answers before
 
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import sys
 import time
@@ -127,10 +128,15 @@ def _estimate(call: Call) -> None:
 def _grpo(call: Call) -> None:
     from ..integrations.rewards import load_function
     from ..run.grpo import in_words, run_grpo
-    from ..support.grpo_settings import names_code
+    from ..support.grpo_settings import LR, names_code
+    from ..support.settings_file import load_settings
 
     given: str | None = getattr(call.arguments, "reward", None)  # of the command line alone: no file makes code run
+    chosen = hasattr(call.arguments, "lr") or (call.arguments.config and "lr" in load_settings(call.arguments.config))
     run = call.run()
+    if not chosen and run.config.lr == RunConfig().lr:
+        run.config = dataclasses.replace(run.config, lr=LR)
+        run.say(f"learning rate {LR:g}: the default of supervised training, {RunConfig().lr:g}, is too high here")
     print(in_words(run_grpo(run, load_function(given) if given and names_code(given) else None)))
 
 

@@ -25,7 +25,7 @@ from ..lora.placement import Placement
 from ..models.linears import words_of_codes
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, ModelError
-from ..support.grpo_settings import GRPOSettings
+from ..support.grpo_settings import LR, GRPOSettings
 from ..support.progress import bar
 from .judging import Judge, Judged, measure
 from .rewards import Reward, built_in
@@ -92,7 +92,7 @@ def _own_random() -> Iterator[None]:
 def grpo(
     model: nn.Module, tokenizer: Any, rows: Sequence[Any], reward: str | Reward, *, placement: Placement | None = None,
     test: Sequence[Any] = (), generations: int = 8, prompts: int = 4, completion_length: int = 256, temperature: float = 1.0,
-    beta: float = 0.0, max_steps: int | None = None, lr: float = TrainConfig.lr, schedule: str = "cosine", warmup: float = 0.1,
+    beta: float = 0.0, max_steps: int | None = None, lr: float = LR, schedule: str = "cosine", warmup: float = 0.1,
     weight_decay: float = 0.0, clip: float = 1.0, accumulate: int = 1, checkpointing: bool = False, seed: int = 0,
     save_every: int | None = None, keep: int = 2, out: str | Path | None = None, resume: bool = False, progress: bool = False,
 ) -> GRPOResult:  # fmt: skip

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from .errors import ConfigError
 from .options import Settings, option
 
+LR = 2e-4  # where nobody chose one: that of supervised training, 1e-3, destroys models here
 BUILT_IN = ("exact", "number", "regex", "json")  # the rewards of integrations/rewards.py
 
 

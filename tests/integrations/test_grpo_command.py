@@ -14,6 +14,7 @@ from plopfast.models.loading import load_model
 from plopfast.report import kinds
 from plopfast.run import grpo as stage
 from plopfast.run.verify import verify
+from plopfast.support.grpo_settings import LR
 from plopfast.support.ledger import Ledger
 
 GRADER = """
@@ -48,7 +49,8 @@ def test_from_prompts_to_the_page(given, code, tmp_path, capsys):
     assert command("grpo", *given, "--reward", code) == 0
     said = capsys.readouterr()
     assert re.fullmatch(r"2 steps; reward of 2 test prompts: 0\.\d+ before, 0\.\d+ after\n", said.out)
-    assert "2 of the training rows, every 20th, are held out" in said.err
+    assert "2 of the training rows, every 20th, are held out" in said.err and "learning rate 0.0002: " in said.err
+    assert json.loads((out / "config.json").read_text())["settings"]["lr"] == LR
     written = kinds.read(out / "grpo.json", "plopfast grpo")
     assert written["reward"] == code and written["steps"] == 2 and len(written["samples"]) == 2
     assert [record["step"] for record in kinds.read(out / "rewards.jsonl", "plopfast grpo")] == [1, 2]
@@ -163,12 +165,13 @@ def test_overlap_and_bad_rows_are_allowed_when_asked(given, tmp_path, capsys):
     """The reward is one that is included, which a settings file may name."""
     file, settings = tmp_path / "prompts.jsonl", tmp_path / "settings.json"
     file.write_text(file.read_text() + '{"prompt": 3}\n')
-    settings.write_text(json.dumps({"reward": "regex:[aeiou]"}))
+    settings.write_text(json.dumps({"reward": "regex:[aeiou]", "lr": 1e-3}))
     words = ["--test", str(file), "--allow-overlap", "--bad-rows=skip", "--max-steps=1", "--config", str(settings)]
     assert command("grpo", *given, *words) == 0
     said = capsys.readouterr().err
     assert "24 of 24 test prompts are trained on" in said and "prompts.jsonl:25" in said
     assert json.loads((tmp_path / "out" / "grpo.json").read_text())["reward"] == "regex:[aeiou]"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["settings"]["lr"] == 1e-3, "as it was chosen"
 
 
 def test_torchrun_is_refused(given, capsys, monkeypatch):
