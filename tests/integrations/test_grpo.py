@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -19,6 +20,7 @@ from plopfast.integrations.judging import Judge, measure
 from plopfast.integrations.rewards import Exact
 from plopfast.support.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "grpo.md"
 ROWS = [{"prompt": f"dog {number} cat", "answer": str(number)} for number in range(12)]
 STEP = {"completion_length": 3, "generations": 4, "prompts": 4, "schedule": "constant", "warmup": 0.0, "lr": 1e-2}
 TEMPLATE = "{% for m in messages %}<s>{{ m.role }} {{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<s>bot {% endif %}"
@@ -340,3 +342,12 @@ def test_a_model_that_is_not_finite_has_a_clear_error(tokenizer):
         model.lm_head.weight[5] = float("nan")
     with pytest.raises(TrainingError, match="step 1: the model's probabilities are not finite"):
         pf.grpo(model, tokenizer, ROWS, vowels, placement=everywhere(build("llama")), max_steps=1, **STEP)
+
+
+def test_the_script_of_the_documents(tokenizer, tmp_path, monkeypatch, capsys):
+    """In fewer steps, on a small model."""
+    (script,) = [part for part in DOCUMENT.read_text().split("```python\n") if part.startswith("import plopfast")]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pf, "load_model", lambda: (decided(), tokenizer), raising=False)
+    exec(script.partition("```")[0].replace("max_steps=16", "max_steps=1"), {})
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").exists() and "0.0" in capsys.readouterr().out
