@@ -178,6 +178,8 @@ def test_a_reward_gets_the_columns_of_its_rows(tokenizer):
 
     trained(tokenizer, reward, rows, max_steps=1, test=rows[:1])
     assert len(seen) == 1 + 16 + 1
+    drawn = [one[0] for one in seen[1:17]]
+    assert len({*drawn}) == 4 and drawn == [prompt for prompt in dict.fromkeys(drawn) for _ in range(4)]
     by_prompt = {row["prompt"]: (row["prompt"], row["answer"], row["more"], row["odd"]) for row in rows}
     assert all(one == by_prompt[one[0]] for one in seen)
 
