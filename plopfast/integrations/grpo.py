@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -19,14 +20,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..data.tasks import prompts_of
+from ..data.tasks import Prompt, prompts_of
 from ..lora.layer import LoRALinear
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
 from ..support.config import TrainConfig
-from ..support.errors import ConfigError, ModelError
+from ..support.errors import ConfigError, FileError, ModelError
 from ..support.grpo_settings import LR, GRPOSettings
 from ..support.progress import bar
+from .checkpoints import GRPO_CHECKPOINTS, last_checkpoint
 from .judging import Judge, Judged, measure
 from .rewards import Reward, built_in
 
@@ -112,15 +114,12 @@ def grpo(
         result.model.save_pretrained("adapter")
 
     Raises ConfigError for impossible settings and where TRL or PEFT is missing, DataError for a row that cannot be used,
-    ModelError for a model that PEFT cannot adapt, TrainingError for a loss that is not finite, and Interrupted for a signal.
+    FileError for a folder that holds another training, ModelError for a model that PEFT cannot adapt, TrainingError for a loss
+    or reward that is not finite, and Interrupted for a signal.
     """
     settings = GRPOSettings(
-        generations=generations,
-        prompts=prompts,
-        completion_length=completion_length,
-        temperature=temperature,
-        beta=beta,
-    )
+        generations=generations, prompts=prompts, completion_length=completion_length, temperature=temperature, beta=beta
+    )  # fmt: skip
     config = TrainConfig(
         max_steps=max_steps, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,
         accumulate=accumulate, checkpointing=checkpointing, seed=seed, save_every=save_every, keep=keep,
@@ -132,16 +131,9 @@ def grpo(
     limit = context and context - completion_length
     train, held = (prompts_of(some, tokenizer, limit, judge.check) for some in (rows, test))
     _check_step(settings, config, len(train))
+    _check_folder(out, resume)
     began = time.perf_counter()
-
-    def measured(who: str, model: Any) -> list[Judged]:
-        with bar(who, len(held), "prompts", progress and bool(held)) as meter:
-            found = []
-            for one in measure(model, tokenizer, held, judge, completion_length):
-                found.append(one)
-                meter.update()
-        return found
-
+    measured = partial(_measured, tokenizer, held, judge, completion_length, progress)
     with contextlib.ExitStack() as ends:
         folder = Path(out) if out is not None else Path(ends.enter_context(TemporaryDirectory()))
         before = measured("before", model)
@@ -159,6 +151,26 @@ def grpo(
         run.model, run.steps, [one.reward for one in before], [one.reward for one in after], samples, run.history, run.idle,
         time.perf_counter() - began, run.paths, run.notes,
     )  # fmt: skip
+
+
+def _measured(
+    tokenizer: Any, held: Sequence[Prompt], judge: Judge, length: int, progress: bool, who: str, model: Any
+) -> list[Judged]:
+    """The most likely completions of the test prompts, under a bar."""
+    found = []
+    with bar(who, len(held), "prompts", progress and bool(held)) as meter:
+        for one in measure(model, tokenizer, held, judge, length):
+            found.append(one)
+            meter.update()
+    return found
+
+
+def _check_folder(out: str | Path | None, resume: bool) -> None:
+    """Raises ConfigError for nothing to resume from, and FileError for checkpoints that a later `resume` would take for ours."""
+    if out is None and resume:
+        raise ConfigError("resume goes on with what a folder holds: give out, too")
+    if out is not None and not resume and (last := last_checkpoint(Path(out) / GRPO_CHECKPOINTS)):
+        raise FileError(f"{last}: of an earlier training; pass resume=True to go on with it, or another out")
 
 
 def libraries() -> Any:

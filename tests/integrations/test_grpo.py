@@ -18,7 +18,7 @@ from plopfast.data.tasks import prompts_of, read_prompts
 from plopfast.integrations.checkpoints import GRPO_CHECKPOINTS, last_checkpoint
 from plopfast.integrations.judging import Judge, measure
 from plopfast.integrations.rewards import Exact
-from plopfast.support.errors import ConfigError, DataError, Interrupted, ModelError, TrainingError
+from plopfast.support.errors import ConfigError, DataError, FileError, Interrupted, ModelError, TrainingError
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "grpo.md"
 ROWS = [{"prompt": f"dog {number} cat", "answer": str(number)} for number in range(12)]
@@ -135,6 +135,8 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tokenizer, tmp_path, mon
     now, then = values(result.model), values(whole.model)
     kept = load_file(last_checkpoint(folder) / "adapter_model.safetensors")
     assert all(torch.equal(now[name], then[name]) and torch.equal(kept[name], then[name]) for name in then)
+    with pytest.raises(FileError, match="checkpoint-5: of an earlier training"):
+        trained(tokenizer, max_steps=5, out=tmp_path / "cut")
     assert [path.name for path in (tmp_path / "whole" / GRPO_CHECKPOINTS).glob("checkpoint-*")] == ["checkpoint-5"]
 
 
@@ -234,7 +236,7 @@ async def later(completions, **_):
         (ConfigError, "did you mean 'exact'", {"reward": "exakt"}), (ConfigError, "generations: expected two", {"generations": 1}),
         (ConfigError, "temperature", {"temperature": 0.0}), (ConfigError, "lr", {"lr": -1.0}), (ConfigError, "schedule", {"schedule": "x"}),
         (ConfigError, "accumulate 3: 4 prompts", {"accumulate": 3}), (ConfigError, "only 2 rows", {"rows": ROWS[:2]}),
-        (ConfigError, "give a placement", {"placement": None}),
+        (ConfigError, "give a placement", {"placement": None}), (ConfigError, "give out, too", {"resume": True}),
         (DataError, r"row 2: the reward number .* none", {"reward": "number", "rows": [ROWS[0], {"prompt": "a"}]}),
         (DataError, r"row 2: expected a row like .* no prompt among the keys \['answer'\]", {"rows": [ROWS[0], {"answer": "a"}]}),
         (DataError, r"row 1: .* the prompt 3", {"rows": [{"prompt": 3}]}), (DataError, "row 1: .*''", {"rows": [{"prompt": ""}]}),
