@@ -79,9 +79,9 @@ def _peft(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> li
 
 
 def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    targets = fields["target_modules"]
+    targets, said = fields["target_modules"], []
     if isinstance(targets, list) and len(targets) == 1:
-        # TRL makes a single name a text, and PEFT reads a text as a pattern of whole names
+        said.append("a pattern, as TRL hands a single name to PEFT as one, which must match the whole name")
         targets = rf"(.*\.)?{re.escape(targets[0])}"
     given = {
         "use_peft": True, "lora_r": fields["r"], "lora_alpha": fields["lora_alpha"], "lora_dropout": fields["lora_dropout"],
@@ -89,17 +89,16 @@ def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], in
     }  # fmt: skip
     if "target_parameters" in fields:
         given["lora_target_parameters"] = fields["target_parameters"]
-    missing = []
     if others := {*fields["rank_pattern"], *fields["alpha_pattern"]}:
         ranks = [rank for rank, _ in placement.modules.values()]
-        missing.append(
-            f"one rank and one alpha: {len(others)} of {len(ranks)} modules have others in the placement (its ranks are "
+        said.append(
+            f"TRL's YAML has one rank and one alpha: {len(others)} of {len(ranks)} modules have others in the placement (its ranks are "
             f"{min(ranks)} to {max(ranks)}); in Python, placement.lora_config(model) has them all"
         )
     if init:
-        missing.append(f"no field for init {init}")
+        said.append(f"TRL's YAML has no field for init {init}")
     title = "TRL (YAML): trl sft --config FILE, or dpo, grpo, ...; beside model_name_or_path, dataset_name and the like"
-    return [f"# {title}", *_comments(f"TRL's YAML has {text}" for text in missing), *_yaml(given | flags)]
+    return [f"# {title}", *_comments(said), *_yaml(given | flags)]
 
 
 def _axolotl(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
@@ -135,7 +134,7 @@ def _given(fields: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
     return {name: fields[name] for name in order if name in fields and fields[name] != {}}
 
 
-def _comments(lines: Any) -> list[str]:
+def _comments(lines: Sequence[str]) -> list[str]:
     return [f"# {line}" for line in lines]
 
 
