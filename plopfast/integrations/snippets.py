@@ -16,6 +16,7 @@ from ..lora.lora_config import fields_for
 from ..lora.placement import Placement
 
 WIDE = 100  # characters in a line, beyond which a list has a line for each item
+ORDER = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 OF_PEFT = {
     "kaiming": None,
     "gaussian": "gaussian",
@@ -69,8 +70,7 @@ def _number(value: float) -> float | int:
 
 
 def _peft(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")  # fmt: skip
-    given = _given(fields, order) | flags | ({"init_lora_weights": init} if init else {})
+    given = _given(fields, ("task_type", *ORDER)) | flags | ({"init_lora_weights": init} if init else {})
     return [
         "# PEFT (Python)", "from peft import LoraConfig, get_peft_model", "",
         *_call("config = LoraConfig(", [], given),
@@ -102,9 +102,8 @@ def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], in
 
 
 def _axolotl(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("r", "alpha", "dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    named = {f"lora_{name.removeprefix('lora_')}": value for name, value in fields.items()}
-    given = {"adapter": "lora"} | _given(named, [f"lora_{name}" for name in order])
+    plain = _given(fields, ORDER)
+    given = {"adapter": "lora"} | {f"lora_{name.removeprefix('lora_')}": value for name, value in plain.items()}
     given |= {f"peft_{name}": value for name, value in flags.items()}
     given |= {"peft_init_lora_weights": init} if init else {}
     said = []
@@ -116,8 +115,7 @@ def _axolotl(fields: dict[str, Any], flags: dict[str, Any], init: str | None) ->
 
 
 def _unsloth(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    said, given = [], _given(fields, order) | flags | ({"init_lora_weights": init} if init else {})
+    said, given = [], _given(fields, ORDER) | flags | ({"init_lora_weights": init} if init else {})
     if isinstance(pattern := given["target_modules"], str):
         given["target_modules"] = [name for name in placement.modules if re.fullmatch(pattern, name)]
         said.append("Unsloth takes names alone, and a module whose name ends with one of these gets an adapter, too")
