@@ -10,13 +10,14 @@ BATCH = random_batches(1)[0]
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
-def wrapped(architecture="llama", dtype=torch.float32, **options):
-    """A PEFT model whose B are not zero."""
+def wrapped(architecture="llama", dtype=torch.float32, adapters=None, **options):
+    """A PEFT model whose B are not zero, all of it in `dtype`, but for the adapters where they have one of their own."""
     with_peft = peft.get_peft_model(build(architecture).to(dtype), peft.LoraConfig(**LORA | options))
     for module in with_peft.modules():
         if isinstance(module, torch.nn.Dropout) and "lora_dropout" not in options:  # GPT-2 has its own
             module.p = 0.0
-    return filled(with_peft).to(dtype)
+    filled(with_peft)
+    return with_peft.to(dtype) if adapters is None else with_peft
 
 
 def filled(model, seed=1):

@@ -37,6 +37,25 @@ def several_together(model):
     return results(model)
 
 
+def of_another_kind(**options):
+    """A second adapter that is more than plain LoRA, on layers whose first one is plain."""
+
+    def do(model):
+        model.add_adapter("second", peft.LoraConfig(**TWO | options))
+        filled(model, seed=2)
+        model.set_adapter("second")
+        return results(model)
+
+    return do
+
+
+def base_trained_later(model):
+    for name, parameter in model.named_parameters():
+        if name.endswith("q_proj.base_layer.weight"):
+            parameter.requires_grad_(True)
+    return results(model)
+
+
 def mixed_batch(model):
     second(model)
     return logits(model, adapter_names=["default", "second", "__base__", "default"])
@@ -174,6 +193,9 @@ CASES = {
     "saved and loaded": (saved_and_loaded, {}),
     "without labels": (no_labels, {}),
     "the sum over a number of items": (sum_of_items, {}),
+    "DoRA in a second adapter": (of_another_kind(use_dora=True), {}),
+    "a trained bias in a second adapter's B": (of_another_kind(lora_bias=True), {}),
+    "a base that is trained later": (base_trained_later, {}),
     "DoRA": (results, {"use_dora": True}),
     "a trained bias in B": (results, {"lora_bias": True, "architecture": "gpt2"}),
     "trained biases": (results, {"bias": "lora_only", "architecture": "qwen2"}),
@@ -228,3 +250,13 @@ def test_equal_under_autocast(architecture, dtype):
     with torch.autocast("cpu", dtype):
         ours, theirs = results(fast), results(plain)
     assert max(errors(ours, exact).values()) <= 2 * max(errors(theirs, exact).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3"])
+def test_half_precision_with_adapters_in_float32(architecture, dtype):
+    """PEFT computes the update in float32 there, plopfast in the base's dtype with sums in float32: against float64, the error
+    is at most twice PEFT's."""
+    plain, fast = twins(architecture, dtype, adapters=torch.float32)
+    exact = results(wrapped(architecture, dtype, adapters=torch.float32).double())
+    assert max(errors(results(fast), exact).values()) <= 2 * max(errors(results(plain), exact).values())

@@ -32,6 +32,7 @@ def test_scripts(trainer, small, tmp_path, monkeypatch, capsys, llama, tokenizer
     exec(script_with(trainer), space)
     placement, model = space["placement"], space["trainer"].model
     assert "8 of 8 rows (prompt and completion as text)" in (said := capsys.readouterr().out)
+    assert f"accelerated: {len(placement.modules)} LoRA layers" in said
     assert str(placement) in said and isinstance(model, PeftModel)
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_B" in name and bool(p.any())}
     assert len(trained) == len(placement.modules) == (9 if small else 90), "lora_B is zero until it is trained"
