@@ -16,6 +16,7 @@ from ..lora.lora_config import fields_for
 from ..lora.placement import Placement
 
 WIDE = 100  # characters in a line, beyond which a list has a line for each item
+ORDER = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
 OF_PEFT = {
     "kaiming": None,
     "gaussian": "gaussian",
@@ -69,8 +70,7 @@ def _number(value: float) -> float | int:
 
 
 def _peft(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")  # fmt: skip
-    given = _given(fields, order) | flags | ({"init_lora_weights": init} if init else {})
+    given = _given(fields, ("task_type", *ORDER)) | flags | ({"init_lora_weights": init} if init else {})
     return [
         "# PEFT (Python)", "from peft import LoraConfig, get_peft_model", "",
         *_call("config = LoraConfig(", [], given),
@@ -79,9 +79,9 @@ def _peft(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> li
 
 
 def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    targets = fields["target_modules"]
+    targets, said = fields["target_modules"], []
     if isinstance(targets, list) and len(targets) == 1:
-        # TRL makes a single name a text, and PEFT reads a text as a pattern of whole names
+        said.append("a pattern, as TRL hands a single name to PEFT as one, which must match the whole name")
         targets = rf"(.*\.)?{re.escape(targets[0])}"
     given = {
         "use_peft": True, "lora_r": fields["r"], "lora_alpha": fields["lora_alpha"], "lora_dropout": fields["lora_dropout"],
@@ -89,23 +89,21 @@ def _trl(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], in
     }  # fmt: skip
     if "target_parameters" in fields:
         given["lora_target_parameters"] = fields["target_parameters"]
-    missing = []
     if others := {*fields["rank_pattern"], *fields["alpha_pattern"]}:
         ranks = [rank for rank, _ in placement.modules.values()]
-        missing.append(
-            f"one rank and one alpha: {len(others)} of {len(ranks)} modules have others in the placement (its ranks are "
+        said.append(
+            f"TRL's YAML has one rank and one alpha: {len(others)} of {len(ranks)} modules have others in the placement (its ranks are "
             f"{min(ranks)} to {max(ranks)}); in Python, placement.lora_config(model) has them all"
         )
     if init:
-        missing.append(f"no field for init {init}")
+        said.append(f"TRL's YAML has no field for init {init}")
     title = "TRL (YAML): trl sft --config FILE, or dpo, grpo, ...; beside model_name_or_path, dataset_name and the like"
-    return [f"# {title}", *_comments(f"TRL's YAML has {text}" for text in missing), *_yaml(given | flags)]
+    return [f"# {title}", *_comments(said), *_yaml(given | flags)]
 
 
 def _axolotl(fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("r", "alpha", "dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    named = {f"lora_{name.removeprefix('lora_')}": value for name, value in fields.items()}
-    given = {"adapter": "lora"} | _given(named, [f"lora_{name}" for name in order])
+    plain = _given(fields, ORDER)
+    given = {"adapter": "lora"} | {f"lora_{name.removeprefix('lora_')}": value for name, value in plain.items()}
     given |= {f"peft_{name}": value for name, value in flags.items()}
     given |= {"peft_init_lora_weights": init} if init else {}
     said = []
@@ -117,8 +115,7 @@ def _axolotl(fields: dict[str, Any], flags: dict[str, Any], init: str | None) ->
 
 
 def _unsloth(placement: Placement, fields: dict[str, Any], flags: dict[str, Any], init: str | None) -> list[str]:
-    order = ("r", "lora_alpha", "lora_dropout", "target_modules", "target_parameters", "rank_pattern", "alpha_pattern")
-    said, given = [], _given(fields, order) | flags | ({"init_lora_weights": init} if init else {})
+    said, given = [], _given(fields, ORDER) | flags | ({"init_lora_weights": init} if init else {})
     if isinstance(pattern := given["target_modules"], str):
         given["target_modules"] = [name for name in placement.modules if re.fullmatch(pattern, name)]
         said.append("Unsloth takes names alone, and a module whose name ends with one of these gets an adapter, too")
@@ -135,7 +132,7 @@ def _given(fields: Mapping[str, Any], order: Sequence[str]) -> dict[str, Any]:
     return {name: fields[name] for name in order if name in fields and fields[name] != {}}
 
 
-def _comments(lines: Any) -> list[str]:
+def _comments(lines: Sequence[str]) -> list[str]:
     return [f"# {line}" for line in lines]
 
 

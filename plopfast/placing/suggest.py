@@ -13,6 +13,7 @@ from ..data.notices import Notices
 from ..data.prompts import tokenize_prompts
 from ..lora.placement import Placement
 from ..models.running import context_length
+from ..scoring.report import NFNReport
 from ..support import machine, ranks
 from ..support.config import DataSettings, PlaceSettings, ScoreSettings
 from ..support.errors import ConfigError, ModelError
@@ -45,8 +46,8 @@ def suggest(
     `max_length` tokens (default: the model's context) are cut from the left of their prompt.
 
     What is scored is what `plopfast score` scores, with its defaults. `k`, `rank`, `alpha`, `rule` and `budget` are as in
-    `place`; `rule` may be module types with commas. It takes forward passes alone, and the model and the tokenizer stay as they are:
-    modes, `requires_grad`, hooks, padding side. On several ranks all call it with the same rows.
+    `place`; `rule` may be module types with commas. It takes forward passes alone, and the model and the tokenizer stay as
+    they are: modes, `requires_grad`, hooks, padding side. On several ranks all call it with the same rows.
 
     Raises DataError for no rows and for rows that cannot be used; ModelError for a model that PEFT has wrapped, for one
     that cannot be scored and for a tokenizer of another model; ConfigError and PlacementError for impossible options.
@@ -57,8 +58,8 @@ def suggest(
     DataSettings(max_length=max_length)
     if _is_wrapped(model):
         raise ModelError(
-            "the model has PEFT's adapters, and where they belong is asked of the model without any: give the model from before "
-            "get_peft_model, or what peft_model.unload() returns, which drops the adapters"
+            "the model has PEFT's adapters, and where they belong is asked of the model without any: give the model from "
+            "before get_peft_model, or what peft_model.unload() returns, which drops the adapters"
         )
     if not hasattr(tokenizer, "eos_token_id"):
         raise ConfigError(
@@ -73,10 +74,8 @@ def suggest(
     report = scored(model, examples, scoring)
     placement = placed(report, placing)
     if ranks.is_main() and not machine.launch().rank:  # of a script that has not joined its ranks yet
-        of = f"the first {len(given.rows):,} rows" if given.total is None else f"{given.total:,} rows"
-        read = f"{report.prompts:,} of {of} ({given.kinds}), {report.tokens:,} tokens, forward passes alone"
-        seconds = time.perf_counter() - began
-        print(*notices.lines(), *report.notes, f"scored: {read}, {seconds:.1f} s", placement, sep="\n", flush=True)
+        read = f"scored: {_read(given, report)}, {time.perf_counter() - began:.1f} s"
+        print(*notices.lines(), *report.notes, read, placement, sep="\n", flush=True)
     return placement
 
 
@@ -86,6 +85,12 @@ def _examples(given: Given, tokenizer: Any, limit: int | None, notices: Notices)
     return tokenize(given.rows, tokenizer, limit, long="cut", notices=notices)
 
 
+def _read(given: Given, report: NFNReport) -> str:
+    """What was read, in words."""
+    of = f"the first {len(given.rows):,} rows" if given.total is None else f"{given.total:,} rows"
+    return f"{report.prompts:,} of {of} ({given.kinds}), {report.tokens:,} tokens, forward passes alone"
+
+
 def _check_numbers(model: nn.Module, examples: Sequence[Example]) -> None:
     """Raises ModelError for tokens that the model's embedding lacks: a GPU would die of one."""
     get = getattr(model, "get_input_embeddings", None)
@@ -93,8 +98,8 @@ def _check_numbers(model: nn.Module, examples: Sequence[Example]) -> None:
     highest = max(max(example.tokens, default=0) for example in examples)
     if rows is not None and highest >= rows:
         raise ModelError(
-            f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows: give the model's own tokenizer, or "
-            "model.resize_token_embeddings(len(tokenizer)) first"
+            f"the tokenizer gives token {highest}, and the model's embedding has {rows} rows: give the model's own "
+            "tokenizer, or model.resize_token_embeddings(len(tokenizer)) first"
         )
 
 

@@ -206,22 +206,23 @@ def test_a_head_that_changes_is_seen():
     assert_equal(found[1], found[0])
 
 
+def of_experts(**options):
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 300,
+    }
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4, **options)
+    return transformers.MixtralForCausalLM(config)
+
+
 @pytest.mark.parametrize("family", ["router", "own loss"])
 def test_losses_with_more_to_them_stay(family):
-    if family == "router":
-        sizes = {
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "vocab_size": 300,
-        }
-        config = transformers.MixtralConfig(
-            **sizes, num_key_value_heads=2, num_local_experts=4, output_router_logits=True
-        )
-        model = transformers.MixtralForCausalLM(config)
-    else:
-        model = build("llama")
+    model = of_experts(output_router_logits=True) if family == "router" else build("llama")
+    if family == "own loss":
         model.loss_function = lambda *args, **kw: torch.tensor(0.0)
     model = peft.get_peft_model(model, peft.LoraConfig(**LORA | {"target_modules": ["q_proj"]}))
     report = pf.accelerate(model)
@@ -230,20 +231,9 @@ def test_losses_with_more_to_them_stay(family):
 
 
 def test_a_router_that_is_switched_on_later_counts():
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 300,
-    }
     found = []
     for fast in (False, True):
-        torch.manual_seed(0)
-        config = transformers.MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=4)
-        model = peft.get_peft_model(
-            transformers.MixtralForCausalLM(config), peft.LoraConfig(**LORA | {"target_modules": ["q_proj"]})
-        )
+        model = peft.get_peft_model(of_experts(), peft.LoraConfig(**LORA | {"target_modules": ["q_proj"]}))
         if fast:
             assert pf.accelerate(model).loss
         model.config.output_router_logits = True
