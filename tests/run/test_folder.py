@@ -271,8 +271,9 @@ def test_the_history_holds_what_each_command_did(options, tmp_path, monkeypatch)
 
 
 def test_every_result_is_a_name_of_one_stage():
+    """But for an adapter, which `train` and `grpo` make: each is refused where the other's is."""
     names = [name for of in ARTEFACTS.values() for name in of]
-    assert len(names) == len(set(names))
+    assert {name for name in names if names.count(name) > 1} == {"adapter"}
 
 
 def test_a_model_is_the_same_from_another_folder(options, tmp_path, monkeypatch):
