@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from ..support.errors import DataError, first_line, shown
+from ..support.errors import DataError, shown
 from ..support.strict_json import StrictJSON
+from .prompts import Prompts
 from .readers import read_source
 
 EXPECTED = (
@@ -66,25 +65,27 @@ def prompts_of(
     place. All prompts are texts, or all are messages: a trainer takes no mixture.
     """
     found: list[Prompt] = []
-    for number, given in enumerate(rows, 1):
-        if isinstance(given, Prompt):
-            where, row = given.where, {"prompt": given.prompt, **given.columns}
-        else:
-            where, row = given if isinstance(given, tuple) else (f"row {number}", given)
-        try:
-            prompt = given if isinstance(given, Prompt) else _prompt(where, row, tokenizer, longest)
-            if found and type(prompt.prompt) is not type(found[0].prompt):
-                raise ValueError(
-                    f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind"
-                )
-            if check:
-                check(row)
-        except ValueError as error:
-            if skipped is None:
-                raise DataError(f"{where}: {error}") from None
-            skipped.append(f"{where}: {error}")
-        else:
-            found.append(prompt)
+    prompts = Prompts(tokenizer)
+    with prompts.watch:
+        for number, given in enumerate(rows, 1):
+            if isinstance(given, Prompt):
+                where, row = given.where, {"prompt": given.prompt, **given.columns}
+            else:
+                where, row = given if isinstance(given, tuple) else (f"row {number}", given)
+            try:
+                prompt = given if isinstance(given, Prompt) else _prompt(where, row, prompts, longest)
+                if found and type(prompt.prompt) is not type(found[0].prompt):
+                    raise ValueError(
+                        f"its prompt is {_kind(prompt)}, and that of {found[0].where} is {_kind(found[0])}; use one kind"
+                    )
+                if check:
+                    check(row)
+            except ValueError as error:
+                if skipped is None:
+                    raise DataError(f"{where}: {error}") from None
+                skipped.append(f"{where}: {error}")
+            else:
+                found.append(prompt)
     return found
 
 
@@ -92,17 +93,14 @@ def _kind(prompt: Prompt) -> str:
     return "a text" if isinstance(prompt.prompt, str) else "a list of messages"
 
 
-def _prompt(where: str, row: Any, tokenizer: Any, longest: int | None) -> Prompt:
+def _prompt(where: str, row: Any, prompts: Prompts, longest: int | None) -> Prompt:
     if not isinstance(row, dict):
         raise ValueError(f"expected a row like {EXPECTED}, got {shown(row)}")
     value: Any = row.get("prompt")
-    if isinstance(value, str) and value.strip():
-        tokens = tokenizer(value)["input_ids"]
-    elif _is_chat(value):
-        tokens = _chat_tokens(value, tokenizer)
-    else:
+    if not (_is_chat(value) or (isinstance(value, str) and value.strip())):
         got = "no prompt" if value is None else f"the prompt {shown(value)}"
         raise ValueError(f"expected a row like {EXPECTED}, got {got} among the keys {sorted(row)}")
+    tokens = prompts.tokens(value)
     if not tokens:
         raise ValueError(f"the prompt {shown(value)} has no tokens")
     if longest is not None and len(tokens) > longest:
@@ -123,18 +121,3 @@ def _is_chat(value: Any) -> bool:
             for m in value
         )
     )
-
-
-def _chat_tokens(messages: list[dict[str, str]], tokenizer: Any) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "the prompt is messages, and this model's tokenizer has no chat template: give prompts as texts"
-        )
-    try:
-        return list(
-            tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)[
-                "input_ids"
-            ]
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the model's chat template refuses the messages: {first_line(error)}") from None

@@ -114,6 +114,15 @@ class Template:
         except Exception:  # many templates refuse parts: a system message alone, a conversation without a user
             return None
 
+    def opened(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any]) -> str:
+        """Return the text up to where the assistant begins. Raises ValueError for messages that the template refuses."""
+        try:
+            return self._render(messages, variables, generate=True)
+        except ModelError:
+            raise
+        except Exception as error:  # a template is the model authors' program and can raise anything
+            raise ValueError(f"{REFUSED} ({type(error).__name__}: {error})") from None
+
     def _render(self, messages: Sequence[dict[str, Any]], variables: dict[str, Any], generate: bool = False) -> str:
         given = {name: value for name, value in variables.items() if name != KWARGS}
         return self.watch.timed(

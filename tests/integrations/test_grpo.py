@@ -240,7 +240,7 @@ async def later(completions, **_):
         (DataError, r"row 2: the reward number .* none", {"reward": "number", "rows": [ROWS[0], {"prompt": "a"}]}),
         (DataError, r"row 2: expected a row like .* no prompt among the keys \['answer'\]", {"rows": [ROWS[0], {"answer": "a"}]}),
         (DataError, r"row 1: .* the prompt 3", {"rows": [{"prompt": 3}]}), (DataError, "row 1: .*''", {"rows": [{"prompt": ""}]}),
-        (DataError, "row 1: expected a row", {"rows": ["dog"]}), (DataError, "no chat template", {"rows": [{"prompt": [{"role": "user", "content": "a"}]}]}),
+        (DataError, "row 1: expected a row", {"rows": ["dog"]}), (DataError, "need a tokenizer with a chat template", {"rows": [{"prompt": [{"role": "user", "content": "a"}]}]}),
         (DataError, "row 1: the prompt has .* context leaves 1 beside", {"completion_length": 127}),
         (DataError, "file:7: expected a row", {"rows": [("file:7", {})]}),
     ],
@@ -271,7 +271,9 @@ def test_texts_and_messages_do_not_mix(tokenizer, monkeypatch):
     with pytest.raises(DataError, match=r"a:2: its prompt is a list of messages, and that of a:1 is a text"):
         prompts_of(rows, tokenizer)
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('no such role') }}")
-    with pytest.raises(DataError, match=r"a:2: the model's chat template refuses the messages: no such role"):
+    with pytest.raises(
+        DataError, match=r"a:2: the model's chat template refuses this row \(TemplateError: no such role\)"
+    ):
         prompts_of(rows[1:], tokenizer)
 
 
