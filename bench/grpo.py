@@ -124,6 +124,7 @@ def fill() -> None:
         line = {"arm": arm, "lr": lr, "seed": seed, "rewards": [record["reward"] for record in result.history]}
         line |= {"entropy": [record["entropy"] for record in result.history], "right": right(result.model)}
         line |= {
+            "accelerated": bool(result.paths),
             "parameters": made["plop" if arm == CONTROL else arm].parameters,
             "seconds": time.perf_counter() - began,
         }
