@@ -230,7 +230,7 @@ option("init", "--init=eva", score="eva scores", place="")
 option("init", "--init=eva", "--budget=6000", place=REFUSED)  # ranks above those of the vectors
 option("init", "--init=gaussian", train=LEARNED)
 option(
-    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=MOVED, trial=SCORES
+    "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=REINFORCED, trial=SCORES
 )  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
@@ -271,7 +271,8 @@ option("mlp_rows", "--mlp-rows=24", train="training", estimate="estimate")
 option("optimizer", "--optimizer=adamw8bit", estimate="estimate", train="training metrics adapter")
 option("keep_best", "--keep-best=cpu", train="", estimate="", trial="")  # on a CPU, that is where they are
 option("lr", "--lr=0.01", train=LEARNED, grpo=REINFORCED)
-option("schedule", "--schedule=linear", train=LEARNED, grpo=MOVED)
+option("schedule", "--schedule=linear", train=LEARNED)
+option("schedule", "--schedule=constant", grpo=REINFORCED)
 option("schedule", "--schedule=constant", "", "--schedule=linear", train=LEARNED)
 option("warmup", "--warmup=0.7", train=LEARNED, grpo=REINFORCED)
 option("lora_plus", "--lora-plus=4", train=LEARNED)
