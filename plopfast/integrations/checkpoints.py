@@ -5,6 +5,7 @@ transformers reads with `weights_only=True`: they cannot run code. `training_arg
 is not kept.
 """
 
+import contextlib
 from pathlib import Path
 
 from ..support import files
@@ -19,9 +20,14 @@ _FILES = (
 GRPO_CHECKPOINT_FILES = tuple(f"checkpoint-*/{name}" for name in _FILES)
 
 
+def whole_ones(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, the newest last."""
+    return sorted((path.parent for path in folder.glob(f"checkpoint-*/{_WHOLE}")), key=step_of)
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint in a folder, if any."""
-    return max((path.parent for path in folder.glob(f"checkpoint-*/{_WHOLE}")), key=step_of, default=None)
+    return next(reversed(whole_ones(folder)), None)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -34,3 +40,14 @@ def finish(folder: Path, step: int) -> None:
     path = folder / f"checkpoint-{step}"
     (path / "training_args.bin").unlink(missing_ok=True)
     files.write_json(path / _WHOLE, {"plopfast": "grpo checkpoint", "step": step})
+
+
+def rotate(folder: Path, keep: int) -> None:
+    """Deletes the files of all whole checkpoints but the newest `keep`. What else lies in their folders stays."""
+    for path in whole_ones(folder)[:-keep]:
+        (path / _WHOLE).unlink()  # first: what is left of it is no checkpoint any more
+        for name in _FILES:
+            for file in path.glob(name):
+                file.unlink()
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()

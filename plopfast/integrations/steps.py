@@ -26,7 +26,7 @@ from ..support.grpo_settings import GRPOSettings
 from ..support.progress import bar
 from ..training.interrupt import Noted, interruptible
 from ..training.records import Records
-from .checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, step_of
+from .checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, rotate, step_of
 from .judging import Judge
 from .peft import accelerate, restore
 
@@ -191,6 +191,7 @@ class _Watch(transformers.TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         finish(Path(args.output_dir), state.global_step)
+        rotate(Path(args.output_dir), self.steps.config.keep)  # Hugging Face's own rotation deletes whole folders
 
 
 def _number(value: Any) -> float | None:
@@ -220,7 +221,6 @@ def _arguments(
         seed=config.seed,
         save_strategy="steps" if kept else "no",
         save_steps=config.save_every or SAVE_EVERY,
-        save_total_limit=config.keep,
         logging_steps=1,
         logging_nan_inf_filter=False,
         report_to="none",

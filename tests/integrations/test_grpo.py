@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import plopfast as pf
 from plopfast.data.tasks import prompts_of, read_prompts
-from plopfast.integrations.checkpoints import GRPO_CHECKPOINTS, last_checkpoint
+from plopfast.integrations.checkpoints import GRPO_CHECKPOINTS, finish, last_checkpoint, rotate
 from plopfast.integrations.judging import Judge, measure
 from plopfast.integrations.rewards import Exact
 from plopfast.support.errors import ConfigError, DataError, FileError, Interrupted, ModelError, TrainingError
@@ -138,6 +138,23 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tokenizer, tmp_path, mon
     with pytest.raises(FileError, match="checkpoint-5: of an earlier training"):
         trained(tokenizer, max_steps=5, out=tmp_path / "cut")
     assert [path.name for path in (tmp_path / "whole" / GRPO_CHECKPOINTS).glob("checkpoint-*")] == ["checkpoint-5"]
+
+
+def test_old_checkpoints_go_and_what_is_not_theirs_stays(tmp_path):
+    for step in (2, 4, 10):
+        path = tmp_path / f"checkpoint-{step}"
+        path.mkdir()
+        for name in ("adapter_model.safetensors", "optimizer.pt"):
+            (path / name).touch()
+        finish(tmp_path, step)
+    (tmp_path / "checkpoint-3").mkdir()  # cut short
+    note = tmp_path / "checkpoint-4" / "my notes.txt"
+    note.touch()
+    rotate(tmp_path, keep=1)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    last = {f"checkpoint-10/{name}" for name in ("adapter_model.safetensors", "optimizer.pt", "plopfast.json")}
+    assert left == {"checkpoint-10", *last, "checkpoint-3", "checkpoint-4", "checkpoint-4/my notes.txt"}
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
 
 
 def test_without_a_folder_nothing_is_kept(tokenizer, tmp_path, monkeypatch):
