@@ -24,6 +24,7 @@ from ..data.tasks import Prompt, prompts_of
 from ..lora.layer import LoRALinear
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
+from ..models.running import modes_kept
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, FileError, ModelError
 from ..support.grpo_settings import LR, GRPOSettings
@@ -135,6 +136,7 @@ def grpo(
     began = time.perf_counter()
     measured = partial(_measured, tokenizer, held, judge, completion_length, progress)
     with contextlib.ExitStack() as ends:
+        ends.enter_context(modes_kept(model))
         folder = Path(out) if out is not None else Path(ends.enter_context(TemporaryDirectory()))
         before = measured("before", model)
         steps = steps_of(

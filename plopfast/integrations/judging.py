@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..data.tasks import Prompt
+from ..models.running import evaluating
 from ..support.errors import ConfigError, TrainingError, shown
 from .rewards import BuiltIn, Reward
 
@@ -77,7 +78,7 @@ def measure(model: Any, tokenizer: Any, rows: Sequence[Prompt], judge: Judge, le
 
     A reward that does not apply counts as 0.
     """
-    kept, generation = model.training, getattr(model, "get_base_model", lambda: model)().generation_config
+    generation = getattr(model, "get_base_model", lambda: model)().generation_config
     ends = generation.eos_token_id
     own = tokenizer.eos_token_id
     stops = {*(ends if isinstance(ends, list) else [ends]), own} - {None}
@@ -86,8 +87,7 @@ def measure(model: Any, tokenizer: Any, rows: Sequence[Prompt], judge: Judge, le
         do_sample=False, max_new_tokens=length, pad_token_id=padding, eos_token_id=sorted(stops) or None
     )
     device = next(model.parameters()).device
-    model.eval()
-    try:
+    with evaluating(model):
         for begin in range(0, len(rows), AT_ONCE):
             some = rows[begin : begin + AT_ONCE]
             longest = max(len(row.tokens) for row in some)
@@ -100,8 +100,6 @@ def measure(model: Any, tokenizer: Any, rows: Sequence[Prompt], judge: Judge, le
             texts = tokenizer.batch_decode(made, skip_special_tokens=True)
             rewards = judge(some, [as_completion(row, text) for row, text in zip(some, texts, strict=True)])
             yield from (Judged(text, reward or 0.0) for text, reward in zip(texts, rewards, strict=True))
-    finally:
-        model.train(kept)
 
 
 def as_completion(row: Prompt, text: str) -> Any:

@@ -36,17 +36,23 @@ class LossOutput(CausalLMOutputWithPast):
         return super().__getattribute__(name) if made_by is None else made_by()
 
 
+class _Signature:
+    """That of the module's own forward: the Trainer chooses a data set's columns by it, and `generate` its arguments."""
+
+    def __get__(self, forward: Any, kind: type) -> inspect.Signature:
+        if forward is None:
+            raise AttributeError("the class has the one of __init__")
+        return inspect.signature(type(forward.module).forward.__get__(forward.module))
+
+
 class LossForward:
     """A forward of `module` with the label loss by chunks of logits. It takes and returns what the module's own does; loss and
     gradients are the same."""
 
+    __signature__ = _Signature()
+
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """The Trainer chooses a data set's columns by it, and `generate` its arguments."""
-        return inspect.signature(type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not args and self.module.training and (head := self._head(kwargs)) is not None:

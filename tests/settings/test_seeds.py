@@ -16,6 +16,8 @@ from zoo import families
 import plopfast as pf
 from plopfast.data import batches as rows_in_order
 from plopfast.data.example import Example
+from plopfast.data.given import draw
+from plopfast.data.rows import drawn
 from plopfast.lora.init import draw_seeded_A
 from plopfast.lora.layer import adapters
 from plopfast.models.experts import expert_weights
@@ -89,6 +91,8 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "data.batches.pack": lambda seed, _: rows_in_order.pack(LENGTHS, 18, seed),
     "data.batches.micro_batches": lambda seed, _: take(rows_in_order.micro_batches(LENGTHS, 9, 18, seed, 0.3)),
     "data.batches.groups_in_epoch": lambda seed, _: take(rows_in_order.micro_batches(LENGTHS, 12, 18, seed)),
+    "data.given.draw": lambda seed, _: draw([{"text": f"row {i}"} for i in range(40)], 9, seed).rows,
+    "data.rows.drawn": lambda seed, _: drawn(range(40), 9, seed),
     "lora.init.draw_seeded_A": lambda seed, _: draw_seeded_A("gaussian", 2, 6, seed, "some.module"),
     "lora.layer.inject": begun,
     "lora.ops.lora_linear": low_rank,
@@ -130,6 +134,8 @@ STAGES = {
 }  # see promises.py: --seed of score and audit, --seeds of trial
 DRAW_NOTHING = {  # they check a seed, or hand it on to draws of SEEDED and to the Hugging Face Trainer
     "lora.ops.check",
+    "placing.suggest.suggest",
+    "integrations.grpo.grpo",
     *(f"cli.bench_arms.{name}" for name in ("Recipe", "peft_model", "start_alike", "hf_settings")),
 }
 
