@@ -24,7 +24,7 @@ from ..data.tasks import Prompt, prompts_of
 from ..lora.layer import LoRALinear
 from ..lora.placement import Placement
 from ..models.linears import words_of_codes
-from ..models.running import modes_kept
+from ..models.running import modes_kept, remember_requires_grad
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, FileError, ModelError
 from ..support.grpo_settings import LR, GRPOSettings
@@ -137,6 +137,7 @@ def grpo(
     measured = partial(_measured, tokenizer, held, judge, completion_length, progress)
     with contextlib.ExitStack() as ends:
         ends.enter_context(modes_kept(model))
+        ends.enter_context(_given_back_on_error(model))
         folder = Path(out) if out is not None else Path(ends.enter_context(TemporaryDirectory()))
         before = measured("before", model)
         steps = steps_of(
@@ -173,6 +174,19 @@ def _check_folder(out: str | Path | None, resume: bool) -> None:
         raise ConfigError("resume goes on with what a folder holds: give out, too")
     if out is not None and not resume and (last := last_checkpoint(Path(out) / GRPO_CHECKPOINTS)):
         raise FileError(f"{last}: of an earlier training; pass resume=True to go on with it, or another out")
+
+
+@contextlib.contextmanager
+def _given_back_on_error(model: nn.Module) -> Iterator[None]:
+    """After an error, parameters have their `requires_grad` and gradients again: PEFT and the Trainer take them away."""
+    put_back, gradients = remember_requires_grad(model), [(p, p.grad) for p in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        put_back()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+        raise
 
 
 def libraries() -> Any:
