@@ -137,7 +137,7 @@ def grpo(
     measured = partial(_measured, tokenizer, held, judge, completion_length, progress)
     with contextlib.ExitStack() as ends:
         ends.enter_context(modes_kept(model))
-        ends.enter_context(_given_back_on_error(model))
+        ends.enter_context(_given_back(model))
         folder = Path(out) if out is not None else Path(ends.enter_context(TemporaryDirectory()))
         before = measured("before", model)
         steps = steps_of(
@@ -146,14 +146,14 @@ def grpo(
         run = ends.enter_context(steps)
         run.fit(resume=resume)
         after = measured("after", run.model)
-    samples = [
-        Sample(prompt.text, old.text, new.text, old.reward, new.reward)
-        for prompt, old, new in zip(held[:SHOWN], before, after, strict=False)
-    ]
-    return GRPOResult(
-        run.model, run.steps, [one.reward for one in before], [one.reward for one in after], samples, run.history, run.idle,
-        time.perf_counter() - began, run.paths, run.notes,
-    )  # fmt: skip
+        samples = [
+            Sample(prompt.text, old.text, new.text, old.reward, new.reward)
+            for prompt, old, new in zip(held[:SHOWN], before, after, strict=False)
+        ]
+        return GRPOResult(
+            run.model, run.steps, [one.reward for one in before], [one.reward for one in after], samples, run.history, run.idle,
+            time.perf_counter() - began, run.paths, run.notes,
+        )  # fmt: skip
 
 
 def _measured(
@@ -177,16 +177,25 @@ def _check_folder(out: str | Path | None, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def _given_back_on_error(model: nn.Module) -> Iterator[None]:
-    """After an error, parameters have their `requires_grad` and gradients again: PEFT and the Trainer take them away."""
+def _given_back(model: Any) -> Iterator[None]:
+    """Gives the model its `use_cache` back, which TRL switches off; after an error also `requires_grad`, gradients and tags, which
+    PEFT and the Trainer change."""
     put_back, gradients = remember_requires_grad(model), [(p, p.grad) for p in model.parameters()]
+    cached, tags = getattr(model.config, "use_cache", None), vars(model).get("model_tags")
+    tags = tags and list(tags)
     try:
         yield
     except BaseException:
         put_back()
         for parameter, gradient in gradients:
             parameter.grad = gradient
+        vars(model).pop("model_tags", None)
+        if tags is not None:
+            model.model_tags = tags
         raise
+    finally:
+        if cached is not None:
+            model.config.use_cache = cached
 
 
 def libraries() -> Any:
