@@ -1,5 +1,10 @@
 """What several wings' tests share: small random models, batches, placements, trainers."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import torch
 import transformers
 from torch import nn
@@ -204,6 +209,15 @@ def gradients(model):
 
 def plopfast(*arguments):
     return main.main([str(a) for a in arguments])
+
+
+def torchrun(program, *arguments, **environment):
+    """The finished torchrun of a program of the tests, on two processes with one thread each."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
+    own = {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **environment}
+    command = [*launcher, *map(str, (program, *arguments))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | own)
 
 
 def edit(options, name, value):

@@ -101,8 +101,7 @@ def member_of(layer: Any, x: torch.Tensor) -> Member | None:
         return None
     p = drop.p if type(drop) is nn.Dropout and drop.training else 0.0
     scaling, A, B, bias = layer.scaling[name], down.weight, up.weight, base.bias
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    dtype, autocast = computed_in(x)
     fits = (
         isinstance(scaling, int | float)  # PEFT's hot swapping of compiled models makes it a tensor
         and math.isfinite(scaling)
@@ -110,11 +109,19 @@ def member_of(layer: Any, x: torch.Tensor) -> Member | None:
         and {A.dtype, B.dtype} <= {dtype, torch.float32}
         and x.shape[-1:] == A.shape[1:]
         and A.device == B.device == x.device == frozen.device
-        and (autocast or _takes(base, frozen, x.dtype))
+        and (autocast or _takes(base, frozen, dtype))
         and not (frozen.stored.requires_grad or (bias is not None and bias.requires_grad))
         and not any(is_sharded(one) for one in (x, frozen.stored, A, B))
     )
     return Member(frozen, A, B, float(scaling), p) if fits else None
+
+
+def computed_in(x: torch.Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype that a product of x is computed in, and whether autocast says so."""
+    kind = x.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind), True
+    return x.dtype, False
 
 
 def _takes(base: nn.Module, frozen: FrozenWeight, dtype: torch.dtype) -> bool:
@@ -179,8 +186,7 @@ class ReadTogether:
         layers = [ref() for ref in self.layers]
         found = [member if one is layer else one and member_of(one, x) for one in layers]
         members: list[Any] = [one for one in found if one is not None]
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        dtype, _ = computed_in(x)
         same = {m.kind(dtype) for m in members} == {(dtype, *member.kind(dtype)[1:])}
         if len(members) < len(found) or not same or sum(m.rank for m in members) > MAX_RANKS:
             return {}
@@ -190,7 +196,7 @@ class ReadTogether:
                 m.low = low, m.lora_B.to(dtype)
         shared = SharedInput(members)
         shared.stacked_A = stacked
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             outputs = shared.together(x.to(dtype), member.dropout)
         return {one: (m.state(), outputs[m]) for one, m in zip(layers, members, strict=True)}
 

@@ -20,7 +20,7 @@ from ..models.frozen import is_sharded
 from ..models.running import body, evaluating, text_setting
 from ..support.errors import ModelError
 from ..training.loss import Head, Objective, head_of, positions
-from .peft_layers import are_plain
+from .peft_layers import are_plain, computed_in
 
 # what the body takes as the model does; with any other argument that says something, the model's own forward is called
 TAKEN = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "cache_position"}
@@ -79,12 +79,12 @@ class LossForward:
         passed = {name: value for name, value in given.items() if name in TAKEN}
         hidden = body(self.module)(**passed, use_cache=False)[0]
         labels = labels.to(hidden.device)
-        where, kind = positions(labels), hidden.device.type
+        where = positions(labels)
         targets_n = labels[:, 1:][where]
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype, _ = computed_in(hidden)
         weight, bias = head.weight_VH.to(dtype), head.bias_V
         bias = bias if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             hidden_nH = hidden[:, :-1][where].to(dtype)
             total = chunked_cross_entropy(hidden_nH, weight, targets_n, bias, multiplier=head.multiplier, cap=head.cap)
         if isinstance(items, torch.Tensor):

@@ -4,12 +4,12 @@ Scoring and placing come first where the folder has no placement. They read the 
 """
 
 import json
-import random
 from pathlib import Path
 from statistics import fmean
 
 from ..data.describe import left_out
 from ..data.example import Example
+from ..data.rows import drawn
 from ..data.tasks import Prompt, prompts_of, read_prompts
 from ..integrations.grpo import GRPOResult, grpo, libraries
 from ..integrations.judging import Judge
@@ -22,7 +22,7 @@ from ..support.errors import ConfigError, DataError
 from ..support.grpo_settings import names_code
 from .folder import GRPO_CHECKPOINTS
 from .run import Run
-from .splits import HOLD_OUT, sources_of
+from .splits import HOLD_OUT, held_out, sources_of
 from .stages import run_place, run_score
 
 
@@ -112,7 +112,7 @@ def _prompts(run: Run, judge: Judge) -> tuple[list[Prompt], list[Prompt]]:
                 raise DataError(f"{split}: no row can be used; {'; '.join((skipped or [])[:3])}")
     train, test = found["train"], found.get("test", [])
     if not test and len(train) >= HOLD_OUT:
-        test, train = train[::HOLD_OUT], [prompt for number, prompt in enumerate(train) if number % HOLD_OUT]
+        train, test = held_out(train)
         run.say(f"{len(test)} of the training rows, every {HOLD_OUT}th, are held out: the reward is measured on them")
     _refuse_overlap(run, train, test)
     return train, test[: config.eval_rows]
@@ -133,5 +133,5 @@ def _refuse_overlap(run: Run, train: list[Prompt], test: list[Prompt]) -> None:
 
 def _to_score(run: Run, prompts: list[Prompt]) -> list[Example]:
     config = run.config
-    drawn = random.Random(config.seed).sample(prompts, min(config.score_prompts, len(prompts)))
-    return [Example.after_prompt(prompt.tokens, len(prompt.tokens), where=prompt.where) for prompt in drawn]
+    some = drawn(prompts, config.score_prompts, config.seed)
+    return [Example.after_prompt(prompt.tokens, len(prompt.tokens), where=prompt.where) for prompt in some]

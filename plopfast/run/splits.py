@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from ..data.overlap import overlaps
 from ..data.readers import absolute
@@ -13,6 +14,12 @@ from ..support.config import RunConfig
 from ..support.errors import DataError
 
 HOLD_OUT = 20  # without validation rows, every 20th training row is one
+One = TypeVar("One")
+
+
+def held_out(rows: Sequence[One]) -> tuple[list[One], list[One]]:
+    """The rows that are left to train on, and every 20th, which is not trained on."""
+    return [row for i, row in enumerate(rows) if i % HOLD_OUT], list(rows[::HOLD_OUT])
 
 
 def sources_of(config: RunConfig) -> dict[str, list[str]]:
@@ -43,8 +50,8 @@ def read_splits(config: RunConfig, say: Callable[[str], None]) -> tuple[dict[str
                 say(f"{split}: {line}")
     if "valid" not in splits and "train" in splits:
         whole = splits["train"]
-        kept = [row for i, row in enumerate(whole.rows) if i % HOLD_OUT] or whole.rows
-        splits |= {"valid": whole.part(whole.rows[::HOLD_OUT]), "train": whole.part(kept)}
+        kept, held = held_out(whole.rows)
+        splits |= {"valid": whole.part(held), "train": whole.part(kept or whole.rows)}
         splits["train"].bad = whole.bad
     shared = _overlap(splits, config.allow_overlap)
     if "valid" in splits:

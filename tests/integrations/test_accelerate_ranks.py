@@ -1,24 +1,17 @@
 """Accelerated PEFT models on two processes, under torch's DDP and FSDP2, equal PEFT's own there."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from helpers import torchrun
 from peft_twins import assert_equal
 from safetensors.torch import load_file
-
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    command = [*launcher, str(HERE / "peft_ranks.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    done = torchrun(Path(__file__).parent / "peft_ranks.py", folder)
     assert not done.returncode, done.stderr[-3000:]
     return folder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import rank_program
 import torch
-from helpers import build
+from helpers import build, torchrun
 from safetensors.torch import load_file
 
 import plopfast as pf
@@ -26,11 +26,7 @@ CHECKS = ("ddp", "streamed", "fsdp", "fsdp_dora", "full", "score", "evaluation",
 
 def run(*command):
     """The finished torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"PYTHONPATH": f"{HERE.parents[1]}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHONWARNINGS": "error::FutureWarning:plopfast"}
-    whole = [sys.executable, *launcher, *map(str, command)]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=environment)
+    return torchrun(*command, PYTHONWARNINGS="error::FutureWarning:plopfast")
 
 
 @pytest.fixture(scope="module")
