@@ -60,7 +60,7 @@ def measured(choice, rows, tokens, way="dense"):
     import plopfast as pf
     from plopfast.data.batches import collate
     from plopfast.data.example import Example
-    from plopfast.lora.layer import inject
+    from plopfast.lora.injection import inject
     from plopfast.lora.shared import Prepared
     from plopfast.models.loading import shapes_source
     from plopfast.support.config import RunConfig

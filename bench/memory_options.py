@@ -27,7 +27,7 @@ import torch
 
 import plopfast as pf
 from plopfast.data.example import Example
-from plopfast.lora.layer import unload
+from plopfast.lora.injection import unload
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.training import moments
 from plopfast.training.blocks import prepared_blocks

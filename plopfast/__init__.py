@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
     from .integrations.grpo import grpo as grpo
     from .integrations.peft import accelerate as accelerate, restore as restore
-    from .lora.layer import LoRALinear as LoRALinear, inject as inject, merge as merge, unload as unload
+    from .lora.injection import inject as inject, unload as unload
+    from .lora.layer import LoRALinear as LoRALinear
+    from .lora.merging import merge as merge
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
     from .lora.placement import Placement as Placement
@@ -41,7 +43,9 @@ _HOME = {
     name: module
     for module, names in {
         "integrations.peft": "accelerate restore",
-        "lora.layer": "LoRALinear inject merge unload",
+        "lora.injection": "inject unload",
+        "lora.layer": "LoRALinear",
+        "lora.merging": "merge",
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",
         "lora.placement": "Placement",

@@ -25,7 +25,7 @@ from ..data.example import Example
 from ..data.labels import tokenize
 from ..data.rows import read_rows
 from ..lora.init import draw_seeded_A
-from ..lora.layer import inject, unload
+from ..lora.injection import inject, unload
 from ..lora.placement import Placement
 from ..models.linears import linear_modules
 from ..models.loading import load_model

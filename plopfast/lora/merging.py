@@ -1,4 +1,4 @@
-"""Merging, with a measurement of what it changed: the logits of the merged and of the adapted model on a few tokens."""
+"""Merging; and merging with a measurement of what it changed: the logits of the merged and of the adapted model on a few tokens."""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +6,67 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ..models.frozen import QuantizedWeight, sharers, streamed_in
+from ..models.quantized_experts import make_dense
+from ..models.routed import QuantizedExpertWeight
 from ..models.running import device_of, evaluating
 from ..support.errors import AdapterError
-from .layer import merge
+from .experts import ExpertLoRA, merge_codes
+from .injection import take_out
+from .layer import LoRALinear, adapters, replace_module
+from .replaced import keep_values
 
 TOKENS = 32
 # Measured on random Llama, GPT-2, Gemma 3 and Qwen2 models and on SmolLM2-135M, with alpha up to 100,000 times the rank:
 # at most 3e-6 in float32 and float64 (sums are float32), 0.08 in float16 and 0.09 in bfloat16 (0.0024 and 0.018 on SmolLM2).
 BOUNDS = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.16, torch.bfloat16: 0.2}
+
+
+def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
+    """Adds each update to its frozen weight and puts the plain modules back; returns their names.
+
+    Quantised weights take no update in place, so for them say `into`: "dense" makes all of the model's quantised modules
+    dense, "quantized" those with an update quantised anew, which rounds W and its update to codes.
+
+    `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared, and
+    for quantised weights without `into`. After an exception half way, such as Ctrl-C, each module is either merged or as it
+    was, so the model computes the same; another call merges the rest.
+    """
+    merged = adapters(model)
+    if streamed := streamed_in(model):
+        raise AdapterError(
+            f"{streamed[0].removesuffix('.base')} is streamed, and the host's copy takes no update: unstream(model) first, or "
+            "load the model without --stream"
+        )
+    for name, others in sharers(model, [n for n, m in merged.items() if isinstance(m, LoRALinear)]).items():
+        raise AdapterError(f"{name} shares its weight with {' and '.join(others)}: merging would change these too")
+    if into not in (None, "dense", "quantized"):
+        raise AdapterError(f'merge: expected into="dense" or into="quantized", got {into!r}')
+    if into is None and (codes := {name: m.frozen.kind for name, m in merged.items() if m.frozen.kind != "dense"}):
+        name, kind = next(iter(codes.items()))
+        raise AdapterError(
+            f'{name} has {kind} weights, which take no update in place: merge(model, into="dense"), or into="quantized", which '
+            "rounds the sum to codes"
+        )
+    for name, module in merged.items():
+        if isinstance(module.frozen, QuantizedWeight):
+            replace_module(model, name, module.frozen.merged(module.delta_NK(), dense=into == "dense"))
+            continue
+        if isinstance(module.frozen, QuantizedExpertWeight):
+            merge_codes(model, name, module, dense=into == "dense")
+            continue
+        before = module.frozen.stored.detach().clone()
+        try:
+            module.frozen.add_(module.delta_NK if isinstance(module, ExpertLoRA) else module.delta_NK())
+            take_out(model, name, module)
+        except BaseException:
+            if name in adapters(model):
+                module.frozen.stored.detach().copy_(before)
+            raise
+    keep_values(model)
+    if into == "dense":
+        make_dense(model)
+    return list(merged)
 
 
 def merge_checked(model: nn.Module, token_ids: Sequence[int] | None = None, *, into: str | None = None) -> float:

@@ -22,7 +22,8 @@ from ..support.schema import checked
 from .adapter_config import CONFIG, AdapterConfig, Dropout, not_known, read_config
 from .expert_files import NATURAL, from_file, names_in_file, to_file
 from .experts import ExpertLoRA, adapted_mixtures
-from .layer import LoRALinear, adapters, inject, undone_on_error
+from .injection import inject, undone_on_error
+from .layer import LoRALinear, adapters
 from .peft_check import not_loaded
 from .peft_targets import WEIGHT, key_of, targets_of
 from .placement import Placement, ends_of, ranks_and_patterns

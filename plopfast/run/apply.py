@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..lora.layer import inject, unload
+from ..lora.injection import inject, unload
 from ..lora.placement import Placement
 from ..models.streaming import plain_copy
 from ..support.config import RunConfig

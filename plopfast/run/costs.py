@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..lora.layer import unload
+from ..lora.injection import unload
 from ..lora.placement import Placement
 from ..models.loading import shapes_source
 from ..models.running import device_of

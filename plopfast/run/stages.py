@@ -11,7 +11,8 @@ from typing import Any
 
 from ..data.describe import DataFacts
 from ..data.example import Example
-from ..lora.layer import adapters, disabled, unload
+from ..lora.injection import unload
+from ..lora.layer import adapters, disabled
 from ..lora.merging import merge_checked
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement

@@ -16,7 +16,7 @@ from safetensors.torch import load_model, save_model
 
 from ..data.example import Example
 from ..data.text import read_text
-from ..lora.layer import unload
+from ..lora.injection import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..models.running import context_length, device_of

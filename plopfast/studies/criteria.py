@@ -19,7 +19,8 @@ from torch import nn
 
 from ..data.batches import collate, group_by_length
 from ..data.example import Example
-from ..lora.layer import adapters, inject, unload
+from ..lora.injection import inject, unload
+from ..lora.layer import adapters
 from ..lora.placement import Placement
 from ..models.experts import weights_of
 from ..models.linears import linear_modules

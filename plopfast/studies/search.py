@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..lora.init import INITS
-from ..lora.layer import unload
+from ..lora.injection import unload
 from ..lora.placement import full_rank
 from ..models.experts import weights_of
 from ..placing.by_settings import placed, scored

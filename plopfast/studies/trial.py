@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from ..data.rows import DEMO
-from ..lora.layer import unload
+from ..lora.injection import unload
 from ..lora.placement import Placement
 from ..models.linears import number_of_weights
 from ..placing.by_settings import placed

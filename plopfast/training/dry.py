@@ -31,7 +31,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 
-from ..lora.layer import inject
+from ..lora.injection import inject
 from ..lora.placement import Placement
 from ..lora.shared import Prepared
 from ..models.embedding import at_home

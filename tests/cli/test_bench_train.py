@@ -14,7 +14,8 @@ from plopfast.cli import bench_arms as arms, bench_train
 from plopfast.cli.bench_arms import Recipe
 from plopfast.data.batches import collate
 from plopfast.data.rows import DEMO
-from plopfast.lora.layer import adapters, inject
+from plopfast.lora.injection import inject
+from plopfast.lora.layer import adapters
 from plopfast.support.errors import ConfigError, FileError, TrainingError
 
 STEPS, ROWS = 3, 4

@@ -20,7 +20,8 @@ from plopfast.data.batches import collate
 from plopfast.data.example import Example
 from plopfast.kernels import philox
 from plopfast.lora import shared
-from plopfast.lora.layer import adapters, disabled, merge, replace_module
+from plopfast.lora.layer import adapters, disabled, replace_module
+from plopfast.lora.merging import merge
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models.linears import linear_modules
 from plopfast.training.blocks import prepared_blocks

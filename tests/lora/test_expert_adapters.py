@@ -13,7 +13,8 @@ from zoo import families, reference
 
 import plopfast as pf
 from plopfast.lora.experts import ExpertLoRA, LoRAExperts
-from plopfast.lora.layer import adapters, disabled, unload
+from plopfast.lora.injection import unload
+from plopfast.lora.layer import adapters, disabled
 from plopfast.models.experts import expert_weights
 from plopfast.support.errors import AdapterError, ConfigError, PlacementError
 from plopfast.training.estimate import estimate

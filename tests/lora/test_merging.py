@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import plopfast as pf
-from plopfast.lora import layer, merging
+from plopfast.lora import injection, merging
 from plopfast.lora.layer import adapters
 from plopfast.lora.merging import merge_checked
 from plopfast.models.frozen import sharers
@@ -195,13 +195,13 @@ def test_an_interruption_just_after_a_module_is_merged(llama, monkeypatch):
     """The module is merged: its weight stays so."""
     pf.inject(llama, placement(UP.format(0), UP.format(1)))
     randomise(llama)
-    before, put = logits(llama), layer.replace_module
+    before, put = logits(llama), injection.replace_module
 
     def interrupted(*args):
         put(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(layer, "replace_module", interrupted)
+    monkeypatch.setattr(injection, "replace_module", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pf.merge(llama)
     assert len(adapters(llama)) == 1

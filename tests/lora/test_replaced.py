@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import plopfast as pf
-from plopfast.lora.layer import adapters, disabled, unload
+from plopfast.lora.injection import unload
+from plopfast.lora.layer import adapters, disabled
 from plopfast.lora.replaced import replaced_values
 from plopfast.models.streaming import stream
 from plopfast.support.errors import AdapterError

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import plopfast as pf
-from plopfast.lora.layer import adapters, merge
-from plopfast.lora.merging import merge_checked
+from plopfast.lora.layer import adapters
+from plopfast.lora.merging import merge, merge_checked
 from plopfast.lora.shared import Prepared, find_shared_inputs
 from plopfast.models.frozen import find_frozen, frozen_of, is_linear
 from plopfast.models.lean import lean_modules

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from zoo import families, reference
 
 import plopfast as pf
-from plopfast.lora.layer import adapters, merge
+from plopfast.lora.layer import adapters
+from plopfast.lora.merging import merge
 from plopfast.models import loading
 from plopfast.models.experts import BySegments, expert_weights, mixture_of
 from plopfast.models.quantized import KINDS, ExpertCodes

@@ -23,7 +23,7 @@ from plopfast.data.batches import batches_of
 from plopfast.data.labels import tokenize
 from plopfast.data.rows import read_rows
 from plopfast.integrations.grpo import grpo
-from plopfast.lora.layer import inject
+from plopfast.lora.injection import inject
 from plopfast.lora.peft_files import load_adapter
 from plopfast.models.loading import load_model
 from plopfast.placing.place import place

@@ -94,7 +94,7 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "data.given.draw": lambda seed, _: draw([{"text": f"row {i}"} for i in range(40)], 9, seed).rows,
     "data.rows.drawn": lambda seed, _: drawn(range(40), 9, seed),
     "lora.init.draw_seeded_A": lambda seed, _: draw_seeded_A("gaussian", 2, 6, seed, "some.module"),
-    "lora.layer.inject": begun,
+    "lora.injection.inject": begun,
     "lora.ops.lora_linear": low_rank,
     "placing.choose.by_type": lambda seed, given: by_type(given["report"], "random", 3, seed, {}),
     "placing.place.place": lambda seed, given: pf.place(given["report"], "random", k=3, rank=2, seed=seed).modules,
@@ -176,7 +176,7 @@ def test_a_seed_is_all_that_a_draw_depends_on(name, given):
         torch.manual_seed(1), random.seed(1)
         before, state = torch.get_rng_state(), random.getstate()
         one = tensors(SEEDED[name](5, given))
-        if name != "lora.layer.inject":  # whose helper draws a model
+        if name != "lora.injection.inject":  # whose helper draws a model
             assert torch.equal(torch.get_rng_state(), before) and random.getstate() == state, (
                 "nobody else's draws change"
             )

@@ -11,7 +11,8 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from plopfast.data.batches import collate
 from plopfast.data.example import Example
-from plopfast.lora.layer import adapters, inject
+from plopfast.lora.injection import inject
+from plopfast.lora.layer import adapters
 from plopfast.lora.placement import Placement
 from plopfast.lora.shared import Prepared
 from plopfast.models.experts import weights_of
