@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from .data.rows import read_jsonl as read_jsonl, read_rows as read_rows
     from .integrations.grpo import grpo as grpo
     from .integrations.peft import accelerate as accelerate, restore as restore
+    from .lora.active import active as active, merge_adapter as merge_adapter, unmerge_adapter as unmerge_adapter
     from .lora.injection import inject as inject, unload as unload
     from .lora.layer import LoRALinear as LoRALinear
+    from .lora.many import Use as Use
     from .lora.merging import merge as merge
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -43,8 +45,10 @@ _HOME = {
     name: module
     for module, names in {
         "integrations.peft": "accelerate restore",
+        "lora.active": "active merge_adapter unmerge_adapter",
         "lora.injection": "inject unload",
         "lora.layer": "LoRALinear",
+        "lora.many": "Use",
         "lora.merging": "merge",
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",

@@ -29,7 +29,7 @@ class ExpertLoRA(nn.Module):
     BackendError where `backend` cannot run.
     """
 
-    dropout, shared, lora_magnitude = 0.0, None, None
+    dropout, shared, lora_magnitude, name = 0.0, None, None, None
 
     def __init__(
         self,

@@ -38,6 +38,7 @@ class LoRALinear(nn.Module):
     """
 
     squares: torch.Tensor | None
+    name: str | None = None  # of a NamedLoRA (many.py)
 
     def __init__(
         self,
@@ -99,11 +100,15 @@ class LoRALinear(nn.Module):
                 scaling=self.scaling,
                 bias=base.bias if magnitude is None else None,  # type: ignore[arg-type]
                 dropout_p=p,
-                seed=new_seed(x.device) if p else None,
+                seed=self.draw_seed(x.device) if p else None,
                 backend=self.backend,
                 low=self.low,
             )
         return y if magnitude is None else dora_math.scaled(y, magnitude, self.lengths(), self.bias)
+
+    def draw_seed(self, device: torch.device) -> torch.Tensor:
+        """The seed of one call's dropout."""
+        return new_seed(device)
 
     @property
     def product_bias(self) -> torch.Tensor | None:
@@ -133,15 +138,26 @@ class LoRALinear(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, dropout={self.dropout}, rslora={self.rslora}"
 
 
-def adapters(model: nn.Module) -> dict[str, Any]:
-    """Name -> LoRALinear, or ExpertLoRA for a weight of experts, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear | ExpertLoRA)}
+def adapters(model: nn.Module, name: str | None = None) -> dict[str, Any]:
+    """Module -> LoRALinear, or ExpertLoRA for a weight of experts, in the model's order: those without a name, or those that
+    `inject` gave this name."""
+    found = {
+        path: one
+        for path, one in model.named_modules()
+        if isinstance(one, LoRALinear | ExpertLoRA) and one.name == name
+    }
+    return found if name is None else {path.rsplit(".", 2)[0]: one for path, one in found.items()}
+
+
+def every_adapter(model: nn.Module) -> list[Any]:
+    """All of the model's LoRALinears and ExpertLoRAs, whatever their names."""
+    return [module for module in model.modules() if isinstance(module, LoRALinear | ExpertLoRA)]
 
 
 @contextlib.contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
     """Switches the adapters off while the context lasts, and what they replace whole; those that were off before stay off."""
-    modules = [module for module in adapters(model).values() if module.enabled]
+    modules = [module for module in every_adapter(model) if module.enabled]
     try:
         for module in modules:
             module.enabled = False

@@ -22,8 +22,9 @@ from ..support.schema import checked
 from .adapter_config import CONFIG, AdapterConfig, Dropout, not_known, read_config
 from .expert_files import NATURAL, from_file, names_in_file, to_file
 from .experts import ExpertLoRA, adapted_mixtures
-from .injection import inject, undone_on_error
+from .injection import check_name, inject, undone_on_error
 from .layer import LoRALinear, adapters
+from .many import adapter_names, named_places, plain_modules
 from .peft_check import not_loaded
 from .peft_targets import WEIGHT, key_of, targets_of
 from .placement import Placement, ends_of, ranks_and_patterns
@@ -38,8 +39,8 @@ MAGNITUDE = "magnitude"
 Parts = dict[str, dict[str, torch.Tensor]]
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False) -> Path:
-    """Writes the model's adapters as PEFT does, in the folder `path`, which it returns.
+def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False, name: str | None = None) -> Path:
+    """Writes the model's adapters as PEFT does, in the folder `path`, which it returns; of several with names, that of `name`.
 
     Ranks and alphas that differ go into `rank_pattern` and `alpha_pattern`. Where PEFT is installed and would not load the files
     as they are, a warning says so (`peft_check`). Values that a loaded adapter had replaced whole are written again, as
@@ -49,9 +50,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False)
     exists (unless `overwrite`) or cannot be written.
     """
     path = Path(path)
-    modules = adapters(model)
+    modules = adapters(model, name)
+    if not modules and (known := adapter_names(model)):
+        raise AdapterError(
+            f"expected the name of one of the model's adapters ({', '.join(known)}), got {name!r}: give name="
+        )
     if not modules:
         raise AdapterError("the model has no LoRA adapters to save: inject(model, placement) first")
+    if any(place.merged for place in named_places(model)):
+        raise AdapterError("an adapter is merged into the weights: unmerge_adapter(model) first")
     metadata = {
         "format": "pt",
         "plopfast_base": json.dumps(fingerprint(model, list(modules))),
@@ -126,8 +133,11 @@ def _peft_config(model: nn.Module, modules: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto") -> list[str]:
+def load_adapter(
+    model: nn.Module, path: str | Path, *, check_base: bool = True, backend: str = "auto", name: str | None = None
+) -> list[str]:
     """Injects the LoRA adapter in the folder `path`, saved by plopfast or by PEFT, into `model`; returns the modules' names.
+    With a `name`, the model takes several, see `inject`; what an adapter replaces whole would be theirs all, and is refused.
 
     An adapter that plopfast saved knows its base model's weights; `check_base=False` skips that check. One that was trained
     on quantised weights is taken by the dense model, too, and the other way round, with a warning. If an error is raised,
@@ -138,8 +148,13 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
     a weight, and for other base weights than those of the training.
     """
     path = Path(path)
+    check_name(model, name)
     config = read_config(path)
     parts, whole, metadata = _read_parts(path)
+    if name is not None and whole:
+        raise AdapterError(
+            f"{path}: replaces {min(whole)} whole, which rows with other adapters would have, too: load it without a name"
+        )
     early = "plopfast_base" not in metadata and config.peft_version < NATURAL
     of_experts = _taken_from(parts, model, path, config, early)
     _check_base(model, path, parts, config.dora)
@@ -162,17 +177,18 @@ def load_adapter(model: nn.Module, path: str | Path, *, check_base: bool = True,
         )
     placement = Placement(placed, [], "adapter", 0)
     try:
-        with torch.no_grad(), undone_on_error(model):
+        with torch.no_grad(), undone_on_error(model, name):
             replace_values(model, whole)
             names = inject(
-                model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, dora=config.dora, backend=backend
+                model, placement, dropout=_dropout(path, config, metadata), rslora=config.rslora, dora=config.dora, backend=backend,
+                name=name,
             )  # fmt: skip
-            for name, module in adapters(model).items():
-                a, b = of_experts[name] if name in of_experts else (parts[name]["A"], parts[name]["B"])
+            for place, module in adapters(model, name).items():
+                a, b = of_experts[place] if place in of_experts else (parts[place]["A"], parts[place]["B"])
                 module.lora_A.copy_(a)
                 module.lora_B.copy_(b)
                 if module.lora_magnitude is not None:
-                    module.lora_magnitude.copy_(parts[name][MAGNITUDE][:, 0])
+                    module.lora_magnitude.copy_(parts[place][MAGNITUDE][:, 0])
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     return names
@@ -185,7 +201,7 @@ def _taken_from(
     if not config.parameters:
         return {}
     found, places = {}, names_in_file(mixtures(model), config.parameters)
-    linears = [name + WEIGHT for name, module in model.named_modules(remove_duplicate=False) if is_linear(module)]
+    linears = [name + WEIGHT for name, module in plain_modules(model).items() if is_linear(module)]
     met = {end for name in (*linears, *places) for end in (name, *ends_of(name))}
     if unknown := [one for one in config.parameters if one not in met]:
         raise AdapterError(not_known(config.file, unknown))
@@ -260,7 +276,7 @@ def _read_parts(path: Path) -> tuple[Parts, dict[str, torch.Tensor], dict[str, s
 
 def _check_base(model: nn.Module, path: Path, parts: Parts, dora: bool) -> None:
     """Raises AdapterError where a module of the adapter is incomplete, absent from the model, or of another shape."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = plain_modules(model)
     for name, part in parts.items():
         if dora != (MAGNITUDE in part) and {"A", "B"} <= set(part):
             raise AdapterError(

@@ -15,7 +15,7 @@ from ..models.lean import LeanNorm
 from ..models.running import body, device_of, evaluating
 from .experts import LoRAExperts
 from .grouped import LoRAGroup
-from .layer import LoRALinear, adapters
+from .layer import LoRALinear, adapters, every_adapter
 from .ops import check, is_direct, new_seed, or_backend_error
 
 MAX_RANKS = 256  # together, in a group: the limit of the kernels
@@ -130,7 +130,7 @@ class Prepared(contextlib.AbstractContextManager["Prepared"]):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.modules = list(adapters(model).values())
+        self.modules = every_adapter(model)
         self.experts = [module for module in model.modules() if isinstance(module, LoRAExperts)]
         self.groups = list({id(m.shared): m.shared for m in self.modules if m.shared}.values())
         self._stacks: list[torch.Tensor] = []

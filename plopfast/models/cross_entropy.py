@@ -15,6 +15,7 @@ Triton runs, the chunk has the model's dtype, and one kernel turns it into its g
 n tokens, H hidden, V vocabulary.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,8 +39,10 @@ def chunked_cross_entropy(
     multiplier: float = 1.0,
     cap: float | None = None,
     backend: str = "auto",
+    parts: Sequence[int] | None = None,
 ) -> torch.Tensor:
-    """Returns the summed cross-entropy of n tokens, 0-d in float32, with gradients for hidden states, weight and bias.
+    """Returns the summed cross-entropy of n tokens, 0-d in float32, with gradients for hidden states, weight and bias; of
+    `parts`, numbers of tokens that sum to n, the sum of each part [parts], with a gradient for hidden states alone.
 
     z = cap tanh(multiplier (hidden weight^T + bias) / cap). Every target must be a token's number (int64): leave ignored
     positions out before. `backend`: "auto", "torch" or "triton". A weight of codes (kernels/codes.py) is decoded a few thousand
@@ -51,10 +54,18 @@ def chunked_cross_entropy(
     if isinstance(weight_VH, Codes):
         weight_VH = weight_VH.to(hidden_nH.dtype)
     _check(hidden_nH, weight_VH, targets_n, bias_V)
+    if parts is not None and (
+        sum(parts) != len(hidden_nH) or any(p is not None and p.requires_grad for p in (weight_VH, bias_V))
+    ):
+        raise ValueError(
+            f"chunked_cross_entropy: expected parts that sum to {len(hidden_nH)} tokens and a frozen weight, got {list(parts)}"
+        )
     tensors: list[Any] = [hidden_nH, weight_VH, bias_V]
     if not torch.is_grad_enabled():  # which needs_input_grad does not tell
         tensors = [tensor.detach() if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
-    return _ChunkedCrossEntropy.apply(*tensors, targets_n, multiplier, cap, backend)
+    return _ChunkedCrossEntropy.apply(
+        *tensors, targets_n, multiplier, cap, backend, None if parts is None else tuple(parts)
+    )
 
 
 def _check(h: torch.Tensor, w: Weight, targets: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -117,7 +128,7 @@ def _hidden_gradient(dz: torch.Tensor, w_VH: Weight, dh: torch.Tensor) -> None:
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h_nH, w_VH, bias_V, targets_n, multiplier: float, cap: float | None, backend: str):
+    def forward(ctx: Any, h_nH, w_VH, bias_V, targets_n, multiplier: float, cap: float | None, backend: str, parts):
         need_h, need_w, need_bias = ctx.needs_input_grad[:3]  # codes need none
         gradient = need_h or need_w or need_bias
         dh_nH = torch.empty_like(h_nH) if need_h else None
@@ -130,6 +141,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         z_nV = h_nH.new_empty(rows, padded)[:, :vocabulary]  # of every chunk: new memory costs as much as a pass
         wide_nV = z_nV if kernel or h_nH.dtype == torch.float32 else torch.empty_like(z_nV, dtype=torch.float32)
         total = h_nH.new_zeros((), dtype=torch.float32)
+        each: list[torch.Tensor] = []  # the tokens' losses, where parts are asked for
         for begin in range(0, len(h_nH), rows):
             h, targets = h_nH[begin : begin + rows], targets_n[begin : begin + rows]
             z = z_nV[: len(h)]
@@ -141,7 +153,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 wide = z if z_nV is wide_nV else wide_nV[: len(h)].copy_(z)
                 losses, dz = torch_rows.cross_entropy(wide, targets, multiplier=multiplier, cap=cap, gradient=gradient)
                 low = dz if dz.dtype == h.dtype else z.copy_(dz)
-            total += losses.sum()
+            if parts is None:
+                total += losses.sum()
+            else:
+                each.append(losses)
             if dh_nH is not None:
                 _hidden_gradient(low, w_VH, dh_nH[begin : begin + rows])
             if dw_VH is not None:
@@ -149,10 +164,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dbias_V is not None:
                 dbias_V += dz.sum(0, dtype=torch.float32)
         ctx.save_for_backward(dh_nH, dw_VH, dbias_V)
-        return total
+        ctx.parts = parts
+        if parts is None:
+            return total
+        return torch.stack(
+            [part.sum() for part in torch.cat([h_nH.new_empty(0, dtype=torch.float32), *each]).split(parts)]
+        )
 
     @staticmethod
     @once
     def backward(ctx: Any, d_total):
-        dh_nH, dw_VH, dbias_V = (None if g is None else g * d_total for g in ctx.saved_tensors)
-        return dh_nH, dw_VH, dbias_V, None, None, None, None
+        dh_nH, dw_VH, dbias_V = ctx.saved_tensors
+        if ctx.parts is not None:
+            d_n1 = torch.cat([d.expand(n) for d, n in zip(d_total.unbind(), ctx.parts, strict=True)])[:, None]
+            return None if dh_nH is None else (dh_nH * d_n1).to(dh_nH.dtype), *[None] * 7
+        return *(None if g is None else g * d_total for g in (dh_nH, dw_VH, dbias_V)), *[None] * 5

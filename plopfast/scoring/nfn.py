@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ..data.batches import group_by_length
-from ..lora.layer import adapters
+from ..lora.layer import every_adapter
 from ..models.exclusions import left_out
 from ..models.experts import ExpertInfo, weights_of
 from ..models.linears import LinearInfo
@@ -92,7 +92,7 @@ def score(
         compat=compat, confidence=confidence, k=k, inverse=inverse, eva_rank=eva_rank, batch_tokens=batch_tokens,
         backend=backend,
     )  # fmt: skip
-    if adapters(model):
+    if every_adapter(model):
         raise ModelError("the model has LoRA adapters; NFN is a score of its own weights: unload(model) first")
     began = time.perf_counter()
     with evaluating(model), torch.no_grad(), bar("score", _prompts_of_a_rank(batches), "prompts", progress) as meter:

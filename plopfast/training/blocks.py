@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..lora.layer import adapters
+from ..lora.layer import every_adapter
 from ..lora.shared import apart
 from ..models.frozen import is_sharded, streamed_in
 from ..models.lean import lean_modules
@@ -87,7 +87,7 @@ def _check_streamed(model: nn.Module, config: TrainConfig) -> None:
     """Raises ConfigError where all weights were to be trained, or compiled."""
     if config.compile:
         raise ConfigError("torch.compile would keep what a slot held when it was traced: leave out compile, or stream")
-    if not adapters(model):
+    if not every_adapter(model):
         raise ConfigError(
             "streamed weights are frozen: inject(model, placement) first, or load the model without stream"
         )

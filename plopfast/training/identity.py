@@ -21,10 +21,11 @@ from .plan import Plan
 
 
 def identity_of(
-    model: nn.Module, config: TrainConfig, plan: Plan, valid: Sequence[Example], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
+    model: nn.Module, config: TrainConfig, plan: Plan, valid: Sequence[Example], optimizer: torch.optim.Optimizer,
+    name: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Returns what must be the same when a run is resumed: settings, data, base model, placement, ranks."""
-    lora = adapters(model)
+    lora = adapters(model, name)
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(TrainConfig) if f.name not in FREE}
     return {
         **settings,

@@ -103,18 +103,22 @@ class Objective(nn.Module):
 
     def forward(self, batch: dict[str, Any]) -> torch.Tensor:
         """Returns the sum over the label tokens of `batch` (as data.collate makes it), 0-d float32. Where the labels have no
-        values to read (see estimate.py), "at" gives their places: index tensors of rows and columns."""
+        values to read (see estimate.py), "at" gives their places: index tensors of rows and columns. "parts", numbers of label
+        tokens that follow one another in row order, gives the sum of each instead [parts]."""
         where = batch["at"] if "at" in batch else positions(batch["labels"])
         targets_n = batch["labels"][:, 1:][where]
-        ids, dtype = batch["input_ids"], self.model.dtype
+        ids, dtype, parts = batch["input_ids"], self.model.dtype, batch.get("parts")
         with contextlib.nullcontext() if self.recomputed else attention_for(ids, dtype):  # type: ignore[arg-type]
             if self.head is None:
                 logits_nV = run_for_logits(self.model, inputs_of(batch), where)
-                return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
+                if parts is None:
+                    return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
+                losses_n = nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="none")
+                return torch.stack([part.sum() for part in losses_n.split(parts)])
             hidden_nH = body(self.model)(**inputs_of(batch), use_cache=False)[0][where]
         head = self.head
         return chunked_cross_entropy(
-            hidden_nH, head.weight_VH, targets_n, head.bias_V, multiplier=head.multiplier, cap=head.cap
+            hidden_nH, head.weight_VH, targets_n, head.bias_V, multiplier=head.multiplier, cap=head.cap, parts=parts
         )
 
     @torch.no_grad()

@@ -67,7 +67,7 @@ def test_an_interrupted_training_goes_on(examples, tmp_path):
         trainer.on_valid = stop
         with pytest.raises((KeyboardInterrupt, Interrupted)):
             trainer.fit()
-        trainer._save()
+        trainer.save()
         again = made(examples, out=out, model=then(), max_steps=6, eval_every=2)
         again.fit(resume=True)
         assert same(parameters(whole), parameters(again))
