@@ -65,11 +65,11 @@ def segment_shrink(
 
 @triton.jit(do_not_specialize=["M"])
 def segment_gemm(
-    x, w, s, b, ends, y, M, E, N, K, sxm, sxk, swe, swn, swk, ssm, sbe, sbn, sbr, sym,
-    RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
-    EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    x, w, s, b, bias, ends, y, M, E, N, K, sxm, sxk, swe, swn, swk, ssm, sbe, sbn, sbr, sym,
+    RANK: tl.constexpr, BR: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, EVEN_K: tl.constexpr,
+    PRECISION: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] = x w_e^T + s b_e^T, the second term if LORA. Any strides; one tile of y a program."""
+    """y [M, N] = x w_e^T + s b_e^T + bias, the second term if LORA, the third if BIAS. Any strides; one tile of y a program."""
     dtype: tl.constexpr = x.dtype.element_ty
     tile_m, tile_n = tile_of(tl.program_id(0), (M // BM + E) * BM, N, BM, BN, GROUP)
     segment, first, end = rows_of(tile_m, ends, E, EP, BM)
@@ -81,8 +81,8 @@ def segment_gemm(
     acc = tl.zeros((BM, BN), tl.float32)
     acc = frozen_product(acc, x, w + segment * swe, row_M, rn, N, K, sxm, sxk, swn, swk, EVEN_K, PRECISION, BK)
     finish(
-        acc, s, b + segment * sbe, y, y, y, tile_n, rm, row_M, rn, end, N, ssm, sbn, sbr, sym, dtype,
-        RANK, BR, LORA, False, False, True, PRECISION,
+        acc, s, b + segment * sbe, bias, y, y, tile_n, rm, row_M, rn, end, N, ssm, sbn, sbr, sym, dtype,
+        RANK, BR, LORA, BIAS, False, True, PRECISION,
     )  # fmt: skip
 
 

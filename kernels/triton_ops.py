@@ -234,14 +234,15 @@ def copyable(*matrices: torch.Tensor) -> bool:
 
 
 def low_rank(
-    s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: philox.Seed = 0
-) -> torch.Tensor:
-    """L = mask (S B^T) + bias in S's dtype. The mask is there if p > 0."""
+    s_MR: torch.Tensor, b_NR: torch.Tensor, bias_N: torch.Tensor | None = None, *, p: float = 0.0, seed: philox.Seed = 0,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """L = mask (S B^T) + bias in S's dtype, in `out` [M, N] (dense) or in new memory. The mask is there if p > 0."""
     run = plan(
         _low_rank, s_MR.device, s_MR.dtype, s_MR.shape, s_MR.stride(0), b_NR.dtype, b_NR.shape, b_NR.stride(),
         bias_N is not None, p, precision(s_MR),
     )  # fmt: skip
-    return run(s_MR, b_NR, bias_N, seed)
+    return run(s_MR, b_NR, bias_N, seed, out)
 
 
 def _low_rank(
@@ -256,8 +257,10 @@ def _low_rank(
         device, num_warps=8 if exact == "tf32" else 4, num_stages=2,
     )  # fmt: skip
 
-    def run(s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, seed: philox.Seed) -> torch.Tensor:
-        y = s.new_empty(m, n)
+    def run(
+        s: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None, seed: philox.Seed, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        y = s.new_empty(m, n) if out is None else out
         if m and n:
             b = b if near else b.contiguous()
             launch((s, b, s if bias is None else bias.contiguous(), y), (m, seed))

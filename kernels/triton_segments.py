@@ -6,7 +6,7 @@ dX, and one or two more where sums are split. Plain torch multiplies three times
 M rows, K in, N out, R rank, E segments.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,19 +33,31 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """dX = dS A_e + dY W_e, dA_e = dS^T X, dB_e = dY^T S with dS = c dY B_e; empty where not needed, zeros for a segment without
     rows."""
+    ds, da, db = low_rank_grads(dy_MN, x_MK, s_MR, b_ENR, ends_E, c, needed, (a_ERK.dtype, b_ENR.dtype))
+    empty = x_MK.new_empty(0)
+    dx = empty
+    if needed[0] and ds is not None:
+        dx = product(dy_MN, w_ENK.transpose(1, 2), ends_E, ds, a_ERK.transpose(1, 2))
+    return dx, empty if da is None else da, empty if db is None else db
+
+
+def low_rank_grads(
+    dy_MN: torch.Tensor, x_MK: torch.Tensor, s_MR: torch.Tensor, b_ENR: torch.Tensor | None, ends_E: torch.Tensor, c: float,
+    needed: tuple[bool, bool, bool], dtypes: Sequence[torch.dtype],
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    """dS = c dY B_e [M, R] where dX or dA_e is `needed`, dA_e = dS^T X [E, R, K] and dB_e = dY^T S [E, N, R] in their `dtypes`, else
+    None. B may be None where dB_e alone is needed."""
     need_x, need_a, need_b = needed
-    ds, dx = None, x_MK.new_empty(0)
-    da, db = dx, dx
+    need_s = (need_x or need_a) and b_ENR is not None
+    ds, da, db = None, None, None
     if need_b:
-        together = (need_x or need_a) and s_MR.shape[1] <= dispatch.MOST_DS_RANK
-        db, ds = grads(dy_MN, s_MR, ends_E, b_ENR.dtype, b_ENR if together else None, c)
-    if (need_x or need_a) and ds is None:
+        together = need_s and s_MR.shape[1] <= dispatch.MOST_DS_RANK
+        db, ds = grads(dy_MN, s_MR, ends_E, dtypes[1], b_ENR if together else None, c)
+    if need_s and ds is None and b_ENR is not None:
         ds = shrink(dy_MN, b_ENR.transpose(1, 2), ends_E, c)
     if need_a and ds is not None:
-        da = grads(x_MK, ds, ends_E, a_ERK.dtype, transposed=True)[0]
-    if need_x and ds is not None:
-        dx = product(dy_MN, w_ENK.transpose(1, 2), ends_E, ds, a_ERK.transpose(1, 2))
-    return dx, da, db
+        da = grads(x_MK, ds, ends_E, dtypes[0], transposed=True)[0]
+    return ds, da, db
 
 
 def shrink(x_MK: torch.Tensor, a_ERK: torch.Tensor, ends_E: torch.Tensor, c: float) -> torch.Tensor:
@@ -83,20 +95,20 @@ def _shrink(
 
 def product(
     x_MK: torch.Tensor, w_ENK: torch.Tensor, ends_E: torch.Tensor, s_MR: torch.Tensor | None = None,
-    b_ENR: torch.Tensor | None = None,
+    b_ENR: torch.Tensor | None = None, bias_N: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Y = X W_e^T + S B_e^T [M, N]"""
+    """Y = X W_e^T + S B_e^T + bias [M, N]; the bias is that of every segment"""
     b_ENR, low = low_rank_facts(s_MR, b_ENR)
     run = plan(
         _product, x_MK.device, x_MK.dtype, x_MK.shape, x_MK.stride(), w_ENK.shape, w_ENK.stride(), low,
-        copyable(x_MK, w_ENK), precision(x_MK),
+        bias_N is not None, copyable(x_MK, w_ENK), precision(x_MK),
     )  # fmt: skip
-    return run(x_MK, w_ENK, ends_E, s_MR, b_ENR)
+    return run(x_MK, w_ENK, ends_E, s_MR, b_ENR, bias_N)
 
 
 def _product(
     device: torch.device, dtype: torch.dtype, shape: torch.Size, x_strides: tuple[int, ...], w_shape: torch.Size,
-    w_strides: tuple[int, ...], low: tuple[Any, ...], aligned: bool, exact: str,
+    w_strides: tuple[int, ...], low: tuple[Any, ...], biased: bool, aligned: bool, exact: str,
 ) -> Callable[..., torch.Tensor]:  # fmt: skip
     (m, k), (count, n, _), (rank, s_strides, b_strides, b_dtype) = shape, w_shape, low
     if not m or not n:
@@ -106,16 +118,17 @@ def _product(
     launch = Planned(
         segment_gemm, ((m // tiles.bm + count) * triton.cdiv(n, tiles.bn),),
         (count, n, k, *x_strides, *w_strides, *(s_strides or (0,)), *(b_strides or (0, 0, 0)), n),
-        {"RANK": rank, "BR": rank_chunk(rank), "LORA": b_dtype is not None, "EVEN_K": k % tiles.bk == 0, "PRECISION": exact,
+        {"RANK": rank, "BR": rank_chunk(rank), "LORA": b_dtype is not None, "BIAS": biased, "EVEN_K": k % tiles.bk == 0, "PRECISION": exact,
          "EP": triton.next_power_of_2(count), "BM": tiles.bm, "BN": tiles.bn, "BK": tiles.bk, "GROUP": tiles.group},
         device, num_warps=8 if exact == "tf32" else tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
 
     def run(
-        x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor | None
-    ) -> torch.Tensor:
-        y = x.new_empty(m, n)
-        launch((x, w, x if s is None else s, x if b is None else b, ends, y), (m,))
+        x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, s: torch.Tensor | None, b: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:  # fmt: skip
+        y, own = x.new_empty(m, n), x if bias is None else bias.contiguous()
+        launch((x, w, x if s is None else s, x if b is None else b, own, ends, y), (m,))
         return y
 
     return run

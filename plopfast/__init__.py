@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .lora.injection import inject as inject, unload as unload
     from .lora.layer import LoRALinear as LoRALinear
     from .lora.many import Use as Use
+    from .lora.many_ops import lora_linear_grouped as lora_linear_grouped
     from .lora.merging import merge as merge
     from .lora.ops import linear_norms as linear_norms, lora_linear as lora_linear
     from .lora.peft_files import load_adapter as load_adapter, save_adapter as save_adapter
@@ -49,6 +50,7 @@ _HOME = {
         "lora.injection": "inject unload",
         "lora.layer": "LoRALinear",
         "lora.many": "Use",
+        "lora.many_ops": "lora_linear_grouped",
         "lora.merging": "merge",
         "lora.ops": "linear_norms lora_linear",
         "lora.peft_files": "load_adapter save_adapter",

@@ -229,13 +229,32 @@ def _is_seed(seed) -> bool:
     return isinstance(seed, int) and -(1 << 63) <= seed < 1 << 64
 
 
-def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
-    """Raises the ValueError that says which of `check`'s conditions failed."""
+def check_frozen(x, weight, bias) -> None:
+    """Raises the ValueError that says what is wrong with x, weight or bias, if anything is."""
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"lora_linear: expected x [..., K] and weight [N, K], got x {list(x.shape)} and weight "
             f"{list(weight.shape)}; a weight stored [in, out] (GPT-2's Conv1D) is passed as weight.T"
         )
+    n_out = weight.shape[0]
+    if bias is not None and list(bias.shape) != [n_out]:
+        raise ValueError(f"bias: expected [{n_out}], got {list(bias.shape)}")
+    for name, tensor in {"weight": weight, "bias": bias}.items():
+        if tensor is None:
+            continue
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
+        if tensor.dtype != x.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, x {x.dtype}: cast x, or use torch.autocast")
+        if tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but LoRA keeps it frozen: {name}.requires_grad_(False)")
+    if not x.dtype.is_floating_point:
+        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+
+
+def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
+    """Raises the ValueError that says which of `check`'s conditions failed."""
+    check_frozen(x, weight, bias)
     n_out, n_in = weight.shape
     rank = lora_A.shape[0]
     if rank < 1:
@@ -247,19 +266,8 @@ def _explain(x, weight, lora_A, lora_B, bias, scaling, dropout_p, seed) -> None:
             raise ValueError(f"{name}: expected [{want[0]}, {want[1]}], got {got}{hint}")
         if tensor.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name}: expected float32 or x's dtype {x.dtype}, got {tensor.dtype}")
-    if bias is not None and list(bias.shape) != [n_out]:
-        raise ValueError(f"bias: expected [{n_out}], got {list(bias.shape)}")
-    tensors = {"weight": weight, "lora_A": lora_A, "lora_B": lora_B} | ({} if bias is None else {"bias": bias})
-    for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, x on {x.device}: move them to one device")
-        if name in ("weight", "bias"):
-            if tensor.dtype != x.dtype:
-                raise ValueError(f"{name} is {tensor.dtype}, x {x.dtype}: cast x, or use torch.autocast")
-            if tensor.requires_grad:
-                raise ValueError(f"{name} requires a gradient, but LoRA keeps it frozen: {name}.requires_grad_(False)")
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
     if not math.isfinite(scaling):
         raise ValueError(f"scaling: expected a finite number, got {scaling}")
     if not 0.0 <= dropout_p < 1.0:
