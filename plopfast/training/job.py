@@ -137,9 +137,9 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
         return Step(examples, label_tokens, lr, began)
 
-    def end_step(self, step: Step, total: float, positions: int, share: float = 1.0) -> None:
+    def end_step(self, step: Step, total: float, positions: int, seconds: float | None = None) -> None:
         """Clips, updates and records, now that the gradients are there. `total` is this rank's loss, `positions` what it
-        computed, and `share` is this training's part of the step's time."""
+        computed, and `seconds` its time (None: since the step began)."""
         state, config, examples = self.state, self.config, step.examples
         grad_norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip or math.inf))
         loss_sum, positions_sum = ranks.total([total, positions]).tolist()
@@ -161,7 +161,7 @@ class Job:
         self.records.add({
             "step": state.step, "loss": self.last_loss if finite else None, "lr": step.lr,
             "grad_norm": grad_norm if finite else None, "tokens": tokens, "positions": positions,
-            "seconds": round((time.perf_counter() - step.began) * share, 4), **({} if finite else {"skipped": True}),
+            "seconds": round(time.perf_counter() - step.began if seconds is None else seconds, 4), **({} if finite else {"skipped": True}),
         })  # fmt: skip
 
     def look_and_save(self, objective: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """A model on several ranks: DDP averages gradients, FSDP2 shards frozen blocks."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,3 +58,19 @@ def averaged(objective: nn.Module) -> nn.Module:
 def held(objective: nn.Module) -> Any:
     """Returns a context in which gradients are only added up on this rank."""
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def average(parameters: Sequence[nn.Parameter]) -> None:
+    """Puts the mean over all ranks in the place of each gradient; one that a rank lacks counts as zero there. With one rank nothing
+    is done. For adapters, which are small: they travel in one piece."""
+    if size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([grad.flatten() for grad in grads])
+    torch.distributed.all_reduce(flat)
+    parts = (flat / size()).split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in zip(parts, grads, strict=True)])

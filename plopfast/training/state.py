@@ -50,6 +50,7 @@ class TrainState:
         best_on_cpu: bool = False,
     ) -> None:
         self.parameters, self.optimizer = parameters, optimizer
+        self.generator: torch.Generator | None = None  # of the random numbers, where it isn't torch's own
         self.step = self.tokens = self.positions = self.worse = self.skipped = 0
         self.best_step, self.best_loss = 0, math.inf
         self.best = self.copy("cpu" if best_on_cpu else None) if validated else {}
@@ -101,7 +102,7 @@ class TrainState:
         Counters have their own names. Tensors are under KIND/PARAMETER, with the kinds in `KINDS`; the random generators
         of all ranks are under rng/RANK and rng_cuda/RANK.
         """
-        state: dict[str, Any] = {f"rng/{rank}": kept for rank, kept in enumerate(ranks.gather(torch.get_rng_state()))}
+        state: dict[str, Any] = {f"rng/{rank}": kept for rank, kept in enumerate(ranks.gather(self._random()))}
         if self.device.type == "cuda":
             generators = ranks.gather(torch.cuda.get_rng_state(self.device))
             state |= {f"rng_cuda/{rank}": kept for rank, kept in enumerate(generators)}
@@ -125,12 +126,19 @@ class TrainState:
                 self.average[name].copy_(of["average"])
             if "step" in of:
                 put_moments(self.optimizer, parameter, {key: of[key] for key in of if key not in VALUES})
-        torch.set_rng_state(state[f"rng/{ranks.rank()}"])
+        if self.generator is None:
+            torch.set_rng_state(state[f"rng/{ranks.rank()}"])
+        else:
+            self.generator.set_state(state[f"rng/{ranks.rank()}"])
         generator = state.get(f"rng_cuda/{ranks.rank()}")
         if generator is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(generator, self.device)
         for name in COUNTERS:
             setattr(self, name, state[name])
+
+    def _random(self) -> torch.Tensor:
+        """The state of the random generator."""
+        return torch.get_rng_state() if self.generator is None else self.generator.get_state()
 
     def _check(self, state: dict[str, Any]) -> None:
         """Raises TrainingError for a state that lacks a tensor, or has one of another shape."""
@@ -149,7 +157,7 @@ class TrainState:
                         f"expected {kind}/{name} of shape {shape}{' as codes' if coded else ''}, got {got}: another placement or "
                         "optimizer, or damaged"
                     )
-        own, now = state.get(f"rng/{ranks.rank()}"), torch.get_rng_state()
+        own, now = state.get(f"rng/{ranks.rank()}"), self._random()
         if own is None or (own.shape, own.dtype) != (now.shape, now.dtype):
             raise TrainingError(
                 f"rng/{ranks.rank()}: expected {len(now)} bytes of torch's random generator, got others"

@@ -29,7 +29,7 @@ def test_a_state_comes_back_whole(examples, settings):
         module.dropout = 0.2  # so that the random generator matters
     for number in range(4):
         one._train_step([list(range(4 * number, 4 * number + 9))])
-    one._validate()
+    one._validate(one.objective)
     kept = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in one.state.state_dict().items()}
     assert kept["step"] == kept["best_step"] == 4 and kept["tokens"] > 0
     one._train_step([list(range(9))])
