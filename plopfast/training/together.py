@@ -27,6 +27,7 @@ from ..lora.active import chosen
 from ..lora.layer import adapters
 from ..lora.many import Use, adapter_names
 from ..lora.shared import Prepared
+from ..models.frozen import is_sharded
 from ..models.running import check_packing, device_of, modes_kept
 from ..support import ranks
 from ..support.config import TrainConfig
@@ -107,6 +108,8 @@ class Together:
                 check_packing(model)
             self.objective = Objective(model, recomputed=self.config.checkpointing)
         self.prepared = Prepared(model)
+        # sharded weights have to be gathered equally often on all ranks, whose rows are of other lengths
+        self._in_one = self.config.packing or any(is_sharded(parameter) for parameter in model.parameters())
         self.notes: list[str] = []
         self._running: dict[str, contextlib.ExitStack] = {}
         self._groups: dict[str, Iterator[list[int]]] = {}
@@ -183,7 +186,7 @@ class Together:
         with self.prepared:
             for number in range(max(len(step.mine) for step in steps.values())):
                 due = {job: step.mine[number] for job, step in steps.items() if number < len(step.mine)}
-                for part in _batches(due, self.config.packing):
+                for part in _batches(due, self._in_one):
                     for job, (loss, positions) in self._pass(part, steps).items():
                         found[job] = found[job][0] + loss, found[job][1] + positions
         for job in running:
@@ -262,9 +265,9 @@ def _shared(jobs: Mapping[str, Job]) -> TrainConfig:
     return config
 
 
-def _batches(due: Mapping[Job, list[Example]], packing: bool) -> list[dict[Job, list[Example]]]:
+def _batches(due: Mapping[Job, list[Example]], in_one: bool) -> list[dict[Job, list[Example]]]:
     """Splits micro-batches into batches: those of like length together, as short rows would be padded to the longest."""
-    if packing:
+    if in_one:
         return [dict(due)]
     width = {job: max(len(example.tokens) for example in group) for job, group in due.items()}
     found: list[dict[Job, list[Example]]] = []

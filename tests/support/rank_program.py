@@ -18,10 +18,12 @@ from torch.distributed.tensor import DTensor
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.data.example import Example
+from plopfast.lora.layer import adapters
 from plopfast.models.streaming import stream
 from plopfast.support import ranks
 from plopfast.support.errors import Interrupted, TrainingError
 from plopfast.training import evaluate, likelihoods, parallel
+from plopfast.training.together import Together, job_of
 from plopfast.training.trainer import Trainer
 
 STEPS = 6
@@ -178,6 +180,43 @@ def resume(folder):
     write(folder / "resume" / "own masks", [not torch.equal(masks[0], mask) for mask in masks[1:]])
 
 
+def together(folder):
+    """Three jobs on one base, one of which diverges, and each of the others alone."""
+    jobs = {"a": (4, {}), "b": (2, {"lr": 3e-3, "seed": 5, "max_steps": 4}), "bad": (4, {})}
+    for kind in ("ddp", "fsdp"):
+
+        def base(kind=kind):
+            model = build("llama")
+            if kind == "fsdp" and ranks.size() > 1:
+                parallel.shard(model, torch.device("cpu"))
+            return model
+
+        model, made = base(), []
+        for name, (rank, config) in jobs.items():
+            pf.inject(model, everywhere(build("llama"), rank), name=name)
+            make = partial(job_of, model, name)
+            made.append(
+                trainer(None, folder / kind / name, lambda _, *rest, make=make, **more: make(*rest, **more), **config)
+            )
+        with torch.no_grad():
+            next(iter(adapters(model, "bad").values())).lora_A.fill_(float("inf"))
+        ended = Together(model, made).fit()
+        write(folder / "together" / kind / "ended", {name: type(result).__name__ for name, result in ended.items()})
+        for job in made[:2]:
+            rank, config = jobs[job.name]
+            alone = base()
+            pf.inject(alone, everywhere(build("llama"), rank))
+            one = trainer(alone, **config)
+            one.fit()
+            apart = {
+                key: ((p - one.parameters[key]).norm() / one.parameters[key].norm()).item()
+                for key, p in job.parameters.items()
+            }
+            losses = [[h.get("loss", h.get("valid_loss")) for h in of.history] for of in (job, one)]
+            norms = {key: p.double().norm().item() for key, p in job.parameters.items()}
+            write(folder / "together" / kind / job.name, [max(apart.values()), losses, norms])
+
+
 def not_finite(folder):
     """One rank's loss is NaN."""
     made = trainer(adapted(), folder / "not_finite")
@@ -231,7 +270,20 @@ def command_line():
 
 CHECKS = {
     check.__name__: check
-    for check in (ddp, streamed, fsdp, fsdp_dora, full, score, evaluation, resume, not_finite, dies, one_fails)
+    for check in (
+        ddp,
+        streamed,
+        fsdp,
+        fsdp_dora,
+        full,
+        score,
+        evaluation,
+        resume,
+        together,
+        not_finite,
+        dies,
+        one_fails,
+    )
 }
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from plopfast.support import peers
 from plopfast.support.errors import ConfigError, TrainingError
 
 HERE = Path(__file__).parent
-CHECKS = ("ddp", "streamed", "fsdp", "fsdp_dora", "full", "score", "evaluation", "resume")
+CHECKS = ("ddp", "streamed", "fsdp", "fsdp_dora", "full", "score", "evaluation", "resume", "together")
 
 
 def run(*command):
@@ -109,6 +109,20 @@ def test_a_signal_to_one_rank_stops_all_and_they_go_on_as_if_uninterrupted(found
         assert read(found[1] / "resume" / f"message.{rank}.json").startswith("stopped after step 2 of 6")
         assert read(found[1] / "resume" / f"found.{rank}.json") == [True, True]
         assert read(found[1] / "resume" / f"own masks.{rank}.json") == [True]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_jobs_at_once_are_those_alone_and_those_of_one_process(found, kind):
+    folder = Path("together") / kind
+    for rank in (0, 1):
+        want = {"a": "TrainResult", "b": "TrainResult", "bad": "TrainingError"}
+        assert read(found[1] / folder / f"ended.{rank}.json") == want
+        for name, steps in (("a", 8), ("b", 6)):
+            apart, (losses, alone), norms = read(found[1] / folder / f"{name}.{rank}.json")
+            one_apart, (one, _), one_norms = read(found[0] / folder / f"{name}.0.json")
+            assert max(apart, one_apart) < 1e-3 and len(losses) == steps
+            assert losses == pytest.approx(alone, rel=1e-5) and losses == pytest.approx(one, rel=1e-5)
+            assert norms == pytest.approx(one_norms, rel=1e-4)
 
 
 def test_another_number_of_ranks_cannot_resume(found):

@@ -180,13 +180,13 @@ def test_rows_of_like_length_share_a_batch(examples):
             self.tokens = [0] * length
 
     due = {"long": [Row(100)], "short": [Row(8)] * 4, "other": [Row(9)] * 2, "near": [Row(90)] * 3}
-    parts = _batches(due, packing=False)
+    parts = _batches(due, in_one=False)
     assert [set(part) for part in parts] == [{"short", "other"}, {"near", "long"}]
     for part in parts:
         own = sum(len(rows) * max(len(row.tokens) for row in rows) for rows in part.values())
         longest = max(len(row.tokens) for rows in part.values() for row in rows)
         assert sum(map(len, part.values())) * longest <= (1 + SLACK) * own
-    assert _batches(due, packing=True) == [due]
+    assert _batches(due, in_one=True) == [due]
 
 
 @pytest.mark.parametrize(
