@@ -37,7 +37,7 @@ def active(
         with pf.active(model, "legal", without=["mlp"]):
             answer = model.generate(**inputs)
     """
-    routing = _routing(model)
+    routing = known_routing(model)
     several = not (names is None or isinstance(names, str | Use))
     given: list[Any] = list(names) if several else [names]  # type: ignore[arg-type]
     if not given:
@@ -45,16 +45,15 @@ def active(
     uses = [_use(model, one, without) for one in given]
     if len({*uses}) > 1:
         check_rows(model, routing)
-    with chosen(model, [(use, 1) for use in uses], rows=len(uses) if several else None):
+    with chosen(model, routing, [(use, 1) for use in uses], rows=len(uses) if several else None):
         yield
 
 
 @contextlib.contextmanager
 def chosen(
-    model: nn.Module, runs: Sequence[tuple[Use, int]], *, rows: int | None = None, packed: bool = False
+    model: nn.Module, routing: Routing, runs: Sequence[tuple[Use, int]], *, rows: int | None = None
 ) -> Iterator[None]:
-    """Puts runs of rows in force while it lasts. `rows`: what each batch has to have; `packed`: they are tokens of one row."""
-    routing = _routing(model)
+    """Puts runs of rows (or tokens, where these are one row) in force while it lasts. `rows`: what each batch has to have."""
     hook: Any = contextlib.nullcontext()
     if rows is not None:
         hook = body(model).register_forward_pre_hook(
@@ -78,7 +77,8 @@ def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> No
         )
 
 
-def _routing(model: nn.Module) -> Routing:
+def known_routing(model: nn.Module) -> Routing:
+    """The model's Routing. Raises AdapterError for a model without adapters that have names."""
     routing = routing_of(model)
     if routing is None:
         remedy = "load_adapter(model, path, name=...) or inject(model, placement, name=...) gives one"
@@ -126,7 +126,7 @@ def check_rows(model: nn.Module, routing: Routing) -> None:
 
             stack.enter_context(place.register_forward_pre_hook(note))
         stack.enter_context(evaluating(model))
-        stack.enter_context(chosen(model, [(Use(None), 1)]))
+        stack.enter_context(chosen(model, routing, [(Use(None), 1)]))
         for row in ([4, 5, 6], [7, 5, 8]):
             ids = torch.tensor([[1, 2, 3], row], device=device)
             body(model)(input_ids=ids, use_cache=False)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..data.example import Example
-from ..lora.active import chosen
+from ..lora.active import chosen, known_routing
 from ..lora.layer import adapters
 from ..lora.many import Use, adapter_names
 from ..lora.shared import Prepared
@@ -103,6 +103,7 @@ class Together:
                 "each job trains an adapter of its own, which inject(model, placement, name=...) has put in"
             )
         self.config = _shared(self.jobs)
+        self.routing = known_routing(model)
         with self._base():
             if self.config.packing:
                 check_packing(model)
@@ -148,7 +149,7 @@ class Together:
             raise Interrupted(f"stopped: {', '.join(said)}", number)
 
     def _base(self) -> contextlib.AbstractContextManager[None]:
-        return chosen(self.model, [(Use(None), 1)])
+        return chosen(self.model, self.routing, [(Use(None), 1)])
 
     def _enter(self, resume: Collection[str], meter: Any) -> None:
         """Lets waiting trainings in, while there is room."""
@@ -207,7 +208,7 @@ class Together:
             name = str(job.name)
             if name not in ended:
                 try:
-                    with chosen(self.model, [(Use(name), 1)]):
+                    with chosen(self.model, self.routing, [(Use(name), 1)]):
                         job.look_and_save(self.objective)
                 except TrainingError as error:
                     ended[name] = error
@@ -229,7 +230,7 @@ class Together:
         else:
             sizes = [len(group) * batch["input_ids"].shape[1] for group in part.values()]
             runs = [(Use(job.name), len(group)) for job, group in part.items()]
-        with chosen(self.model, runs, rows=None if packing else len(rows)):
+        with chosen(self.model, self.routing, runs, rows=None if packing else len(rows)):
             losses = self.objective(batch).unbind()
             each = [loss / (steps[job].label_tokens / ranks.size()) for job, loss in zip(part, losses, strict=True)]
             torch.stack(each).sum().backward()
