@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
             added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
         added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))
-        config = "take settings from this JSON file, named as the options are"
+        config = "take settings from this JSON or YAML file (.yaml, .yml), named as the options are"
         added.add_argument("--config", type=arguments.path, metavar="FILE", help=config)
         for flag in command.flags:
             added.add_argument(f"--{flag.replace('_', '-')}", **FLAGS[flag])

@@ -42,7 +42,9 @@ def make(folder: Path) -> Path:
 
 def copy(corpus: Path, folder: Path, argv: list[str], *more: str) -> None:
     """Copies what a command's arguments name: the run folders among them, and `more`; always model, rows and settings."""
-    named = {word.split("/")[0] for word in (*argv, *more, "model", "rows", "settings.json", "tune.json")}
+    named = {
+        word.split("/")[0] for word in (*argv, *more, "model", "rows", "settings.json", "settings.yaml", "tune.json")
+    }
     folder.mkdir(parents=True)
     for path in corpus.iterdir():
         if path.is_dir() and path.name in named:
@@ -119,6 +121,7 @@ def _runs() -> None:
     Path("settings.json").write_text(
         json.dumps({"rank": 2, "k": 2, "alpha": 4.0, "lr": 1e-3, "train": "rows/train.jsonl"})
     )
+    Path("settings.yaml").write_text("rank: 2\nk: 2\nalpha: 4\nlr: 1e-3  # of AdamW\ntrain: [rows/train.jsonl]\n")
     tiles = {"bm": 64, "bn": 64, "bk": 32, "warps": 4, "stages": 2, "group": 8, "descriptor": False}
     names = {field.name for field in tuning.fields(tuning.Tiles)}
     tiles = {name: tiles.get(name, 1) for name in names} | {"descriptor": False}

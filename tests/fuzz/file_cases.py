@@ -47,6 +47,8 @@ KINDS = [
          refused=SETTINGS, weight=6),
     Kind("settings.json", ["place --out run --overwrite --config settings.json", "data --model model --config settings.json"],
          refused=SETTINGS, weight=4),
+    Kind("settings.yaml", ["place --out run --overwrite --config settings.yaml", "data --model model --config settings.yaml"],
+         needed=False),
     Kind("run/scores.json", SCORES, weight=6, refused={
         "scores/*/nfn": FINITE, "scores/*/n_in": WHOLE_NUMBER, "scores/*/n_out": WHOLE_NUMBER, "scores/*/tokens": COUNT, "scores/*/std": FINITE}),
     Kind("run/scores.safetensors", SCORES, weight=3),

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from matplotlib.figure import Figure
 from promises import PROMISES, flag, name_of, words_of
 from workshop import modules
@@ -185,6 +186,10 @@ def test_an_option_is_the_setting_of_its_name(command, shop, tmp_path):
         assert differ == changed
         file.write_text(json.dumps({name: getattr(found, name) for name in changed}))
         assert plain_values(settings_of(parse([command, "--config", str(file)]))) == plain_values(found)
+        file.with_suffix(".yaml").write_text(yaml.safe_dump(json.loads(file.read_text())))
+        assert settings_of(parse([command, "--config", str(file.with_suffix(".yaml"))])) == settings_of(
+            parse([command, "--config", str(file)])
+        )
 
 
 @pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "rank" in names_of(entry)])
