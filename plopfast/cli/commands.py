@@ -140,6 +140,16 @@ def _grpo(call: Call) -> None:
     print(in_words(run_grpo(run, load_function(given) if given and names_code(given) else None)))
 
 
+def _multi(call: Call) -> int:
+    from ..run.multi import run_multi
+
+    if call.arguments.jobs is None:
+        raise ConfigError("plopfast multi needs --jobs FILE, a JSON or YAML file of jobs (docs/multi.md)")
+    text, all_trained = run_multi(call.run(), call.arguments.jobs, call.arguments.at_once)
+    print(text)
+    return 0 if all_trained else 1
+
+
 def _eval(call: Call) -> None:
     from ..run.stages import eval_lines, run_eval
 
@@ -227,6 +237,10 @@ COMMANDS = {
     "train": Command(
         "train adapters on the placement: adapter/",
         _train, (MODEL, DATA, ADAPTER, TRAIN, FIT, RANKS), flags=RESUMABLE, needs_out=True,
+    ),
+    "multi": Command(
+        "train several adapters at once on one loaded base, each on rows and with settings of its own: multi.json, jobs/NAME/",
+        _multi, (*ALL, RANKS), without=("full", "compile", "mlp_rows", "neftune"), flags=(*RESUMABLE, "jobs", "at_once"),
     ),
     "grpo": Command(
         "train adapters by reinforcement learning on a reward that can be computed (GRPO, by TRL): adapter/, grpo.json",

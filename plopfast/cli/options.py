@@ -20,7 +20,7 @@ plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data
 adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
 Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
-Exit codes: 0 done, 1 doctor or verify found something wrong, 2 a clear error, 130 or 143 interrupted (state saved).
+Exit codes: 0 done, 1 doctor or verify found something wrong or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
 On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace results that exist and that plopfast wrote"},
@@ -34,6 +34,16 @@ FLAGS: dict[str, dict[str, Any]] = {
     "print_peft": {
         "action": "store_true",
         "help": "show the placement as PEFT, TRL, Axolotl and Unsloth take it, to paste",
+    },
+    "jobs": {
+        "type": arguments.path,
+        "metavar": "FILE",
+        "help": "the jobs, in JSON or YAML: names, and settings as the options here are named (docs/multi.md)",
+    },
+    "at_once": {
+        "type": arguments.number(int, 1e6),
+        "metavar": "INT",
+        "help": "train at most so many jobs at a time; the others wait (default: all)",
     },
     "seconds": {
         "type": arguments.number(float, 1e6),

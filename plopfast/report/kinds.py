@@ -38,6 +38,21 @@ class Training(TypedDict, total=False):
     unmoved: dict[str, Count]
 
 
+class OfAJob(TypedDict):
+    folder: str
+    error: NotRequired[str]
+    types: NotRequired[Words]
+    parameters: NotRequired[Count]
+    steps: NotRequired[Count]
+    valid_loss: NotRequired[float | None]
+    before: NotRequired[Tested]
+    after: NotRequired[Tested]
+
+
+class Multi(TypedDict):
+    jobs: dict[str, OfAJob]
+
+
 class Metric(TypedDict):
     step: Count
     loss: NotRequired[float | None]
@@ -260,6 +275,7 @@ KINDS: dict[str, Any] = {
     "audit": Audit,
     "estimate": Estimate,
     "grpo": GRPO,
+    "multi": Multi,
     "trial": Trial,
     "data": Data,
     "config": Config,

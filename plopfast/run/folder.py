@@ -45,6 +45,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
             )),
         ),
     },
+    "multi": {"multi.json": ()},  # and jobs/NAME, each a run folder of its own
     "search": {"search.json": (), "search.db": (), "search.db-journal": ()},
 }  # fmt: skip
 READS = {

@@ -36,13 +36,14 @@ class Run:
     """A run folder, its settings, and the model and data, which are loaded when a stage first needs them.
 
     `overwrite` lets stages replace their results, `resume` lets them go on with unfinished work, and `progress` shows what
-    they do on stderr. Raises ConfigError where `resume` meets other settings than the folder's own.
+    they do on stderr. A run that is `like` another has its model and tokenizer. Raises ConfigError where `resume` meets other settings than the folder's own.
     """
 
     def __init__(
-        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False
-    ) -> None:
-        self.folder, self.config = folder, resolve(config)
+        self, folder: Path, config: RunConfig, *, overwrite: bool = False, resume: bool = False, progress: bool = False,
+        like: "Run | None" = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.config, self.like = folder, resolve(config), like
         self.resume, self.progress = resume, progress
         self.at = Folder(
             folder,
@@ -66,6 +67,8 @@ class Run:
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
+        if self.like:
+            return self.like._loaded
         self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
         device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
         if sharded and ranks.size() == 1:
@@ -112,6 +115,8 @@ class Run:
 
     @cached_property
     def _tokenizer(self) -> tuple[Any, int | None]:
+        if self.like:
+            return self.like._tokenizer
         with ranks.first_on_each_machine():
             return load_tokenizer(self.config.model)
 

@@ -30,8 +30,8 @@ from ..support.devices import device_for, dtype_for
 from ..support.errors import ConfigError, PlacementError, TrainingError
 from ..support.progress import shows_color
 from ..training.evaluate import Metrics, choices_of, evaluate, in_words
+from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.trainer import Trainer, TrainResult
 from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
@@ -101,7 +101,7 @@ def run_train(run: Run) -> TrainResult:
         unfinished = checkpoints(run.folder / CHECKPOINTS)
         trainer = trainer_for(run, placement, vectors, out=run.folder)
         advice = threads.thread_advice() if device_of(run.model).type == "cpu" else []
-        for line in (str(trainer.plan), _about_validation(run, trainer), *trainer.paths(), *advice):
+        for line in (str(trainer.plan), about_validation(run, trainer), *trainer.paths(), *advice):
             run.say(line)
         if placement and placement.model not in ("", name := run.model.name_or_path):
             run.say(f"the placement was made for {placement.model}, whose modules are alike; it is trained on {name}")
@@ -116,11 +116,7 @@ def run_train(run: Run) -> TrainResult:
             ranks.on_main(lambda: _save_model(run, run.file("train")))
         else:
             save_adapter(run.model, run.file("train"), overwrite=True)
-        value = {
-            **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": trainer.plan.facts(),
-            "validation": _about_validation(run, trainer), "paths": trainer.paths(),
-        }  # fmt: skip
-        ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
+        keep_training(run, trainer, result, trainer.paths())
     ranks.on_main(lambda: run.at.ledger.clear(CHECKPOINTS))
     for line in trainer.notes:
         run.say(line)
@@ -128,7 +124,16 @@ def run_train(run: Run) -> TrainResult:
     return result
 
 
-def _about_validation(run: Run, trainer: Trainer) -> str:
+def keep_training(run: Run, job: Job, result: TrainResult, paths: list[str]) -> None:
+    """Writes how a training ended: training.json."""
+    value = {
+        **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": job.plan.facts(),
+        "validation": about_validation(run, job), "paths": paths,
+    }  # fmt: skip
+    ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
+
+
+def about_validation(run: Run, trainer: Job) -> str:
     """Says where the validation rows come from, and how often they are looked at."""
     where = "" if "valid" in sources_of(run.config) else " held out from the training file"
     if where and run.rows("valid")[0] is run.rows("train")[0]:

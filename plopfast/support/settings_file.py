@@ -22,6 +22,11 @@ def load_settings(path: str | Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         kind = "YAML mapping" if _is_yaml(path) else "JSON object"
         raise ConfigError(f"{path}: expected a {kind} of settings, got {type(value).__name__}")
+    return checked_settings(path, settings)
+
+
+def checked_settings(path: str | Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Checks the names and types of settings that were read from `path`. Raises ConfigError for an unknown name or a wrong type."""
     for name, setting in settings.items():
         if name not in TYPES:
             raise ConfigError(f"{path}: unknown setting {shown(name)}{hint(name, tuple(TYPES))}")

@@ -129,7 +129,6 @@ class Together:
             self.model.train()
             with self._base():  # what is replaced is compared with what it replaces, on the base alone
                 self.notes = stack.enter_context(prepared_blocks(self.model, self.config))
-            self.notes += [f"computed together: {len(self.jobs)} adapters, at most {self.at_once} at a time"]
             if own := _own_dropout(self.model):
                 self.notes.append(f"the base has dropout of its own ({own}), whose masks are other ones than alone")
             noted = stack.enter_context(interruptible())
@@ -147,6 +146,11 @@ class Together:
             for name in self._running:
                 self.jobs[name].save()
             raise Interrupted(f"stopped: {', '.join(said)}", number)
+
+    def paths(self) -> list[str]:
+        """Says how the steps are computed, a line for each choice."""
+        loss = f"all label tokens' logits at once: {why}" if (why := self.objective.why) else "chunks of logits"
+        return [f"loss: {loss}", f"computed together: {len(self.jobs)} adapters, at most {self.at_once} at a time"]
 
     def _base(self) -> contextlib.AbstractContextManager[None]:
         return chosen(self.model, self.routing, [(Use(None), 1)])
