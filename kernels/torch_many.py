@@ -62,7 +62,7 @@ def backward(
     need_x: bool, need_a: Sequence[bool], need_b: Sequence[bool], dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:  # fmt: skip
     """dX [M, K], and dA_e [R, K] and dB_e [N, R] of each segment in its `dtypes`; None where it is not needed."""
-    dx_MK = torch.empty_like(x_MK) if need_x else None
+    dx_MK = x_MK.new_empty(x_MK.shape) if need_x else None
     dx = None if dx_MK is None else dx_MK.split_with_sizes(way.sizes)
     dy, x = dy_MN.split_with_sizes(way.sizes), x_MK.split_with_sizes(way.sizes)
     da, db = _zeros(a, need_a, dtypes, 0, way), _zeros(b, need_b, dtypes, 1, way)

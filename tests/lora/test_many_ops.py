@@ -43,9 +43,10 @@ class Given:
 
     def __init__(self, segments, n, k, dtype=torch.float32, wide=None, strided=False, bias=True):
         draw = torch.Generator().manual_seed(0)
-        made = lambda *shape, kind=dtype, scale=1.0: view(
-            (torch.randn(*shape, generator=draw) * scale).to(kind), strided
-        )  # noqa: E731
+
+        def made(*shape, kind=dtype, scale=1.0):
+            return view((torch.randn(*shape, generator=draw) * scale).to(kind), strided)
+
         wide = wide or dtype
         self.rows = [rows for rows, _ in segments]
         self.cuts = [0, *itertools.accumulate(self.rows)]
