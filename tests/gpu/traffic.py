@@ -26,7 +26,7 @@ from costs import Launch, tensor_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from plopfast.kernels import dispatch, library, library_many, torch_many, triton_many, triton_ops, triton_segments
+from plopfast.kernels import dispatch, library, library_many, triton_many, triton_ops, triton_segments
 from plopfast.kernels.launch import forget_plans
 
 SCALING, SEED = 2.0, 0x1234_5678_9ABC
@@ -222,15 +222,14 @@ def launches_of_many(
     b = [torch.zeros(n, r, dtype=wide, device=device) if r else None for _, r in segments]
     cuts, each = [0, *itertools.accumulate(rows for rows, _ in segments)], len(segments)
 
-    def way() -> torch_many.Way:
-        return library_many.way_of(o.x, o.w, a, cuts, [SCALING] * each, (), (), strategy)
-
-    triton_many._ends(o.x, way()), triton_many._factors(o.x, way())  # which every layer has in common
     with recorded(target, o.w) as launches:
-        _, s = library_many.forward(o.x, o.w, a, b, o.bias, way())
+        way = library_many.way_of(o.x, o.w, a, cuts, [SCALING] * each, (), (), strategy)
+        triton_many._ends(o.x, way), triton_many._factors(o.x, way)
+        launches.clear()  # cuts and factors lie on the device: every layer has the same
+        _, s = library_many.forward(o.x, o.w, a, b, o.bias, way)
         count = len(launches)
         dtypes = library_many.dtypes_of(a, b)
-        library_many.backward(o.dy, o.x, s, o.w, a, b, way(), True, [True] * each, [True] * each, dtypes)
+        library_many.backward(o.dy, o.x, s, o.w, a, b, way, True, [True] * each, [True] * each, dtypes)
     return Step(launches[:count], launches[count:])
 
 
