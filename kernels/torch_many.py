@@ -42,7 +42,7 @@ def forward(
     inside = not isinstance(w, torch.Tensor) and few(x_MK, w)  # codes that are decoded inside the product
     own = None if inside else bias_N
     y_MN = x_MK.new_empty(x_MK.shape[0], w.shape[0])
-    x, y, s = x_MK.split(way.sizes), y_MN.split(way.sizes), []
+    x, y, s = x_MK.split_with_sizes(way.sizes), y_MN.split_with_sizes(way.sizes), []
     for e in way.bare:
         y[e].zero_() if own is None else y[e].copy_(own)
     for e in way.busy:
@@ -62,9 +62,9 @@ def backward(
     need_x: bool, need_a: Sequence[bool], need_b: Sequence[bool], dtypes: Sequence[tuple[torch.dtype, torch.dtype]],
 ) -> tuple[torch.Tensor | None, list[torch.Tensor | None], list[torch.Tensor | None]]:  # fmt: skip
     """dX [M, K], and dA_e [R, K] and dB_e [N, R] of each segment in its `dtypes`; None where it is not needed."""
-    dx_MK = torch.empty_like(x_MK) if need_x else None
-    dx = None if dx_MK is None else dx_MK.split(way.sizes)
-    dy, x = dy_MN.split(way.sizes), x_MK.split(way.sizes)
+    dx_MK = x_MK.new_empty(x_MK.shape) if need_x else None
+    dx = None if dx_MK is None else dx_MK.split_with_sizes(way.sizes)
+    dy, x = dy_MN.split_with_sizes(way.sizes), x_MK.split_with_sizes(way.sizes)
     da, db = _zeros(a, need_a, dtypes, 0, way), _zeros(b, need_b, dtypes, 1, way)
     if dx is not None:
         for e in way.bare:

@@ -77,7 +77,7 @@ def stacked(of: Matrices, at: int, x: torch.Tensor, c_E11: torch.Tensor | None =
         whole = torch.cat(parts, at)
         whole = whole.view(-1, rank, other) if at == 0 else whole.view(other, -1, rank).transpose(0, 1)
     if c_E11 is None:
-        return whole.to(x.dtype, memory_format=torch.contiguous_format)
+        return whole.to(x.dtype)
     return torch.mul(whole, c_E11, out=x.new_empty(whole.shape))
 
 

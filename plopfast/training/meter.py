@@ -4,6 +4,7 @@
 not the mode itself, whose module tracker keeps tensors of the backward pass alive: with it, peaks were up to twice as high.
 """
 
+import itertools
 import weakref
 from collections import Counter
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..lora import ops  # noqa: F401  # registers torch.ops.plopfast, of which FORMULAS speaks
+from ..lora import many_ops, ops  # noqa: F401  # register torch.ops.plopfast, of which FORMULAS speaks
 
 
 class Meter(TorchDispatchMode):
@@ -97,6 +98,22 @@ def _lora_backward(dy: Any, x: Any, s: Any, w: Any, a: Any, *rest: Any, **__: An
     return 2 * m * (r * n * (need_b + (need_a or need_x)) + r * k * (need_a + need_x) + n * k * need_x)
 
 
+def _many_forward(x: Any, w: Any, a: Any, b: Any, bias: Any, cuts: Any, *_: Any, **__: Any) -> int:
+    (m, k), n = x, w[0]
+    rows = [end - start for start, end in itertools.pairwise(cuts)]
+    return 2 * m * n * k + sum(2 * own * one[0] * (n + k) for own, one in zip(rows, a, strict=True) if one is not None)
+
+
+def _many_backward(dy: Any, x: Any, s: Any, w: Any, a: Any, b: Any, cuts: Any, *rest: Any, **__: Any) -> int:
+    (m, k), n, (need_x, need_a, need_b) = x, w[0], rest[4:7]
+    found = 2 * m * n * k * need_x
+    for e, (start, end) in enumerate(itertools.pairwise(cuts)):
+        if a[e] is not None:
+            of_s, of_b, of_x = need_a[e] or need_x, need_b[e], need_a[e] + need_x
+            found += 2 * (end - start) * a[e][0] * (n * (of_s + of_b) + k * of_x)
+    return found
+
+
 def attention_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
     """Counts Q K^T and P V for q [B, H, T, D], k [B, G, S, D], v [B, G, S, E]; each of the H query heads takes part,
     however few heads G the keys have. As in torch, causal masks save nothing."""
@@ -118,6 +135,8 @@ _ATTENTION = (
 FORMULAS: dict[Any, Any] = {  # of shapes
     _OPS.lora_forward: _lora_forward,
     _OPS.lora_backward: _lora_backward,
+    _OPS.many_forward: _many_forward,
+    _OPS.many_backward: _many_backward,
     _OPS.segment_product: lambda x, w, *_, **__: 2 * x[0] * w[1] * w[2],
     _OPS.segment_outer: lambda one, other, *_, **__: 2 * one[0] * one[1] * other[1],
     _OPS.segment_forward: lambda x, w, a, *_, **__: 2 * x[0] * (w[1] * w[2] + a[1] * (w[1] + w[2])),

@@ -191,6 +191,21 @@ def _transposed(w):
     return lambda: pf.lora_linear(x, weight, a.T, b, scaling=0.7), (x, weight, a, b)
 
 
+@case("lora_linear_grouped")
+def _applies_several(w):
+    tensors = _tensors()
+    x, weight, a, b, bias = tensors
+    lists = [a, None, a], [b, None, b], [0, 5, 6, 12], [0.7, 0.0, 2.0], [0.3, 0.0, 0.0], [5, None, None]
+    run = lambda: pf.lora_linear_grouped(x, weight, *lists[:4], bias=bias, dropout_ps=lists[4], seeds=lists[5])  # noqa: E731
+    return run, (*tensors, *lists)
+
+
+@case("lora_linear_grouped", raises=ValueError)
+def _cut_beyond_the_rows(w):
+    x, weight, a, b, _ = _tensors()
+    return lambda: pf.lora_linear_grouped(x, weight, [a], [b], [0, 13], [0.7]), (x, weight, a, b)
+
+
 @case("linear_norms")
 def _measures(w):
     x, weight, *_ = _tensors()

@@ -32,15 +32,18 @@ def segment_shrink(at: Launch) -> Cost:
 
 
 def segment_gemm(at: Launch) -> Cost:
-    """X, S and what belongs to segments that have rows, W and B, in; Y out."""
+    """X, S and what belongs to segments that have rows, W (or one for all) and B, a bias in; Y out."""
     rows = rows_of(at)
     used = sum(m > 0 for m in rows)
-    loads = {"x": at.M * at.K * at.itemsize("x"), "w": used * at.N * at.K * at.itemsize("w")}
+    weights = used if at.w.stride(0) else min(used, 1)
+    loads = {"x": at.M * at.K * at.itemsize("x"), "w": weights * at.N * at.K * at.itemsize("w")}
     stores = {"y": at.M * at.N * at.itemsize("y")}
-    own = sum(loads.values()) + sum(stores.values())
+    own = sum(loads.values()) + sum(stores.values()) if at.frozen else 0  # else it is the low-rank term by itself
     loads["ends"] = at.ends.nbytes
     if at.LORA:
         loads |= {"s": at.M * at.RANK * at.itemsize("s"), "b": used * at.N * at.RANK * at.itemsize("b")}
+    if at.BIAS:
+        loads["bias"] = at.N * at.itemsize("bias")
     return Cost(
         loads, stores, own=own,
         useful=2 * at.M * at.N * (at.K + at.RANK * at.LORA),
@@ -65,8 +68,26 @@ def segment_grads(at: Launch) -> Cost:
     )  # fmt: skip
 
 
+def stacked(at: Launch) -> Cost:
+    """torch.stack or torch.cat: every matrix in, all of them out."""
+    return Cost({"parts": sum(one.nbytes for one in at.parts)}, {"y": at.y.nbytes})
+
+
+def scaled(at: Launch) -> Cost:
+    """torch.mul: a stack and a factor for each of its matrices in, the product out, which may be narrower."""
+    return Cost({"x": at.x.nbytes, "c": at.c.nbytes}, {"y": at.y.nbytes})
+
+
+def zeros(at: Launch) -> Cost:
+    """What stacks are padded with."""
+    return Cost({}, {"y": at.y.nbytes})
+
+
 SEGMENTS: dict[str, Callable[[Launch], Cost]] = {
     "segment_shrink": segment_shrink,
     "segment_gemm": segment_gemm,
     "segment_grads": segment_grads,
+    "stack": stacked,
+    "scale": scaled,
+    "zeros": zeros,
 }

@@ -1,4 +1,5 @@
-"""Bytes and launches of products by segments: formulas against counts, and a layer of experts against its floor."""
+"""Bytes and launches of products by segments: formulas against counts, a layer of experts against its floor, and several adapters
+on one weight against as many linears."""
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ from cases import BF16, FP16, FP32
 from formulas import cost
 from interpreter import checked
 from test_traffic import A100, H100, MANY, SMALL, compare
-from traffic import launches_of_experts, recorded
+from traffic import launches_of, launches_of_experts, launches_of_many, operands, recorded
 
 from plopfast.kernels import dispatch, triton_ops
 
@@ -77,3 +78,55 @@ def test_few_rows_of_many_experts_take_small_tiles():
     for count, size in ((1, 128), (64, 64)):
         launches = launches_of_experts([4096 // count] * count, 64, 64, 8, BF16, FP32, H100, "meta")
         assert [launch.BM for launch in launches if launch.kernel == "segment_gemm"] == [size, size]
+
+
+# rows and rank of each segment, N, K, dtypes of activations and adapters; target; bias
+MANY_CASES = [
+    (((3, 5), (0, 2), (40, 8), (1, 0)), 33, 47, FP32, FP32, SMALL, True),
+    (((0, 16), (70, 16), (33, 16)), 40, 136, BF16, FP32, H100, True),
+    (((200, 16), (130, 3)), 70, 64, FP16, FP16, A100, False),
+    (((0, 64), (20, 64), (31, 64)), 40, 24, BF16, FP32, MANY, False),
+]
+
+
+@pytest.mark.parametrize("strategy", ["lora-first", "fused"])
+@pytest.mark.parametrize("case", MANY_CASES, ids=str)
+def test_formula_is_count_for_several_adapters(case, strategy):
+    segments, n, k, *rest = case
+    with checked(race=False, compute=False) as check:
+        step = launches_of_many(segments, n, k, strategy, *rest)
+    compare(step.forward + step.backward, check)
+
+
+def grouped_and_apart(count, rows, strategy):
+    """Costs of one call with `count` adapters, and of as many lora_linears, forward and backward."""
+    n = k = 4096
+    together = launches_of_many([(rows // count, RANK)] * count, n, k, strategy, BF16, FP32, H100, device="meta")
+    one = launches_of(strategy, operands(rows // count, n, k, RANK, device="meta"), 0.0, H100)
+    return [
+        ([cost(launch) for launch in ours], [cost(launch) for launch in theirs] * count)
+        for ours, theirs in ((together.forward, one.forward), (together.backward, one.backward))
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["lora-first", "fused"])
+@pytest.mark.parametrize("rows", [4096, 16384])
+@pytest.mark.parametrize("count", [8, 16])
+def test_several_adapters_on_one_weight_cost_less_than_as_many_linears(count, rows, strategy):
+    """The weight moves once instead of once for each, and launches don't grow with the adapters."""
+    weight = 2 * 4096 * 4096
+    for ours, theirs in grouped_and_apart(count, rows, strategy):
+        assert len(ours) <= 9 and len(theirs) >= 3 * count
+        saved = sum(c.bytes for c in theirs) - sum(c.bytes for c in ours)
+        stacks = 30 * RANK * 4096 * count  # two stacks: read, written, scaled, read again; and parts of sums
+        assert saved >= (count - 1) * weight - stacks
+        assert sum(c.outside for c in ours) <= 1.2 * sum(c.outside for c in theirs) + stacks
+
+
+def test_launches_do_not_grow_with_the_adapters():
+    for strategy in ("lora-first", "fused"):
+        steps = [
+            launches_of_many([(64 // e, 8)] * e, 40, 24, strategy, BF16, FP32, H100, device="meta") for e in (2, 16, 64)
+        ]
+        counts = {len(step.forward) + len(step.backward) for step in steps}
+        assert max(counts) <= 18, counts

@@ -13,6 +13,7 @@ M tokens, K in, N out, R rank.
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,7 +26,7 @@ from costs import Launch, tensor_of
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
-from plopfast.kernels import dispatch, library, triton_ops, triton_segments
+from plopfast.kernels import dispatch, library, library_many, triton_many, triton_ops, triton_segments
 from plopfast.kernels.launch import forget_plans
 
 SCALING, SEED = 2.0, 0x1234_5678_9ABC
@@ -89,6 +90,12 @@ class _Torch(TorchDispatchMode):
             self.launches.append(Launch("addmm", (), {"y": found, "x": x, "w": w, "bias": bias}, self.is_frozen(w)))
         elif name in ("_to_copy", "copy_"):
             self.launches.append(Launch("cast", (), {"x": args[name == "copy_"], "y": found}, False))
+        elif name in ("stack", "cat"):
+            self.launches.append(Launch("stack", (), {"parts": args[0], "y": found}, False))
+        elif name == "mul" and "out" in options:
+            self.launches.append(Launch("scale", (), {"x": args[0], "c": args[1], "y": found}, False))
+        elif name == "new_zeros":
+            self.launches.append(Launch("zeros", (), {"y": found}, False))
         elif not (function.is_view or name in FREE):
             self.launches.append(Launch(f"torch.{name}", (), {}, False))
         return found
@@ -203,6 +210,27 @@ def launches_of_experts(
         s = triton_segments.forward(x, w, a, b, ends, SCALING)[1]
         triton_segments.backward(dy, x, s, w, a, b, ends, SCALING, (True, True, True))
     return launches
+
+
+def launches_of_many(
+    segments: list[tuple[int, int]], n: int, k: int, strategy: str, dtype: torch.dtype, wide: torch.dtype,
+    target: dispatch.Target, bias: bool = False, device: str = "cpu",
+) -> Step:  # fmt: skip
+    """The launches of one linear with an adapter for each segment, of so many rows and such a rank (0: none)."""
+    o = operands(sum(rows for rows, _ in segments), n, k, 1, dtype, wide, bias, device)
+    a = [torch.zeros(r, k, dtype=wide, device=device) if r else None for _, r in segments]
+    b = [torch.zeros(n, r, dtype=wide, device=device) if r else None for _, r in segments]
+    cuts, each = [0, *itertools.accumulate(rows for rows, _ in segments)], len(segments)
+
+    with recorded(target, o.w) as launches:
+        way = library_many.way_of(o.x, o.w, a, cuts, [SCALING] * each, (), (), strategy)
+        triton_many._ends(o.x, way), triton_many._factors(o.x, way)
+        launches.clear()  # cuts and factors lie on the device: every layer has the same
+        _, s = library_many.forward(o.x, o.w, a, b, o.bias, way)
+        count = len(launches)
+        dtypes = library_many.dtypes_of(a, b)
+        library_many.backward(o.dy, o.x, s, o.w, a, b, way, True, [True] * each, [True] * each, dtypes)
+    return Step(launches[:count], launches[count:])
 
 
 def table_bytes(path: str, o: SimpleNamespace, p: float = 0.0) -> tuple[float, float]:

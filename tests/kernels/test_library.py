@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import plopfast as pf
-from plopfast.kernels import dispatch, library_rows  # noqa: F401  # the second registers its operations
+from plopfast.kernels import dispatch, library_many, library_rows  # noqa: F401  # the last two register operations
 from plopfast.lora.layer import replace_module
 
 OPS = pf.lora_linear and torch.ops.plopfast  # the lookup registers the ops
@@ -39,6 +39,20 @@ def test_opcheck(m, p, dtype):
     for some_bias in (None, bias):
         torch.library.opcheck(OPS.row_norms.default, (dy, some_bias, "auto"))
         torch.library.opcheck(OPS.linear_and_norms.default, (x, w, some_bias, some_bias is None, "auto"))
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_opcheck_of_several_adapters(drop):
+    x, w, a, b, bias, dy = operands()
+    lists = [a, None, a[:2]], [b, None, b[:, :2].contiguous()]
+    ps, seeds = ([0.3, 0.0, 0.5], [torch.tensor(7), None, torch.tensor(8)]) if drop else ([], [])
+    how = [0, 1, 3, 6], [S, 0.0, 0.5], ps, seeds, "auto"
+    for some_bias in (None, bias):
+        torch.library.opcheck(OPS.many_forward.default, (x, w, *lists, some_bias, *how))
+    s = OPS.many_forward(x, w, *lists, bias, *how)[1]
+    for need_x, first in itertools.product([False, True], repeat=2):
+        needed = need_x, [first, False, True], [True, False, first]
+        torch.library.opcheck(OPS.many_backward.default, (dy, x, s, w, *lists, *how, *needed))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -17,6 +17,7 @@ def numbers(*shape):
 A, B, W, NORM, TARGETS = numbers(2, 8), numbers(6, 2), numbers(6, 8), numbers(8), torch.tensor([1, 0, 5])
 CALLS = {
     "lora_linear": lambda x, a: pf.lora_linear(x, W, a, B, scaling=0.5),
+    "lora_linear_grouped": lambda x, a: pf.lora_linear_grouped(x, W, [a, None], [B, None], [0, 2, 3], [0.5, 0.0]),
     "rms_norm": lambda x, a: block_ops.rms_norm(x, NORM, 1e-6) * a.sum(),
     "gate": lambda x, a: block_ops.gate(x, x, "silu") * a.sum(),
     "cross-entropy": lambda x, a: chunked_cross_entropy(x * a.sum(), W, TARGETS),
