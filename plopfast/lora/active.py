@@ -157,7 +157,7 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
     modules: dict[str, tuple[Any, NamedLoRA]] = {
         path: (model.get_submodule(path), one) for path, one in adapters(model, name).items()
     }
-    merged = next((str(place.merged.name) for place in named_places(model) if place.merged), None)
+    merged = next((place.merged for place in named_places(model) if place.merged), None)
     if merged is not None:
         raise AdapterError(f"the adapter {merged!r} is merged already: unmerge_adapter(model) first")
     if streamed := streamed_in(model):

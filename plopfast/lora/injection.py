@@ -206,7 +206,7 @@ def take_out(model: nn.Module, name: str, module: Any) -> None:
         remove_experts(model, name)
     elif isinstance(module, NamedLoRA):
         place: Any = model.get_submodule(name)
-        if place.merged is module:
+        if place.merged == module.name:
             unmerge_place(place)
         place.members = nn.ModuleList(one for one in place.members if one is not module)
         place.routing.turn += 1

@@ -78,14 +78,14 @@ class NamedLoRA(LoRALinear):
 
 
 class ManyLoRA(nn.Module):
-    """Stands in the place of a linear module that has adapters with names. `merged` is the one whose update is in W now."""
+    """Stands in the place of a linear module that has adapters with names."""
 
     def __init__(self, name: str, base: nn.Module, frozen: FrozenWeight, routing: Routing) -> None:
         super().__init__()
         self.name, self.frozen, self.routing = name, frozen, routing
         self.base = base
         self.members: Any = nn.ModuleList()  # of NamedLoRAs
-        self.merged: NamedLoRA | None = None
+        self.merged: str | None = None  # the name of the adapter whose update is in W now
         self.before_merge: torch.Tensor | None = None  # W as it was, in CPU memory
         self._turn = -1
         self._taken: list[tuple[NamedLoRA | None, int]] = []
@@ -150,7 +150,7 @@ class ManyLoRA(nn.Module):
 
     def _alone(self, x: torch.Tensor, one: NamedLoRA | None) -> torch.Tensor:
         """All rows with one adapter, or with none."""
-        if one is self.merged:
+        if one is None if self.merged is None else one is not None and one.name == self.merged:
             return self.base(x)
         if self.merged is None and one is not None:
             return one(x)
@@ -162,12 +162,13 @@ class ManyLoRA(nn.Module):
     def _term(self, one: NamedLoRA | None, device: torch.device) -> tuple[Any, ...]:
         """(A, B, scaling, dropout rate, its seed, A and B in the weight's dtype) of what is added to W x. Where an update is in
         W, it is taken off again for rows that don't take it."""
-        if self.merged is None or one is self.merged:
-            if one is None or one is self.merged:
-                return None, None, 1.0, 0.0, None, None
+        merged = None if self.merged is None else self.member(self.merged)
+        if one is merged:
+            return None, None, 1.0, 0.0, None, None
+        if merged is None and one is not None:
             p = one.dropout if one.training else 0.0
             return one.lora_A, one.lora_B, one.scaling, p, one.draw_seed(device) if p else None, one.low
-        parts = [(self.merged, -self.merged.scaling)] + ([] if one is None else [(one, one.scaling)])
+        parts = [(each, sign * each.scaling) for each, sign in ((merged, -1.0), (one, 1.0)) if each is not None]
         a = torch.cat([c * each.lora_A.detach() for each, c in parts])
         return a, torch.cat([each.lora_B.detach() for each, _ in parts], 1), 1.0, 0.0, None, None
 
@@ -201,7 +202,7 @@ def merge_place(place: ManyLoRA, one: NamedLoRA) -> None:
     """W += the update of `one`; W as it was is kept in CPU memory."""
     place.before_merge = place.frozen.stored.detach().to("cpu", copy=True)
     place.frozen.add_(one.delta_NK())
-    place.merged = one
+    place.merged = one.name
 
 
 @torch.no_grad()

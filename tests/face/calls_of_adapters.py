@@ -167,6 +167,72 @@ def _switches_off(w):
     return run, ()
 
 
+CHOICES = r"^model .* \._(turn|taken)$"  # what ManyLoRA remembers of the last choice
+MERGED = r"^model .* (\.(merged|before_merge)|parameter weight values)$"
+
+
+def _named(w):
+    """Two adapters with names, one of them on fewer modules."""
+    for name, modules in (("a", ADAPTED), ("b", {DOWN: ADAPTED[DOWN]})):
+        pf.inject(w.model, pf.Placement(modules, [], "explicit", 0), name=name)
+        for module in adapters(w.model, name).values():
+            torch.nn.init.normal_(module.lora_B, std=0.1)
+    return w.model.eval(), w.batches[0]["input_ids"]
+
+
+@case("inject", "with a name", changes=[WRAPPED, FROZEN])
+def _injects_with_a_name(w):
+    return lambda: pf.inject(w.model, PLACEMENT, name="a"), (PLACEMENT,)
+
+
+@case("inject", "a second name", raises=AdapterError)
+def _a_name_twice(w):
+    _named(w)
+    return lambda: pf.inject(w.model, PLACEMENT, name="a"), (PLACEMENT,)
+
+
+@case("active", changes=[CHOICES], halfway=[CHOICES])
+def _rows_take_their_own(w):
+    model, ids = _named(w)
+    names = ["a", None, "b", pf.Use("a", without=["down_proj"])]
+
+    def run():
+        with pf.active(model, names), torch.no_grad():
+            return model(input_ids=ids).logits
+
+    return run, (names,)
+
+
+@case("active", raises=AdapterError)
+def _an_unknown_adapter(w):
+    model, _ = _named(w)
+    return lambda: pf.active(model, ["a", "c"]).__enter__(), ()
+
+
+@case("Use")
+def _what_a_row_takes(w):
+    return lambda: (pf.Use("a", without=["mlp"]).leaves_out(DOWN), pf.Use("a").leaves_out(DOWN)), ()
+
+
+@case("merge_adapter", changes=[MERGED])
+def _merges_for_a_while(w):
+    model, _ = _named(w)
+    return lambda: pf.merge_adapter(model, "a"), ()
+
+
+@case("merge_adapter", raises=AdapterError)
+def _merges_an_unknown_adapter(w):
+    model, _ = _named(w)
+    return lambda: pf.merge_adapter(model, "c"), ()
+
+
+@case("unmerge_adapter", changes=[MERGED], halfway=[MERGED])
+def _unmerges(w):
+    model, _ = _named(w)
+    pf.merge_adapter(model, "a")
+    return lambda: pf.unmerge_adapter(model), ()
+
+
 @case("find_shared_inputs", changes=[r"^model .*\.shared$"])
 def _groups(w):
     w.adapted()

@@ -66,6 +66,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "run/costs.py": HERE,
     "run/folder.py": HERE,
     "run/grpo.py": "integrations/test_grpo_command.py::test_from_prompts_to_the_page",
+    "run/multi.py": "run/test_multi.py::test_each_folder_is_that_of_a_run_of_its_own",
     "run/shapes.py": "cli/test_model_config.py::test_a_table_and_the_same_as_json",
     "run/stages.py": HERE,
     "scoring/eva.py": f"{TRIPS}test_evas_vectors",

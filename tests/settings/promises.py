@@ -12,7 +12,7 @@ Two runs that are both refused show nothing: that is an error here. `like` are w
 
 How often the model runs may change where a result does, and is named only where it must.
 
-`run`, `trial` and `search` have no column: they promise what their stages do (see `STAGES`).
+`run`, `multi`, `trial` and `search` have no column: they promise what their stages do (see `STAGES`).
 """
 
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ USED = ("score", "audit", "estimate", "train", "eval")
 CHECKED = dict.fromkeys(("data", *USED), ACCEPTED)  # without it they stop
 STAGES = {
     "run": ("data", "score", "place", "train", "eval"),
+    "multi": ("data", "score", "place", "train", "eval"),
     "trial": ("score", "place", "train"),
     "search": ("score", "place", "train"),
 }

@@ -86,7 +86,7 @@ def test_a_folder_is_free_when_its_command_has_ended(shop, word):
     assert is_free(folder)
 
 
-@pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "overwrite" in entry.flags and name not in ("trial", "search", "run", "report", "audit", "estimate")])  # fmt: skip
+@pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "overwrite" in entry.flags and name not in ("trial", "search", "run", "multi", "report", "audit", "estimate")])  # fmt: skip
 def test_results_are_replaced_only_when_asked(shop, command):
     starts = {
         "data": None,
@@ -196,4 +196,4 @@ def test_other_ranks_take_part_only_where_they_should(monkeypatch, tmp_path):
             main.main([name, *words])
             assert done == ([name] if entry.on_ranks or not rank else []) and joined == ([77] if entry.on_ranks else [])
     assert set(ended) == {0}
-    assert {name for name, entry in COMMANDS.items() if entry.on_ranks} == {"run", "score", "train", "eval"}
+    assert {name for name, entry in COMMANDS.items() if entry.on_ranks} == {"run", "multi", "score", "train", "eval"}

@@ -18,6 +18,7 @@ SLOW = (
     "estimate",
     "grpo",
     "run",
+    "multi",
     "trial",
     "search",
 )  # half a second and more; test_handed_on.py covers them quickly
@@ -92,10 +93,14 @@ def reached(command: str, promise: Promise) -> tuple[set[str], set[str]]:
     if ends := by_stage[touched[0]] & {REFUSED, ACCEPTED}:
         return ends, set()
     must = set().union(*by_stage.values()) - {REFUSED}  # eval alone is refused: for an adapter that is not this run's
-    if command == "run":
-        order = list(MADE)
+    if command in ("run", "multi"):
+        order = [stage for stage in MADE if stage in ("estimate", *STAGES[command])]
         later = order[order.index(touched[0]) + 1 :]
-        may = {"passes", *promise.reaches.get("estimate", "").split()}  # of what the run has, not of the defaults
+        may = {
+            "passes",
+            "multi",
+            *promise.reaches.get("estimate", "").split(),
+        }  # of what the run has, not of the defaults
         return must, may.union(*(MADE[stage].split() for stage in later))
     own = {*MADE["score"].split()} & must if command == "trial" else set()
     inside = {command} if must - own - AROUND else set()  # the files of its trainings

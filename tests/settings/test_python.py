@@ -29,7 +29,7 @@ OPTIONS = {  # function -> option -> (what goes with it, its other value, whethe
     },
     "inject": {
         "dropout": ({}, 0.5, True), "rslora": ({}, True, True), "dora": ({}, True, True), "seed": ({}, 1, True), "backend": ({}, "torch", False),
-        "init": ({}, "gaussian", True), "eva": ({"init": "eva"}, "vectors", True),
+        "name": ({}, "x", True), "init": ({}, "gaussian", True), "eva": ({"init": "eva"}, "vectors", True),
     },
 }  # fmt: skip
 

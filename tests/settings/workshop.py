@@ -80,6 +80,7 @@ class Shop:
             "train": steps,
         }
 
+        (root / "jobs.json").write_text('{"jobs": {"only": {}}}')
         self.grpo = [  # a reward that a random model earns now and then
             *(f"--{name}={root / file}.jsonl" for name, file in (("train", "prompts"), ("test", "prompts-2"))), "--reward=regex:e",
             *("--generations=4", "--prompts=2", "--completion-length=3", "--max-steps=3", "--eval-rows=3", "--lr=0.02"),
@@ -150,7 +151,7 @@ class Shop:
             return self.grpo if command == "grpo" else self.settings.get(command, [])
         needed = {"data": ("data",), "score": ("data", "score"), "audit": ("data", "score")}
         named = needed.get(command, self.settings)
-        own = OF_STUDIES.get(command, [])
+        own = [f"--jobs={self.root / 'jobs.json'}"] if command == "multi" else OF_STUDIES.get(command, [])
         return [w for name in named for w in self.settings[name] if self._is_of(command, w)] + own
 
     @staticmethod
@@ -265,7 +266,7 @@ def artefacts(folder: Path) -> Outcome:
     """The files of a run folder by their names, without endings, and what each holds."""
     found: dict = {}
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name = path.relative_to(folder).as_posix().removeprefix("jobs/only/")  # that of multi is a run folder
         unsteady = name == "config.json" or path.name in (HISTORY, LOCK) or path.suffix in (".db", ".png", ".html")
         if unsteady or not path.is_file():
             continue
