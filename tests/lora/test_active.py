@@ -307,17 +307,19 @@ def test_a_failure_half_way_takes_only_its_own_name_out(monkeypatch):
     assert adapter_names(model) == ["a", "b"] and before == [(n, p.requires_grad) for n, p in model.named_parameters()]
 
 
+class Turned(torch.nn.Module):
+    """Reads the rows of a batch token by token."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x.transpose(0, 1).contiguous()).transpose(0, 1)
+
+
 def test_a_model_that_mixes_its_rows_is_refused(batch):
     """Its rows cannot have adapters of their own, whatever the shapes say."""
-
-    class Turned(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x):
-            return self.inner(x.transpose(0, 1).contiguous()).transpose(0, 1)
-
     model = several()
     mlp = model.model.layers[0].mlp
     mlp.down_proj = Turned(mlp.down_proj)
@@ -328,6 +330,36 @@ def test_a_model_that_mixes_its_rows_is_refused(batch):
         pass
     with pf.active(model, "a"):
         run(model, batch)
+
+
+def test_modules_that_come_later_are_looked_at(batch):
+    """Of an adapter that is put in after the rows of a batch had adapters of their own."""
+    model = build("llama")
+    pf.inject(model, place(model, "q_proj"), name="a")
+    pf.inject(model, place(build("llama"), "k_proj"), name="b")
+    with pf.active(model, ["a", "b"]):
+        pass
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = Turned(mlp.down_proj)
+    down = pf.Placement({"model.layers.0.mlp.down_proj.inner": (2, 4.0)}, [], "one", 0)
+    pf.inject(model, down, name="c")
+    with pytest.raises(AdapterError, match="does not read the rows"), pf.active(model, ["a", "c"]):
+        pass
+
+
+def test_parts_of_names_are_whole_parts():
+    """layers.1 is not layers.11, and proj no part of a name."""
+    assert pf.Use("a", without=["layers.1"]).leaves_out("model.layers.1.mlp.down_proj")
+    assert not pf.Use("a", without=["layers.1", "proj", "down"]).leaves_out("model.layers.11.mlp.down_proj")
+
+
+def test_what_replaces_whole_has_no_name(tmp_path):
+    import peft
+
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(build("llama"), config).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(AdapterError, match=r"replaces lm_head\.weight whole, .*without a name"):
+        pf.load_adapter(build("llama"), tmp_path / "theirs", name="a")
 
 
 def test_experts_have_no_names():

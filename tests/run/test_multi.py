@@ -88,6 +88,14 @@ def test_each_folder_is_that_of_a_run_of_its_own(world, tmp_path, capsys):
     )
 
 
+def test_a_few_at_a_time(world, tmp_path, monkeypatch):
+    shared, path, _ = world
+    seen, plain = set(), Together._step
+    monkeypatch.setattr(Together, "_step", lambda self, meter: (seen.add(len(self._running)), plain(self, meter)))
+    assert main(["multi", "--jobs", str(path), "--out", str(tmp_path / "out"), *shared, "--at-once=2"]) == 0
+    assert max(seen) == 2
+
+
 def test_a_job_that_diverges_ends_alone(world, tmp_path, capsys):
     shared, path, jobs = world
     jobs["legal"]["lr"] = 1e37

@@ -12,6 +12,7 @@ from helpers import build, quantize
 import plopfast as pf
 from plopfast.lora.layer import adapters
 from plopfast.support.errors import ConfigError, Interrupted, TrainingError
+from plopfast.training.census import census
 from plopfast.training.together import SLACK, Together, _batches, job_of
 
 # alike to 1e-4 after twelve steps: AdamW's first steps divide a gradient by its own size, so roundings of small ones show
@@ -92,6 +93,7 @@ def test_each_is_as_alone(examples, shared):
     for name, job in jobs.items():
         trainer, result = alone(job, examples, **shared)
         check_alike(several.jobs[name], trainer)
+        assert several.jobs[name].identity == trainer.identity
         for key in ("steps", "best_step", "stopped", "tokens", "unmoved"):
             assert getattr(results[name], key) == getattr(result, key)
     assert {results[name].steps for name in JOBS} > {12, 9, 7}
@@ -225,6 +227,16 @@ def test_the_model_is_left_as_it_was(examples):
     assert forwards == [vars(m).get("forward") for m in model.modules()]
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_modules_that_do_not_move_have_their_own_types(examples):
+    """Not those of the adapters' places in them."""
+    several = together({"b": JOBS["b"]}, examples)
+    job = several.jobs["b"]
+    assert [(one.type, one.count, one.total) for one in census(several.model, job.parameters, job.optimizer)] == [
+        ("q_proj", 3, 3),
+        ("down_proj", 3, 3),
+    ]
 
 
 def test_dropout_of_the_base_is_said(examples):
