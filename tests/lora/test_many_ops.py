@@ -169,6 +169,12 @@ def test_seeds_may_be_tensors():
     assert torch.equal(one, two)
 
 
+def test_a_seed_on_a_gpu_is_not_waited_for():
+    """Meta stands for the GPU: reading a value there is an error."""
+    seed = torch.empty((), dtype=torch.int64, device="meta")
+    assert library_many._factors([2.0, 1.0], [0.5, 0.0], [seed, None]) == [(4.0, 0.5, seed), (1.0, 0.0, 0)]
+
+
 def test_an_adapter_of_several_segments_gets_the_sum_of_its_gradients():
     x, w, dy = torch.randn(9, 6), torch.randn(5, 6), torch.randn(9, 5)
     a, b = (torch.randn(*shape, requires_grad=True) for shape in ((2, 6), (5, 2)))
