@@ -233,6 +233,16 @@ def test_gradients_of_float32_adapters_are_not_rounded_on_the_way(watched):
         assert (db[e] - want).norm() < 1e-6 * want.norm()
 
 
+def test_adapters_of_several_dtypes_get_gradients_of_their_own(watched):
+    o = Given(((9, 4), (0, 3), (30, 4)), 24, 40)
+    o.a[0], o.b[1] = o.a[0].to(BF16), o.b[1].to(BF16)
+    with watched(*OUT):
+        way = o.way("lora-first")
+        y, s = o.forward(way)
+        dx, da, db = o.backward(s, way)
+    judge(o, y, dx, da, db)
+
+
 def test_equal_cuts_are_copied_to_the_device_once(monkeypatch):
     """For each device and each stream, as a copy is queued and not waited for."""
     monkeypatch.setattr(triton_many, "_copies", {})

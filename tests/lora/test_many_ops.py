@@ -389,6 +389,17 @@ def test_flops_of_the_operation_are_those_of_its_products():
     assert counted.get_total_flops() == made.get_total_flops()
 
 
+def test_gradients_come_in_the_dtypes_that_were_asked_for():
+    """Without autograd, which casts what it is given."""
+    o = Given([(9, 4), (0, 2), (7, 3)], 6, 8, torch.bfloat16)
+    way = library_many.way_of(o.x, o.w, o.a, o.cuts, o.scalings, (), (), "torch")
+    _, s = library_many.forward(o.x, o.w, o.a, o.b, None, way)
+    wide, low, every = torch.float32, torch.bfloat16, [True] * 3
+    asked = [(wide, low), (wide, low), (low, wide)]
+    _, da, db = library_many.backward(o.dy, o.x, s, o.w, o.a, o.b, way, True, every, every, asked)
+    assert [(one.dtype, other.dtype) for one, other in zip(da, db, strict=True)] == asked
+
+
 A, B = torch.randn(3, 8), torch.randn(10, 3)
 GOOD = {
     "x": torch.randn(2, 2, 8),
