@@ -431,6 +431,7 @@ BAD = {
     "low: expected 3 entries": {"low": [(A, B)]},
     "cuts: expected 0 first and 4 last.*got .1, 2, 2, 4": {"cuts": [1, 2, 2, 4]},
     "cuts: expected 0 first and 4 last.*got .0, 2, 2, 5": {"cuts": [0, 2, 2, 5]},
+    "cuts: expected 0 first and 4 last.*got .0, 2, 2, 3": {"cuts": [0, 2, 2, 3]},
     "cuts: segment 1 ends at row 1, before its start at 2": {"cuts": [0, 2, 1, 4]},
     "cuts.1.: expected an int, got 2.0 of type float": {"cuts": [0, 2.0, 2, 4]},
     "on the host, got a tensor; cuts.tolist": {"cuts": torch.tensor([0, 2, 2, 4])},
