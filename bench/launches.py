@@ -3,7 +3,7 @@
     python bench/launches.py [--out FILE]
 
 It runs tests/kernels/host/launches.py, whose sections tests/kernels/test_launch.py checks: calls of Python and C and launches
-of Triton's in a step of one linear and of query, key and value; the launches whose every parameter was compared with those of
+of Triton's in a step of one linear, of query, key and value, and of eight adapters on one weight together and apart; the launches whose every parameter was compared with those of
 Triton's own way; and the variants that 200 numbers of tokens and three ranks ask for.
 """
 
@@ -29,13 +29,17 @@ def main() -> None:
         command = [sys.executable, HOST / "launches.py"]
         done = subprocess.run(command, env=stub_driver.build(Path(folder)), capture_output=True, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    lines = [f"{'':<32}{'Python':>8}{'C':>6}{'both':>6}{'launches of Triton':>20}"]
-    for title, section in (("a step of one linear", "step"), ("of query, key and value", "group")):
+    lines = [f"{'':<40}{'Python':>8}{'C':>6}{'both':>6}{'launches of Triton':>20}"]
+    for title, section in (
+        ("a step of one linear", "step"),
+        ("of query, key and value", "group"),
+        ("of eight adapters", "many"),
+    ):
         for path, row in found[section].items():
             python, c = row["calls"]
-            lines.append(f"{f'{title}, {path}':<32}{python:>8}{c:>6}{python + c:>6}{row['launches']:>20}")
+            lines.append(f"{f'{title}, {path}':<40}{python:>8}{c:>6}{python + c:>6}{row['launches']:>20}")
     lines += [
-        f"{'one launch, ' + name:<32}{python:>8}{c:>6}{python + c:>6}" for name, (python, c) in found["each"].items()
+        f"{'one launch, ' + name:<40}{python:>8}{c:>6}{python + c:>6}" for name, (python, c) in found["each"].items()
     ]
     same = {kernel: direct for kernel, (direct, _, different) in found["same"].items() if not different}
     lines.append(f"the same grid, stream and parameters both ways: {same} of {len(found['same'])} kernels")

@@ -65,6 +65,8 @@ EXPERTS = {  # experts, those of a token, and the shapes of their weights
     "Qwen3-30B-A3B": (128, 8, {"gate_up": (2048, 1536), "down": (768, 2048)}),
     "Mixtral-8x7B": (8, 2, {"gate_up": (4096, 28672), "down": (14336, 4096)}),
 }
+MANY = [(count, tokens) for tokens in (4096, 16384) for count in (8, 16)]  # adapters, and their rows together
+MANY_SHAPE = (4096, 4096)  # K, N
 DETAILED = ("H100 SXM", "A100 80GB SXM")  # of which every linear is saved
 RUNS = [("Llama-3-8B", 16384), ("Llama-3-8B", 8192), ("SmolLM2-135M", 16384)]
 PATHS = {  # label -> path and dropout rate; without dropout the vendor makes some of fused's and lora-first's products
@@ -165,6 +167,40 @@ def experts(gpu: Gpu, tokens: int) -> tuple[list[str], dict[str, Any]]:
     return lines, found
 
 
+def several(gpu: Gpu) -> tuple[list[str], dict[str, Any]]:
+    """Adapters on one weight, each with as many rows: one lora_linear_grouped, and as many lora_linears."""
+    lines, found = [], {}
+    k, n = MANY_SHAPE
+    for count, tokens in MANY:
+        each = tokens // count
+        for strategy in ("lora-first", "fused"):
+            together = traffic.launches_of_many(
+                [(each, RANK)] * count, n, k, strategy, torch.bfloat16, torch.float32, gpu.target, device="meta"
+            )
+            one = traffic.launches_of(strategy, traffic.operands(each, n, k, RANK, device="meta"), 0.0, gpu.target)
+            halves = [
+                ([formulas.cost(launch) for launch in ours], [formulas.cost(launch) for launch in theirs] * count)
+                for ours, theirs in ((together.forward, one.forward), (together.backward, one.backward))
+            ]
+            ours, theirs = ([c for half in halves for c in half[which]] for which in (0, 1))
+            row = {
+                f"{name} {what}": of(costs)
+                for name, costs in (("together", ours), ("apart", theirs))
+                for what, of in (
+                    ("launches", len), ("bytes", lambda costs: sum(c.bytes for c in costs)),
+                    ("outside", lambda costs: sum(c.outside for c in costs)), (MODEL + ", ms", gpu.model_ms),
+                )
+            }  # fmt: skip
+            found[f"{count} adapters, {tokens} rows, {strategy}"] = row
+            lines.append(
+                f"{count:>8}{tokens:>7}  {strategy:<11}{row['together launches']:>10}{row['apart launches']:>7}"
+                f"{row['together bytes'] / MIB:>10.1f}{row['apart bytes'] / MIB:>9.1f}"
+                f"{row['together outside'] / MIB:>11.1f}{row['apart outside'] / MIB:>8.1f}"
+                f"{row['together ' + MODEL + ', ms']:>10.3f}{row['apart ' + MODEL + ', ms']:>8.3f}"
+            )
+    return lines, found
+
+
 def counted() -> tuple[list[str], dict[str, Any]]:
     """One linear run in the interpreter, with the H100's grids: its count, and its accesses through a model of L2."""
     m, n, k = COUNTED
@@ -239,10 +275,18 @@ def main() -> None:
         f"{'executed / useful':>18}{'ms / bare':>11}",
         *of_experts,
     ]
+    of_several, saved_several = several(GPUS["H100 SXM"])
+    lines += [
+        "",
+        f"Several adapters on one weight {MANY_SHAPE[0]}->{MANY_SHAPE[1]}, R = {RANK}, bfloat16, float32 adapters, forward + "
+        f"backward, grids of H100 SXM: one lora_linear_grouped (together), and as many lora_linears (apart); {MODEL}",
+        f"{'adapters':>8}{'rows':>7}  {'path':<11}{'launches':>10}{'apart':>7}{'all, MiB':>10}{'apart':>9}{'outside':>11}{'apart':>8}"
+        f"{'ms':>10}{'apart':>8}",
+        *of_several,
+    ]
     more, run = counted()
-    measure.save(
-        "traffic", "\n".join([*lines[1:], "", *more]), {"models": saved, "experts": saved_experts, "counted": run}
-    )
+    figures = {"models": saved, "experts": saved_experts, "several": saved_several, "counted": run}
+    measure.save("traffic", "\n".join([*lines[1:], "", *more]), figures)
 
 
 if __name__ == "__main__":

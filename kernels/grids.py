@@ -110,6 +110,11 @@ def grads_grid(
     tiles = grads_tiles(target, dtype, rank, with_ds)
     if segments and target.name.startswith("sm_10"):  # 512 columns beside the numbers of segments spill there
         tiles = [tile for tile in tiles if tile[1] <= 256]
+    if segments and with_ds and dtype != torch.float32 and target.name.startswith("gfx1"):
+        tiles = [(32, 64, 8)]  # as do 64 rows on RDNA where the rank fills no tile
+    few = dtype != torch.float32 and not with_ds and padded_rank(rank) == 32
+    if segments and few and target.name.startswith("sm_"):
+        tiles = [(bm, bc, 8) for bm, bc, _ in tiles]  # four warps spill beside them
     segments = max(segments, 1)
     tile = fastest(TYPICAL, tiles)[1][:3]
     return fastest(m, [tile])[1]

@@ -66,7 +66,7 @@ def _factors(
         return [(c, 0.0, 0) for c in scalings]
     found: list[tuple[float, float, philox.Seed]] = []
     for c, p, seed in zip(scalings, ps, seeds, strict=True):
-        number = int(seed) if isinstance(seed, torch.Tensor) and seed.is_cpu else seed or 0
+        number = 0 if seed is None else int(seed) if isinstance(seed, torch.Tensor) and seed.is_cpu else seed
         found.append((c * philox.inverse_keep(p), p, number) if p else (c, 0.0, 0))
     return found
 

@@ -47,7 +47,7 @@ def backward(
     """dX [M, K], and dA_e [R_e, K] and dB_e [N, R_e] in their `dtypes`, parts of one stack; None where it is not needed."""
     (s_MR,), ends_E, needed = s, _ends(x_MK, way), (need_x, any(need_a), any(need_b))
     b_ENR = stacked(b, 1, x_MK, _factors(x_MK, way)) if need_x or needed[1] else None
-    wide = [max((pair[which] for pair in dtypes if pair[which]), key=lambda one: one.itemsize) for which in (0, 1)]
+    wide = [torch.float32 if torch.float32 in kinds else x_MK.dtype for kinds in zip(*dtypes, strict=True)]
     ds_MR, da_ERK, db_ENR = triton_segments.low_rank_grads(dy_MN, x_MK, s_MR, b_ENR, ends_E, 1.0, needed, wide)
     da = _parts(da_ERK, a, 0, need_a, dtypes)
     db = _parts(db_ENR, b, 1, need_b, dtypes)
@@ -63,8 +63,9 @@ def stacked(of: Matrices, at: int, x: torch.Tensor, c_E11: torch.Tensor | None =
     """c A_e [E, R, K] (`at` 0: where the rank is), or c B_e [E, N, R] (`at` 1), in x's dtype, with zeros up to the largest rank.
     One launch puts them together, and another scales or casts them."""
     given = [one for one in of if one is not None]
-    first, rank = given[0], max(one.shape[at] for one in given)
-    if all(one is not None and one.shape[at] == rank for one in of):
+    first, ranks = given[0], [one.shape[at] for one in given]
+    rank = max(ranks)
+    if len(given) == len(of) and min(ranks) == rank:
         whole = torch.stack(given)
     else:
         other = first.shape[1 - at]
@@ -106,7 +107,7 @@ def _ends(x: torch.Tensor, way: Way) -> torch.Tensor:
 
 def _factors(x: torch.Tensor, way: Way) -> torch.Tensor:
     """c of each segment [E, 1, 1], float32, on x's device."""
-    return _copied(tuple(c for c, _, _ in way.factors), torch.float32, x.device).view(-1, 1, 1)
+    return _copied(tuple([c for c, _, _ in way.factors]), torch.float32, x.device).view(-1, 1, 1)
 
 
 def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

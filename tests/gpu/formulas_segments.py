@@ -87,7 +87,7 @@ SEGMENTS: dict[str, Callable[[Launch], Cost]] = {
     "segment_shrink": segment_shrink,
     "segment_gemm": segment_gemm,
     "segment_grads": segment_grads,
-    "stack": stacked,
-    "scale": scaled,
-    "zeros": zeros,
+    "stacked": stacked,
+    "scaled stack": scaled,
+    "padding": zeros,
 }

@@ -1,6 +1,7 @@
 """Several adapters on one frozen weight, by kernels that work on all segments at once, and with dropout by those of one linear."""
 
 import itertools
+from collections import namedtuple
 from dataclasses import replace
 
 import pytest
@@ -232,6 +233,16 @@ def test_gradients_of_float32_adapters_are_not_rounded_on_the_way(watched):
         assert (db[e] - want).norm() < 1e-6 * want.norm()
 
 
+def test_adapters_of_several_dtypes_get_gradients_of_their_own(watched):
+    o = Given(((9, 4), (0, 3), (30, 4)), 24, 40)
+    o.a[0], o.b[1] = o.a[0].to(BF16), o.b[1].to(BF16)
+    with watched(*OUT):
+        way = o.way("lora-first")
+        y, s = o.forward(way)
+        dx, da, db = o.backward(s, way)
+    judge(o, y, dx, da, db)
+
+
 def test_equal_cuts_are_copied_to_the_device_once(monkeypatch):
     """For each device and each stream, as a copy is queued and not waited for."""
     monkeypatch.setattr(triton_many, "_copies", {})
@@ -248,6 +259,41 @@ def test_equal_cuts_are_copied_to_the_device_once(monkeypatch):
     for number in range(triton_many.MOST_COPIES + 1):
         triton_many._copied((number,), torch.int32, DEVICE)
     assert len(triton_many._copies) <= triton_many.MOST_COPIES
+
+
+Card = namedtuple("Card", "type index")
+
+
+class Copied:
+    """Numbers in pinned memory, to be copied without waiting."""
+
+    def __init__(self, values, how):
+        assert how["pin_memory"] and how["device"] == "cpu"
+        self.values = values
+
+    def to(self, device, non_blocking):
+        assert non_blocking
+        return self.values
+
+
+def test_each_stream_has_its_own_copy_and_a_graph_too(monkeypatch):
+    """On tensors of the CPU that say that they lie on a GPU."""
+    gpu, stream, capturing = Card("cuda", 0), [1], [False]
+    made = torch.tensor
+    monkeypatch.setattr(triton_many, "_copies", {})
+    monkeypatch.setattr(triton_many.launch, "current_stream", lambda index: stream[0])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(torch, "tensor", lambda values, **how: Copied(made(values, dtype=how["dtype"]), how))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda count, **how: empty(count, dtype=how["dtype"]))
+    one = triton_many._copied((3, 5), torch.int32, gpu)
+    assert triton_many._copied((3, 5), torch.int32, gpu) is one
+    stream[0] = 2
+    other = triton_many._copied((3, 5), torch.int32, gpu)
+    assert other is not one
+    capturing[0] = True
+    graph = triton_many._copied((3, 5), torch.int32, gpu)
+    assert graph is not other and graph.tolist() == [3, 5] and len(triton_many._copies) == 2
 
 
 def test_auto_takes_the_kernels_for_several_adapters_and_torch_for_one(monkeypatch):

@@ -91,11 +91,11 @@ class _Torch(TorchDispatchMode):
         elif name in ("_to_copy", "copy_"):
             self.launches.append(Launch("cast", (), {"x": args[name == "copy_"], "y": found}, False))
         elif name in ("stack", "cat"):
-            self.launches.append(Launch("stack", (), {"parts": args[0], "y": found}, False))
+            self.launches.append(Launch("stacked", (), {"parts": args[0], "y": found}, False))
         elif name == "mul" and "out" in options:
-            self.launches.append(Launch("scale", (), {"x": args[0], "c": args[1], "y": found}, False))
+            self.launches.append(Launch("scaled stack", (), {"x": args[0], "c": args[1], "y": found}, False))
         elif name == "new_zeros":
-            self.launches.append(Launch("zeros", (), {"y": found}, False))
+            self.launches.append(Launch("padding", (), {"y": found}, False))
         elif not (function.is_view or name in FREE):
             self.launches.append(Launch(f"torch.{name}", (), {}, False))
         return found

@@ -248,6 +248,9 @@ JOBS = {
     "segments": Job(aot_segments.experts, {"segment_gemm": _LARGE["lora_gemm"]} | _READ),
     "segments, few rows": Job(_of(aot_segments.experts, m=2048, r=8), _SEGMENTS, _ONE_OF_EACH),
     "segments, others": Job(aot_segments.others, {}, _NOT_BY_DEFAULT),
+    "adapters": Job(aot_segments.many, _SEGMENTS | _READ),
+    "adapters, few rows": Job(aot_segments.few_rows_of_many, {"segment_gemm": Expect(matrix="any")}, _ONE_OF_EACH),
+    "adapters, others": Job(aot_segments.other_adapters, {}, _NOT_BY_DEFAULT),
     "tf32, segments": Job(
         _tf32(aot_segments.experts, dtype=torch.float32), {"segment_gemm": Expect(matrix="any")}, _HAVE_TF32, slow=True
     ),

@@ -256,6 +256,18 @@ def test_launches_fill_the_card_and_load_ahead(name, monkeypatch):
         assert one.options["num_stages"] > 1
 
 
+def test_segments_of_rank_32_take_eight_warps():
+    """dA of segments spills in four, beside the numbers of the segments; other ranks and one linear do not."""
+    from plopfast.kernels.grids import grads_grid
+
+    target, bf16 = dispatch.Target("sm_90", 132), torch.bfloat16
+    found = [grads_grid(target, bf16, 4096, 4096, rank, False, segments=8)[2] for rank in (16, 17, 32, 64)]
+    assert found == [4, 8, 8, 8]
+    assert grads_grid(target, bf16, 4096, 4096, 32, False)[2] == 4
+    rdna = dispatch.Target("gfx1100", 48)
+    assert grads_grid(rdna, bf16, 4096, 4096, 8, True, segments=8)[:2] == (32, 64), "64 rows spill there"
+
+
 def test_compile_time_is_counted(monkeypatch):
     """Once for each kernel, in nested blocks too; a kernel from the cache on disk takes time, but is not compiled."""
     from triton import knobs

@@ -60,9 +60,21 @@ def test_a_step_of_query_key_and_value(found):
         assert sum(row["calls"]) < 3 * sum(alone[strategy]["calls"]), strategy
 
 
+def test_a_step_of_several_adapters(found):
+    """Eight on one weight in one call: no more launches of Triton's than eight, where eight linears have five each; and fewer
+    calls of the host on each path."""
+    rows = found["many"]
+    for strategy in ("lora-first", "fused"):
+        together, apart = rows[f"together, {strategy}"], rows[f"apart, {strategy}"]
+        assert together["launches"] <= 8 and apart["launches"] >= 3 * 8
+        assert sum(together["calls"]) < sum(apart["calls"]) / 2.5
+    assert rows["together, torch"]["launches"] == 0
+    assert sum(rows["together, torch"]["calls"]) < sum(rows["apart, torch"]["calls"]) / 1.5
+
+
 def test_a_second_step_makes_no_plan(found):
     """What depends on shapes is done by then: a step of the same shape only launches."""
-    for section in ("step", "group"):
+    for section in ("step", "group", "many"):
         assert {row["plans"] for name, row in found[section].items() if name != "peft"} == {0}
 
 

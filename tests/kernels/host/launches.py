@@ -1,5 +1,6 @@
 """Prints, as one line of JSON, what launches send and cost: see tests/kernels/test_launch.py. Runs on stub_driver.Stub."""
 
+import functools
 import itertools
 import json
 import os
@@ -27,6 +28,8 @@ from plopfast.kernels import (  # noqa: E402
 )
 from plopfast.lora.experts import ExpertLoRA, inject_experts  # noqa: E402
 from plopfast.lora.layer import LoRALinear  # noqa: E402
+from plopfast.lora.many_ops import lora_linear_grouped  # noqa: E402
+from plopfast.lora.ops import lora_linear  # noqa: E402
 from plopfast.lora.shared import Prepared, SharedInput  # noqa: E402
 from plopfast.lora.warmup import warm_up  # noqa: E402
 from plopfast.models.experts import Mixture  # noqa: E402
@@ -248,6 +251,35 @@ def group():
     return found
 
 
+def many():
+    """ "together" and "apart", with a strategy -> as in `step`, of eight adapters on one weight: one call, and one linear for each."""
+    found, (m, k, n, r, count) = {}, (512, 1024, 768, 16, 8)
+    x, dy, w = (
+        torch.randn(m, k, dtype=BF16, requires_grad=True),
+        torch.randn(m, n, dtype=BF16),
+        torch.randn(n, k, dtype=BF16),
+    )
+    a = [torch.randn(r, k, dtype=BF16, requires_grad=True) for _ in range(count)]
+    b = [torch.randn(n, r, dtype=BF16, requires_grad=True) for _ in range(count)]
+    cuts, scalings = [m * e // count for e in range(count + 1)], [2.0] * count
+
+    def together(strategy):
+        lora_linear_grouped(x, w, a, b, cuts, scalings, backend=strategy).backward(dy)
+
+    def apart(strategy):
+        parts = zip(x.split(m // count), a, b, strict=True)
+        torch.cat([lora_linear(one, w, a_, b_, scaling=2.0, backend=strategy) for one, a_, b_ in parts]).backward(dy)
+
+    for strategy in ("torch", "lora-first", "fused"):
+        for way in (together, apart):
+            run = functools.partial(way, strategy)
+            run()
+            plans = len(launch._plans)
+            row = {"launches": len(STUB.launches(run)), "calls": STUB.calls(run)}
+            found[f"{way.__name__}, {strategy}"] = row | {"plans": len(launch._plans) - plans}
+    return found
+
+
 def each():
     """launcher -> (Python, C) calls of one launch, once its plan is there."""
     o = operands(512, 1024, 768, 16)
@@ -381,6 +413,7 @@ if __name__ == "__main__":
         guarded,
         step,
         group,
+        many,
         each,
     ]  # the first two compile nothing, and must come first
     import sys
