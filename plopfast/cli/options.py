@@ -37,6 +37,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "prompt": {
         "action": "append",
+        "type": arguments.text,
         "metavar": "TEXT",
         "help": "answer this; a user's message where the model has a chat template (may be given several times)",
     },

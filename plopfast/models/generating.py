@@ -63,7 +63,9 @@ def generate(
     check_room(prompts, context)
     limits = [min(max_new_tokens, (context or math.inf) - len(prompt)) for prompt in prompts]
     device, found = device_of(model), dict[int, Answer]()
-    drawing = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}
+    drawing = (
+        {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if temperature else {}
+    )
     with evaluating(model), _own_random(device, seed), bar("answers", len(prompts), "prompts", progress) as meter:
         maker = _Maker(model, tokenizer, device, {"do_sample": False, **drawing})
         mixed = len({*map(len, prompts)}) > 1 and batch_tokens > 1 and maker.pads_left()

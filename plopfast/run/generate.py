@@ -16,6 +16,8 @@ from ..support.errors import AdapterError, ConfigError, FileError
 from .run import Run
 from .stages import adapt
 
+ROW = ("prompt", "answer", "tokens", "ended")  # of a file of answers; "tokens" is how many
+
 
 def read_questions(texts: Sequence[str], file: str | None, tokenizer: Any, context: int | None) -> list[Prompt]:
     """The prompts: texts of the command line, or the rows of a file, tokenised as in GRPO.
@@ -80,10 +82,17 @@ def load(run: Run, adapter: Path | None, any_base: bool) -> Any:
 
 
 def refuse_answers(path: Path, overwrite: bool) -> None:
-    """Raises FileError where the answers may not be written, before any is made."""
+    """Raises FileError where the answers may not be written, before any is made: what is replaced are answers, too."""
     files.check_regular(path)
-    if path.exists() and not overwrite:
+    if not path.exists():
+        return
+    if not overwrite:
         raise FileError(f"{path}: exists already: give --answers another name, or --overwrite")
+    rows = files.read_json_lines(path, "plopfast generate")
+    if not all(isinstance(row, dict) and tuple(row) == ROW for row in rows):
+        raise FileError(
+            f"{path}: holds no answers of plopfast generate, which --overwrite replaces; give --answers another name"
+        )
 
 
 def answer_prompts(
@@ -107,7 +116,7 @@ def answer_prompts(
 def write_answers(path: Path, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
     """Writes a row for each answer, as a whole or not at all."""
     rows = [
-        {"prompt": prompt.prompt, "answer": answer.text, "tokens": len(answer.tokens), "ended": answer.ended}
+        dict(zip(ROW, (prompt.prompt, answer.text, len(answer.tokens), answer.ended), strict=True))
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     files.write_text(
