@@ -15,6 +15,15 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def text(text: str) -> str:
+    """Any text. Raises ArgumentTypeError for bytes that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"expected UTF-8 text, got {shown(text, ascii)}") from None
+    return text
+
+
 def number(kind: type[int] | type[float], most: float) -> Callable[[str], float]:
     """The type of a number above 0 and at most `most`."""
 

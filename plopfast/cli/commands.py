@@ -158,6 +158,37 @@ def _eval(call: Call) -> None:
         print(f"{who:<6} {line}")
 
 
+def _generate(call: Call) -> None:
+    from ..run import generate
+    from ..run.run import Run
+    from ..support.errors import for_terminal
+    from ..support.settings_file import load_settings
+
+    given, config = call.arguments, call.config
+    if given.out:
+        load_settings(given.out / "config.json")  # it must be there
+    chosen = hasattr(given, "temperature") or (given.config and "temperature" in load_settings(given.config))
+    if not chosen:  # a run folder's own temperature is that of its training
+        config = dataclasses.replace(config, temperature=0.0)
+    generate.check_settings(config)
+    adapter = generate.find_adapter(given.out, given.adapter, config)
+    if given.answers:
+        generate.refuse_answers(given.answers, given.overwrite)
+    if config.full and given.out and adapter is None:
+        config = dataclasses.replace(config, full=False, model=str(given.out / "model"))
+    run = Run(given.out or Path("runs"), config, progress=True)  # for its model and tokenizer: nothing is written there
+    prompts = generate.read_questions(given.prompt or [], given.prompts_file, run.tokenizer, run.context)
+    model = generate.load(run, adapter, given.any_base)
+    shown = for_terminal if sys.stdout.isatty() else str
+    stream = (
+        (lambda text: print(shown(text), end="", flush=True)) if shown is for_terminal and len(prompts) == 1 else None
+    )
+    answers = generate.answer_prompts(run, model, prompts, stream)
+    print("" if stream else shown(generate.in_words(prompts, answers)))
+    if given.answers:
+        generate.write_answers(given.answers, prompts, answers)
+
+
 def _merge(call: Call) -> None:
     from ..run.stages import run_merge
 
@@ -201,7 +232,7 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
-FIT, GRPO = groups.FitSettings, groups.GRPOSettings
+FIT, GRPO, GENERATE = groups.FitSettings, groups.GRPOSettings, groups.GenerateSettings
 STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
@@ -254,6 +285,10 @@ COMMANDS = {
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",
         _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
+    ),
+    "generate": Command(
+        "answer prompts, with an adapter or without: prints the answers, and writes no run folder",
+        _generate, (MODEL, GENERATE, "seed"), flags=("prompt", "prompts", "answers", *OF_AN_ADAPTER),
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",

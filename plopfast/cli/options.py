@@ -45,6 +45,23 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "INT",
         "help": "train at most so many jobs at a time; the others wait (default: all)",
     },
+    "prompt": {
+        "action": "append",
+        "type": arguments.text,
+        "metavar": "TEXT",
+        "help": "answer this; a user's message where the model has a chat template (may be given several times)",
+    },
+    "prompts": {
+        "dest": "prompts_file",
+        "type": arguments.path,
+        "metavar": "FILE",
+        "help": 'answer the rows of this file: {"prompt": text or messages} or {"messages": ...}, as train takes them',
+    },
+    "answers": {
+        "type": arguments.path,
+        "metavar": "FILE",
+        "help": 'write the answers to this file, too: JSONL rows {"prompt", "answer", "tokens", "ended"}',
+    },
     "seconds": {
         "type": arguments.number(float, 1e6),
         "default": 60.0,
@@ -79,6 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _help_of_out(command: Command) -> str:
+    if "answers" in command.flags:
+        return "run folder whose model and adapter answer (default: the model alone)"
     if "adapter" in command.flags:
         return "run folder of the stages before (default with --adapter: a new one, runs/DATE-TIME)"
     if command.needs_out:

@@ -27,7 +27,7 @@ from ..models.linears import words_of_codes
 from ..models.running import modes_kept, remember_requires_grad
 from ..support.config import TrainConfig
 from ..support.errors import ConfigError, FileError, ModelError
-from ..support.grpo_settings import LR, GRPOSettings
+from ..support.grpo_settings import LR, GRPOSettings, drawn_at
 from ..support.progress import bar
 from .checkpoints import GRPO_CHECKPOINTS, last_checkpoint
 from .judging import Judge, Judged, measure
@@ -119,7 +119,8 @@ def grpo(
     or reward that is not finite, and Interrupted for a signal.
     """
     settings = GRPOSettings(
-        generations=generations, prompts=prompts, completion_length=completion_length, temperature=temperature, beta=beta
+        generations=generations, prompts=prompts, completion_length=completion_length,
+        temperature=drawn_at(temperature), beta=beta,
     )  # fmt: skip
     config = TrainConfig(
         max_steps=max_steps, lr=lr, schedule=schedule, warmup=warmup, weight_decay=weight_decay, clip=clip,

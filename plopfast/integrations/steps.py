@@ -22,7 +22,7 @@ from ..lora.placement import Placement
 from ..models.running import device_of
 from ..support.config import TrainConfig
 from ..support.errors import Interrupted, TrainingError
-from ..support.grpo_settings import GRPOSettings
+from ..support.grpo_settings import GRPOSettings, drawn_at
 from ..support.progress import bar
 from ..training.interrupt import Noted, interruptible
 from ..training.records import Records
@@ -209,7 +209,7 @@ def _arguments(
         gradient_accumulation_steps=config.accumulate,
         num_generations=settings.generations,
         max_completion_length=settings.completion_length,
-        temperature=settings.temperature,
+        temperature=drawn_at(settings.temperature),
         beta=settings.beta,
         max_steps=total,
         learning_rate=config.lr,

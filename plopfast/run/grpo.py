@@ -19,7 +19,7 @@ from ..placing.by_settings import check_rule
 from ..support import files, machine
 from ..support.devices import device_for
 from ..support.errors import ConfigError, DataError
-from ..support.grpo_settings import names_code
+from ..support.grpo_settings import drawn_at, names_code
 from .folder import GRPO_CHECKPOINTS
 from .run import Run
 from .splits import HOLD_OUT, held_out, sources_of
@@ -33,7 +33,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
     from a file must not make code run. Raises what `grpo` raises.
     """
     config = run.config
-    judge = Judge(_reward(run, function))
+    judge, temperature = Judge(_reward(run, function)), drawn_at(config.temperature)
     libraries()
     device = device_for(config.device)
     if machine.launch().size > 1 or device.index:
@@ -52,7 +52,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         run.say(f"{len(train):,} prompts, reward {judge.name}, {config.generations} completions of each; {placement}")
         result = grpo(
             run.model, run.tokenizer, train, judge.reward, placement=placement, test=test, generations=config.generations,
-            prompts=config.prompts, completion_length=config.completion_length, temperature=config.temperature,
+            prompts=config.prompts, completion_length=config.completion_length, temperature=temperature,
             beta=config.beta, max_steps=config.max_steps, lr=config.lr, schedule=config.schedule, warmup=config.warmup,
             weight_decay=config.weight_decay, clip=config.clip, accumulate=config.accumulate,
             checkpointing=config.checkpointing, seed=config.seed, save_every=config.save_every, keep=config.keep,

@@ -178,7 +178,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             if adapter:
                 unload(run.model)
             if not adapters(run.model):
-                _load_adapter(run, adapter, any_base, config.backend)
+                adapt(run, adapter, any_base, config.backend)
             with disabled(run.model):
                 base = measure(run.model, "base")
             tuned = measure(run.model, "tuned")
@@ -189,7 +189,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     return value
 
 
-def _load_adapter(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto") -> None:
+def adapt(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto") -> None:
+    """Puts the adapter of a folder, by default the run's own, into the run's model; says what it replaces whole."""
     load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=backend)
     if whole := replaced_values(run.model):
         run.say(
@@ -225,7 +226,7 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, req
     run.config = dataclasses.replace(run.config, stream=False, resident_share=0.0)  # the sum needs memory of its own
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
-        _load_adapter(run, adapter, any_base)
+        adapt(run, adapter, any_base)
         codes = words_of_codes(run.model)
         if requantize and not codes:
             raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
 from .fit_settings import FitSettings, ShapeSettings
+from .generate_settings import GenerateSettings
 from .grpo_settings import GRPOSettings
 from .memory_settings import MemorySettings
 from .model_settings import Backend, ModelSettings, RankSettings, Seed
@@ -260,6 +261,7 @@ class RunConfig(
     ShapeSettings,
     FitSettings,
     GRPOSettings,
+    GenerateSettings,
     RankSettings,
 ):
     """Every setting of a run, flat, as options and config.json name them; the properties are its groups.

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from .errors import ConfigError
-from .options import Settings, option
+from .generate_settings import Sampling
+from .options import option
 
 LR = 2e-4  # where nobody chose one: that of supervised training, 1e-3, destroys models here
 BUILT_IN = ("exact", "number", "regex", "json")  # the rewards of integrations/rewards.py
@@ -18,8 +19,17 @@ def names_code(reward: str | None) -> bool:
     return reward is not None and reward.partition(":")[0] not in BUILT_IN
 
 
+def drawn_at(temperature: float | None) -> float:
+    """The temperature at which completions are drawn. Raises ConfigError for 0, at which those of a prompt are all alike."""
+    if temperature == 0:
+        raise ConfigError(
+            "temperature: expected a number above 0, got 0: completions of a prompt are compared, and would all be alike"
+        )
+    return 1.0 if temperature is None else temperature
+
+
 @dataclass(frozen=True, kw_only=True)
-class GRPOSettings(Settings):
+class GRPOSettings(Sampling):
     """How completions are drawn and rewarded. Raises ConfigError for impossible values."""
 
     title = "reinforcement learning"
@@ -31,7 +41,6 @@ class GRPOSettings(Settings):
     generations: int = option(8, "completions of each prompt, whose rewards are compared; two at least", positive=True)
     prompts: int = option(4, "prompts in a step", positive=True)
     completion_length: int = option(256, "longest completion in tokens", positive=True)
-    temperature: float = option(1.0, "temperature at which completions are drawn", positive=True)
     beta: float = option(0.0, "weight of the KL divergence from the base model; 0: not computed")
 
     def __post_init__(self) -> None:

@@ -194,6 +194,11 @@ READ = {  # options that a command offers, and some that it does not read
         {"--valid", "--max-length", "--backend", "--quantize", "--init", "--parallel", "--dropout"},
     ),
     "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank", "--print-peft"}),
+    "generate": (
+        MODEL
+        | {"--prompt", "--prompts", "--answers", "--adapter", "--temperature", "--top-p", "--max-new-tokens", "--seed"},
+        {"--train", "--rank", "--generations", "--resume", "--parallel"},
+    ),
     "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
     "search": (MODEL | DATA | {"--search-trials", "--cap", "--max-steps"}, {"--arms", "--confidence"}),
     "report": ({"--out", "--overwrite"}, {"--model", "--train", "--seed"}),

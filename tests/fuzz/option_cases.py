@@ -22,10 +22,11 @@ START = {
     "audit": [*BASE, "--score-prompts", "6", "--out", "new"], "place": ["--out", "run", "--overwrite"],
     "estimate": ["--out", "run", "--overwrite"], "train": ["--out", "run", "--overwrite"],
     "eval": ["--out", "run", "--overwrite"], "report": ["--out", "run", "--overwrite"],
-    "merge": ["--out", "run", "--overwrite"], "info": ["--model", "model"], "trial": [*BASE, *STUDY, "--out", "new"],
+    "merge": ["--out", "run", "--overwrite"],
+    "generate": ["--model", "model", "--prompt", "a bird", "--max-new-tokens", "2"], "info": ["--model", "model"], "trial": [*BASE, *STUDY, "--out", "new"],
     "search": [*BASE, "--rank", "2", "--search-trials", "1", "--max-steps", "1", "--out", "new"], "doctor": ["--model", "model", "--seconds", "0.1"],
 }  # fmt: skip
-WEIGHTS = {"run": 1, "data": 6, "score": 5, "audit": 1, "place": 6, "estimate": 1, "train": 5, "eval": 3, "report": 1, "merge": 3, "info": 1}  # fmt: skip
+WEIGHTS = {"run": 1, "data": 6, "score": 5, "audit": 1, "place": 6, "estimate": 1, "train": 5, "eval": 3, "report": 1, "merge": 3, "info": 1, "generate": 4}  # fmt: skip
 SLOW = {"trial": 1, "search": 1, "doctor": 1}  # seconds each where they accept
 ODD = (
     "", " ", "-1", "0", "1", "2", "4.7", "nan", "inf", "-inf", "1e400", "1e300", "9" * 5000, "999999999", "x", "\udcff", "a\nb",
@@ -50,7 +51,7 @@ LONG = {
     "timeout",
     "accumulate",
 }  # large ones are work, or wait
-FREE_TEXT = ("out", "config", "adapter", "seconds")
+FREE_TEXT = ("out", "config", "adapter", "seconds", "prompt", "prompts", "answers")
 
 
 def run(seed: int, corpus: Path, folder: Path, slow: bool = True) -> Outcome:

@@ -88,6 +88,7 @@ option(
     grpo=f"{REINFORCED} adapter_config",
     eval=REFUSED,
     merge=REFUSED,
+    generate=REFUSED,
     info="said",
 )  # an adapter belongs to its base weights; the other model has another chat template
 option(
@@ -100,6 +101,7 @@ option(
     grpo=MOVED,
     eval="eval",
     merge="merged",
+    generate="said",
     info="",
 )
 option(
@@ -111,9 +113,10 @@ option(
     train=LEARNED,
     eval="eval",
     merge="merged",
+    generate="said",
     info="said",
 )
-UNCHANGED = {"score": "", "audit": "", "train": "", "eval": ""}  # bit for bit, on a CPU
+UNCHANGED = {"score": "", "audit": "", "train": "", "eval": "", "generate": ""}  # bit for bit, on a CPU
 option("stream", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
 option("resident_share", "--resident-share=0.5", "--stream", **UNCHANGED, estimate="estimate", run="estimate")
 option(
@@ -126,17 +129,29 @@ option(
     train=LEARNED,
     eval="eval",
     merge="merged",
+    generate="",
     info="said",
 )
-WORKING = ("score", "audit", "estimate", "train", "eval", "merge")
+WORKING = ("score", "audit", "estimate", "train", "eval", "merge", "generate")
 option("embedding", "--embedding=cpu", **dict.fromkeys(WORKING, ""))  # on a CPU, that is where it is
 option("model_config", "--model-config=smollm2-135m", estimate=REFUSED)  # in a run folder, which has a model
 option("fit", "--fit=1GB", train="passes", estimate="passes")  # it fits as it is; models without values are counted
 option("fit", "--fit=1kB", train=REFUSED, estimate=REFUSED)
 option("device", "--device=cuda", **dict.fromkeys((*WORKING, "grpo", "info"), REFUSED))
 option("threads", "--threads=2", **dict.fromkeys(WORKING, "threads"), grpo=f"threads {MOVED}")  # rounding
-option("backend", "--backend=fused", score=REFUSED, audit=REFUSED, train=REFUSED, eval=REFUSED, info=REFUSED)
-option("backend", "--backend=torch", score="", audit="", train="", eval="", info="said")  # what auto takes on a CPU
+option(
+    "backend",
+    "--backend=fused",
+    score=REFUSED,
+    audit=REFUSED,
+    train=REFUSED,
+    eval=REFUSED,
+    generate=REFUSED,
+    info=REFUSED,
+)
+option(
+    "backend", "--backend=torch", score="", audit="", train="", eval="", generate="", info="said"
+)  # what auto takes on a CPU
 option("parallel", "--parallel=fsdp", score=REFUSED, train=REFUSED, eval=REFUSED)  # one process has nothing to spread
 option("timeout", "--timeout=60", score="", train="", eval="")  # nor anyone to wait for
 
@@ -208,6 +223,7 @@ option("generations", "--generations=2", grpo=REINFORCED)
 option("prompts", "--prompts=3", grpo=REINFORCED)
 option("completion_length", "--completion-length=2", grpo=REINFORCED)
 option("temperature", "--temperature=0.5", grpo=REINFORCED)
+option("temperature", "--temperature=0", grpo=REFUSED)
 option("beta", "--beta=9", grpo=REINFORCED)
 option("eval_rows", "--eval-rows=2", grpo="grpo")
 PLACED = {  # a placement that is there is taken, whatever is asked for
@@ -218,6 +234,13 @@ PLACED = {  # a placement that is there is taken, whatever is asked for
 for name, words in PLACED.items():
     other, _, also = words.partition(" ")
     option(name, other, also, grpo="")
+
+# answers
+option("temperature", "--temperature=3", generate="said")
+option("temperature", "--temperature=3", "", "--temperature=0", generate="said")
+option("max_new_tokens", "--max-new-tokens=2", generate="said")
+option("top_p", "--top-p=0.9", generate=REFUSED)  # of nothing that is drawn
+option("top_p", "--top-p=0.01", "--temperature=3", generate="said")
 
 # what is chosen, and how it is scored
 SURE = "--confidence=0.5"
@@ -234,6 +257,7 @@ option(
     "seed", "--seed=1", score=SCORES, place="", audit="audit", estimate="", train=LEARNED, grpo=REINFORCED, trial=SCORES
 )  # its trainings have seeds of their own
 option("seed", "--seed=1", "--rule=random", place="placement")
+option("seed", "--seed=1", "--temperature=3", generate="said")
 option("score_prompts", "--score-prompts=9", score=SCORES, audit="audit")
 option("confidence", "--confidence=0.5", score="scores")
 option("score_tokens", "--score-tokens=user", score=SCORES, audit="audit")

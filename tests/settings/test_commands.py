@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from workshop import artefacts, differences
 
 from plopfast.cli import doctor, main
-from plopfast.cli.arguments import number, path
+from plopfast.cli.arguments import number, path, text as any_text
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.info import module_paths
 from plopfast.support import ranks
@@ -86,7 +86,7 @@ def test_a_folder_is_free_when_its_command_has_ended(shop, word):
     assert is_free(folder)
 
 
-@pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "overwrite" in entry.flags and name not in ("trial", "search", "run", "multi", "report", "audit", "estimate")])  # fmt: skip
+@pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "overwrite" in entry.flags and name not in ("trial", "search", "run", "multi", "report", "audit", "estimate", "generate")])  # fmt: skip
 def test_results_are_replaced_only_when_asked(shop, command):
     starts = {
         "data": None,
@@ -161,7 +161,9 @@ def test_what_no_setting_is_has_limits_too():
         for text in odd:
             with pytest.raises(argparse.ArgumentTypeError):
                 parse(text)
-    assert path("a/b").name == "b"
+    assert path("a/b").name == "b" and any_text("a\n\x1b") == "a\n\x1b"
+    with pytest.raises(argparse.ArgumentTypeError, match="expected UTF-8 text"):
+        any_text("a\udcff")
     for text in ("", "a\x1b", "\x00"):
         with pytest.raises(argparse.ArgumentTypeError):
             path(text)

@@ -26,6 +26,7 @@ from plopfast.data.rows import read_rows
 from plopfast.integrations.grpo import grpo
 from plopfast.lora.injection import inject
 from plopfast.lora.peft_files import load_adapter
+from plopfast.models.generating import generate
 from plopfast.models.loading import load_model
 from plopfast.placing.place import place
 from plopfast.scoring.nfn import score
@@ -35,11 +36,12 @@ from plopfast.training.estimate import Estimate, estimate
 from plopfast.training.trainer import Trainer
 
 FUNCTIONS = (
-    batches_of, tokenize, grpo, read_rows, inject, load_adapter, load_model, place, score, estimate, module_paths, Trainer.__init__,
+    batches_of, generate, tokenize, grpo, read_rows, inject, load_adapter, load_model, place, score, estimate, module_paths, Trainer.__init__,
     doctor.examine, ranks.init,
 )  # fmt: skip
 NAMES = {  # of parameters that are settings, or only sound like one ("")
     "batches_of": {"tokens": "score_tokens"}, "init": {"timeout_s": "timeout"}, "score": {"batch_tokens": ""},
+    "generate": {"prompts": "", "batch_tokens": "", "stream": ""},
 }  # fmt: skip
 SHOULD_DIFFER = {  # what varies on purpose: the arms and seeds of a trial, what a search tries, an estimate's other rules
     "trial": {"rule", "lr", "seed", "budget", "rank"},
@@ -117,7 +119,14 @@ def settings_in(name: str, given: dict) -> dict:
     return found
 
 
-STARTS = {"score": "scored", "place": "scored", "estimate": "trained", "train": "trained", "eval": "trained"}
+STARTS = {
+    "generate": "trained",
+    "score": "scored",
+    "place": "scored",
+    "estimate": "trained",
+    "train": "trained",
+    "eval": "trained",
+}
 
 
 @pytest.mark.parametrize(
@@ -145,6 +154,7 @@ def test_every_setting_is_handed_on(shop, noted, monkeypatch, command):
     needed = [*shop.settings["data"], *words(command), *more]
     options = [*(word for word in needed if word.partition("=")[0].replace("--no-", "--") in own), *out]
     options += ["--overwrite"] * (command in STARTS)
+    options += ["--prompt=finch"] * (command == "generate")
     wanted = dataclasses.asdict(settings_of(parse([command, *options])))
     noted.clear()  # the stages before, where nobody had made them yet
     code, said = shop.quietly(command, *options)

@@ -30,7 +30,7 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
     "search_trials": (20, 0, False, ANY), "mlp_rows": (None, 0, False, ANY), "resident_share": (0.0, 0, True, 1),
     "generations": (8, 1, False, ANY), "prompts": (4, 0, False, ANY), "completion_length": (256, 0, False, ANY),
-    "temperature": (1.0, 0, False, ANY), "beta": (0.0, 0, True, ANY),
+    "temperature": (None, 0, True, ANY), "max_new_tokens": (256, 0, False, ANY), "top_p": (1.0, 0, False, math.nextafter(1, 2)), "beta": (0.0, 0, True, ANY),
 }  # fmt: skip
 CHOICES = {
     "backend": "auto torch triton fused lora-first", "dtype": "auto float32 bfloat16 float16", "parallel": "ddp fsdp",
@@ -164,7 +164,7 @@ def test_cap_0_contradicts_nothing():
 
 
 def test_what_may_change_at_resume():
-    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "stream", "resident_share", "fit"}  # fmt: skip
+    names = {"device", "embedding", "keep_best", "threads", "timeout", "allow_overlap", "checkpointing", "offload", "save_every", "keep", "log_to", "search_trials", "max_new_tokens", "top_p", "stream", "resident_share", "fit"}  # fmt: skip
     assert names == FREE
 
 

@@ -21,6 +21,7 @@ from plopfast.data.rows import drawn
 from plopfast.lora.init import draw_seeded_A
 from plopfast.lora.layer import adapters
 from plopfast.models.experts import expert_weights
+from plopfast.models.generating import generate
 from plopfast.models.linears import linear_modules
 from plopfast.placing.choose import by_type
 from plopfast.scoring import baselines, official, stopping
@@ -96,6 +97,9 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "lora.init.draw_seeded_A": lambda seed, _: draw_seeded_A("gaussian", 2, 6, seed, "some.module"),
     "lora.injection.inject": begun,
     "lora.ops.lora_linear": low_rank,
+    "models.generating.generate": lambda seed, g: generate(
+        g["model"], g["tokenizer"], [[5, 6, 7], [8]], temperature=1.0, max_new_tokens=4, seed=seed
+    ),
     "placing.choose.by_type": lambda seed, given: by_type(given["report"], "random", 3, seed, {}),
     "placing.place.place": lambda seed, given: pf.place(given["report"], "random", k=3, rank=2, seed=seed).modules,
     "scoring.baselines.denominators": lambda seed, g: baselines.denominators(g["infos"], "monte-carlo", 16, seed),

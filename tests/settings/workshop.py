@@ -45,6 +45,7 @@ BEFORE = {
     "grpo": "placed",
     "eval": "trained",
     "merge": "trained",
+    "generate": "trained",
 }
 STAGES = {"scored": ("score", ""), "placed": ("place", "scored"), "trained": ("train", "placed")}
 OF_STUDIES = {  # all weights need no placement of equal size, which few settings leave room for
@@ -78,6 +79,7 @@ class Shop:
             "score": ["--score-prompts=12", "--confidence=0"],
             "place": ["--rank=2", "--alpha=3.5", "--k=2"],
             "train": steps,
+            "generate": ["--prompt=finch larch", "--prompt=oak", "--max-new-tokens=6"],
         }
 
         (root / "jobs.json").write_text('{"jobs": {"only": {}}}')
@@ -166,7 +168,7 @@ class Shop:
     def outcome(self, command: str, *words: object, start: str | None = None, bare: bool = False) -> Outcome:
         """What a command leaves and says, with these options (`bare`: and no others)."""
         folder = self.folder(start or BEFORE.get(command))
-        poison = -1 if command == "grpo" else self.poison_id  # a random model may say it itself
+        poison = -1 if command in ("grpo", "generate") else self.poison_id  # a random model may say it itself
         with watched(folder, poison) as seen:
             out = ["--out", folder] if command not in ("info", "doctor") else []
             options = [w.format(shop=self) if isinstance(w, str) else w for w in words]
@@ -178,7 +180,9 @@ class Shop:
         if code == 2:
             return {REFUSED: said, "folder": folder.name}
         found = artefacts(folder) | seen
-        return found | ({"said": said.replace(str(folder), "OUT")} if command in ("info", "doctor", "data") else {})
+        return found | (
+            {"said": said.replace(str(folder), "OUT")} if command in ("info", "doctor", "data", "generate") else {}
+        )
 
 
 def modules() -> list[ModuleType]:
