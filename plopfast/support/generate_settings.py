@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-from .errors import ConfigError
 from .options import Settings, option
 
 
@@ -25,10 +24,5 @@ class GenerateSettings(Sampling):
     max_new_tokens: int = option(256, "longest answer in tokens", positive=True, free=True)
     top_p: float = option(
         1.0, "draw from the likeliest tokens alone that have this share of the probability together", positive=True,
-        free=True,
+        most=1, free=True,
     )  # fmt: skip
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.top_p > 1:
-            raise ConfigError(f"top_p: expected a number above 0 and at most 1, got {self.top_p:g}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 from typing import Any, ClassVar, get_args
 
@@ -17,13 +18,14 @@ def option(
     *,
     positive: bool = False,
     below: float = 1e9,
+    most: float | None = None,
     empty: bool = False,
     free: bool = False,
     file: bool = False,
 ) -> Any:
     """A field of a group of settings.
 
-    A number must be at least 0 (above 0 with `positive`) and less than `below`, by default a billion. A text is not empty,
+    A number must be at least 0 (above 0 with `positive`) and less than `below`, by default a billion, or at most `most`. A text is not empty,
     unless `empty`. A `free` option may change when a run is resumed: what is learned does not depend on it (single bits
     may). A `file` option is the path of a file, or a list of them.
     """
@@ -31,7 +33,8 @@ def option(
         "help": help,
         "choices": choices,
         "positive": positive,
-        "below": below,
+        "below": below if most is None else math.nextafter(most, math.inf),
+        "most": most,
         "empty": empty,
         "free": free,
         "file": file,
@@ -61,9 +64,8 @@ class Settings:
                 low = "above" if rules["positive"] else "of at least"
                 enough = value > 0 if rules["positive"] else value >= 0
                 if not (enough and value < rules["below"]):  # so NaN is refused too
-                    raise ConfigError(
-                        f"{name}: expected a number {low} 0 and below {rules['below']:g}, got {shown(value, str)}"
-                    )
+                    high = f"below {rules['below']:g}" if rules["most"] is None else f"at most {rules['most']:g}"
+                    raise ConfigError(f"{name}: expected a number {low} 0 and {high}, got {shown(value, str)}")
 
 
 def fits(kind: Any, value: Any) -> bool:

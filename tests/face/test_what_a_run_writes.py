@@ -65,6 +65,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
     "run/costs.py": HERE,
     "run/folder.py": HERE,
+    "run/generate.py": "cli/test_generate.py::test_answers_in_a_file",
     "run/grpo.py": "integrations/test_grpo_command.py::test_from_prompts_to_the_page",
     "run/multi.py": "run/test_multi.py::test_each_folder_is_that_of_a_run_of_its_own",
     "run/shapes.py": "cli/test_model_config.py::test_a_table_and_the_same_as_json",
