@@ -159,7 +159,7 @@ def _eval(call: Call) -> None:
 
 
 def _generate(call: Call) -> None:
-    from ..run import generate
+    from ..run import answerers, generate
     from ..run.run import Run
     from ..support.errors import for_terminal
     from ..support.settings_file import load_settings
@@ -171,22 +171,26 @@ def _generate(call: Call) -> None:
     if not chosen:  # a run folder's own temperature is that of its training
         config = dataclasses.replace(config, temperature=0.0)
     generate.check_settings(config)
-    adapter = generate.find_adapter(given.out, given.adapter, config)
+    adapters = answerers.find_adapters(given.out, given.adapters or [], config)
     if given.answers:
         generate.refuse_answers(given.answers, given.overwrite)
-    if config.full and given.out and adapter is None:
+    if config.full and given.out and not adapters:
         config = dataclasses.replace(config, full=False, model=str(given.out / "model"))
     run = Run(given.out or Path("runs"), config, progress=True)  # for its model and tokenizer: nothing is written there
     prompts = generate.read_questions(given.prompt or [], given.prompts_file, run.tokenizer, run.context)
-    model = generate.load(run, adapter, given.any_base)
+    asked = answerers.questions(
+        prompts, list(adapters), [part.strip() for part in (given.without or "").split(",") if part.strip()]
+    )
+    who = not answerers.are_alike(adapters, asked)
+    model = answerers.load(run, adapters, asked, given.any_base)
     shown = for_terminal if sys.stdout.isatty() else str
     stream = (
-        (lambda text: print(shown(text), end="", flush=True)) if shown is for_terminal and len(prompts) == 1 else None
+        (lambda text: print(shown(text), end="", flush=True)) if shown is for_terminal and len(asked) == 1 else None
     )
-    answers = generate.answer_prompts(run, model, prompts, stream)
-    print("" if stream else shown(generate.in_words(prompts, answers)))
+    answers = generate.answer(run, model, asked, answerers.chooser(model, asked) if who else None, stream)
+    print("" if stream else shown(generate.in_words(asked, answers, who)))
     if given.answers:
-        generate.write_answers(given.answers, prompts, answers)
+        generate.write_answers(given.answers, asked, answers, who)
 
 
 def _merge(call: Call) -> None:
@@ -288,7 +292,8 @@ COMMANDS = {
     ),
     "generate": Command(
         "answer prompts, with an adapter or without: prints the answers, and writes no run folder",
-        _generate, (MODEL, GENERATE, "seed"), flags=("prompt", "prompts", "answers", *OF_AN_ADAPTER),
+        _generate, (MODEL, GENERATE, "seed"),
+        flags=("prompt", "prompts", "answers", "overwrite", "adapters", "without", "any_base"),
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",

@@ -57,10 +57,23 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": 'answer the rows of this file: {"prompt": text or messages} or {"messages": ...}, as train takes them',
     },
+    "adapters": {
+        "option": "--adapter",
+        "action": "append",
+        "type": arguments.text,
+        "metavar": "[NAME=]DIR",
+        "help": "answer with this adapter (default: OUT's); given several times, each answers every prompt, in one batch, or those rows "
+        'of --prompts that name it as "adapter"',
+    },
+    "without": {
+        "type": arguments.text,
+        "metavar": "MODULES",
+        "help": 'switch adapters off in these modules: types or parts of names, such as mlp,q_proj (a row\'s own: "without", a list)',
+    },
     "answers": {
         "type": arguments.path,
         "metavar": "FILE",
-        "help": 'write the answers to this file, too: JSONL rows {"prompt", "answer", "tokens", "ended"}',
+        "help": 'write the answers to this file, too: JSONL rows {"prompt", "answer", "tokens", "ended"}, of several adapters with "adapter"',
     },
     "seconds": {
         "type": arguments.number(float, 1e6),
@@ -89,7 +102,8 @@ def build_parser() -> argparse.ArgumentParser:
         config = "take settings from this JSON or YAML file (.yaml, .yml), named as the options are"
         added.add_argument("--config", type=arguments.path, metavar="FILE", help=config)
         for flag in command.flags:
-            added.add_argument(f"--{flag.replace('_', '-')}", **FLAGS[flag])
+            option = {"option": f"--{flag.replace('_', '-')}", "dest": flag} | FLAGS[flag]
+            added.add_argument(option.pop("option"), **option)
         _add_settings(added, command)
     bench_command.add_to(commands)
     return parser

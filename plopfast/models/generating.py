@@ -26,6 +26,10 @@ BATCH_TOKENS = (
 )
 
 
+# given the numbers of a batch's prompts (none: any prompts), what it is run in
+Choose = Callable[[Sequence[int]], contextlib.AbstractContextManager[None]]
+
+
 @dataclass(frozen=True)
 class Answer:
     """An answer: its text, its tokens without the one that ended it, and whether it ended by itself, not by the limit."""
@@ -38,14 +42,15 @@ class Answer:
 def generate(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_new_tokens: int = 256, temperature: float = 0.0,
     top_p: float = 1.0, seed: int = 0, batch_tokens: int = BATCH_TOKENS, stream: Callable[[str], None] | None = None,
-    progress: bool = False,
+    progress: bool = False, choose: Choose | None = None, kinds: Sequence[Any] = (),
 ) -> list[Answer]:  # fmt: skip
     """Answers prompts, each a list of tokens, and returns the answers in the order of the prompts.
 
     At `temperature` 0 each token is the likeliest one; above it tokens are drawn, with `top_p` from the likeliest ones alone,
     by `seed`: the same prompts get the same answers, on the same machine. An answer has at most `max_new_tokens` tokens, and
     no more than the model's context has room for. `batch_tokens` bounds a batch: its rows times its longest prompt and answer.
-    `stream` is called with each new piece of text of a single prompt's answer.
+    `stream` is called with each new piece of text of a single prompt's answer. A batch is run in `choose(its prompts' numbers)`, which
+    may give each row an adapter of its own; prompts of one of `kinds` then lie next to each other in it.
 
     The model, its mode and configurations, and torch's random state are as before afterwards. Raises ConfigError for
     impossible settings, DataError for a prompt that is empty or leaves no room, and ModelError for a model that generates no
@@ -66,11 +71,16 @@ def generate(
     drawing = (
         {"do_sample": True, "temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if temperature else {}
     )
+    choose = choose or (lambda _: contextlib.nullcontext())
     with evaluating(model), _own_random(device, seed), bar("answers", len(prompts), "prompts", progress) as meter:
         maker = _Maker(model, tokenizer, device, {"do_sample": False, **drawing})
-        mixed = len({*map(len, prompts)}) > 1 and batch_tokens > 1 and maker.pads_left()
+        with choose(()):
+            mixed = len({*map(len, prompts)}) > 1 and batch_tokens > 1 and maker.pads_left()
         for batch in batches(list(map(len, prompts)), list(map(int, limits)), batch_tokens, mixed):
-            answers = maker.answers([prompts[i] for i in batch], int(limits[batch[0]]), stream)
+            if kinds:
+                batch.sort(key=lambda i: str(kinds[i]))
+            with choose(batch):
+                answers = maker.answers([prompts[i] for i in batch], int(limits[batch[0]]), stream)
             found |= zip(batch, answers, strict=True)
             meter.update(len(batch))
     return [found[i] for i in range(len(prompts))]

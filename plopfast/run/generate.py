@@ -7,16 +7,15 @@ from typing import Any
 
 from ..data.formats import is_messages
 from ..data.tasks import Prompt, prompts_of, read_prompts
-from ..lora.adapter_config import read_config
-from ..lora.peft_files import WEIGHTS
-from ..models.generating import Answer, check_room, check_sampling, generate
+from ..models.generating import Answer, Choose, check_room, check_sampling, generate
 from ..support import files
 from ..support.config import RunConfig
-from ..support.errors import AdapterError, ConfigError, FileError
+from ..support.errors import ConfigError, FileError
+from .answerers import Question
 from .run import Run
-from .stages import adapt
 
 ROW = ("prompt", "answer", "tokens", "ended")  # of a file of answers; "tokens" is how many
+WHO = (*ROW, "adapter", "without")  # of several adapters', or of modules that were switched off
 
 
 def read_questions(texts: Sequence[str], file: str | None, tokenizer: Any, context: int | None) -> list[Prompt]:
@@ -52,35 +51,6 @@ def _asked(row: Any) -> Any:
     return {**row, "prompt": messages}
 
 
-def find_adapter(out: Path | None, adapter: Path | None, config: RunConfig) -> Path | None:
-    """The folder of the adapter that answers, checked as far as that goes without its base; None for the base itself.
-
-    Raises AdapterError for a folder that is no adapter's, or damaged.
-    """
-    if adapter is None and (out is None or config.full):
-        return None
-    folder = adapter if adapter is not None else Path(out or "") / "adapter"
-    if adapter is None and not folder.exists():
-        raise AdapterError(
-            f"{folder}: no such folder; it is written by plopfast train. Leave out --out, and give --model, for the base's answers"
-        )
-    read_config(folder)
-    try:
-        files.read_tensors(folder / WEIGHTS, "plopfast train")
-    except FileError as error:
-        raise AdapterError(str(error)) from error
-    return folder
-
-
-def load(run: Run, adapter: Path | None, any_base: bool) -> Any:
-    """The run's model, with the adapter if there is one."""
-    model = run.model
-    if adapter is not None:
-        adapt(run, adapter, any_base, run.config.backend)
-        run.say(f"adapter: {adapter}")
-    return model
-
-
 def refuse_answers(path: Path, overwrite: bool) -> None:
     """Raises FileError where the answers may not be written, before any is made: what is replaced are answers, too."""
     files.check_regular(path)
@@ -89,21 +59,21 @@ def refuse_answers(path: Path, overwrite: bool) -> None:
     if not overwrite:
         raise FileError(f"{path}: exists already: give --answers another name, or --overwrite")
     rows = files.read_json_lines(path, "plopfast generate")
-    if not all(isinstance(row, dict) and tuple(row) == ROW for row in rows):
+    if not all(isinstance(row, dict) and tuple(row) in (ROW, WHO) for row in rows):
         raise FileError(
             f"{path}: holds no answers of plopfast generate, which --overwrite replaces; give --answers another name"
         )
 
 
-def answer_prompts(
-    run: Run, model: Any, prompts: Sequence[Prompt], stream: Callable[[str], None] | None = None
+def answer(
+    run: Run, model: Any, asked: Sequence[Question], choose: Choose | None, stream: Callable[[str], None] | None = None
 ) -> list[Answer]:
-    """The model's answers by the run's settings, with a bar; says how many of them reached the limit."""
+    """The answers by the run's settings, with a bar; says how many of them reached the limit."""
     config = run.config
     found = generate(
-        model, run.tokenizer, [prompt.tokens for prompt in prompts], max_new_tokens=config.max_new_tokens,
+        model, run.tokenizer, [one.prompt.tokens for one in asked], max_new_tokens=config.max_new_tokens,
         temperature=config.temperature or 0.0, top_p=config.top_p, seed=config.seed, stream=stream,
-        progress=run.progress and stream is None,
+        progress=run.progress and stream is None, choose=choose, kinds=[one.who for one in asked],
     )  # fmt: skip
     if cut := sum(not answer.ended for answer in found):
         run.say(
@@ -113,23 +83,29 @@ def answer_prompts(
     return found
 
 
-def write_answers(path: Path, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> None:
-    """Writes a row for each answer, as a whole or not at all."""
-    rows = [
-        dict(zip(ROW, (prompt.prompt, answer.text, len(answer.tokens), answer.ended), strict=True))
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+def write_answers(path: Path, asked: Sequence[Question], answers: Sequence[Answer], who: bool) -> None:
+    """Writes a row for each answer, as a whole or not at all; `who` adds the adapter, and the modules in which it was off."""
+    rows = []
+    for one, answer in zip(asked, answers, strict=True):
+        values = one.prompt.prompt, answer.text, len(answer.tokens), answer.ended, one.adapter, list(one.without)
+        rows.append(dict(zip(WHO if who else ROW, values, strict=False)))
     files.write_text(
         path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "choose another --answers"
     )
 
 
-def in_words(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> str:
-    """The answer alone; of several, each below its prompt, whose lines begin with "> "."""
-    if len(answers) == 1:
+def in_words(asked: Sequence[Question], answers: Sequence[Answer], who: bool) -> str:
+    """The answer alone; of several, each below its prompt, whose lines begin with "> ". `who`: each below its adapter in brackets."""
+    if len(answers) == 1 and not who:
         return answers[0].text
-    asked = ["\n".join(f"> {line}" for line in _text(prompt).splitlines()) for prompt in prompts]
-    return "\n\n".join(f"{text}\n{answer.text}" for text, answer in zip(asked, answers, strict=True))
+    said, before = [], None
+    for one, answer in zip(asked, answers, strict=True):
+        lines = [f"[{one.who}]"] * who + [answer.text]
+        if one.prompt is not before:  # asked once, answered by several
+            lines = [f"> {line}" for line in _text(one.prompt).splitlines()] + lines
+        said.append("\n".join(lines))
+        before = one.prompt
+    return "\n\n".join(said)
 
 
 def _text(prompt: Prompt) -> str:

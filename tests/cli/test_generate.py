@@ -248,3 +248,94 @@ def test_a_streamed_quantised_model_answers_too(base, model_folder, capsys):
     words = [*base, "--prompt", "finch", "--prompt", "larch and oak"]
     assert said(capsys, *words, "--stream") == said(capsys, *words)
     assert said(capsys, *words, "--quantize", "int8", "--stream") == said(capsys, *words, "--quantize", "int8")
+
+
+@pytest.fixture
+def several(model_folder, tmp_path):
+    """The folders of two adapters of the small Llama, one as a run has it."""
+    folders = {}
+    for seed, (name, folder) in enumerate({"legal": "legal/adapter", "support": "support"}.items()):
+        model = adapted()
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for module in adapters(model).values():
+                module.lora_B.normal_(std=0.3)
+        folders[name] = pf.save_adapter(model, tmp_path / folder)
+    return folders
+
+
+def test_several_adapters_answer_in_one_batch(base, several, model_folder, tmp_path, capsys):
+    """Each prompt, in the order of the adapters, as each of them answers alone."""
+    texts = ["finch", "a larch and an oak", "wren"]
+    alone = {name: answers_of(model_folder, texts, folder) for name, folder in several.items()}
+    words = [word for text in texts for word in ("--prompt", text)]
+    given = ["--adapter", several["legal"], "--adapter", f"second={several['support']}"]
+    out, file = said(capsys, *base, *words, *given, "--answers", tmp_path / "a.jsonl"), tmp_path / "a.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["prompt"], row["adapter"]) for row in rows] == [(t, who) for t in texts for who in ("legal", "second")]
+    want = [alone[name][i] for i in range(3) for name in ("legal", "support")]
+    assert [row["answer"] for row in rows] == want and len({*want}) > 3
+    parts = [f"> {t}\n[legal]\n{alone['legal'][i]}\n\n[second]\n{alone['support'][i]}" for i, t in enumerate(texts)]
+    assert out == "\n\n".join(parts) + "\n"
+    said(capsys, *base, *words, *given, "--answers", file, "--overwrite")
+
+
+def test_several_rows_name_who_answers_and_without_what(base, several, model_folder, tmp_path, capsys):
+    rows = [
+        {"prompt": "finch", "adapter": "support"}, {"prompt": "finch", "adapter": None}, {"prompt": "oak", "adapter": "legal"},
+        {"prompt": "finch", "adapter": "legal", "without": ["mlp"]}, {"prompt": "wren"},
+    ]  # fmt: skip
+    questions = tmp_path / "rows.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [*base, "--prompts", questions, "--adapter", several["legal"], "--adapter", several["support"]]
+    file = tmp_path / "a.jsonl"
+    said(capsys, *given, "--answers", file)
+    found = [json.loads(line) for line in file.read_text().splitlines()]
+    model, _ = pf.load_model(model_folder)
+    pf.load_adapter(model, several["legal"])
+    with torch.no_grad():
+        for name, module in adapters(model).items():
+            module.lora_B *= ".mlp." not in name
+    pf.save_adapter(model, tmp_path / "less")
+    want = [
+        *answers_of(model_folder, ["finch"], several["support"]), *answers_of(model_folder, ["finch"]),
+        *answers_of(model_folder, ["oak"], several["legal"]), *answers_of(model_folder, ["finch"], tmp_path / "less"),
+        *(answers_of(model_folder, ["wren"], several[name])[0] for name in ("legal", "support")),
+    ]  # fmt: skip
+    assert [row["answer"] for row in found] == want and len({*want}) > 3
+    assert [row["without"] for row in found] == [[], [], [], ["mlp"], [], []]
+    one = ["--prompt", "finch", "--adapter", several["legal"], "--without", "mlp"]
+    assert said(capsys, *base, *one) == f"> finch\n[legal without mlp]\n{want[3]}\n"
+
+
+def test_the_jobs_of_multi_answer(several, model_folder, tmp_path, capsys):
+    out = tmp_path / "multi"
+    for name, folder in several.items():
+        shutil.copytree(folder, out / "jobs" / name / "adapter")
+    (out / "config.json").write_text(json.dumps({"plopfast": "config", "settings": {"model": str(model_folder)}}))
+    jobs = {name: {"folder": f"jobs/{name}"} for name in several} | {"bad": {"folder": "jobs/bad", "error": "no"}}
+    (out / "multi.json").write_text(json.dumps({"plopfast": "multi", "jobs": jobs}))
+    found = said(capsys, "--out", out, *SHORT, "--prompt", "finch")
+    alone = {name: answers_of(model_folder, ["finch"], folder)[0] for name, folder in several.items()}
+    assert found == "> finch\n" + "\n\n".join(f"[{name}]\n{text}" for name, text in alone.items()) + "\n"
+
+
+def test_several_that_cannot_be(base, several, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("plopfast.run.run.load_model", lambda *_, **__: pytest.fail("it was loaded"))
+    rows = {name: tmp_path / f"{name}.jsonl" for name in ("unknown", "odd")}
+    rows["unknown"].write_text('{"prompt": "x"}\n{"prompt": "y", "adapter": "legl"}\n')
+    rows["odd"].write_text('{"prompt": "x", "adapter": "legal", "without": "mlp"}\n')
+    legal, one = ["--adapter", several["legal"]], ["--prompt", "x"]
+    for words, message in [
+        ([*legal, "--prompts", rows["unknown"]], "unknown.jsonl:2: names the adapter 'legl'; did you mean 'legal'?; given are legal"),
+        (["--prompts", rows["unknown"]], "unknown.jsonl:2: names the adapter 'legl'; given are none"),
+        ([*legal, "--prompts", rows["odd"]], 'odd.jsonl:1: expected "without", a list of modules such as ["mlp"], got \'mlp\''),
+        ([*one, *legal, *legal], "expected a name that no other has, got 'legal': give --adapter NAME="),
+        ([*one, "--without", "mlp"], "--without switches modules of an adapter off"),
+        ([*one, *legal, "--adapter", f"x={tmp_path / 'no'}"], "not an adapter folder"),
+    ]:
+        err = said(capsys, *base, *words, code=2)
+        assert message in err and "Traceback" not in err, err
+    monkeypatch.undo()
+    err = said(capsys, *base, *one, *legal, "--without", "nothing", code=2)
+    assert "without: 'nothing' is no module of adapter 'legal'" in err
