@@ -6,11 +6,13 @@ import shutil
 import sys
 
 import pytest
+import torch
 from helpers import adapted, plopfast, randomise
 from safetensors.torch import load_file, save_file
 
 import plopfast as pf
 from plopfast.cli import main
+from plopfast.lora.layer import adapters
 from plopfast.models.generating import generate
 from plopfast.run import generate as command
 
@@ -327,9 +329,15 @@ def test_several_that_cannot_be(base, several, tmp_path, capsys, monkeypatch):
     rows["odd"].write_text('{"prompt": "x", "adapter": "legal", "without": "mlp"}\n')
     legal, one = ["--adapter", several["legal"]], ["--prompt", "x"]
     for words, message in [
-        ([*legal, "--prompts", rows["unknown"]], "unknown.jsonl:2: names the adapter 'legl'; did you mean 'legal'?; given are legal"),
+        (
+            [*legal, "--prompts", rows["unknown"]],
+            "unknown.jsonl:2: names the adapter 'legl'; did you mean 'legal'?; given are legal",
+        ),
         (["--prompts", rows["unknown"]], "unknown.jsonl:2: names the adapter 'legl'; given are none"),
-        ([*legal, "--prompts", rows["odd"]], 'odd.jsonl:1: expected "without", a list of modules such as ["mlp"], got \'mlp\''),
+        (
+            [*legal, "--prompts", rows["odd"]],
+            'odd.jsonl:1: expected "without", a list of modules such as ["mlp"], got \'mlp\'',
+        ),
         ([*one, *legal, *legal], "expected a name that no other has, got 'legal': give --adapter NAME="),
         ([*one, "--without", "mlp"], "--without switches modules of an adapter off"),
         ([*one, *legal, "--adapter", f"x={tmp_path / 'no'}"], "not an adapter folder"),
