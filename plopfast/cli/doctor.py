@@ -144,7 +144,10 @@ def _examine(
         share_s = (seconds - spent_s) / (len(kinds) - i)
         checks.run(f"{strategy} kernels in {kind}", partial(kernels, where, strategy, kind, share_s))
     for kind in dict.fromkeys(kind for _, kind in kinds):
-        checks.run(f"norms, gates, rotary embedding, loss and experts in {kind}", partial(blocks, where, backend, kind))
+        checks.run(
+            f"norms, gates, rotary embedding, loss, experts and several adapters in {kind}",
+            partial(blocks, where, backend, kind),
+        )
     loaded = checks.run(
         "model", load, lambda found: ", ".join(filter(None, (found.name_or_path, words_of_codes(found))))
     )

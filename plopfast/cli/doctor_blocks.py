@@ -1,4 +1,5 @@
-"""`plopfast doctor`'s check of what is no linear module: norms, gates, rotary embedding, the loss and the experts of a mixture.
+"""`plopfast doctor`'s check of what is no linear module: norms, gates, rotary embedding, the loss, the experts of a mixture, and several
+adapters on one weight.
 
 Results and gradients are compared with float64, by the rule of errors (kernels/accuracy.py): off by at most twice as much as
 plain torch's.
@@ -7,12 +8,14 @@ M tokens, K width, E experts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..kernels import accuracy, block_ops, library_rows, reference
 from ..lora.experts import Adapted
+from ..lora.many_ops import lora_linear_grouped
 from ..models.cross_entropy import chunked_cross_entropy
 
 SHAPES = ((320, 576), (63, 504), (1, 64), (2, 8200))  # M, K; the last row is longer than a program keeps
@@ -63,6 +66,13 @@ def _operations(
     y = reference.segments(wide_x, weights, wide_a, wide_b, ends.tolist(), SCALING)
     exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
     yield "experts", _experts(*(one.to(device) for one in (x, weights, a, b, ends, dy))), exact
+    y = reference.segments(wide_x, weights[:1].expand_as(weights), wide_a, wide_b, ends.tolist(), SCALING)
+    exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    yield (
+        "several adapters",
+        _adapters(*(one.to(device) for one in (x, weights[0], a, b, dy)), [0, *ends.tolist()]),
+        exact,
+    )
 
 
 def _norm(x: Tensor, g: Tensor, dy: Tensor, w: Tensor) -> Run:
@@ -92,6 +102,17 @@ def _experts(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, ends: Tensor, dy:
         def adapted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             y: Tensor = Adapted.apply(x, weights, a, b, a, b, ends, SCALING, backend)
             return y
+
+        return _with_gradients(adapted, dy, x, a, b)
+
+    return run
+
+
+def _adapters(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor, ends: Any) -> Run:
+    def run(backend: str) -> list[Tensor]:
+        def adapted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            scalings = [SCALING] * EXPERTS
+            return lora_linear_grouped(x, weight, a.unbind(), b.unbind(), [0, *ends], scalings, backend=backend)
 
         return _with_gradients(adapted, dy, x, a, b)
 

@@ -294,18 +294,22 @@ def test_dense_cases_take_copies_of_the_adapters_as_training_does(monkeypatch):
     assert {case.views for case in SMALL} == {False, True}
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "gate", "rotary", "chunked_cross_entropy", "apply"])
+@pytest.mark.parametrize(
+    "name", ["rms_norm", "gate", "rotary", "chunked_cross_entropy", "apply", "lora_linear_grouped"]
+)
 def test_a_wrong_operation_beside_the_products_is_named(name, monkeypatch):
     places = {
         "rotary": doctor_blocks.library_rows,
         "chunked_cross_entropy": doctor_blocks,
         "apply": doctor_blocks.Adapted,
+        "lora_linear_grouped": doctor_blocks,
     }
     where = places.get(name, doctor_blocks.block_ops)
     right, cpu = getattr(where, name), torch.device("cpu")
-    assert doctor_blocks.blocks(cpu, "auto", torch.float32).startswith("52 results")
+    assert doctor_blocks.blocks(cpu, "auto", torch.float32).startswith("68 results")
     said = {
         "rms_norm": "RMSNorm", "rotary": "rotary embedding", "chunked_cross_entropy": "cross-entropy", "apply": "experts",
+        "lora_linear_grouped": "several adapters",
     }.get(name, name)  # fmt: skip
 
     def wrong(*arguments, **how):
