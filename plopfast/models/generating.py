@@ -64,7 +64,7 @@ def generate(
         raise ConfigError(f"stream: expected a single prompt, whose answer is shown as it is made, got {len(prompts)}")
     if not callable(getattr(model, "generate", None)):
         raise ModelError(f"{type(model).__name__} generates no text: load it as a causal language model")
-    context = context_length(model)
+    context = _context_of(model)
     check_room(prompts, context)
     limits = [min(max_new_tokens, (context or math.inf) - len(prompt)) for prompt in prompts]
     device, found = device_of(model), dict[int, Answer]()
@@ -104,7 +104,7 @@ def check_room(prompts: Sequence[Sequence[int]], context: int | None, names: Seq
         name = names[number] if names else f"prompt {number + 1}"
         if not prompt:
             raise DataError(f"{name}: no tokens; expected one at least")
-        if context is not None and len(prompt) >= context:
+        if context is not None and 0 < context <= len(prompt):  # -1 is none, too
             raise DataError(
                 f"{name}: the prompt has {len(prompt):,} tokens, and the model's context of {context:,} leaves no room for an "
                 "answer: shorten it"
@@ -129,6 +129,12 @@ def batches(
         batch.append(i)
     if batch:
         yield batch
+
+
+def _context_of(model: nn.Module) -> int | None:
+    """The most tokens of prompt and answer together, or None; some configurations say -1 for that."""
+    context = context_length(model)
+    return context if context and context > 0 else None
 
 
 @contextlib.contextmanager
@@ -165,16 +171,17 @@ class _Maker:
         return Answer(text_of(self._tokenizer, tokens), tuple(tokens), end < len(row))
 
     def pads_left(self) -> bool:
-        """Whether padding on the left leaves the next token's logits as they are; warns where it does not."""
+        """Whether padding on the left leaves the next two tokens' logits as they are (the second one comes from the cache); warns where
+        it does not."""
         most = min(text_setting(self._model, "vocab_size") or len(self._tokenizer), 256)
-        length = min(6, context_length(self._model) or 6)
+        length = min(6, (_context_of(self._model) or 7) - 1)
         short, long = ([(i * 7 + 5) % most for i in range(n)] for n in (max(1, length - 3), length))
 
         def logits(prompts: Sequence[Sequence[int]]) -> torch.Tensor:
             made = self._call(
-                prompts, do_sample=False, max_new_tokens=1, output_logits=True, return_dict_in_generate=True
+                prompts, do_sample=False, max_new_tokens=2, output_logits=True, return_dict_in_generate=True
             )
-            return made.logits[0][0].float()
+            return torch.stack([step[0] for step in made.logits]).float()
 
         alone, padded = logits([short]), logits([short, long])
         if bool((padded - alone).norm() <= (1e-3 if self._model.dtype == torch.float32 else 0.05) * alone.norm()):

@@ -121,6 +121,8 @@ def test_the_context_bounds_the_answers(llama, tokenizer):
         DataError, match=r"prompt 2: the prompt has 128 tokens, and the model's context of 128 leaves no room"
     ):
         generate(llama, tokenizer, prompts((3, 128)))
+    llama.config.max_position_embeddings = -1  # as XLNet's says that there is none
+    assert len(generate(llama, tokenizer, prompts((127,)), max_new_tokens=3)[0].tokens) == 3
     gpt2 = build("gpt2")
     assert len(generate(gpt2, tokenizer, prompts((126,)), max_new_tokens=20)[0].tokens) <= 2
 
@@ -243,11 +245,21 @@ class NoPlaces(transformers.LlamaForCausalLM):
         )
 
 
-def test_a_model_that_sees_padding_gets_prompts_of_one_length(tokenizer):
+class ByCache(transformers.LlamaForCausalLM):
+    """Counts the positions of new tokens by what the cache holds, padding too."""
+
+    def forward(self, input_ids, past_key_values=None, position_ids=None, **more):
+        held = past_key_values.get_seq_length() if past_key_values is not None else 0
+        position_ids = position_ids if not held else torch.full_like(position_ids, held)
+        return super().forward(input_ids=input_ids, past_key_values=past_key_values, position_ids=position_ids, **more)
+
+
+@pytest.mark.parametrize("kind", [NoPlaces, ByCache])
+def test_a_model_that_sees_padding_gets_prompts_of_one_length(tokenizer, kind):
     torch.manual_seed(0)
-    model = NoPlaces(transformers.LlamaConfig(**SMALL)).eval()
+    model = lively(kind(transformers.LlamaConfig(**SMALL)).eval())
     model.generation_config.eos_token_id = None
-    with pytest.warns(UserWarning, match="NoPlaces answers otherwise after padding on the left"):
+    with pytest.warns(UserWarning, match=f"{kind.__name__} answers otherwise after padding on the left"):
         found = generate(model, tokenizer, prompts(), max_new_tokens=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
