@@ -68,11 +68,8 @@ def _operations(
     yield "experts", _experts(*(one.to(device) for one in (x, weights, a, b, ends, dy))), exact
     y = reference.segments(wide_x, weights[:1].expand_as(weights), wide_a, wide_b, ends.tolist(), SCALING)
     exact = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
-    yield (
-        "several adapters",
-        _adapters(*(one.to(device) for one in (x, weights[0], a, b, dy)), [0, *ends.tolist()]),
-        exact,
-    )
+    there = [one.to(device) for one in (x, weights[0], a, b, dy)]
+    yield "several adapters", _adapters(ends.tolist(), *there), exact
 
 
 def _norm(x: Tensor, g: Tensor, dy: Tensor, w: Tensor) -> Run:
@@ -108,7 +105,7 @@ def _experts(x: Tensor, weights: Tensor, a: Tensor, b: Tensor, ends: Tensor, dy:
     return run
 
 
-def _adapters(x: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor, ends: Any) -> Run:
+def _adapters(ends: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, dy: Tensor) -> Run:
     def run(backend: str) -> list[Tensor]:
         def adapted(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
             scalings = [SCALING] * EXPERTS
