@@ -10,6 +10,8 @@ from ..lora.placement import Placement
 from ..models.streaming import plain_copy
 from ..support.config import RunConfig
 from ..support.errors import ConfigError
+from ..training.job import Job
+from ..training.together import job_of
 from ..training.trainer import Trainer
 from .run import Run
 
@@ -33,10 +35,27 @@ def trainer_for(
     if placement is None:
         model = (plain_copy(model).float() if copied else model).requires_grad_(True)
     else:
-        inject(
-            model, placement, dropout=config.dropout, rslora=config.rslora, dora=config.dora, backend=config.backend,
-            seed=config.seed, init=config.init, eva=vectors,
-        )  # fmt: skip
+        _inject(run, placement, vectors, config)
     return Trainer(
         model, config.training, train, valid, unlabeled=unlabeled, out=out, progress=run.progress, on_valid=on_valid
     )
+
+
+def job_for(
+    run: Run, placement: Placement, vectors: dict[str, torch.Tensor] | None, name: str, *, config: RunConfig | None = None,
+    out: Path | None = None,
+) -> Job:  # fmt: skip
+    """As `trainer_for`, one of several trainings at once: the adapters of the placement have the name of the job."""
+    config = config or run.config
+    _inject(run, placement, vectors, config, name)
+    rows = run.examples("train"), run.examples("valid")
+    return job_of(run.model, name, config.training, *rows, unlabeled=run.examples("unlabeled"), out=out)
+
+
+def _inject(
+    run: Run, placement: Placement, vectors: dict[str, torch.Tensor] | None, config: RunConfig, name: str | None = None
+) -> None:
+    inject(
+        run.model, placement, dropout=config.dropout, rslora=config.rslora, dora=config.dora, backend=config.backend,
+        seed=config.seed, init=config.init, eva=vectors, name=name,
+    )  # fmt: skip

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..lora.injection import inject, unload
+from ..lora.injection import unload
 from ..lora.peft_files import save_adapter
 from ..lora.placement import Placement
 from ..placing.by_settings import check_rule
@@ -18,7 +18,8 @@ from ..support.errors import ConfigError, TrainingError
 from ..support.tables import Column, Table
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
-from ..training.together import Together, job_of
+from ..training.together import Together
+from .apply import job_for
 from .folder import EVA
 from .jobs import read_jobs
 from .run import Run
@@ -145,14 +146,8 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
 
 def _job(one: Run, name: str) -> Job:
     """Puts a job's adapters in, and makes its training."""
-    config, placement = one.config, Placement.load(one.file("place"))
-    vectors = eva.load(one.folder / EVA)[0] if config.init == "eva" else None
-    inject(
-        one.model, placement, dropout=config.dropout, rslora=config.rslora, dora=config.dora, backend=config.backend,
-        seed=config.seed, init=config.init, eva=vectors, name=name,
-    )  # fmt: skip
-    train, valid, unlabeled = (one.examples(split) for split in ("train", "valid", "unlabeled"))
-    return job_of(one.model, name, config.training, train, valid, unlabeled=unlabeled, out=one.folder)
+    vectors = eva.load(one.folder / EVA)[0] if one.config.init == "eva" else None
+    return job_for(one, Placement.load(one.file("place")), vectors, name, out=one.folder)
 
 
 def _facts(one: Run) -> dict[str, Any]:

@@ -32,7 +32,9 @@ from ..support.inputs import check_same
 from ..support.ledger import Ledger
 from ..support.progress import Work
 from ..training.evaluate import choices_of, evaluate
+from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
+from .side_by_side import saves_time, train_at_once
 
 GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
 SHARED = 16  # tokens in a row; fewer can be a turn of phrase
@@ -75,6 +77,7 @@ class Training:
         Raises TrainingError where no rate gives a finite loss, or a seed does not train at the chosen rate.
         """
         at = {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
+        self._at_once(arm, [(lr, self.seeds[0], paths[0]) for lr, paths in at.items()])
         tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
         losses = {lr: result["valid_loss"] for lr, result in tried.items()}
         finite = [lr for lr in arm.lrs if losses[lr] is not None]
@@ -87,6 +90,7 @@ class Training:
         for lr in set(arm.lrs) - {best}:
             (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
         results = [tried[best]]
+        self._at_once(arm, [(best, seed, path) for seed, path in zip(self.seeds[1:], at[best][1:], strict=True)])
         for seed, path in zip(self.seeds[1:], at[best][1:], strict=True):
             results.append(self.once(arm, best, seed, path))
             if results[-1]["valid_loss"] is None:
@@ -102,32 +106,61 @@ class Training:
             Ledger(out).clear(CHECKPOINTS)  # a kill can have left them
             self.work.skip()
             return kinds.read(done, MADE_BY)
-        config = dataclasses.replace(self.run.config, lr=lr, seed=seed)
+        config = self._config(lr, seed)
         with self.work.piece(f"{arm.name}, learning rate {lr:g}, seed {seed}"):
             value = {"seed": seed, "lr": lr} | self._fit(arm, config, out)
             files.write_json(done, value)
             Ledger(out).clear(CHECKPOINTS)
         return value
 
+    def _config(self, lr: float, seed: int) -> RunConfig:
+        return dataclasses.replace(self.run.config, lr=lr, seed=seed)
+
     def _fit(self, arm: Arm, config: RunConfig, out: Path) -> dict[str, Any]:
         run = self.run
         trainer = trainer_for(run, arm.placement, self.vectors, config=config, out=out, copied=True)
         memory.reset_peak(device_of(run.model))
-        value: dict[str, Any] = {"valid_loss": None}
+        result: TrainResult | TrainingError
         try:
             result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
         except TrainingError as error:
+            result = error
+        return self._value(arm, trainer, result, out)
+
+    def _at_once(self, arm: Arm, todo: list[tuple[float, int, Path]]) -> None:
+        """Trains what is not done yet of an arm at once, where that saves time; `once` then finds it done."""
+        left = [(self._config(lr, seed), out) for lr, seed, out in todo if not (out / "result.json").exists()]
+        if arm.placement is None or not saves_time(self.run, arm.placement, [config for config, _ in left]):
+            return
+        rates = ", ".join(f"learning rate {config.lr:g}, seed {config.seed}" for config, _ in left)
+        self.run.say(f"{arm.name}: at once, as steps are small: {rates}")
+        memory.reset_peak(device_of(self.run.model))
+
+        def done(name: str, job: Job, result: TrainResult | TrainingError, out: Path) -> None:
+            value = {"seed": job.config.seed, "lr": job.config.lr} | self._value(arm, job, result, out, name)
+            files.write_json(out / "result.json", value)
+            Ledger(out).clear(CHECKPOINTS)
+
+        train_at_once(self.run, arm.placement, self.vectors, left, done)
+
+    def _value(
+        self, arm: Arm, trainer: Job, result: TrainResult | TrainingError, out: Path, name: str | None = None
+    ) -> dict[str, Any]:
+        """Keeps what was trained, and returns what result.json holds of it. Raises TrainingError where it did not begin."""
+        run = self.run
+        value: dict[str, Any] = {"valid_loss": None}
+        if isinstance(result, TrainingError):
             if not trainer.step:  # it did not begin: no matter of the rate
-                raise
-            run.say(f"{error}")
-            value["error"] = str(error)
+                raise result
+            run.say(f"{result}")
+            value["error"] = str(result)
         else:
             value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
             if arm.placement is None:
                 with files.replacing(out / WEIGHTS) as scratch:
                     save_model(trainer.model, str(scratch))
             else:
-                save_adapter(run.model, out / "adapter", overwrite=True)
+                save_adapter(run.model, out / "adapter", overwrite=True, name=name)
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(device_of(run.model)), 1)}

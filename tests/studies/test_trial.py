@@ -15,9 +15,11 @@ from plopfast.data.labels import tokenize
 from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.lora.peft_files import load_adapter
 from plopfast.models import loading
+from plopfast.studies import side_by_side
 from plopfast.studies.trial import listed_arms, listed_rates, listed_seeds
 from plopfast.support.errors import ConfigError
 from plopfast.training.evaluate import choices_of, evaluate
+from plopfast.training.together import Together
 
 SMALL = ["--rank", "8", "--arms", "plop,attn,random", "--lrs", "1e-2,1e-3", "--alpha", "16"]
 TIMED = ("seconds", "tokens_per_s", "peak_mib", "command")
@@ -253,3 +255,30 @@ def test_lists_that_cannot_be(check, text, message):
 def test_lists_that_can():
     assert listed_arms(" plop , full") == ["plop", "full"]
     assert listed_rates("2e-3, 1") == [0.002, 1.0] and listed_seeds("3,1,2") == [3, 1, 2]
+
+
+def test_small_steps_are_trained_at_once_and_give_the_same(options, tmp_path, monkeypatch, capsys):
+    """One short row a step: all rates of an arm together, then its other seeds; a step of more rows is taken alone."""
+    seen, plain = [], Together.fit
+    monkeypatch.setattr(side_by_side, "FEW_TOKENS", 100)  # this tokenizer's rows are longer
+    monkeypatch.setattr(Together, "fit", lambda self, resume=(): (seen.append(len(self.jobs)), plain(self, resume))[1])
+    small = [*options, "--batch-rows", "1", "--max-steps", "4"]
+    assert plopfast("trial", *small, "--out", tmp_path / "at once") == 0
+    assert seen == [2, 2] * 3 and "at once, as steps are small" in capsys.readouterr().err
+    monkeypatch.setattr(side_by_side, "FEW_TOKENS", 0)
+    assert plopfast("trial", *small, "--out", tmp_path / "in turn") == 0 and len(seen) == 6
+    for one, other in zip(*(read(tmp_path / name)["arms"] for name in ("at once", "in turn")), strict=True):
+        assert one["lr"] == other["lr"] and one["sweep"] == pytest.approx(other["sweep"], rel=1e-4)
+        for a, b in zip(one["runs"], other["runs"], strict=True):
+            assert (a["seed"], a["steps"], a["best_step"]) == (b["seed"], b["steps"], b["best_step"])
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3) and a["seconds"] > 0
+    monkeypatch.setattr(side_by_side, "FEW_TOKENS", 100)
+    monkeypatch.setattr(Together, "fit", lambda *_, **__: pytest.fail("steps of several rows were taken at once"))
+    assert plopfast("trial", *options, "--batch-rows", "8", "--arms", "plop,attn", "--out", tmp_path / "large") == 0
+
+
+def test_a_rate_that_breaks_leaves_those_beside_it(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(side_by_side, "FEW_TOKENS", 100)
+    words = [*edit(edit(options, "--lrs", "1e37,1e-3"), "--arms", "plop,attn"), "--batch-rows", "1", "--max-steps", "4"]
+    assert plopfast("trial", *words, "--out", tmp_path / "run") == 0
+    assert all(arm["sweep"]["1e+37"] is None and arm["lr"] == 1e-3 for arm in read(tmp_path / "run")["arms"])
