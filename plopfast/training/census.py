@@ -14,7 +14,6 @@ from torch import nn
 
 from ..lora.experts import ExpertLoRA
 from ..lora.layer import adapters
-from ..lora.many import named_places
 from ..models.frozen import is_linear
 from ..models.linears import place_in_layer, shortest_suffixes
 from .moments import has_moved
@@ -101,7 +100,7 @@ def warning(found: Sequence[Unmoved], when: str, *, full: bool, dtype: torch.dty
 
 def _by_type(model: nn.Module, moved: Mapping[str, bool]) -> list[Unmoved]:
     """Groups the modules by type; their order is the model's."""
-    lora = {**adapters(model), **{place.name: place for place in named_places(model)}}
+    lora = adapters(model)
     linears = [name for name, module in model.named_modules() if is_linear(module) and _parent(name) not in lora]
     places = {name: place_in_layer(name) for name in (*lora, *linears, *moved)}
     types = shortest_suffixes({inner for _, inner in places.values()})

@@ -125,11 +125,12 @@ def test_interrupted_and_resumed(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Together, "_step", step)
     assert main(["multi", "--jobs", str(path), "--out", str(parts), *shared]) == 130
     assert "legal after step 5 of 6" in capsys.readouterr().err and not (parts / "multi.json").exists()
-    monkeypatch.setattr(Together, "_step", plain)
-    assert (
-        main(["multi", "--jobs", str(path), "--out", str(parts), *shared]) == 2
-    )  # unfinished jobs are not begun anew unasked
-    assert main(["multi", "--jobs", str(path), "--out", str(parts), *shared, "--resume"]) == 0
+    went_on, words = [], ["multi", "--jobs", str(path), "--out", str(parts), *shared]
+    monkeypatch.setattr(
+        Together, "_step", lambda self, meter: (went_on.append(self.jobs["legal"].step), plain(self, meter))
+    )
+    assert main(words) == 2, "unfinished jobs are not begun anew unasked"
+    assert main([*words, "--resume"]) == 0 and went_on[0] == 5
     for name in JOBS:
         ours, theirs = (weights(at / "jobs" / name) for at in (parts, whole))
         assert all(torch.equal(ours[key], value) for key, value in theirs.items())
