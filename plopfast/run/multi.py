@@ -115,7 +115,6 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
             for line in (str(jobs[-1].plan), about_validation(one, jobs[-1])):
                 one.say(f"{name}: {line}")
         by_name = {str(job.name): job for job in jobs}
-        paths: list[str] = []
 
         def ended(name: str, result: TrainResult | TrainingError) -> None:
             one, job = left[name], by_name[name]
@@ -129,14 +128,13 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
                 run.say(f"{name}: {result}")
                 return
             save_adapter(run.model, one.file("train"), overwrite=True, name=name)
-            keep_training(one, job, result, paths)
+            keep_training(one, job, result, together.paths())
             opened[name].close()
             ranks.on_main(lambda: one.at.ledger.clear(CHECKPOINTS))
             run.say(f"{name}: {result.steps} steps ({result.stopped}), kept step {result.best_step}")
 
         together = Together(run.model, jobs, at_once=at_once, progress=run.progress, on_end=ended)
-        paths += together.paths()
-        for line in paths:
+        for line in together.paths():
             run.say(line)
         together.fit(resume=resumed)
         for line in together.notes:

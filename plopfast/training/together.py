@@ -148,9 +148,10 @@ class Together:
             raise Interrupted(f"stopped: {', '.join(said)}", number)
 
     def paths(self) -> list[str]:
-        """Says how the steps are computed, a line for each choice."""
+        """Says how the steps are computed, a line for each choice; what was done to the blocks is known after `fit`."""
         loss = f"all label tokens' logits at once: {why}" if (why := self.objective.why) else "chunks of logits"
-        return [f"loss: {loss}", f"computed together: {len(self.jobs)} adapters, at most {self.at_once} at a time"]
+        together = f"computed together: {len(self.jobs)} adapters, at most {self.at_once} at a time"
+        return [f"loss: {loss}", together, *self.notes]
 
     def _base(self) -> contextlib.AbstractContextManager[None]:
         return chosen(self.model, self.routing, [(Use(None), 1)])
