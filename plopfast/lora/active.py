@@ -88,9 +88,10 @@ def known_routing(model: nn.Module) -> Routing:
 
 def _use(model: nn.Module, given: str | Use | None, without: Sequence[str]) -> Use:
     """Raises AdapterError for an unknown adapter, and for modules `without` that don't have it."""
-    if isinstance(without, str):
-        raise AdapterError(f"without: expected a list of modules, got {without!r}: write [{without!r}]")
     use = given if isinstance(given, Use) else Use(given)
+    for one in (without, use.without):
+        if isinstance(one, str):
+            raise AdapterError(f"without: expected a list of modules, got {one!r}: write [{one!r}]")
     use = Use(use.name, (*use.without, *without))
     if use.name is None:
         return use

@@ -14,6 +14,7 @@ from ..support.errors import AdapterError
 from .experts import ExpertLoRA, merge_codes
 from .injection import take_out
 from .layer import LoRALinear, adapters, replace_module
+from .many import adapter_names
 from .replaced import keep_values
 
 TOKENS = 32
@@ -33,6 +34,11 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
     was, so the model computes the same; another call merges the rest.
     """
     merged = adapters(model)
+    if names := adapter_names(model):
+        raise AdapterError(
+            f"the model has adapters with names ({', '.join(names)}): merge_adapter(model, name) puts one into the weights for a while; "
+            "to merge one for good, unload(model) and load it without a name"
+        )
     if streamed := streamed_in(model):
         raise AdapterError(
             f"{streamed[0].removesuffix('.base')} is streamed, and the host's copy takes no update: unstream(model) first, or "

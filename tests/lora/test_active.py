@@ -234,6 +234,7 @@ def test_nobody_chosen_is_an_error_and_contexts_nest(batch):
     [
         ("x", (), "unknown adapter 'x'; the model has a, b"), (["a", "bb"], (), "unknown adapter 'bb'; did you mean 'b'"),
         ([], (), "expected a name, or one for each row, got none"), ("a", "mlp", r"write \['mlp'\]"),
+        (pf.Use("a", without="mlp"), (), r"write \['mlp'\]"),
         ("a", ["nothing"], "'nothing' is no module of adapter 'a'; its types are .*down_proj.*q_proj"),
         (["a", pf.Use("b", without=["layers.9"])], (), "'layers.9' is no module of adapter 'b'"),
     ],
@@ -242,6 +243,18 @@ def test_bad_choices(names, without, message):
     model = several()
     with pytest.raises(AdapterError, match=message), pf.active(model, names, without=without):
         pass
+
+
+def test_what_answers_stays(batch):
+    """Otherwise its rows would have the base's answers, and nobody would know."""
+    model = several()
+    with pf.active(model, ["a", "a", None, None, None]):
+        for name in ("a", None):
+            with pytest.raises(AdapterError, match="'a' answers rows now"):
+                pf.unload(model, name)
+        pf.unload(model, "b")
+        run(model, batch)
+    assert pf.unload(model, "a")
 
 
 def test_a_batch_of_other_rows_is_refused(batch):
@@ -267,6 +280,7 @@ def test_bad_injections(tmp_path, batch):
         (lambda: pf.save_adapter(model, tmp_path / "x"), r"one of the model's adapters \(a, b\), got None"),
         (lambda: pf.save_adapter(model, tmp_path / "x", name="c"), r"\(a, b\), got 'c'"),
         (lambda: merge_adapter(model, "c"), "unknown adapter 'c'"),
+        (lambda: pf.merge(model), r"adapters with names \(a, b\): merge_adapter"),
     ):
         with pytest.raises(AdapterError, match=message):
             call()
