@@ -76,8 +76,7 @@ class Training:
 
         Raises TrainingError where no rate gives a finite loss, or a seed does not train at the chosen rate.
         """
-        at = {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
-        self._at_once(arm, [(lr, self.seeds[0], paths[0]) for lr, paths in at.items()])
+        at = self._folders(arm, folder)
         tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
         losses = {lr: result["valid_loss"] for lr, result in tried.items()}
         finite = [lr for lr in arm.lrs if losses[lr] is not None]
@@ -90,7 +89,6 @@ class Training:
         for lr in set(arm.lrs) - {best}:
             (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
         results = [tried[best]]
-        self._at_once(arm, [(best, seed, path) for seed, path in zip(self.seeds[1:], at[best][1:], strict=True)])
         for seed, path in zip(self.seeds[1:], at[best][1:], strict=True):
             results.append(self.once(arm, best, seed, path))
             if results[-1]["valid_loss"] is None:
@@ -125,26 +123,49 @@ class Training:
             result = trainer.fit(resume=run.resume and bool(checkpoints(out / CHECKPOINTS)))
         except TrainingError as error:
             result = error
-        return self._value(arm, trainer, result, out)
+        return self._value(trainer, result, out, whole=arm.placement is None)
 
-    def _at_once(self, arm: Arm, todo: list[tuple[float, int, Path]]) -> None:
-        """Trains what is not done yet of an arm at once, where that saves time; `once` then finds it done."""
-        left = [(self._config(lr, seed), out) for lr, seed, out in todo if not (out / "result.json").exists()]
-        if arm.placement is None or not saves_time(self.run, arm.placement, [config for config, _ in left]):
+    def _folders(self, arm: Arm, folder: Path) -> dict[float, list[Path]]:
+        """Of each rate, those of the seeds."""
+        return {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
+
+    def ahead(self, arms: list[Arm], folder: Path) -> None:
+        """Trains at once what can be and saves time: all arms' rates at the first seed, then their other seeds. `arm` finds it
+        done."""
+        at = {arm.name: self._folders(arm, folder / arm.name) for arm in arms}
+        self._at_once([(arm, lr, self.seeds[0], at[arm.name][lr][0]) for arm in arms for lr in arm.lrs])
+        seeds = []
+        for arm in arms:
+            tried = {lr: paths[0] / "result.json" for lr, paths in at[arm.name].items()}
+            if arm.placement is not None and all(path.exists() for path in tried.values()):
+                losses = {lr: kinds.read(path, MADE_BY)["valid_loss"] for lr, path in tried.items()}
+                if finite := {lr: loss for lr, loss in losses.items() if loss is not None}:
+                    best = min(finite, key=lambda lr: finite[lr])
+                    seeds += [
+                        (arm, best, seed, path) for seed, path in zip(self.seeds, at[arm.name][best], strict=True)
+                    ]
+        self._at_once(seeds)
+
+    def _at_once(self, wanted: list[tuple[Arm, float, int, Path]]) -> None:
+        todo = [
+            (arm.placement, self._config(lr, seed), out)
+            for arm, lr, seed, out in wanted
+            if arm.placement is not None and not (out / "result.json").exists()
+        ]
+        if not saves_time(self.run, todo):
             return
-        rates = ", ".join(f"learning rate {config.lr:g}, seed {config.seed}" for config, _ in left)
-        self.run.say(f"{arm.name}: at once, as steps are small: {rates}")
+        self.run.say(f"{len(todo)} trainings at once, as their steps are small")
         memory.reset_peak(device_of(self.run.model))
 
         def done(name: str, job: Job, result: TrainResult | TrainingError, out: Path) -> None:
-            value = {"seed": job.config.seed, "lr": job.config.lr} | self._value(arm, job, result, out, name)
+            value = {"seed": job.config.seed, "lr": job.config.lr} | self._value(job, result, out, name)
             files.write_json(out / "result.json", value)
             Ledger(out).clear(CHECKPOINTS)
 
-        train_at_once(self.run, arm.placement, self.vectors, left, done)
+        train_at_once(self.run, self.vectors, todo, done)
 
     def _value(
-        self, arm: Arm, trainer: Job, result: TrainResult | TrainingError, out: Path, name: str | None = None
+        self, trainer: Job, result: TrainResult | TrainingError, out: Path, name: str | None = None, whole: bool = False
     ) -> dict[str, Any]:
         """Keeps what was trained, and returns what result.json holds of it. Raises TrainingError where it did not begin."""
         run = self.run
@@ -156,7 +177,7 @@ class Training:
             value["error"] = str(result)
         else:
             value |= {"valid_loss": result.valid_loss, "best_step": result.best_step, "steps": result.steps}
-            if arm.placement is None:
+            if whole:
                 with files.replacing(out / WEIGHTS) as scratch:
                     save_model(trainer.model, str(scratch))
             else:

@@ -1,8 +1,9 @@
 """Trainings of a study at once on one base, where that is measured to save at least a fifth of the time.
 
-On a CPU that is so for steps of about one short row: of SmolLM2 on 2 cores, 2 to 16 trainings of one row a step (20 tokens) took 0.5 to
-0.8 of the time of one after the other, and 4 of four rows a step 0.9 (`python bench/together.py`, bench/results/together.json). Other
-devices have not been measured, so there a study trains one after the other.
+On a CPU that is so for four or more of about one short row a step: of SmolLM2 on 2 cores, 4, 8 and 16 trainings of one row a step (20
+tokens) took 0.78, 0.57 and 0.55 of the time of one after the other, but 2 took 0.82, and those of four rows a step 0.91 to 0.95
+(`python bench/together.py`, bench/results/together.json). Other devices have not been measured: there a study trains one after the
+other.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,30 +23,31 @@ from ..training.plan import Plan
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.together import CANNOT, Together
 
-FEW_TOKENS = 32  # a step
+FEW_TOKENS, LEAST = 32, 4  # of a step, and trainings
+Todo = Sequence[tuple[Placement, RunConfig, Path]]  # what is trained, how, and in which folder
 
 
-def saves_time(run: Run, placement: Placement | None, configs: Sequence[RunConfig]) -> bool:
-    """Whether these trainings of a placement are to be done at once."""
-    if placement is None or placement.experts or len(configs) < 2 or device_of(run.model).type != "cpu":
+def saves_time(run: Run, todo: Todo) -> bool:
+    """Whether these trainings are to be done at once."""
+    if len(todo) < LEAST or device_of(run.model).type != "cpu" or any(placement.experts for placement, *_ in todo):
         return False
-    if any(getattr(config, name) for config in configs for name in CANNOT):
+    if any(getattr(config, name) for _, config, _ in todo for name in CANNOT):
         return False
     rows = run.examples("train"), run.examples("unlabeled")
-    return all(Plan(*rows, config.training).facts()["tokens_per_step"] <= FEW_TOKENS for config in configs)
+    return all(Plan(*rows, config.training).facts()["tokens_per_step"] <= FEW_TOKENS for _, config, _ in todo)
 
 
 def train_at_once(
-    run: Run, placement: Placement, vectors: dict[str, torch.Tensor] | None, todo: Sequence[tuple[RunConfig, Path]],
+    run: Run, vectors: dict[str, torch.Tensor] | None, todo: Todo,
     done: Callable[[str, Job, TrainResult | TrainingError, Path], None],
 ) -> None:  # fmt: skip
-    """Trains the placement with each of these settings, in these folders, from a checkpoint where there is one. `done` gets the
-    adapter's name, the training and how it ended, while its adapters are in the model."""
+    """Trains all of `todo`, each from its checkpoint where there is one. `done` gets the adapter's name, the training, how it ended
+    and its folder, while the adapter is in the model."""
     unload(run.model)
-    folders = {str(number): out for number, (_, out) in enumerate(todo)}
+    folders = {str(number): out for number, (*_, out) in enumerate(todo)}
     jobs = {
         name: job_for(run, placement, vectors, name, config=config, out=out)
-        for (name, out), (config, _) in zip(folders.items(), todo, strict=True)
+        for name, (placement, config, out) in zip(folders, todo, strict=True)
     }
     resumed = [name for name, out in folders.items() if run.resume and checkpoints(out / CHECKPOINTS)]
     together = Together(

@@ -81,6 +81,7 @@ def _trial(
     check_inputs(run, arms, general, folder)
     with Work("trainings", len(arms) * (len(lrs) + len(seeds) - 1), run.progress) as work:
         training = Training(run, seeds, vectors, work)
+        training.ahead(arms, folder)
         trained = [training.arm(arm, folder / arm.name) for arm in arms]
     # the one look at the test rows, now that all training is over
     with Work("tests", 1 + len(arms) * len(seeds), run.progress) as work:

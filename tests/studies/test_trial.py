@@ -258,15 +258,15 @@ def test_lists_that_can():
 
 
 def test_small_steps_are_trained_at_once_and_give_the_same(options, tmp_path, monkeypatch, capsys):
-    """One short row a step: all rates of an arm together, then its other seeds; a step of more rows is taken alone."""
+    """One short row a step: all arms' rates together, then their other seeds; a step of more rows is taken alone."""
     seen, plain = [], Together.fit
     monkeypatch.setattr(side_by_side, "FEW_TOKENS", 100)  # this tokenizer's rows are longer
     monkeypatch.setattr(Together, "fit", lambda self, resume=(): (seen.append(len(self.jobs)), plain(self, resume))[1])
     small = [*options, "--batch-rows", "1", "--max-steps", "4"]
     assert plopfast("trial", *small, "--out", tmp_path / "at once") == 0
-    assert seen == [2, 2] * 3 and "at once, as steps are small" in capsys.readouterr().err
+    assert seen == [6, 6] and "6 trainings at once, as their steps are small" in capsys.readouterr().err
     monkeypatch.setattr(side_by_side, "FEW_TOKENS", 0)
-    assert plopfast("trial", *small, "--out", tmp_path / "in turn") == 0 and len(seen) == 6
+    assert plopfast("trial", *small, "--out", tmp_path / "in turn") == 0 and len(seen) == 2
     for one, other in zip(*(read(tmp_path / name)["arms"] for name in ("at once", "in turn")), strict=True):
         assert one["lr"] == other["lr"] and one["sweep"] == pytest.approx(other["sweep"], rel=1e-4)
         for a, b in zip(one["runs"], other["runs"], strict=True):
@@ -280,5 +280,11 @@ def test_small_steps_are_trained_at_once_and_give_the_same(options, tmp_path, mo
 def test_a_rate_that_breaks_leaves_those_beside_it(options, tmp_path, monkeypatch):
     monkeypatch.setattr(side_by_side, "FEW_TOKENS", 100)
     words = [*edit(edit(options, "--lrs", "1e37,1e-3"), "--arms", "plop,attn"), "--batch-rows", "1", "--max-steps", "4"]
+    seen, plain = [], Together.fit
+    monkeypatch.setattr(Together, "fit", lambda self, resume=(): (seen.append(len(self.jobs)), plain(self, resume))[1])
     assert plopfast("trial", *words, "--out", tmp_path / "run") == 0
+    assert seen == [4, 4], "two arms: no fewer"
     assert all(arm["sweep"]["1e+37"] is None and arm["lr"] == 1e-3 for arm in read(tmp_path / "run")["arms"])
+    seen.clear()
+    words = [*edit(edit(options, "--lrs", "1e-3"), "--arms", "plop,attn"), "--batch-rows", "1", "--max-steps", "2"]
+    assert plopfast("trial", *words, "--out", tmp_path / "few") == 0 and seen == [4], "two first rates are too few"
