@@ -151,7 +151,7 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
 
     The weights as they were lie in CPU memory until `unmerge_adapter` or `unload` puts them back, bit for bit.
 
-    Raises AdapterError for an unknown name, where an adapter is merged already, for DoRA, and for weights that are quantised,
+    Raises AdapterError for an unknown name, where an adapter is merged already, for DoRA, also of another adapter of these modules, and for weights that are quantised,
     streamed or shared.
     """
     _use(model, name, ())
@@ -169,6 +169,10 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
         if one.lora_magnitude is not None:
             raise AdapterError(
                 f"{path}: an update by DoRA cannot be taken off for some rows alone: merge(model) it for good"
+            )
+        if other := next((each.name for each in place.members if each.lora_magnitude is not None), None):
+            raise AdapterError(
+                f"{path}: the adapter {other!r} has DoRA, whose lengths are of W as it was: unload it first"
             )
         if place.frozen.kind != "dense":
             raise AdapterError(f"{path} has {place.frozen.kind} weights, which take no update in place")

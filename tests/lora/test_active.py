@@ -195,6 +195,8 @@ def test_dora_and_dropout_go_with_others(batch):
             torch.testing.assert_close(mixed[row : row + 1], run(model, batch, row), rtol=1e-4, atol=1e-4)
     with pytest.raises(AdapterError, match="DoRA cannot be taken off"):
         merge_adapter(model, "c")
+    with pytest.raises(AdapterError, match="'c' has DoRA, whose lengths are of W as it was"):
+        merge_adapter(model, "a")
 
 
 def test_generation_of_rows_with_several_adapters(batch):
