@@ -193,6 +193,10 @@ READ = {  # options that a command offers, and some that it does not read
         },
         {"--valid", "--max-length", "--backend", "--quantize", "--init", "--parallel", "--dropout"},
     ),
+    "multi": (
+        MODEL | DATA | {"--jobs", "--at-once", "--rule", "--lr", "--dropout", "--packing", "--resume", "--parallel"},
+        {"--full", "--compile", "--mlp-rows", "--neftune", "--fit", "--adapter", "--print-peft"},
+    ),
     "eval": (MODEL | DATA | {"--adapter", "--full", "--timeout"}, {"--lr", "--max-steps", "--rank", "--print-peft"}),
     "generate": (
         MODEL

@@ -94,7 +94,7 @@ class _Torch(TorchDispatchMode):
             self.launches.append(Launch("stacked", (), {"parts": args[0], "y": found}, False))
         elif name == "mul" and "out" in options:
             self.launches.append(Launch("scaled stack", (), {"x": args[0], "c": args[1], "y": found}, False))
-        elif name == "new_zeros":
+        elif name == "new_zeros" and found.dim():
             self.launches.append(Launch("padding", (), {"y": found}, False))
         elif not (function.is_view or name in FREE):
             self.launches.append(Launch(f"torch.{name}", (), {}, False))

@@ -6,6 +6,7 @@ import pickle
 import peft
 import pytest
 import torch
+from helpers import random_batches
 from peft.utils.hotswap import hotswap_adapter
 from peft_twins import BATCH, assert_equal, errors, filled, logits, results, twins, wrapped
 
@@ -236,9 +237,15 @@ def test_one_layer_is_equal(architecture, alone):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2", "gemma3", "phi3"])
 def test_as_near_to_float64_as_peft(architecture):
-    exact = results(wrapped(architecture, torch.float64))
-    theirs, ours = (results(model) for model in twins(architecture))
-    assert max(errors(ours, exact).values()) <= 2 * max(errors(theirs, exact).values())
+    """Over several batches: of one, the ratio is chance (0.65 to 1.9 with gemma3, whose gradients magnify roundings)."""
+    wide, models = wrapped(architecture, torch.float64), twins(architecture)
+    totals = [0.0, 0.0]
+    for batch in random_batches(count=8, seed=5):
+        exact = results(wide, batch)
+        for number, model in enumerate(models):
+            totals[number] += max(errors(results(model, batch), exact).values())
+    theirs, ours = totals
+    assert ours <= 1.5 * theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -287,4 +287,4 @@ def test_a_rate_that_breaks_leaves_those_beside_it(options, tmp_path, monkeypatc
     assert all(arm["sweep"]["1e+37"] is None and arm["lr"] == 1e-3 for arm in read(tmp_path / "run")["arms"])
     seen.clear()
     words = [*edit(edit(options, "--lrs", "1e-3"), "--arms", "plop,attn"), "--batch-rows", "1", "--max-steps", "2"]
-    assert plopfast("trial", *words, "--out", tmp_path / "few") == 0 and seen == [4], "two first rates are too few"
+    assert plopfast("trial", *words, "--out", tmp_path / "few") == 0 and not seen, "two first rates are too few"
