@@ -141,12 +141,14 @@ def _grpo(call: Call) -> None:
 
 
 def _multi(call: Call) -> int:
+    from ..run.jobs import read_jobs
     from ..run.multi import run_multi
 
-    run = call.run()
     if call.arguments.jobs is None:
         raise ConfigError("plopfast multi needs --jobs FILE, a JSON or YAML file of jobs (docs/multi.md)")
-    text, all_trained = run_multi(run, call.arguments.jobs, call.arguments.at_once)
+    common, jobs = read_jobs(call.arguments.jobs, call.config)
+    run = dataclasses.replace(call, config=common).run()
+    text, all_trained = run_multi(run, call.arguments.jobs, jobs, call.arguments.at_once)
     print(text)
     return 0 if all_trained else 1
 

@@ -151,8 +151,8 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
 
     The weights as they were lie in CPU memory until `unmerge_adapter` or `unload` puts them back, bit for bit.
 
-    Raises AdapterError for an unknown name, where an adapter is merged already, for DoRA, also of another adapter of these modules, and for weights that are quantised,
-    streamed or shared.
+    Raises AdapterError for an unknown name, where an adapter is merged already, where any adapter of its modules is DoRA's, and
+    for weights that are quantised, streamed or shared.
     """
     _use(model, name, ())
     modules: dict[str, tuple[Any, NamedLoRA]] = {
@@ -165,14 +165,11 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
         raise AdapterError(f"{streamed[0].removesuffix('.base')} is streamed, and the host's copy takes no update")
     for path, others in sharers(model, modules).items():
         raise AdapterError(f"{path} shares its weight with {' and '.join(others)}: merging would change these too")
-    for path, (place, one) in modules.items():
-        if one.lora_magnitude is not None:
+    for path, (place, _) in modules.items():
+        if dora := next((one.name for one in place.members if one.lora_magnitude is not None), None):
             raise AdapterError(
-                f"{path}: an update by DoRA cannot be taken off for some rows alone: merge(model) it for good"
-            )
-        if other := next((each.name for each in place.members if each.lora_magnitude is not None), None):
-            raise AdapterError(
-                f"{path}: the adapter {other!r} has DoRA, whose lengths are of W as it was: unload it first"
+                f"{path}: the adapter {dora!r} is DoRA's, which scales W itself, so no update can be taken off again beside it: "
+                "unload it, or leave the weights as they are"
             )
         if place.frozen.kind != "dense":
             raise AdapterError(f"{path} has {place.frozen.kind} weights, which take no update in place")

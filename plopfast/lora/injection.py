@@ -91,9 +91,10 @@ def _checked(
     experts = {} if linear else {info.name: info for info in expert_weights(model)}
     for name, (rank, _) in placement.modules.items():
         if name not in experts and (name not in modules or not is_linear(modules[name])):
+            adapted = name.removesuffix(".base") in modules and name != name.removesuffix(".base")
+            remedy = "make it before any adapter is put in" if adapted else "was it made for another model?"
             raise PlacementError(
-                f"the placement names {name!r}, which is not a linear module of this {type(model).__name__}; "
-                "was it made for another model?"
+                f"the placement names {name!r}, which is not a linear module of this {type(model).__name__}; {remedy}"
             )
         frozen = experts[name].frozen if name in experts else frozen_of(modules[name], name)
         n_out, n_in = frozen.shape

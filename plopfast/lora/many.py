@@ -192,9 +192,14 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Every module by name, where one that has adapters with names is the plain one that these were put on."""
-    found = model.named_modules(remove_duplicate=False)
-    return {name: module.base if isinstance(module, ManyLoRA) else module for name, module in found}
+    """Every module by its name in the plain model, where one that has adapters with names is the one that these were put on."""
+    found = dict(model.named_modules(remove_duplicate=False))
+    inside = tuple(f"{name}." for name, module in found.items() if isinstance(module, ManyLoRA))
+    return {
+        name: module.base if isinstance(module, ManyLoRA) else module
+        for name, module in found.items()
+        if not name.startswith(inside)
+    }
 
 
 @torch.no_grad()

@@ -79,8 +79,8 @@ def questions(prompts: Sequence[Prompt], names: Sequence[str], without: Sequence
     """Each prompt to each adapter, or, where its row says so, to its "adapter" alone (null: the base); a row's "without" and
     `without` are modules that are switched off.
 
-    Raises DataError for a row that names an unknown adapter, or modules in another form, and ConfigError for modules without an
-    adapter.
+    Raises DataError for a row that names an unknown adapter, modules in another form, or modules where the base answers, and
+    ConfigError for modules without an adapter.
     """
     if without and not names:
         raise ConfigError(
@@ -101,6 +101,11 @@ def questions(prompts: Sequence[Prompt], names: Sequence[str], without: Sequence
         if not (isinstance(off, list) and all(isinstance(part, str) for part in off)):
             raise DataError(f'{prompt.where}: expected "without", a list of modules such as ["mlp"], got {shown(off)}')
         who = [named] if "adapter" in told else everyone
+        if off and who == [None]:
+            raise DataError(
+                f'{prompt.where}: "without" switches modules of an adapter off, and the base alone answers it: leave it out, or name '
+                "an adapter"
+            )
         found += [Question(prompt, one, (*without, *off) if one else ()) for one in who]
     return found
 

@@ -30,8 +30,9 @@ def _names(*kinds: type[Settings]) -> set[str]:
 OF_A_JOB = _names(*OWN) - _names(groups.ModelSettings, groups.RankSettings) - {*OF_THE_PASS, *CANNOT, "full", "backend"}
 
 
-def read_jobs(path: Path, base: RunConfig) -> dict[str, RunConfig]:
-    """The jobs of a JSON or YAML file, by name: the settings of `base`, of the file, and of the job, the last one first.
+def read_jobs(path: Path, base: RunConfig) -> tuple[RunConfig, dict[str, RunConfig]]:
+    """What a JSON or YAML file says of all jobs, and its jobs by name: the settings of `base`, of the file, and of the job, the
+    last one first. `base` is as the user gave it: a job has other defaults where it has rows of its own.
 
     Raises FileError for a file that cannot be read, and ConfigError, with the job's name, for settings that cannot be, for those
     that all jobs have to share, and for a name that cannot be a folder's.
@@ -44,6 +45,12 @@ def read_jobs(path: Path, base: RunConfig) -> dict[str, RunConfig]:
             f"{shown(jobs)}"
         )
     common = _replaced(f"{path}", base, checked_settings(path, value))
+    for setting in ("full", "fit", *CANNOT):
+        if getattr(common, setting):
+            why = CANNOT.get(setting, "is for one training")
+            raise ConfigError(
+                f"{setting} {why}, which several jobs at once cannot have: leave it out, or plopfast run each job"
+            )
     found: dict[str, RunConfig] = {}
     for name, settings in jobs.items():
         where = f"{path}, job {name!r:.80}"
@@ -57,7 +64,7 @@ def read_jobs(path: Path, base: RunConfig) -> dict[str, RunConfig]:
             if setting not in OF_A_JOB and given != getattr(common, setting):
                 raise ConfigError(_not_its_own(where, setting, getattr(common, setting)))
         found[name] = _replaced(where, common, checked_settings(where, settings))
-    return found
+    return common, found
 
 
 def _not_its_own(where: str, setting: str, shared: Any) -> str:

@@ -1,7 +1,7 @@
 """Several trainings on one base: multi.json, and a run folder for each job in jobs/NAME, as if it had been run alone."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,13 @@ from ..report import kinds
 from ..scoring import eva
 from ..support import files, machine, ranks
 from ..support.config import RunConfig
-from ..support.errors import ConfigError, TrainingError
+from ..support.errors import ConfigError, DataError, PlacementError, TrainingError
 from ..support.tables import Column, Table
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.together import Together
 from .apply import job_for
 from .folder import EVA
-from .jobs import read_jobs
 from .run import Run
 from .stages import about_validation, keep_training, run_data, run_eval, run_place, run_report, run_score
 
@@ -31,29 +30,37 @@ BEFORE: dict[str, Callable[[Run], object]] = {"data": run_data, "score": run_sco
 AFTER: dict[str, Callable[[Run], object]] = {"eval": run_eval, "report": run_report}
 
 
-def run_multi(run: Run, jobs_file: Path, at_once: int | None = None) -> tuple[str, bool]:
+def run_multi(
+    run: Run, jobs_file: Path, configs: Mapping[str, RunConfig], at_once: int | None = None
+) -> tuple[str, bool]:
     """Scores, places, trains (`at_once` jobs at a time, or all), evaluates and reports every job of the file. Returns a table,
     and whether all of them trained to their end: a job that fails in training ends alone.
 
-    With `resume`, what is done is left out, and jobs go on from their checkpoints. Raises ConfigError for jobs that cannot be
-    (see `read_jobs`), and what the stages raise before anything is trained.
+    `run` has the settings of all jobs, `configs` those of each, as `read_jobs` gives them. With `resume`, what is done is left
+    out, and jobs go on from their checkpoints. Raises ConfigError for other jobs or settings than these began with, and what the
+    stages raise before anything is trained.
     """
     from ..report import page  # noqa: F401  # a missing extra should stop the jobs before the work, not after
 
-    configs = read_jobs(jobs_file, run.config)
-    if run.config.full or run.config.fit:
-        given = "--full" if run.config.full else "--fit"
-        raise ConfigError(f"{given} is for one training: leave it out, or plopfast run each job")
     if run.resume and run.at.is_done("multi"):
+        value = kinds.read(run.file("multi"), MADE_BY)
+        if value["jobs"].keys() != configs.keys():
+            raise ConfigError(
+                f"--resume: {run.file('multi')} is of the jobs {', '.join(value['jobs'])}, and {jobs_file} has {', '.join(configs)}: give "
+                "these another --out, or --overwrite"
+            )
+        for name, config in configs.items():
+            _opened(run, name, config)  # raises for other settings than the job's
         run.say("multi: already done")
-        return _table(kinds.read(run.file("multi"), MADE_BY))
+        return _table(value)
     with contextlib.ExitStack() as stack, run.stage("multi", inputs=[jobs_file]):
         made = {name: _opened(run, name, config) for name, config in configs.items()}
         for one in made.values():
             stack.callback(one.at.close)
         _each(made, "data", run_data)  # a row that cannot be used stops all before any is trained
-        for one in made.values():
-            check_rule(one.config.placing, lambda: run.model)
+        for name, one in made.items():
+            with _of_job(name):
+                check_rule(one.config.placing, lambda: run.model)
         for stage in ("score", "place"):
             _each(made, stage, BEFORE[stage])
         failed = _train(run, made, at_once)
@@ -87,7 +94,17 @@ def _opened(run: Run, name: str, config: RunConfig) -> Run:
 def _each(made: dict[str, Run], stage: str, do: Callable[[Run], object]) -> None:
     for name, one in made.items():
         one.say(f"{name}: {stage}")
-        _unless_done(one, stage, do)
+        with _of_job(name):
+            _unless_done(one, stage, do)
+
+
+@contextlib.contextmanager
+def _of_job(name: str) -> Iterator[None]:
+    """Says of which job an error is."""
+    try:
+        yield
+    except (ConfigError, DataError, PlacementError) as error:
+        raise type(error)(f"job {name!r}: {error}") from error
 
 
 def _unless_done(one: Run, stage: str, do: Callable[[Run], object]) -> None:
@@ -108,7 +125,8 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
     with contextlib.ExitStack() as stack:
         stack.callback(unload, run.model)
         for name, one in left.items():
-            jobs.append(_job(one, name))
+            with _of_job(name):
+                jobs.append(_job(one, name))
             opened[name] = contextlib.ExitStack()
             opened[name].enter_context(one.stage("train"))
             stack.push(opened[name])  # an exception ends all of them

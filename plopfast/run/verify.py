@@ -32,17 +32,25 @@ def verify(folder: Path) -> tuple[bool, str]:
     begun = {event["stage"]: event for event in ledger.events() if event["event"] == "begin"}
     unfinished = [f"unfinished: {stage}, begun {begun[stage]['time']}" for stage in begun if stage not in done]
     claims = ledger.claims()
+    holds_runs = [path for path in sorted(folder.iterdir()) if path.name not in claims and _holds_runs(path)]
     others = [
         path
         for path in sorted(folder.iterdir())
-        if path.name not in HIDDEN
+        if path.name not in HIDDEN and path not in holds_runs
         for path in ledger.foreign(path.name, claims)
     ]
     lines = [f"{folder}: {len(names - changed)} of {len(names)} files are as they were"]
     lines += [str(table)] * bool(odd) + unfinished
     lines += [f"not compared: {name}, whose rows are in a folder or on the hub" for name in uncompared]
+    lines += [f"not compared: {path}, which holds run folders: plopfast verify {path}/NAME" for path in holds_runs]
     lines += [f"not written by plopfast: {path}" for path in others]
     return not odd, for_terminal("\n".join(lines))
+
+
+def _holds_runs(path: Path) -> bool:
+    """Whether all that a folder holds are run folders, as plopfast multi makes them for its jobs."""
+    held = list(path.iterdir()) if path.is_dir() and not path.is_symlink() else []
+    return bool(held) and all(Ledger(one).exists() for one in held)
 
 
 def _compared(folder: Path, stage: str, event: dict[str, Any]) -> list[tuple[str, str, str, str]]:

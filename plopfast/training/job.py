@@ -16,6 +16,7 @@ from torch import nn
 from ..data.batches import collate, collate_packed, group_by_length
 from ..data.example import Example
 from ..lora.layer import every_adapter
+from ..lora.many import named_places
 from ..models.running import device_of, evaluating
 from ..support import machine, ranks
 from ..support.config import TrainConfig
@@ -93,6 +94,8 @@ class Job:
         self.parameters = dict(parameters)
         if not self.parameters:
             raise TrainingError("nothing to train: no parameter requires a gradient; inject(model, placement) first")
+        if merged := next((place.merged for place in named_places(model) if place.merged), None):
+            raise TrainingError(f"the adapter {merged!r} is merged into the weights: unmerge_adapter(model) first")
         self.plan = Plan(train, unlabeled, config)
         self.rows, self.max_steps = self.plan.rows, self.plan.max_steps
         if machine.launch().size > ranks.size():

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.rows import IGNORE
 from ..lora.layer import LoRALinear
+from ..lora.many import ManyLoRA
 from ..models.cross_entropy import chunked_cross_entropy
 from ..models.frozen import frozen_of
 from ..models.quantized import QuantizedLinear
@@ -110,7 +111,12 @@ class Objective(nn.Module):
         ids, dtype, parts = batch["input_ids"], self.model.dtype, batch.get("parts")
         with contextlib.nullcontext() if self.recomputed else attention_for(ids, dtype):  # type: ignore[arg-type]
             if self.head is None:
-                logits_nV = run_for_logits(self.model, inputs_of(batch), where)
+                if isinstance(
+                    output_head(self.model), ManyLoRA
+                ):  # which adapter a token takes is known of whole rows alone
+                    logits_nV = self.model(**inputs_of(batch), use_cache=False).logits[where]
+                else:
+                    logits_nV = run_for_logits(self.model, inputs_of(batch), where)
                 if parts is None:
                     return nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="sum")
                 losses_n = nn.functional.cross_entropy(logits_nV.float(), targets_n, reduction="none")

@@ -163,7 +163,8 @@ def test_settings_of_the_file_and_of_a_job(tmp_path):
     path.write_text(
         "lr: 5e-4\nmax_steps: 7\nmodel: here\njobs:\n  a: {rank: 3, epochs: 2}\n  b: {lr: 1e-3, model: here}\n"
     )
-    found = read_jobs(path, RunConfig(alpha=5.0, rank=9))
+    common, found = read_jobs(path, RunConfig(alpha=5.0, rank=9))
+    assert (common.lr, common.max_steps, common.model) == (5e-4, 7, "here")
     assert [(c.lr, c.max_steps, c.epochs, c.rank, c.alpha, c.model) for c in found.values()] == [
         (5e-4, None, 2.0, 3, 5.0, "here"),
         (1e-3, 7, None, 9, 5.0, "here"),
@@ -177,7 +178,8 @@ def test_what_is_wrong_is_said_before_anything_is_trained(world, tmp_path, capsy
     ):  # fmt: skip
         path.write_text(json.dumps({"jobs": {"good": jobs["legal"], "bad": {**jobs["legal"], **change}}}))
         assert main(["multi", "--jobs", str(path), "--out", str(tmp_path / "x"), *shared, "--overwrite"]) == 2
-        assert message in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert message in said and "job 'bad': " in said
         assert not list((tmp_path / "x").glob("jobs/*/adapter"))
     for more, message in ((["--jobs", str(tmp_path / "no.json")], "no.json"), ([], "needs --jobs FILE")):
         assert main(["multi", *more, "--out", str(tmp_path / "y"), *shared]) == 2
@@ -204,3 +206,45 @@ def test_a_diverged_jobs_best_adapter_is_kept(world, tmp_path, monkeypatch):
     assert not (folder / "adapter").exists()
     model = build("llama")
     assert pf.load_adapter(model, folder / "adapter-before-failure")
+
+
+def test_what_stands_above_jobs_is_the_bases_too(world, tmp_path, capsys):
+    """The base is the one of the file, and a job with rows of its own has no defaults of the demo's."""
+    (model, *shared), path, jobs = world
+    common = {"model": model.removeprefix("--model="), "dtype": "bfloat16", "eval_rows": 4}
+    jobs = {"legal": jobs["legal"], "own": {k: v for k, v in jobs["third"].items() if k != "epochs"}}
+    path.write_text(json.dumps({**common, "jobs": jobs}))
+    assert [config.max_steps for config in read_jobs(path, RunConfig())[1].values()] == [6, None]
+    path.write_text(json.dumps({**common, "jobs": {"legal": jobs["legal"]}}))
+    out = tmp_path / "out"
+    words = ["multi", "--jobs", str(path), "--out", str(out), *shared]
+    assert main(words) == 0
+    found = [json.loads((at / "config.json").read_text())["settings"] for at in (out, out / "jobs" / "legal")]
+    assert all(one["dtype"] == "bfloat16" and one["model"] == common["model"] for one in found)
+    assert re.search(f"^{re.escape(common['model'])}: .*torch.bfloat16", capsys.readouterr().err, re.M)
+    assert main([*words, "--resume"]) == 0
+
+
+def test_a_finished_multi_goes_on_with_its_own_jobs_alone(world, tmp_path, capsys):
+    shared, path, jobs = world
+    words = ["multi", "--jobs", str(path), "--out", str(tmp_path / "out"), *shared]
+    path.write_text(json.dumps({"jobs": {"legal": jobs["legal"]}}))
+    assert main(words) == 0 and main([*words, "--resume"]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().out
+    assert "jobs, which holds run folders: plopfast verify" in told and "not written by" not in told
+    path.write_text(json.dumps({"jobs": jobs}))
+    assert main([*words, "--resume"]) == 2
+    assert "is of the jobs legal, and" in capsys.readouterr().err
+    path.write_text(json.dumps({"jobs": {"legal": {**jobs["legal"], "lr": 0.5}}}))
+    assert main([*words, "--resume"]) == 2
+    assert "lr was 0.01, is 0.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("setting", "value"), [("full", True), ("compile", True), ("mlp_rows", 4), ("neftune", 5.0)])
+def test_what_several_cannot_have_is_refused_at_once(tmp_path, setting, value):
+    path = tmp_path / "jobs.json"
+    path.write_text(json.dumps({setting: value, "jobs": {"a": {}}}))
+    with pytest.raises(ConfigError, match=f"^{setting} .*which several jobs at once cannot have"):
+        read_jobs(path, RunConfig())

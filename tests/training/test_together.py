@@ -108,6 +108,34 @@ def test_a_quantised_base(examples):
         check_alike(several.jobs[name], trainer)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_adapters_of_the_output_head(examples, packing):
+    """The head gets label tokens alone where it has no names, and then no row's own could be told."""
+    config = {"lr": 1e-2, "max_steps": 3, "batch_tokens": 200, "packing": packing}
+
+    def trained(names):
+        model = build("llama")
+        where = pf.Placement({"lm_head": (4, 8.0), "model.layers.1.mlp.down_proj": (4, 8.0)}, [], "some", 0)
+        for name in names:
+            pf.inject(model, where, name=name, seed=ord(name))
+        rows = {"a": examples[:20], "b": examples[20:40]}
+        jobs = [job_of(model, name, pf.TrainConfig(**config), rows[name], examples[48:]) for name in names]
+        Together(model, jobs).fit()
+        return jobs
+
+    for job in trained("ab"):
+        check_alike(job, *trained(job.name))
+
+
+def test_no_training_beside_a_merged_adapter(examples):
+    model = build("llama")
+    for name in "ab":
+        pf.inject(model, placement(build("llama"), JOBS[name]), name=name)
+    pf.merge_adapter(model, "a")
+    with pytest.raises(TrainingError, match="'a' is merged into the weights: unmerge_adapter"):
+        job_of(model, "b", settings(JOBS["b"]), examples[:48])
+
+
 def test_a_few_at_a_time(examples):
     """Whoever waits gives the same; at no time are there more."""
     seen = []
