@@ -43,13 +43,17 @@ class Call:
                 raise ConfigError(f"plopfast {self.name} needs --out DIR, the run folder of the stages before it")
             now = ranks.largest(int(time.time()))
             given.out = Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
-        if resume and given.overwrite:
-            raise ConfigError("--resume goes on with what --overwrite would replace: leave one of them out")
+        _check_resume(given)
         shown = not machine.launch().rank
         run = Run(given.out, self.config, overwrite=given.overwrite, resume=resume, progress=shown)
         self.ends.callback(run.at.close)
         ranks.on_main(run.at.check)  # a wrong --out should stop the command before its work
         return run
+
+
+def _check_resume(given: argparse.Namespace) -> None:
+    if getattr(given, "resume", False) and given.overwrite:
+        raise ConfigError("--resume goes on with what --overwrite would replace: leave one of them out")
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,7 @@ def _multi(call: Call) -> int:
     from ..run.jobs import read_jobs
     from ..run.multi import run_multi
 
+    _check_resume(call.arguments)
     if call.arguments.jobs is None:
         raise ConfigError("plopfast multi needs --jobs FILE, a JSON or YAML file of jobs (docs/multi.md)")
     common, jobs = read_jobs(call.arguments.jobs, call.config)

@@ -111,9 +111,8 @@ class Objective(nn.Module):
         ids, dtype, parts = batch["input_ids"], self.model.dtype, batch.get("parts")
         with contextlib.nullcontext() if self.recomputed else attention_for(ids, dtype):  # type: ignore[arg-type]
             if self.head is None:
-                if isinstance(
-                    output_head(self.model), ManyLoRA
-                ):  # which adapter a token takes is known of whole rows alone
+                # which adapter a token takes is known of whole rows alone
+                if isinstance(output_head(self.model), ManyLoRA):
                     logits_nV = self.model(**inputs_of(batch), use_cache=False).logits[where]
                 else:
                     logits_nV = run_for_logits(self.model, inputs_of(batch), where)

@@ -324,9 +324,10 @@ def test_the_jobs_of_multi_answer(several, model_folder, tmp_path, capsys):
 
 def test_several_that_cannot_be(base, several, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("plopfast.run.run.load_model", lambda *_, **__: pytest.fail("it was loaded"))
-    rows = {name: tmp_path / f"{name}.jsonl" for name in ("unknown", "odd")}
+    rows = {name: tmp_path / f"{name}.jsonl" for name in ("unknown", "odd", "base")}
     rows["unknown"].write_text('{"prompt": "x"}\n{"prompt": "y", "adapter": "legl"}\n')
     rows["odd"].write_text('{"prompt": "x", "adapter": "legal", "without": "mlp"}\n')
+    rows["base"].write_text('{"prompt": "x", "adapter": null, "without": ["mlp"]}\n')
     legal, one = ["--adapter", several["legal"]], ["--prompt", "x"]
     for words, message in [
         (
@@ -337,6 +338,10 @@ def test_several_that_cannot_be(base, several, tmp_path, capsys, monkeypatch):
         (
             [*legal, "--prompts", rows["odd"]],
             'odd.jsonl:1: expected "without", a list of modules such as ["mlp"], got \'mlp\'',
+        ),
+        (
+            [*legal, "--prompts", rows["base"]],
+            'base.jsonl:1: "without" switches modules of an adapter off, and the base',
         ),
         ([*one, *legal, *legal], "expected a name that no other has, got 'legal': give --adapter NAME="),
         ([*one, "--without", "mlp"], "--without switches modules of an adapter off"),
