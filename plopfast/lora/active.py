@@ -59,12 +59,12 @@ def chosen(
         hook = body(model).register_forward_pre_hook(
             lambda _, args, kwargs: _check_batch(args, kwargs, rows), with_kwargs=True
         )
-    before = routing.take(runs)
+    routing.enter(runs)
     try:
         with hook:
             yield
     finally:
-        routing.take(before)
+        routing.leave()
 
 
 def _check_batch(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> None:

@@ -191,10 +191,8 @@ def unload(model: nn.Module, name: str | None = None) -> list[str]:
     """Takes the adapters out, or those of this name, and puts the plain modules back with their weights unchanged, also where one
     was merged by `merge_adapter`. Returns the names of their modules. Raises AdapterError for one that `active` has chosen now."""
     routing = routing_of(model)
-    if routing and (
-        in_use := [use.name for use, _ in routing.runs if use.name is not None and name in (None, use.name)]
-    ):
-        raise AdapterError(f"the adapter {in_use[0]!r} answers rows now: unload it after pf.active(...) has ended")
+    if routing and (in_use := routing.names() if name is None else routing.names() & {name}):
+        raise AdapterError(f"the adapter {min(in_use)!r} answers rows now: unload it after pf.active(...) has ended")
     removed = adapters(model, name)
     for module_name, module in removed.items():
         take_out(model, module_name, module)

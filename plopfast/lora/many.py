@@ -44,14 +44,22 @@ class Routing:
 
     def __init__(self) -> None:
         self.runs: tuple[tuple[Use, int], ...] = ()  # with their rows, or tokens where rows are packed; empty: not said
+        self.outer: list[tuple[tuple[Use, int], ...]] = []  # those of the contexts around
         self.turn = 0  # changes with `runs`
         self.is_checked = False  # whether the modules are known to read rows one after the other
 
-    def take(self, runs: Sequence[tuple[Use, int]]) -> tuple[tuple[Use, int], ...]:
-        """Puts `runs` in force, and returns those that were."""
-        before, self.runs = self.runs, tuple(runs)
-        self.turn += 1
-        return before
+    def enter(self, runs: Sequence[tuple[Use, int]]) -> None:
+        """Puts `runs` in force."""
+        self.outer.append(self.runs)
+        self.runs, self.turn = tuple(runs), self.turn + 1
+
+    def leave(self) -> None:
+        """Puts those in force that were before."""
+        self.runs, self.turn = self.outer.pop(), self.turn + 1
+
+    def names(self) -> set[str]:
+        """The adapters that are chosen now, or will be again when a context ends."""
+        return {use.name for runs in (*self.outer, self.runs) for use, _ in runs if use.name is not None}
 
 
 class NamedLoRA(LoRALinear):

@@ -254,6 +254,8 @@ def test_what_answers_stays(batch):
         for name in ("a", None):
             with pytest.raises(AdapterError, match="'a' answers rows now"):
                 pf.unload(model, name)
+        with pf.active(model, "b"), pytest.raises(AdapterError, match="'a' answers rows now"):
+            pf.unload(model, "a")  # which it does again in a moment
         pf.unload(model, "b")
         run(model, batch)
     assert pf.unload(model, "a")
