@@ -148,6 +148,28 @@ def test_logits_are_pefts(any_model, batch, tmp_path, merged):
         torch.testing.assert_close(run(model, batch), want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_modules_that_are_off_are_as_an_adapter_of_pefts_without_them(architecture, merged, batch, tmp_path):
+    model = several(architecture)
+    less = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, module in adapters(less, "a").items():
+            module.lora_B *= ".mlp." not in name
+    folders = {
+        "a": pf.save_adapter(model, tmp_path / "a", name="a"),
+        "less": pf.save_adapter(less, tmp_path / "less", name="a"),
+    }
+    theirs, names = peft_of(build(architecture), folders), ["a", "less", "__base__", "less", "a"]
+    with torch.no_grad():
+        want = theirs(**{k: batch[k] for k in ("input_ids", "attention_mask")}, adapter_names=names).logits
+    if merged:
+        merge_adapter(model, "a")
+    off = pf.Use("a", without=["mlp"])
+    with pf.active(model, ["a", off, None, off, "a"]):
+        torch.testing.assert_close(run(model, batch), want, rtol=1e-4, atol=1e-4)
+
+
 def test_files_come_back_under_any_name(batch, tmp_path):
     model = several()
     for name in "ab":
