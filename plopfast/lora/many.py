@@ -158,9 +158,10 @@ class ManyLoRA(nn.Module):
 
     def _alone(self, x: torch.Tensor, one: NamedLoRA | None) -> torch.Tensor:
         """All rows with one adapter, or with none."""
-        if one is None if self.merged is None else one is not None and one.name == self.merged:
+        merged = self.member(self.merged)
+        if one is merged:
             return self.base(x)
-        if self.merged is None and one is not None:
+        if merged is None and one is not None:
             return one(x)
         a, b, scaling, p, seed, _ = self._term(one, x.device)
         return lora_linear(
@@ -170,7 +171,7 @@ class ManyLoRA(nn.Module):
     def _term(self, one: NamedLoRA | None, device: torch.device) -> tuple[Any, ...]:
         """(A, B, scaling, dropout rate, its seed, A and B in the weight's dtype) of what is added to W x. Where an update is in
         W, it is taken off again for rows that don't take it."""
-        merged = None if self.merged is None else self.member(self.merged)
+        merged = self.member(self.merged)
         if one is merged:
             return None, None, 1.0, 0.0, None, None
         if merged is None and one is not None:

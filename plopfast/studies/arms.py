@@ -79,12 +79,11 @@ class Training:
         at = self._folders(arm, folder)
         tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
         losses = {lr: result["valid_loss"] for lr, result in tried.items()}
-        finite = [lr for lr in arm.lrs if losses[lr] is not None]
-        if not finite:
+        best = _lowest(losses)
+        if best is None:
             raise TrainingError(
                 f"arm {arm.name!r} trains at none of its rates, lower --lrs: {tried[arm.lrs[-1]]['error']}"
             )
-        best = min(finite, key=lambda lr: losses[lr])
         others = [tried[lr] for lr in arm.lrs if lr != best]
         for lr in set(arm.lrs) - {best}:
             (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
@@ -139,8 +138,7 @@ class Training:
             tried = {lr: paths[0] / "result.json" for lr, paths in at[arm.name].items()}
             if arm.placement is not None and all(path.exists() for path in tried.values()):
                 losses = {lr: kinds.read(path, MADE_BY)["valid_loss"] for lr, path in tried.items()}
-                if finite := {lr: loss for lr, loss in losses.items() if loss is not None}:
-                    best = min(finite, key=lambda lr: finite[lr])
+                if (best := _lowest(losses)) is not None:
                     seeds += [
                         (arm, best, seed, path) for seed, path in zip(self.seeds, at[arm.name][best], strict=True)
                     ]
@@ -185,6 +183,12 @@ class Training:
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(device_of(run.model)), 1)}
+
+
+def _lowest(losses: dict[float, float | None]) -> float | None:
+    """The rate of the lowest validation loss; None where no loss is finite."""
+    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
+    return min(finite, key=lambda lr: finite[lr], default=None)
 
 
 def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:

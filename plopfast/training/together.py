@@ -47,9 +47,8 @@ CANNOT = {
     "compile": "would compile a batch's adapters anew at each step",
     "neftune": "draws one noise for the whole batch",
 }
-SLACK = (
-    0.25  # trainings whose rows are of other lengths share a batch where it is at most so much larger than their own
-)
+# trainings whose rows are of other lengths share a batch where it is at most so much larger than their own
+SLACK = 0.25
 
 
 def job_of(
@@ -88,12 +87,8 @@ class Together:
         progress: bool = False,
         on_end: Callable[[str, TrainResult | TrainingError], None] | None = None,
     ) -> None:
-        self.model, self.jobs, self.progress, self.on_end = (
-            model,
-            {str(job.name): job for job in jobs},
-            progress,
-            on_end,
-        )
+        self.model, self.progress, self.on_end = model, progress, on_end
+        self.jobs = {str(job.name): job for job in jobs}
         self.at_once = at_once or len(jobs)
         if not jobs:
             raise TrainingError("nothing to train: no jobs")
@@ -159,9 +154,9 @@ class Together:
     def _enter(self, resume: Collection[str], meter: Any) -> None:
         """Lets waiting trainings in, while there is room."""
         for name, job in self.jobs.items():
-            while_it_runs = contextlib.ExitStack()
             if name in self._running or name in self._results or len(self._running) >= self.at_once:
                 continue
+            while_it_runs = contextlib.ExitStack()
             if job.out is not None and ranks.is_main():
                 while_it_runs.enter_context(locked(job.out))
             self._running[name] = while_it_runs
