@@ -121,7 +121,7 @@ def _train(call: Call) -> None:
     print(f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s")
 
 
-def _estimate(call: Call) -> None:
+def _estimate(call: Call) -> int | None:
     given = call.arguments
     if call.config.model_config is None:
         return _stage("run.costs.run_estimate")(call)
@@ -129,6 +129,7 @@ def _estimate(call: Call) -> None:
 
     default = not hasattr(given, "rule") and call.config.rule == RunConfig().rule
     print(estimate_config(call.config, given.out, default_rule=default, overwrite=given.overwrite))
+    return None
 
 
 def _grpo(call: Call) -> None:

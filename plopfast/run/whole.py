@@ -40,5 +40,5 @@ def run_all(run: Run) -> tuple[str, bool]:
                 run.say(f"{stage}: already done")
             else:
                 do(run)
-    kept = not lost(kinds.read(run.file("eval"), "plopfast eval"))
+    kept = not (run.config.must_keep and lost(kinds.read(run.file("eval"), "plopfast eval")))
     return summary(run) if ranks.is_main() else "", kept

@@ -61,10 +61,10 @@ def of_gain(before: Sequence[float], after: Sequence[float]) -> Difference:
     return Difference(p1 - p2, p1 - p2 - below, p1 - p2 + above)
 
 
-def of_change(changes: Sequence[float], weights: Sequence[int], seed: int = 0) -> Difference:
+def of_change(changes: Sequence[float], weights: Sequence[int]) -> Difference:
     """Returns sum(changes) / sum(weights) of rows, such as the change of a loss in nats a token, by resampling the rows."""
     pairs = torch.tensor([changes, weights], dtype=torch.float64)
-    low, high = _resampled(pairs, seed)
+    low, high = _resampled(pairs, seed=0)
     return Difference(math.fsum(changes) / sum(weights), low, high)
 
 
