@@ -14,14 +14,9 @@ from ..support.options import Settings
 from ..support.settings_file import load_settings
 from . import arguments, bench_command
 from .commands import COMMANDS, Command
+from .help import BRIEF, EPILOG, Overview, basics_of
+from .parser import Parser
 
-DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
-plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
-adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
-EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
-Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
-Exit codes: 0 done, 1 doctor or verify found something wrong or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
-On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace results that exist and that plopfast wrote"},
     "resume": {"action": "store_true", "help": "go on with what was interrupted"},
@@ -87,15 +82,18 @@ TITLES = list(dict.fromkeys(kind.title for kind in GROUPS))
 FIRST = ("model", "train", "score_prompts", "rule", "k", "rank", "init", "lr")  # lead their groups in a help text
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Overview:
     """One subcommand for each entry of COMMANDS, and bench, which reads no settings."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("plopfast", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Overview("plopfast")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        text = command.help[0].upper() + command.help[1:]
-        added = commands.add_parser(name, help=command.help, description=text, epilog=EPILOG, formatter_class=raw)
+        basics = basics_of(name)
+        example = f"example: plopfast {name} {basics.example}" if basics.example else ""
+        text = [command.help[0].upper() + command.help[1:] + ".", example]
+        added = commands.add_parser(name, text=text, more=EPILOG, basics=basics.options.split(), brief=_briefs())
+        parser.helps[name], parser.commands[name] = command.help, added
         if command.bare:
+            added.usage_words = "OUT"
             added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
         added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))
@@ -105,8 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
             option = {"option": f"--{flag.replace('_', '-')}", "dest": flag} | FLAGS[flag]
             added.add_argument(option.pop("option"), **option)
         _add_settings(added, command)
-    bench_command.add_to(commands)
+        added.foot = f"plopfast {name} --help-all shows every option in groups."
+    parser.helps["bench"], parser.commands["bench"] = bench_command.HELP, bench_command.add_to(commands)
     return parser
+
+
+def _briefs() -> dict[str, str]:
+    return {name: text + _default(name) for name, text in BRIEF.items()}
 
 
 def _help_of_out(command: Command) -> str:
@@ -143,17 +146,22 @@ def _title(name: str) -> str:
 
 def _option(name: str) -> dict[str, Any]:
     field, hint = FIELDS[name], TYPES[name]
-    default = ("on" if field.default else "off") if hint is bool else field.default
     words = help_words() | {"models": ", ".join(KNOWN)}
-    text = field.metadata["help"].format(**words) + ("" if default is None else f" (default: {default})")
+    text = field.metadata["help"].format(**words) + _default(name)
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # int | None -> int
     if plain is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if field.metadata["choices"]:
-        return options | {"type": plain, "choices": field.metadata["choices"]}
+        return options | arguments.one_of(field.metadata["choices"])
     several = {"nargs": "+"} if name in ROWS else {}
     return options | several | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
+
+
+def _default(name: str) -> str:
+    """The end of a help text: what holds where the option is not given."""
+    value = FIELDS[name].default if name in FIELDS else None
+    return "" if value is None else f" (default: {('off', 'on')[value] if isinstance(value, bool) else value})"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

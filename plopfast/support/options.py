@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any, ClassVar, get_args
 
-from .errors import ConfigError, shown
+from .errors import ConfigError, nearest, shown
 
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -54,7 +54,8 @@ class Settings:
             if not fits(item.type, value):
                 raise ConfigError(f"{name}: expected {words_of(item.type)}, got {shown(value)}")
             if rules["choices"] and value is not None and value not in rules["choices"]:
-                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {shown(value)}")
+                meant = nearest(value, rules["choices"])
+                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {shown(value)}{meant}")
             if rules["file"] and value is not None and not (value and all(value)):
                 raise ConfigError(f"{name}: expected the name of a file, got {value!r}")
             for text in value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []:
