@@ -3,16 +3,19 @@
 import argparse
 import dataclasses
 import inspect
+import sys
 from collections.abc import Sequence
 from typing import Any, get_args
 
 from ..models.known import KNOWN
 from ..placing.rules import help_words
+from ..support import machine
 from ..support.config import ROWS, TYPES, RunConfig
 from ..support.foreign import hint
 from ..support.options import Settings
 from ..support.settings_file import load_settings
 from . import arguments, bench_command
+from .aliases import add_aliases, check_names, notes, spelled
 from .commands import COMMANDS, Command
 from .help import BRIEF, EPILOG, Overview, basics_of
 from .parser import Parser
@@ -79,6 +82,12 @@ FLAGS: dict[str, dict[str, Any]] = {
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 GROUPS = [kind for kind in RunConfig.__mro__ if issubclass(kind, Settings)]
 TITLES = list(dict.fromkeys(kind.title for kind in GROUPS))
+KNOWN_BEST = (
+    "--rank",
+    "--lr",
+    "--model",
+    "--out",
+)  # the first that a command has stands for the names from other tools
 FIRST = ("model", "train", "score_prompts", "rule", "k", "rank", "init", "lr")  # lead their groups in a help text
 
 
@@ -103,7 +112,10 @@ def build_parser() -> Overview:
             option = {"option": f"--{flag.replace('_', '-')}", "dest": flag} | FLAGS[flag]
             added.add_argument(option.pop("option"), **option)
         _add_settings(added, command)
-        added.foot = f"plopfast {name} --help-all shows every option in groups."
+        add_aliases(added)
+        other = next((option for option in KNOWN_BEST if option in added.other_names), "")
+        names = f", and names from other tools that work, too, such as {added.other_names[other][0]}" if other else ""
+        added.foot = f"plopfast {name} --help-all shows every option in groups{names}."
     parser.helps["bench"], parser.commands["bench"] = bench_command.HELP, bench_command.add_to(commands)
     return parser
 
@@ -166,18 +178,25 @@ def _default(name: str) -> str:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Parses a command line. `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value."""
+    words = spelled(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    parsed, unknown = parser.parse_known_args(argv)
+    parsed, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], ())}")
     for name, value in vars(parsed).items():
         if value == []:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")
+    if problem := check_names(parsed, words):
+        parser.fail(problem)
     return parsed
 
 
 def settings_of(parsed: argparse.Namespace) -> RunConfig:
-    """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
+    """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given.
+
+    Prints, on stderr, what has to be said of settings that were given by the names of other tools.
+    """
+    told = notes(parsed)
     settings: dict[str, Any] = {}
     command = COMMANDS[parsed.command]
     if command.bare:
@@ -186,9 +205,12 @@ def settings_of(parsed: argparse.Namespace) -> RunConfig:
     if kept and (kept.is_file() or "overwrite" not in command.flags) and (parsed.command != "run" or parsed.resume):
         settings |= load_settings(kept)
     if parsed.config:
-        settings |= load_settings(parsed.config)
+        settings |= load_settings(parsed.config, told)
     given = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if one in given:
             settings.pop(other, None)  # both say how long to train: the one that is given now counts
-    return RunConfig(**settings | given)
+    config = RunConfig(**settings | given)
+    if config.batch_tokens is None and not machine.launch().rank:  # with it, all notes that there are say nothing new
+        print("".join(f"plopfast: {note}\n" for note in told), end="", file=sys.stderr)
+    return config

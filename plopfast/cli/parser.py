@@ -44,6 +44,10 @@ class Parser(argparse.ArgumentParser):
         """Ends with exit code 2 and one line."""
         self.exit(2, f"plopfast: error: {for_terminal(message.translate({10: ' ', 13: ' '}))}\n")
 
+    def actions(self) -> list[argparse.Action]:
+        """The arguments that help texts show."""
+        return [action for action in self._actions if action.help != argparse.SUPPRESS]
+
     def format_help(self) -> str:
         return self.help_text()
 
@@ -54,8 +58,8 @@ class Parser(argparse.ArgumentParser):
         for title, actions in self._sections(whole):
             parts.append(f"{title}:\n" + listed([(_invocation(one), one.help or "") for one in actions], width))
         if whole and self.other_names:
-            rows = [(", ".join(names), option) for option, names in self.other_names.items()]
-            parts.append("names that other tools use, and what they are here:\n" + listed(rows, width))
+            rows = [(option, ", ".join(names)) for option, names in self.other_names.items()]
+            parts.append("names from other tools that work, too:\n" + listed(rows, width))
         return "\n\n".join([*parts, wrapped(self.more if whole else self.foot, width)]).rstrip() + "\n"
 
     def _sections(self, whole: bool) -> list[tuple[str, list[argparse.Action]]]:
@@ -63,7 +67,7 @@ class Parser(argparse.ArgumentParser):
             groups = {group.title or "": group._group_actions for group in self._action_groups}
             shown = {title: [one for one in group if one.help != argparse.SUPPRESS] for title, group in groups.items()}
             return [(title, actions) for title, actions in shown.items() if actions]
-        by_name = {action.dest: action for action in self._actions if action.help != argparse.SUPPRESS}
+        by_name = {action.dest: action for action in self.actions()}
         return [("basics", [self._short(by_name[name]) for name in self.basics])]
 
     def _short(self, action: argparse.Action) -> argparse.Action:
