@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..support.errors import nearest, shown
-from ..support.options import problem_of_text
+from ..support.errors import shown
+from ..support.options import problem_of_choice, problem_of_text
 
 
 def path(text: str) -> Path:
@@ -45,9 +45,7 @@ def one_of(choices: Sequence[str]) -> dict[str, Any]:
 
     def parse(text: str) -> str:
         if text not in choices:
-            raise argparse.ArgumentTypeError(
-                f"expected one of {', '.join(choices)}, got {shown(text)}{nearest(text, choices)}"
-            )
+            raise argparse.ArgumentTypeError(problem_of_choice(text, choices))
         return text
 
     return {"type": parse, "metavar": f"{{{','.join(choices)}}}"}

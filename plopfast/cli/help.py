@@ -18,7 +18,7 @@ Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instr
 Exit codes: 0 done, 1 doctor or verify found something wrong or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
 On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FOOT = """plopfast COMMAND --help shows a command's basics, --help-all all its options.
-plopfast --help-all: kinds of data, several devices. plopfast --version: versions.
+plopfast --help-all: kinds of data, several devices. plopfast -V, --version.
 Exit codes: 0 done, 1 something is wrong, 2 an error, 130 or 143 interrupted."""
 
 

@@ -11,7 +11,6 @@ from ..models.known import KNOWN
 from ..placing.rules import help_words
 from ..support import machine
 from ..support.config import ROWS, TYPES, RunConfig
-from ..support.foreign import hint
 from ..support.options import Settings
 from ..support.settings_file import load_settings
 from . import arguments, bench_command
@@ -19,6 +18,7 @@ from .aliases import add_aliases, check_names, notes, spelled
 from .commands import COMMANDS, Command
 from .help import BRIEF, EPILOG, Overview, basics_of
 from .parser import Parser
+from .suggest import unexpected, unknown_command, unknown_first
 
 FLAGS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace results that exist and that plopfast wrote"},
@@ -177,12 +177,23 @@ def _default(name: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line. `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value."""
+    """Parses a command line. Ends with one line and exit code 2 where it is wrong, and with the help where it is empty.
+
+    `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value.
+    """
     words = spelled(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
+    if not words:
+        parser.exit(2, parser.format_help())
+    if words[0] not in parser.commands and not words[0].startswith("-"):
+        parser.fail(unknown_command(words[0], parser.commands))
+    if words[0].startswith("-") and words[0] not in {
+        name for action in parser.actions() for name in action.option_strings
+    }:
+        parser.fail(unknown_first(words, parser, parser.commands))
     parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], ())}")
+        parser.fail(unexpected(parsed.command, unknown, parser.commands))
     for name, value in vars(parsed).items():
         if value == []:
             parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")

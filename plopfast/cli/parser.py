@@ -37,8 +37,9 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--help-all", action=_Help, help="show every option in groups")
 
     def error(self, message: str) -> NoReturn:
-        """What argparse calls for a wrong argument."""
-        self.fail(f"{message}; {self.prog} --help shows the options")
+        """What argparse calls for a wrong argument. What says itself what to give needs no hint."""
+        says = any(words in message for words in ("did you mean", "expected one of", "; give ", ": give "))
+        self.fail(message if says else f"{message}; {self.prog} --help shows the options")
 
     def fail(self, message: str) -> NoReturn:
         """Ends with exit code 2 and one line."""
@@ -47,6 +48,10 @@ class Parser(argparse.ArgumentParser):
     def actions(self) -> list[argparse.Action]:
         """The arguments that help texts show."""
         return [action for action in self._actions if action.help != argparse.SUPPRESS]
+
+    def hidden(self) -> list[argparse.Action]:
+        """The arguments that no help text shows."""
+        return [action for action in self._actions if action.help == argparse.SUPPRESS]
 
     def format_help(self) -> str:
         return self.help_text()
