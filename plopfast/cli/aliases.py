@@ -9,21 +9,26 @@ from ..support.aliases import ALIASES, LEAVE, Alias, note_of, switch
 from ..support.errors import ConfigError
 from .parser import Parser
 
-_OPTION = re.compile(r"--[A-Za-z][\w-]*(?==|\Z)")
+_OPTION = re.compile(r"\A--[A-Za-z][\w-]*(?==|\Z)")
 
 
 def spelled(words: Sequence[str]) -> list[str]:
     """The words of a command line with options as plopfast writes them: --batch_rows=2 is --batch-rows=2."""
-    end = words.index("--") if "--" in words else len(words)
-    return [_OPTION.sub(lambda found: found[0].replace("_", "-"), word, count=1) for word in words[:end]] + [
-        *words[end:]
-    ]
+    end = _end_of_options(words)
+    return [_OPTION.sub(_with_hyphens, word) for word in words[:end]] + list(words[end:])
 
 
 def options_in(words: Sequence[str]) -> list[str]:
     """The names of the options on a command line, in order."""
-    end = words.index("--") if "--" in words else len(words)
-    return [found[0] for word in words[:end] if (found := _OPTION.match(word))]
+    return [found[0] for word in words[: _end_of_options(words)] if (found := _OPTION.match(word))]
+
+
+def _end_of_options(words: Sequence[str]) -> int:
+    return words.index("--") if "--" in words else len(words)
+
+
+def _with_hyphens(found: re.Match[str]) -> str:
+    return found[0].replace("_", "-")
 
 
 def add_aliases(parser: Parser) -> None:

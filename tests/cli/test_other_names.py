@@ -125,6 +125,7 @@ def test_a_value_stays_as_it_is():
         "--a-b=--c_d",
         "--a-b=x\ny_z",
     ]
+    assert spelled(["x--a_b", "runs/x--a_b=c_d", "--a_b=--c_d="]) == ["x--a_b", "runs/x--a_b=c_d", "--a-b=--c_d="]
     assert options_in(["--a", "b", "--c=d", "-e", "--f g", "--", "--h"]) == ["--a", "--c"]
     assert parse(["generate", "--prompt", "what is a_b", "--answers=a_b"]).answers.name == "a_b"
 
