@@ -196,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.fail(unexpected(parsed.command, unknown, parser.commands))
     for name, value in vars(parsed).items():
         if value == []:
-            parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")
+            parser.commands[parsed.command].error(f"argument --{name.replace('_', '-')}: expected a value, got --")
     if problem := check_names(parsed, words):
         parser.fail(problem)
     return parsed

@@ -85,7 +85,7 @@ def words_of(kind: Any) -> str:
 
 SHORT = {  # what people write for a choice, and what no similarity of letters finds
     "4bit": "nf4", "int4": "nf4", "fp4": "nf4", "q4": "nf4", "8bit": "int8", "q8": "int8", "bf16": "bfloat16", "fp16": "float16",
-    "half": "float16", "fp32": "float32", "float": "float32",
+    "half": "float16", "fp32": "float32", "float": "float32", "gpu": "cuda",
 }  # fmt: skip
 
 

@@ -54,7 +54,7 @@ SAID = {
     "run --dtype bf16": "argument --dtype: expected one of auto, float32, bfloat16, float16, got 'bf16'; did you mean 'bfloat16'?",
     "run --quantize 4bit": "expected one of nf4, int8, fp8, got '4bit'; did you mean 'nf4'?",
     "run --schedule cosin": "got 'cosin'; did you mean 'cosine'?", "run --init svd": "eva, got 'svd'",
-    "bench --dtype half": "did you mean 'float16'?", "bench --device gpu": "expected one of auto, cpu, cuda, mps, got 'gpu'",
+    "bench --dtype half": "did you mean 'float16'?", "bench --device gpu": "expected one of auto, cpu, cuda, mps, got 'gpu'; did you mean 'cuda'?",
     "doctor --seconds 0": "argument --seconds: expected a number above 0",
 }  # fmt: skip
 
@@ -122,7 +122,7 @@ def test_choices_in_python_and_in_files(tmp_path):
         settings_of(parse(["run", "--config", str(tmp_path / "a.json")]))
     assert "did you mean" not in problem_of_choice("4bit", ["auto", "cuda"]), "only where it is a choice"
     every = {choice for item in RunConfig.__dataclass_fields__.values() for choice in item.metadata.get("choices", ())}
-    assert {*SHORT.values()} <= every
+    assert {*SHORT.values()} <= every | {"cuda"}
 
 
 def test_errors_of_settings_are_one_line_too(capsys, tmp_path):
