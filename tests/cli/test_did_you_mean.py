@@ -1,5 +1,6 @@
 """Errors of the command line: one line that says what is wrong, and what was probably meant."""
 
+import functools
 import json
 
 import pytest
@@ -12,6 +13,15 @@ from plopfast.cli.suggest import meant
 from plopfast.support.config import RunConfig
 from plopfast.support.errors import ConfigError
 from plopfast.support.options import SHORT, problem_of_choice
+
+
+parser_made_once = functools.cache(build_parser)
+
+
+@pytest.fixture(autouse=True)
+def parser_once(monkeypatch):
+    """Building it takes most of the time of parsing."""
+    monkeypatch.setattr("plopfast.cli.options.build_parser", parser_made_once)
 
 
 def refused(capsys, *words):
@@ -70,7 +80,8 @@ def test_what_is_said(line, said, capsys):
 @pytest.mark.parametrize("command", [*COMMANDS, "bench"])
 def test_no_option_is_abbreviated(command, capsys):
     """What a script says must not change its meaning when an option is added, even where only one option begins so."""
-    own = {name for action in build_parser().commands[command].actions() for name in action.option_strings}
+    parser = build_parser()
+    own = {name for action in parser.commands[command].actions() for name in action.option_strings}
     shorter = {name[:-1] for name in own if name.startswith("--")} - own
     for short in sorted(short for short in shorter if short[-1] != "-"):
         assert "did you mean --" in refused(capsys, command, short, "1"), short

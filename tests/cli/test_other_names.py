@@ -1,5 +1,6 @@
 """Options by the names that other tools have for them."""
 
+import functools
 import json
 import re
 
@@ -50,10 +51,12 @@ def words_of(name):
     return theirs.split(), ours.split()
 
 
+parser_made_once = functools.cache(build_parser)
+
+
 @pytest.fixture(autouse=True)
 def parser_once(monkeypatch):
-    made = build_parser()
-    monkeypatch.setattr("plopfast.cli.options.build_parser", lambda: made)
+    monkeypatch.setattr("plopfast.cli.options.build_parser", parser_made_once)
 
 
 @pytest.mark.parametrize(("command", "name"), OF_COMMANDS, ids=" ".join)
