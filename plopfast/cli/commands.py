@@ -79,12 +79,12 @@ class Command:
         return groups.RankSettings in self.takes
 
 
-def _stage(name: str) -> Callable[[Call], None]:
+def _stage(name: str) -> Callable[[Call], int]:
     """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns, and what
-    --print-peft asks for."""
+    --print-peft asks for. A text with False beside it, which says that something is wrong, ends with exit code 1."""
     module, _, function = name.rpartition(".")
 
-    def do(call: Call) -> None:
+    def do(call: Call) -> int:
         with_peft = getattr(call.arguments, "print_peft", False)
         if with_peft and call.config.full:
             raise ConfigError(
@@ -92,12 +92,14 @@ def _stage(name: str) -> Callable[[Call], None]:
             )
         run = call.run()
         result = getattr(importlib.import_module(f"plopfast.{module}"), function)(run)
-        if isinstance(result, str | Path):
-            print(result)
+        text, fine = result if isinstance(result, tuple) else (result, True)
+        if isinstance(text, str | Path):
+            print(text)
         if with_peft and not machine.launch().rank:
             from ..run.paste import peft_text
 
             print(peft_text(run, placed=call.name != "score"))
+        return 0 if fine else 1
 
     return do
 
@@ -119,7 +121,7 @@ def _train(call: Call) -> None:
     print(f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s")
 
 
-def _estimate(call: Call) -> None:
+def _estimate(call: Call) -> int | None:
     given = call.arguments
     if call.config.model_config is None:
         return _stage("run.costs.run_estimate")(call)
@@ -127,6 +129,7 @@ def _estimate(call: Call) -> None:
 
     default = not hasattr(given, "rule") and call.config.rule == RunConfig().rule
     print(estimate_config(call.config, given.out, default_rule=default, overwrite=given.overwrite))
+    return None
 
 
 def _grpo(call: Call) -> None:
@@ -158,11 +161,13 @@ def _multi(call: Call) -> int:
     return 0 if all_trained else 1
 
 
-def _eval(call: Call) -> None:
-    from ..run.stages import eval_lines, run_eval
+def _eval(call: Call) -> int:
+    from ..run.evaluating import eval_lines, lost, run_eval, sample_lines
 
-    for who, line in eval_lines(run_eval(call.run(), call.arguments.adapter, call.arguments.any_base)):
-        print(f"{who:<6} {line}")
+    value = run_eval(call.run(), call.arguments.adapter, call.arguments.any_base)
+    for who, line in [*eval_lines(value), *sample_lines(value)]:
+        print(f"{who:<8} {line}")
+    return 1 if lost(value) else 0
 
 
 def _generate(call: Call) -> None:
@@ -243,14 +248,14 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
-FIT, GRPO, GENERATE = groups.FitSettings, groups.GRPOSettings, groups.GenerateSettings
+EVAL, FIT, GRPO, GENERATE = groups.EvalSettings, groups.FitSettings, groups.GRPOSettings, groups.GenerateSettings
 STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
 COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
-        _stage("run.whole.run_all"), (*ALL, FIT, RANKS), flags=(*RESUMABLE, "print_peft"),
+        _stage("run.whole.run_all"), (*ALL, EVAL, FIT, RANKS), flags=(*RESUMABLE, "print_peft"),
     ),
     "data": Command(
         "show what would be learned of your rows: lengths, learned tokens, what is left out, one whole row",
@@ -295,7 +300,7 @@ COMMANDS = {
     ),
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",
-        _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
+        _eval, (MODEL, DATA, EVAL, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
     ),
     "generate": Command(
         "answer prompts, with an adapter or without: prints the answers, and writes no run folder",
@@ -304,7 +309,7 @@ COMMANDS = {
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",
-        _stage("studies.trial.run_trial"), (*ALL, groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
+        _stage("studies.trial.run_trial"), (*ALL, "general", groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
     ),
     "search": Command(
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",

@@ -26,6 +26,7 @@ from ..placing.rules import FULL, arm_names
 from ..report import kinds
 from ..report.tables import trial_table
 from ..run.folder import CONFIG, EVA
+from ..run.general import general_text, why_not_held_out
 from ..run.run import Run
 from ..run.stages import run_score
 from ..scoring import eva
@@ -35,12 +36,13 @@ from ..support.config import PlaceSettings
 from ..support.errors import ConfigError, PlacementError, nearest, shown
 from ..support.inputs import differences
 from ..support.progress import Work
-from .arms import MADE_BY, Arm, Trained, Training, check_inputs, general_text, look
+from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look
 from .paired import accuracies, compare
 
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
 MEASURED = ("accuracy", "loss", "general_loss")
+GENERAL_TOKENS = 4096
 
 
 def run_trial(run: Run) -> str:
@@ -77,7 +79,9 @@ def _trial(
         run.examples(split)
     budget, arms = _matched(run, report or run_score(run), names, lrs)
     vectors = _vectors(run, arms)
-    general = general_text(run, folder)
+    general = general_text(run, GENERAL_TOKENS)
+    if why := why_not_held_out(run, general):
+        raise ConfigError(why)
     check_inputs(run, arms, general, folder)
     with Work("trainings", len(arms) * (len(lrs) + len(seeds) - 1), run.progress) as work:
         training = Training(run, seeds, vectors, work)

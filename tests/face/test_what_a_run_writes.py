@@ -64,6 +64,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "models/saved.py": "models/test_saved.py::test_it_is_read_as_it_was",
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
     "run/costs.py": HERE,
+    "run/evaluating.py": HERE,
     "run/folder.py": HERE,
     "run/generate.py": "cli/test_generate.py::test_answers_in_a_file",
     "run/grpo.py": "integrations/test_grpo_command.py::test_from_prompts_to_the_page",
