@@ -15,7 +15,7 @@ DESCRIPTION = (
 )
 EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
 Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
-Exit codes: 0 done, 1 doctor or verify found something wrong or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
+Exit codes: 0 done, 1 doctor or verify found something wrong, an answer of --must-keep was lost or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
 On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FOOT = """plopfast COMMAND --help shows a command's basics, --help-all all its options.
 plopfast --help-all: kinds of data, several devices. plopfast -V, --version.
@@ -39,6 +39,13 @@ GROUPS: dict[str, dict[str, Basics]] = {
             "answer prompts, with an adapter or without",
             "out adapters prompt prompts_file model quantize temperature max_new_tokens answers",
             "--out runs/mine --prompt 'a small bird'",
+        ),
+        "chat": Basics(
+            "talk with the model, with an adapter or without",
+            "out adapter model quantize temperature top_p max_new_tokens seed config", "--out runs/mine",
+        ),
+        "compare": Basics(
+            "compare two finished trainings on the same rows", "A B test model quantize any_base config", "runs/one runs/two"
         ),
         "report": Basics("show a run folder as one page: report.html", "", "--out runs/mine"),
         "merge": Basics(
@@ -69,8 +76,8 @@ GROUPS: dict[str, dict[str, Basics]] = {
             "out lr epochs max_steps batch_rows accumulate quantize fit config overwrite resume", "--out runs/mine --lr 5e-4",
         ),
         "eval": Basics(
-            "measure loss and accuracy, before and after training", "out adapter test model quantize overwrite",
-            "--out runs/mine",
+            "measure loss and accuracy, before and after training",
+            "out adapter test must_keep model quantize config overwrite", "--out runs/mine",
         ),
     },
     "other trainings, and studies": {

@@ -102,7 +102,6 @@ def build_parser() -> Overview:
         added = commands.add_parser(name, text=text, more=EPILOG, basics=basics.options.split(), brief=_briefs())
         parser.helps[name], parser.commands[name] = command.help, added
         if command.bare:
-            added.usage_words = "OUT"
             added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
         added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))

@@ -31,7 +31,8 @@ class Parser(argparse.ArgumentParser):
     ) -> None:  # fmt: skip
         super().__init__(prog, allow_abbrev=False, add_help=False)  # `color` is what argparse of Python 3.14 asks for
         self.text, self.more, self.basics, self.brief = text, more, basics, brief or {}
-        self.usage_words, self.foot = "[options]", ""  # `foot`: what --help says below the basics
+        self._positionals.title = "arguments"
+        self.foot = ""  # what --help says below the basics
         self.other_names: dict[str, list[str]] = {}  # option -> what other tools call it
         self.add_argument("-h", "--help", action=_Help, help="show the options that most people need")
         self.add_argument("--help-all", action=_Help, help="show every option in groups")
@@ -59,13 +60,18 @@ class Parser(argparse.ArgumentParser):
     def help_text(self, whole: bool = False) -> str:
         """The basics, or every argument in its group where `whole`, or where there are no basics."""
         width = width_of_help()
-        parts = [wrapped(part, width) for part in (f"usage: {self.prog} {self.usage_words}", *self.text)]
+        parts = [wrapped(part, width) for part in (self._usage(), *self.text)]
         for title, actions in self._sections(whole):
             parts.append(f"{title}:\n" + listed([(_invocation(one), one.help or "") for one in actions], width))
         if whole and self.other_names:
             rows = [(option, ", ".join(names)) for option, names in self.other_names.items()]
             parts.append("names from other tools that work, too:\n" + listed(rows, width))
         return "\n\n".join([*parts, wrapped(self.more if whole else self.foot, width)]).rstrip() + "\n"
+
+    def _usage(self) -> str:
+        names = [_invocation(action) for action in self.actions() if not action.option_strings]
+        options = "[options]" if len(self.actions()) > len(names) + len(("--help", "--help-all")) else ""
+        return " ".join(filter(None, ["usage:", self.prog, *names, options]))
 
     def _sections(self, whole: bool) -> list[tuple[str, list[argparse.Action]]]:
         if whole or not self.basics:

@@ -14,7 +14,6 @@ from plopfast.support.config import RunConfig
 from plopfast.support.errors import ConfigError
 from plopfast.support.options import SHORT, problem_of_choice
 
-
 parser_made_once = functools.cache(build_parser)
 
 
