@@ -45,7 +45,7 @@ def add_aliases(parser: Parser) -> None:
 MEANINGS = {  # what --help-all adds to a name whose values have other words here
     "target_modules": " (names, or all-linear)", "load_in_4bit": " (nf4)", "load_in_8bit": " (int8, of weights alone)",
     "lora_target_linear": " (the rule all)", "lr_scheduler": " (constant_with_warmup is constant)",
-    "optim": " (adamw_torch, adamw_8bit)",
+    "optim": " (adamw_torch, adamw_8bit)", "cutoff_len": " (longer rows are an error, and not cut unasked)",
 }  # fmt: skip
 
 

@@ -11,7 +11,15 @@ _ROWS = "give --train FILE, or --train owner/name:split for a data set of the hu
 _LEARN = "give --learn assistant, last or all, what is learned of messages; of pairs it is the completion"
 _STEPS = "give --eval-every and --save-every, which count steps"
 _LAYERS = "give --rule the names of the modules, with commas"
+_NOTHING_LIKE = (
+    "per_device_eval_batch_size", "eval_batch_size", "dataloader_num_workers", "dataloader_pin_memory", "remove_unused_columns",
+    "logging_dir", "logging_strategy", "run_name", "push_to_hub", "hub_model_id", "hub_strategy", "do_train", "do_eval", "tf32",
+    "flash_attention", "xformers_attention", "sdp_attention", "attn_implementation", "flash_attn", "adam_beta1", "adam_beta2",
+    "adam_epsilon", "fan_in_fan_out", "lora_fan_in_fan_out", "use_cache", "strict", "special_tokens", "max_prompt_length",
+    "preprocessing_num_workers", "overwrite_cache", "plot_loss", "dataset_prepared_path", "pad_to_sequence_len", "use_peft",
+)  # fmt: skip
 WHY_NOT = {
+    **dict.fromkeys(_NOTHING_LIKE, "plopfast has nothing like it: leave it out"),
     "modules_to_save": f"{_LOW_RANK}, no whole modules; {_READ}",
     "bias": f"{_LOW_RANK}, no biases; {_READ}",
     "trainable_token_indices": f"{_LOW_RANK}, no rows of the embedding",
@@ -32,6 +40,7 @@ WHY_NOT = {
         ("rank_pattern", "alpha_pattern"), "--budget with --ranks proportional shares ranks out by the scores"
     ),
     "warmup_steps": "give a share of the steps, such as --warmup 0.1",
+    "group_by_length": "rows of similar length are in one batch as it is",
     "val_set_size": "give --valid FILE (default: every 20th training row)",
     "bnb_4bit_quant_type": "give --quantize nf4, the one kind of 4 bits",
     "bnb_4bit_compute_dtype": "give --dtype, the type that products are computed in",

@@ -91,7 +91,11 @@ def test_the_whole_help_has_every_setting_in_its_group(command, capsys):
 def test_help_says_the_defaults(capsys):
     text = said_by(capsys, "run", "--help")
     assert re.search(r"--rank INT +LoRA rank \(default: 16\)", text) and re.search(r"\(default:\s+plop\)", text)
+    assert "such as q_proj,v_proj" in " ".join(text.split()) and "highest NFN" not in text, (
+        "a brief text where there is one"
+    )
     whole = said_by(capsys, "run", "--help-all")
+    assert "highest NFN" in whole
     assert "--packing, --no-packing" in whole and "(default: off)" in whole
 
 

@@ -59,7 +59,7 @@ def parser_once(monkeypatch):
     monkeypatch.setattr("plopfast.cli.options.build_parser", parser_made_once)
 
 
-@pytest.mark.parametrize(("command", "name"), OF_COMMANDS, ids=" ".join)
+@pytest.mark.parametrize(("command", "name"), OF_COMMANDS)
 def test_a_name_sets_what_the_option_sets(command, name, tmp_path):
     theirs, ours = words_of(name)
     own = f"--{ALIASES[name].setting.replace('_', '-')}"

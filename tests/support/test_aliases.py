@@ -125,8 +125,9 @@ REFUSED = [
     ({"load_in_4bit": True, "load_in_8bit": True}, "both set quantize"), ({"load_in_4bit": True, "quantize": None}, "both set quantize"),
     ({"output_dir": "runs/a"}, "output_dir: a file of settings names no run folder: give --out runs/a"),
     ({"bf16": True}, "unknown setting 'bf16': give --dtype bfloat16"), ({"warmup_steps": 9}, "give a share of the steps, such as --warmup 0.1"),
+    ({"flash_attention": True}, "unknown setting 'flash_attention': plopfast has nothing like it: leave it out$"),
     ({"learing_rate": 1}, "unknown setting 'learing_rate'; did you mean 'learning_rate'"), ({"rnak": 1}, "did you mean 'rank'"),
-    ({"rank": 1, "bf16": True, "tf32": False, "lora_r": 2, "strict": 1}, r"'bf16': .* \(and 2 more: tf32, strict\)"),
+    ({"rank": 1, "bf16": True, "tf32": False, "alpha": 2, "strict": 1}, r"'bf16': .* \(and 2 more: tf32, strict\)"),
 ]  # fmt: skip
 
 
