@@ -37,6 +37,8 @@ def unexpected(command: str, words: list[str], parsers: Mapping[str, Parser]) ->
         return f"no option {shown(name, str)}: {why}"
     if (alias := ALIASES.get(name.strip("-").replace("-", "_"))) and name.startswith("--"):
         option = f"--{alias.setting.replace('_', '-')}"
+        if option in _options(parser):
+            return f"no option {name} of plopfast {command}; did you mean {option}?"
         return f"{name} is {option}, which plopfast {command} does not have{_elsewhere(option, parsers)}"
     own = [option for action in parser.actions() for option in action.option_strings]
     if not any(option.startswith(name) for option in own) and (others := _elsewhere(name, parsers)):

@@ -48,6 +48,7 @@ SAID = {
     "eval --lr 3": "plopfast eval has no option --lr; plopfast run, train, multi and grpo have it",
     "run --model-config a": "plopfast run has no option --model-config; plopfast estimate has it",
     "eval --lora-r 3": "--lora-r is --rank, which plopfast eval does not have; plopfast run, score, audit and place have it",
+    "bench --learning-rate 3": "no option --learning-rate of plopfast bench; did you mean --lr?",
     "verify a --out b": "plopfast verify has no option --out; plopfast run, ",
     "run --bf16": "no option --bf16: give --dtype bfloat16 or float16", "train --warmup_steps 9": "such as --warmup 0.1",
     "run rows.jsonl": "plopfast run: expected an option, got 'rows.jsonl'; did you mean --train rows.jsonl?",
