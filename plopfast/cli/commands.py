@@ -59,7 +59,8 @@ def _check_resume(given: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class Command:
     """`do` returns the exit code (None: 0). `takes`: groups of settings, or single ones, that the command reads, but for
-    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it."""
+    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it. `names`: of
+    arguments without an option, in place of --out: run folders; settings come from the first one's config.json."""
 
     help: str
     do: Callable[[Call], int | None]
@@ -67,6 +68,7 @@ class Command:
     without: tuple[str, ...] = ()
     flags: tuple[str, ...] = ("overwrite",)
     needs_out: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def bare(self) -> bool:
@@ -170,39 +172,15 @@ def _eval(call: Call) -> int:
     return 1 if lost(value) else 0
 
 
-def _generate(call: Call) -> None:
-    from ..run import answerers, generate
-    from ..run.run import Run
-    from ..support.errors import for_terminal
-    from ..support.settings_file import load_settings
+def _talking(name: str) -> Callable[[Call], None]:
+    """A function of talking.py, which loads what answers when it is called."""
 
-    given, config = call.arguments, call.config
-    if given.out:
-        load_settings(given.out / "config.json")  # it must be there
-    chosen = hasattr(given, "temperature") or (given.config and "temperature" in load_settings(given.config))
-    if not chosen:  # a run folder's own temperature is that of its training
-        config = dataclasses.replace(config, temperature=0.0)
-    generate.check_settings(config)
-    adapters = answerers.find_adapters(given.out, given.adapters or [], config)
-    if given.answers:
-        generate.refuse_answers(given.answers, given.overwrite)
-    if config.full and given.out and not adapters:
-        config = dataclasses.replace(config, full=False, model=str(given.out / "model"))
-    run = Run(given.out or Path("runs"), config, progress=True)  # for its model and tokenizer: nothing is written there
-    prompts = generate.read_questions(given.prompt or [], given.prompts_file, run.tokenizer, run.context)
-    asked = answerers.questions(
-        prompts, list(adapters), [part.strip() for part in (given.without or "").split(",") if part.strip()]
-    )
-    who = not answerers.are_alike(adapters, asked)
-    model = answerers.load(run, adapters, asked, given.any_base)
-    shown = for_terminal if sys.stdout.isatty() else str
-    stream = (
-        (lambda text: print(shown(text), end="", flush=True)) if shown is for_terminal and len(asked) == 1 else None
-    )
-    answers = generate.answer(run, model, asked, answerers.chooser(model, asked) if who else None, stream)
-    print("" if stream else shown(generate.in_words(asked, answers, who)))
-    if given.answers:
-        generate.write_answers(given.answers, asked, answers, who)
+    def do(call: Call) -> None:
+        from . import talking
+
+        getattr(talking, name)(call)
+
+    return do
 
 
 def _merge(call: Call) -> None:
@@ -304,8 +282,16 @@ COMMANDS = {
     ),
     "generate": Command(
         "answer prompts, with an adapter or without: prints the answers, and writes no run folder",
-        _generate, (MODEL, GENERATE, "seed"),
+        _talking("generate_answers"), (MODEL, GENERATE, "seed"),
         flags=("prompt", "prompts", "answers", "overwrite", "adapters", "without", "any_base"),
+    ),
+    "chat": Command(
+        "talk with the model, with an adapter or without; writes nothing",
+        _talking("chat"), (MODEL, GENERATE, "seed"), flags=("adapter", "any_base"),
+    ),
+    "compare": Command(
+        "compare two finished trainings on the same rows, row by row, with intervals; writes nothing",
+        _talking("compare_two"), (MODEL, DATA), without=("unlabeled",), flags=("any_base",), names=("A", "B"),
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",

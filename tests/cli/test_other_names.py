@@ -145,7 +145,7 @@ def test_help_lists_the_names(command, capsys):
     offered = {
         name
         for name, alias in ALIASES.items()
-        if alias.setting in names_of(entry) or (alias.setting == "out" and not entry.bare)
+        if alias.setting in names_of(entry) or (alias.setting == "out" and not (entry.bare or entry.names))
     }
     section = texts[1].partition("names from other tools that work, too:\n")[2].partition("\n\n")[0]
     listed = set(re.findall(r"--[a-z][a-z0-9-]*", section)) - {

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import plopfast
 
-from plopfast.run.run import Run
 from plopfast.run.evaluating import eval_lines
+from plopfast.run.run import Run
 from plopfast.support.config import RunConfig
 
 FEW = ["--score-prompts", 12, "--rank", 2, "--alpha", 4]
