@@ -181,5 +181,5 @@ def test_torchrun_is_refused(given, capsys, monkeypatch):
 
 def test_help_names_the_rewards(capsys):
     with pytest.raises(SystemExit):
-        main(["grpo", "--help"])
+        main(["grpo", "--help-all"])
     assert "number[:TOLERANCE]" in capsys.readouterr().out
