@@ -62,6 +62,7 @@ UNFINISHED = {
     "trial": "trial",
     "search": "search.db",
 }  # what a stage leaves that can be resumed
+CARD = "README.md"  # of an adapter: what the hub shows of it. No stage reads it, and eval writes its figures into it
 EARLIER = ("stages.json",)  # names that earlier versions wrote
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
@@ -81,6 +82,7 @@ class Folder:
         self.previous = Previous(self.ledger)
         self._full, self._facts, self._given, self._say = full, facts, given, say
         self.reads: list[Path] = []
+        self.rewritten: list[str] = []  # files of earlier stages that the present one has changed
         self._holding = contextlib.ExitStack()
         self._opened = False
         self._pending: list[tuple[str, dict[str, Any]]] = []  # of the time before the folder was opened
@@ -218,8 +220,11 @@ class Folder:
         if stage in ARTEFACTS:
             made = [CONFIG, *(name for name in ARTEFACTS[stage] if name not in (CHECKPOINTS, GRPO_CHECKPOINTS))]
             read = [self.file(READS[stage])] if stage in READS else []
-            facts["outputs"] = hashes_in(self.path, made)
-            facts["inputs"] = hashes_in(self.path, [path.name for path in read]) | _hashes_of([*self.reads, *inputs])
+            facts["outputs"] = hashes_in(self.path, [*made, *self.rewritten])
+            read_here = hashes_in(self.path, [path.name for path in read])
+            read_here.pop(f"adapter/{CARD}", None)
+            facts["inputs"] = read_here | _hashes_of([*self.reads, *inputs])
+            self.rewritten = []
         self._add("done", facts | noted)
         if stage in ("run", *UNFINISHED):
             self.previous.complete(stage)

@@ -19,6 +19,7 @@ from ..support.tables import Column, Table
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.together import Together
+from .adapter_folder import keep_adapter
 from .apply import job_for
 from .folder import EVA
 from .run import Run
@@ -145,7 +146,7 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
                     opened[name].__exit__(TrainingError, result, result.__traceback__)
                 run.say(f"{name}: {result}")
                 return
-            save_adapter(run.model, one.file("train"), overwrite=True, name=name)
+            keep_adapter(one, result, name)
             keep_training(one, job, result, together.paths())
             opened[name].close()
             ranks.on_main(lambda: one.at.ledger.clear(CHECKPOINTS))

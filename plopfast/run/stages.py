@@ -32,6 +32,7 @@ from ..support.progress import shows_color
 from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
+from .adapter_folder import keep_adapter, update_card
 from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
@@ -115,7 +116,7 @@ def run_train(run: Run) -> TrainResult:
         if config.full:
             ranks.on_main(lambda: _save_model(run, run.file("train")))
         else:
-            save_adapter(run.model, run.file("train"), overwrite=True)
+            keep_adapter(run, result)
         keep_training(run, trainer, result, trainer.paths())
     ranks.on_main(lambda: run.at.ledger.clear(CHECKPOINTS))
     for line in trainer.notes:
@@ -186,6 +187,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
         own = bool(test) and test != valid  # a copied file is no test either
         value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
         ranks.on_main(lambda: files.write_json(run.file("eval"), value))
+        if adapter is None:
+            ranks.on_main(lambda: update_card(run, value))
     return value
 
 
