@@ -203,13 +203,12 @@ def marked(results: str) -> str:
 
 def results_of(value: Mapping[str, Any]) -> str:
     """What eval.json holds, as a table."""
-    base, tuned, kind = value["base"], value["tuned"], value.get("rows", "held-out")
-    rows: list[tuple[str, str, str]] = [("accuracy", *(f"{one['accuracy']:.1%}" for one in (base, tuned)))]
-    if all({"accuracy_low", "accuracy_high"} <= one.keys() for one in (base, tuned)):
-        rows.append(
-            ("95% interval", *(f"{one['accuracy_low']:.1%} to {one['accuracy_high']:.1%}" for one in (base, tuned)))
-        )
-    rows.append(("loss", *(f"{one['loss']:.4f}" for one in (base, tuned))))
+    both, kind = (value["base"], value["tuned"]), value.get("rows", "held-out")
+    rows = [["accuracy", *(f"{one['accuracy']:.1%}" for one in both)]]
+    if all({"accuracy_low", "accuracy_high"} <= one.keys() for one in both):
+        rows.append(["95% interval", *(f"{one['accuracy_low']:.1%} to {one['accuracy_high']:.1%}" for one in both)])
+    rows.append(["loss", *(f"{one['loss']:.4f}" for one in both)])
+    tuned = value["tuned"]
     said = f"{tuned['examples']:,} {kind} rows; {JUDGED.get(tuned['metric'], tuned['metric'])}:"
     return "\n\n".join(
         [said, _table(("", "base", "with this adapter"), rows), *([CHOSE] if kind == "validation" else [])]

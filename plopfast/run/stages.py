@@ -20,7 +20,7 @@ from ..lora.replaced import replaced_values
 from ..models.linears import words_of_codes
 from ..models.loading import load_model
 from ..models.running import device_of
-from ..models.saved import save_model
+from ..models.saved import kept_kind, save_model
 from ..models.weights import check_finite
 from ..placing.by_settings import placed, scored, why_every_row
 from ..scoring import eva
@@ -36,6 +36,7 @@ from .adapter_folder import keep_adapter, update_card
 from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
+from .merged import Merged
 from .run import Run
 from .splits import sources_of
 
@@ -221,7 +222,7 @@ def run_report(run: Run) -> Path:
     return run.file("report")
 
 
-def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, requantize: bool = False) -> Path:
+def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, requantize: bool = False) -> Merged:
     """Writes the model with its adapter merged in, as Hugging Face does: merged/. Weights that are codes become dense, or
     with `requantize` codes again. Other arguments as in `run_eval`."""
     if run.config.full:
@@ -234,10 +235,5 @@ def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, req
         if requantize and not codes:
             raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")
         drift = merge_checked(run.model, into=("quantized" if requantize else "dense") if codes else None)
-        run.say(
-            f"merged: the logits moved by {drift:.1g} of their norm, by rounding{' to codes' if requantize else ''}"
-        )
-        if codes and not requantize:
-            run.say(f"the model kept {codes}: all of its weights are dense now")
         _save_model(run, target)
-    return target
+    return Merged(target, drift, codes, kept_kind(run.model) if requantize else None)
