@@ -178,6 +178,7 @@ def _generate(call: Call) -> None:
     if not chosen:  # a run folder's own temperature is that of its training
         config = dataclasses.replace(config, temperature=0.0)
     generate.check_settings(config)
+    generate.check_questions(given.prompt or [], given.prompts_file)
     adapters = answerers.find_adapters(given.out, given.adapters or [], config)
     if given.answers:
         generate.refuse_answers(given.answers, given.overwrite)

@@ -204,6 +204,12 @@ def load_adapter(
     return names
 
 
+def check_files(path: str | Path) -> None:
+    """Raises AdapterError for a folder that holds no adapter, or a damaged one, as far as that shows without its base model."""
+    read_config(Path(path))
+    _read_parts(Path(path))
+
+
 def _taken_from(
     parts: Parts, model: nn.Module, path: Path, config: AdapterConfig, early: bool
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -156,6 +156,16 @@ def shapes_source(name: str | os.PathLike[str] | None) -> str:
         return str(sources.folder_of(source))
 
 
+def codes_of(name: str | os.PathLike[str] | None, quantize: str | None = None) -> str | None:
+    """The kind of codes that the linear weights of `load_model(name, quantize=quantize)` are; None for dense weights. Only the
+    small files are read. Errors as for `load_model`."""
+    if quantize is not None or _gguf_of(name) is not None:
+        return quantize
+    with _explained(name, name_of(name)):
+        stored = sources.codes_stored(name_of(name))
+    return stored and stored[0]
+
+
 def path_of(name: str | os.PathLike[str] | None) -> Path | None:
     """Returns the folder or GGUF file that `load_model(name)` reads; None for a model of the hub."""
     path = _gguf_of(name) or Path(name or DEFAULT_HUB_ID)

@@ -35,6 +35,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
     from a file must not make code run. Raises what `grpo` raises.
     """
     config = run.config
+    run.ready("grpo")
     judge, temperature = Judge(_reward(run, function)), drawn_at(config.temperature)
     libraries()
     device = device_for(config.device)
@@ -44,7 +45,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         )
     train, test = _prompts(run, judge)
     if not run.file("place").exists():
-        check_rule(config.placing, lambda: run.model)
+        check_rule(config.placing, run.shapes)
         if not run.file("score").exists():
             run_score(run, _to_score(run, train))
         run_place(run)

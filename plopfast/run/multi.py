@@ -54,14 +54,17 @@ def run_multi(
             _opened(run, name, config)  # raises for other settings than the job's
         run.say("multi: already done")
         return _table(value)
+    run.ready("multi")
+    made = {name: _opened(run, name, config) for name, config in configs.items()}
+    for name, one in made.items():
+        if not (one.resume and ranks.on_main(partial(one.at.is_done, "data"))):
+            with _of_job(name):  # a row that cannot be used stops all before anything is written
+                one.ready("data", *one.splits, "unlabeled")
+                check_rule(one.config.placing, run.shapes)
     with contextlib.ExitStack() as stack, run.stage("multi", inputs=[jobs_file]):
-        made = {name: _opened(run, name, config) for name, config in configs.items()}
         for one in made.values():
             stack.callback(one.at.close)
-        _each(made, "data", run_data)  # a row that cannot be used stops all before any is trained
-        for name, one in made.items():
-            with _of_job(name):
-                check_rule(one.config.placing, lambda: run.model)
+        _each(made, "data", run_data)
         for stage in ("score", "place"):
             _each(made, stage, BEFORE[stage])
         failed = _train(run, made, at_once)

@@ -10,8 +10,10 @@ import torch
 import transformers
 import yaml
 from helpers import plopfast
+from safetensors.torch import save_file
 
 import plopfast as pf
+from plopfast.lora.peft_files import WEIGHTS
 from plopfast.lora.placement import Placement
 from plopfast.models.loading import DEFAULT_HUB_ID
 from plopfast.run.model_card import BEGIN, END, NOT_YET, Base, Source, card, loading, results_of, with_results
@@ -172,14 +174,12 @@ def test_evaluated_again_only_the_figures_change(base, tmp_path, capsys):
     out = tmp_path / "out"
     assert plopfast("run", *base, "--out", out) == 0
     path = out / "adapter" / "README.md"
-    assert "output of eval" not in capsys.readouterr().out
+    assert plopfast("merge", "--out", out) == 0
     mine = path.read_text().replace("# LoRA adapter", "Ask me.\n\n# LoRA adapter").replace("| accuracy |", "| old |")
     path.write_text(mine)
     assert plopfast("verify", out) == 1 and "README.md" in capsys.readouterr().out
     assert plopfast("eval", "--out", out, "--overwrite") == 0
     assert path.read_text() == mine.replace("| old |", "| accuracy |")
-    assert plopfast("verify", out) == 0
-    assert plopfast("merge", "--out", out) == 0 and plopfast("eval", "--out", out, "--overwrite") == 0
     assert plopfast("verify", out) == 0, "the card is no input of merge"
     assert plopfast("train", "--out", out, "--overwrite") == 0
     assert "Ask me" not in path.read_text() and NOT_YET in path.read_text(), "another adapter, another card"
@@ -216,6 +216,8 @@ def test_an_adapter_from_elsewhere_changes_no_card(base, tmp_path):
     assert plopfast("run", *base, "--out", out) == 0
     before = (out / "adapter" / "README.md").read_bytes()
     shutil.copytree(out / "adapter", other)
+    tensors, facts = files.read_tensors(other / WEIGHTS, "plopfast train")
+    save_file({key: 50 * tensor for key, tensor in tensors.items()}, other / WEIGHTS, facts)
     assert plopfast("eval", "--out", out, "--adapter", other, "--overwrite") == 0
     assert (out / "adapter" / "README.md").read_bytes() == (other / "README.md").read_bytes() == before
 
