@@ -66,19 +66,22 @@ def run_trial(run: Run) -> str:
     if config.general:
         files.read_text(Path(config.general), MISSING, DataError)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
+    matched = None
     if report:
         _check_scored_alike(run, report)
+        matched = _matched(run, report, names, lrs)
+        _vectors(run, matched[1])
     with run.stage("trial"):
-        value = _trial(run, report, names, lrs, seeds, folder)
+        value = _trial(run, matched, names, lrs, seeds, folder)
         files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
 def _trial(
-    run: Run, report: NFNReport | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
+    run: Run, matched: tuple[int, list[Arm]] | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
 ) -> dict[str, Any]:
-    """Trains and tests every arm in `folder`; returns what trial.json holds."""
-    budget, arms = _matched(run, report or run_score(run), names, lrs)
+    """Trains and tests every arm in `folder`, after scoring where the arms are not `matched` yet; returns what trial.json holds."""
+    budget, arms = matched or _matched(run, run_score(run), names, lrs)
     vectors = _vectors(run, arms)
     general = general_text(run, folder)
     check_inputs(run, arms, general, folder)

@@ -53,6 +53,7 @@ def home(tmp_path_factory, tokenizer):
     weights = home / "adapters" / "NaN" / "adapter_model.safetensors"
     save_file({key: tensor * float("nan") for key, tensor in load_file(weights).items()}, weights)
     (home / "empty").mkdir()
+    shutil.copytree(home / "model", home / "other")
     return home
 
 
@@ -137,6 +138,16 @@ CASES = {  # what the error says -> the command
     "score, exists: exists already": ["score", *DONE],
     "trial, no rows of its own: give --test FILE": ["trial", *ROWS[:6], *NEW],
     "trial, one arm: expected two or more": ["trial", *ROWS, "--arms", "plop", *NEW],
+    "trial, an arm: arm 'all' cannot be matched": ["trial", *ROWS, "--arms", "plop,all", *PLACED],
+    "trial, no vectors: eva.safetensors": ["trial", *ROWS, "--arms", "plop,attn", "--init", "eva", *PLACED],
+    "trial, other scores: was made with other settings": ["trial", *ROWS, "--model", "other", *PLACED],
+    **{
+        f"{command[0]}, no such device: cuda": [*command, "--device", "cuda"]
+        for command in (
+            ["run", *ROWS, *NEW], ["score", *GIVEN, *NEW], ["train", *PLACED], ["merge", *DONE], ["eval", *DONE, "--overwrite"],
+            ["trial", *ROWS, *NEW], ["search", *ROWS, *NEW], ["estimate", *PLACED], ["generate", "--prompt", "a", *DONE],
+        )
+    },
     "search, a size: --budget fixes": ["search", *ROWS, "--budget", "100", *NEW],
     "multi, no jobs: absent.json": ["multi", *ROWS, "--jobs", "absent.json", *NEW],
     "multi, a rule: job 'two': ": ["multi", *ROWS, "--jobs", "jobs-rule.json", *NEW],
@@ -172,3 +183,19 @@ def test_refused_at_once(case, home, monkeypatch, capsys):
     err = capsys.readouterr().err
     assert code == 2 and case.partition(": ")[2] in err, err
     assert contents(home) == before
+
+
+def test_prompts_are_looked_for_before_the_tokenizer_is_loaded(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    monkeypatch.setattr("plopfast.run.run.load_tokenizer", lambda name: pytest.fail("the tokenizer is loaded"))
+    for given in ["--prompts", "absent.jsonl"], ["--prompts", "train.jsonl", "--prompt", "a"], []:
+        assert plopfast("generate", *MODEL, *given) == 2
+    assert "absent.jsonl: no such data file" in capsys.readouterr().err
+
+
+def test_what_can_work_is_not_refused(home, tmp_path):
+    """The same commands, with what they lacked."""
+    shutil.copytree(home / "done", tmp_path / "done")
+    out = ["--out", tmp_path / "done"]
+    assert plopfast("merge", *out) == 0 and plopfast("eval", *out, "--overwrite") == 0
+    assert plopfast("report", *out, "--overwrite") == 0 and plopfast("generate", "--prompt", "a", *out) == 0
