@@ -52,7 +52,9 @@ def home(tmp_path_factory, tokenizer):
 
     weights = home / "adapters" / "NaN" / "adapter_model.safetensors"
     save_file({key: tensor * float("nan") for key, tensor in load_file(weights).items()}, weights)
-    (home / "empty").mkdir()
+    for name in ("empty", "settings"):
+        (home / name).mkdir()
+    shutil.copy(home / "done" / "config.json", home / "settings")
     shutil.copytree(home / "model", home / "other")
     return home
 
@@ -135,6 +137,7 @@ CASES = {  # what the error says -> the command
     "generate, answers: exists already": ["generate", "--prompt", "a", "--answers", "train.jsonl", *DONE],
     "report, no folder: nothing to show": ["report", *NEW],
     "report, nothing in it: nothing to show": ["report", "--out", "empty"],
+    "report, settings alone: nothing to show": ["report", "--out", "settings"],
     "score, exists: exists already": ["score", *DONE],
     "trial, no rows of its own: give --test FILE": ["trial", *ROWS[:6], *NEW],
     "trial, one arm: expected two or more": ["trial", *ROWS, "--arms", "plop", *NEW],
