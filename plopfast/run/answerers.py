@@ -8,13 +8,11 @@ from typing import Any
 
 from ..data.tasks import Prompt
 from ..lora.active import active
-from ..lora.adapter_config import read_config
 from ..lora.many import Use
-from ..lora.peft_files import WEIGHTS, load_adapter
+from ..lora.peft_files import check_files, load_adapter
 from ..report import kinds
-from ..support import files
 from ..support.config import RunConfig
-from ..support.errors import AdapterError, ConfigError, DataError, FileError, nearest, shown
+from ..support.errors import AdapterError, ConfigError, DataError, nearest, shown
 from .run import Run
 from .stages import adapt
 
@@ -54,11 +52,7 @@ def find_adapters(out: Path | None, given: Sequence[str], config: RunConfig) -> 
     if not given and out is not None and not config.full:
         found = _of_run(out)
     for path in found.values():
-        read_config(path)
-        try:
-            files.read_tensors(path / WEIGHTS, "plopfast train")
-        except FileError as error:
-            raise AdapterError(str(error)) from error
+        check_files(path)
     return found
 
 

@@ -25,8 +25,9 @@ def trainer_for(
     `vectors` are EVA's, None for another init. `config`: instead of the run's own. `copied`: all weights are trained in a
     float32 copy of the model, which stays as it is. `out` and `on_valid` as for `Trainer`.
     """
-    config, model = config or run.config, run.model
+    config = config or run.config
     train, valid, unlabeled = (run.examples(split) for split in ("train", "valid", "unlabeled"))
+    model = run.model
     unload(model)
     if placement is None and hasattr(model, "computes_on"):
         raise ConfigError(

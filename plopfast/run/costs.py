@@ -38,9 +38,11 @@ class StepShape:
 def run_estimate(run: Run) -> str:
     """Estimates a step on the run's placement, on other rules' and with all weights: estimate.json. Returns its table."""
     config = run.config
+    ranks.on_main(lambda: run.at.look("estimate"))
     own, report = Placement.load(run.file("place")), NFNReport.load(run.file("score"))
     if config.parallel == "fsdp" and ranks.size() > 1:
         raise ConfigError("estimate: weights spread over several processes are not modelled; estimate without fsdp")
+    run.ready("estimate", "train", "unlabeled")
     with run.stage("estimate"):
         unload(run.model)
         choices, shape = _choices(run, own, report), _shape(run)

@@ -23,9 +23,10 @@ from ..support.errors import ModelError, PlopfastError
 from ..training.evaluate import Judged, Metrics, choices_of, evaluate, in_words
 from ..training.intervals import of_gain
 from . import must_keep
+from .adapter_folder import update_card
 from .general import GeneralText, general_text, why_not_held_out
 from .run import Run
-from .stages import adapt
+from .stages import adapt, check_trained
 
 CHOSE_THE_STEP = (
     "validation rows also chose the training step that was kept, so they flatter the tuned model: give --test FILE for a "
@@ -65,6 +66,9 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     a folder to take instead of the run's own; `any_base` accepts one that was trained on other base weights. Returns what
     eval.json holds.
     """
+    check_trained(run, "eval", adapter)
+    check(run)
+    run.ready("eval", "test")
     asked = _asked(run)
     with run.stage("eval", inputs=[adapter] if adapter else []):
         base, tuned = (_found(run, model, who, asked) for who, model in _models(run, adapter, any_base))
@@ -76,6 +80,8 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
             files.write_json(run.file("eval"), value)
 
         ranks.on_main(save)
+        if adapter is None:
+            ranks.on_main(lambda: update_card(run, value))
     return value
 
 

@@ -62,6 +62,7 @@ UNFINISHED = {
     "trial": "trial",
     "search": "search.db",
 }  # what a stage leaves that can be resumed
+CARD = "README.md"  # of an adapter: what the hub shows of it. No stage reads it, and eval writes its figures into it
 EARLIER = ("stages.json",)  # names that earlier versions wrote
 MODEL_FILES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".gguf")
 
@@ -81,6 +82,7 @@ class Folder:
         self.previous = Previous(self.ledger)
         self._full, self._facts, self._given, self._say = full, facts, given, say
         self.reads: list[Path] = []
+        self.rewritten: list[str] = []  # files of earlier stages that the present one has changed
         self._holding = contextlib.ExitStack()
         self._opened = False
         self._pending: list[tuple[str, dict[str, Any]]] = []  # of the time before the folder was opened
@@ -95,6 +97,11 @@ class Folder:
         if not self.file(stage).exists():
             return False
         return self.file(stage).name not in self.ledger.claims() or stage in self.ledger.done()
+
+    def holds_results(self) -> bool:
+        """Whether there is anything that a stage made, other than a page or settings."""
+        made = [name for stage, names in ARTEFACTS.items() if stage not in ("run", "report") for name in names]
+        return any((self.path / name).exists() for name in made)
 
     def open(self) -> None:
         """Locks the folder for this process until `close`, and ends what a kill interrupted in it.
@@ -147,6 +154,20 @@ class Folder:
     def refuse_results(self) -> None:
         """Raises FileError where the folder has results, which a new run may replace only with `overwrite`."""
         self.open()
+        self._refuse_earlier()
+
+    def look(self, stage: str) -> None:
+        """Raises FileError as the stage would when it begins, and writes nothing: call it before slow work."""
+        self.check()
+        if stage == "run":
+            if not self.resume:
+                self._refuse_earlier()
+        elif not self.overwrite:
+            self._refuse_taken(stage)
+            if stage in UNFINISHED and not self.resume:
+                self._refuse_unfinished(stage)
+
+    def _refuse_earlier(self) -> None:
         names = [name for of in ARTEFACTS.values() for name in of if name != CONFIG and (self.path / name).exists()]
         if names and not self.overwrite:
             raise files.exists_already(self.path, f" (it holds {names[0]})", ", or --resume to go on")
@@ -190,8 +211,8 @@ class Folder:
                 self.set_aside("run", list(ARTEFACTS))
         elif self.overwrite and stage in UNFINISHED:
             self.set_aside(stage, [one for one in ARTEFACTS if self.file(one) == self.file(stage)])
-        elif not self.overwrite and self._is_taken(stage):
-            raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
+        elif not self.overwrite:
+            self._refuse_taken(stage)
         self.ledger.check(name for name in ARTEFACTS[stage] if name != "model" or self._full)
         if stage in UNFINISHED and not self.resume:
             self._refuse_unfinished(stage)
@@ -199,6 +220,10 @@ class Folder:
         facts = self._facts()
         self.ledger.claim({CONFIG: (), **claims}, stage=stage, command=machine.command(), **facts)
         files.write_json(self.path / CONFIG, {"plopfast": "config", **facts})
+
+    def _refuse_taken(self, stage: str) -> None:
+        if self._is_taken(stage):
+            raise files.exists_already(self.file(stage), more=", or --resume to go on" * (stage == "search"))
 
     def _refuse_unfinished(self, stage: str) -> None:
         left = self.path / UNFINISHED[stage]
@@ -218,8 +243,11 @@ class Folder:
         if stage in ARTEFACTS:
             made = [CONFIG, *(name for name in ARTEFACTS[stage] if name not in (CHECKPOINTS, GRPO_CHECKPOINTS))]
             read = [self.file(READS[stage])] if stage in READS else []
-            facts["outputs"] = hashes_in(self.path, made)
-            facts["inputs"] = hashes_in(self.path, [path.name for path in read]) | _hashes_of([*self.reads, *inputs])
+            facts["outputs"] = hashes_in(self.path, [*made, *self.rewritten])
+            read_here = hashes_in(self.path, [path.name for path in read])
+            read_here.pop(f"adapter/{CARD}", None)
+            facts["inputs"] = read_here | _hashes_of([*self.reads, *inputs])
+            self.rewritten = []
         self._add("done", facts | noted)
         if stage in ("run", *UNFINISHED):
             self.previous.complete(stage)

@@ -18,16 +18,23 @@ ROW = ("prompt", "answer", "tokens", "ended")  # of a file of answers; "tokens" 
 WHO = (*ROW, "adapter", "without")  # of several adapters', or of modules that were switched off
 
 
+def check_questions(texts: Sequence[str], file: str | None) -> None:
+    """Raises ConfigError unless there are texts or a file, not both, and DataError for a file that cannot be read."""
+    if bool(texts) == (file is not None):
+        both = "take one of them" if texts else "give one of them"
+        raise ConfigError(f"--prompt TEXT (as often as needed) or --prompts FILE says what is answered: {both}")
+    if file is not None:
+        read_prompts(file)
+
+
 def read_questions(texts: Sequence[str], file: str | None, tokenizer: Any, context: int | None) -> list[Prompt]:
     """The prompts: texts of the command line, or the rows of a file, tokenised as in GRPO.
 
     A text of the command line is a user's message where the tokenizer has a chat template. A row is a "prompt", text or
-    messages, or "messages", whose last turns are left out if they are the assistant's. Raises ConfigError unless there are
-    texts or a file, not both, and DataError for a prompt that cannot be used or leaves no room in the context.
+    messages, or "messages", whose last turns are left out if they are the assistant's. Raises what `check_questions` raises, and
+    DataError for a prompt that cannot be used or leaves no room in the context.
     """
-    if bool(texts) == (file is not None):
-        both = "take one of them" if texts else "give one of them"
-        raise ConfigError(f"--prompt TEXT (as often as needed) or --prompts FILE says what is answered: {both}")
+    check_questions(texts, file)
     if file is None:
         talks = bool(getattr(tokenizer, "chat_template", None))
         rows = [

@@ -20,7 +20,9 @@ from ..support import files, machine
 from ..support.devices import device_for
 from ..support.errors import ConfigError, DataError
 from ..support.grpo_settings import drawn_at, names_code
-from .folder import GRPO_CHECKPOINTS
+from .adapter_folder import add_to
+from .folder import CARD, GRPO_CHECKPOINTS
+from .model_card import short
 from .run import Run
 from .splits import HOLD_OUT, held_out, sources_of
 from .stages import run_place, run_score
@@ -33,6 +35,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
     from a file must not make code run. Raises what `grpo` raises.
     """
     config = run.config
+    run.ready("grpo")
     judge, temperature = Judge(_reward(run, function)), drawn_at(config.temperature)
     libraries()
     device = device_for(config.device)
@@ -42,7 +45,7 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         )
     train, test = _prompts(run, judge)
     if not run.file("place").exists():
-        check_rule(config.placing, lambda: run.model)
+        check_rule(config.placing, run.shapes)
         if not run.file("score").exists():
             run_score(run, _to_score(run, train))
         run_place(run)
@@ -60,7 +63,9 @@ def run_grpo(run: Run, function: Reward | None = None) -> GRPOResult:
         )  # fmt: skip
         with run.at.ledger.replacing(run.file("grpo").name) as scratch:
             result.model.save_pretrained(scratch)
-            (scratch / "README.md").unlink(missing_ok=True)  # PEFT's page about an adapter that nobody has described
+            (scratch / CARD).unlink(missing_ok=True)  # PEFT's, about an adapter that nobody has described
+            counts = {"train": len(train), "test": len(test)}
+            add_to(run, scratch, _settings_of(run, result), counts, _results_of(judge.name, result))
         value = {"plopfast": "grpo", "reward": config.reward, **result.facts()}
         files.write_json(run.folder / "grpo.json", value)
     run.at.ledger.clear(GRPO_CHECKPOINTS)
@@ -73,6 +78,23 @@ def in_words(result: GRPOResult) -> str:
     """How a training ended, in a line."""
     means = f"{fmean(result.before):.3f} before, {fmean(result.after):.3f} after" if result.before else "not measured"
     return f"{result.steps} steps; reward of {len(result.before)} test prompts: {means}"
+
+
+def _settings_of(run: Run, result: GRPOResult) -> list[tuple[str, object]]:
+    """What the adapter's card says of a training."""
+    config = run.config
+    return [
+        ("method", "GRPO, reinforcement learning"),
+        ("steps", result.steps),
+        ("learning rate", f"{config.lr:g}"),
+        ("completions of a prompt", config.generations),
+        ("seed", config.seed),
+    ]
+
+
+def _results_of(reward: str, result: GRPOResult) -> str:
+    means = in_words(result).partition("; ")[2]
+    return f"Reward: `{short(reward)}`. The {means}."
 
 
 def _reward(run: Run, function: Reward | None) -> Reward:

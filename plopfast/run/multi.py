@@ -19,6 +19,7 @@ from ..support.tables import Column, Table
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
 from ..training.together import Together
+from .adapter_folder import keep_adapter
 from .apply import job_for
 from .evaluating import run_eval
 from .folder import EVA
@@ -54,14 +55,17 @@ def run_multi(
             _opened(run, name, config)  # raises for other settings than the job's
         run.say("multi: already done")
         return _table(value)
+    run.ready("multi")
+    made = {name: _opened(run, name, config) for name, config in configs.items()}
+    for name, one in made.items():
+        if not (one.resume and ranks.on_main(partial(one.at.is_done, "data"))):
+            with _of_job(name):  # a row that cannot be used stops all before anything is written
+                one.ready("data", *one.splits, "unlabeled")
+                check_rule(one.config.placing, run.shapes)
     with contextlib.ExitStack() as stack, run.stage("multi", inputs=[jobs_file]):
-        made = {name: _opened(run, name, config) for name, config in configs.items()}
         for one in made.values():
             stack.callback(one.at.close)
-        _each(made, "data", run_data)  # a row that cannot be used stops all before any is trained
-        for name, one in made.items():
-            with _of_job(name):
-                check_rule(one.config.placing, lambda: run.model)
+        _each(made, "data", run_data)
         for stage in ("score", "place"):
             _each(made, stage, BEFORE[stage])
         failed = _train(run, made, at_once)
@@ -146,7 +150,7 @@ def _train(run: Run, made: dict[str, Run], at_once: int | None) -> dict[str, str
                     opened[name].__exit__(TrainingError, result, result.__traceback__)
                 run.say(f"{name}: {result}")
                 return
-            save_adapter(run.model, one.file("train"), overwrite=True, name=name)
+            keep_adapter(one, result, name)
             keep_training(one, job, result, together.paths())
             opened[name].close()
             ranks.on_main(lambda: one.at.ledger.clear(CHECKPOINTS))

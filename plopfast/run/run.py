@@ -1,5 +1,6 @@
 """A run: its settings, and the model and data, which are loaded when a stage first needs them."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,7 +18,8 @@ from ..data.text import read_text
 from ..integrations.rewards import absolute
 from ..models.fingerprints import fingerprint
 from ..models.linears import linear_modules, number_of_weights, words_of_codes
-from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of
+from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of, shapes_source
+from ..models.shapes import model_of
 from ..support import files, machine, ranks
 from ..support.config import FILES, FREE, ROWS, RunConfig
 from ..support.devices import device_for, dtype_for
@@ -69,10 +71,8 @@ class Run:
     def _loaded(self) -> tuple[Any, Any]:
         if self.like:
             return self.like._loaded
+        device, sharded = self._where()
         self.say(f"loading {self.config.model or DEFAULT_HUB_ID} (a GGUF file is converted once, half a minute or so)")
-        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
-        if sharded and ranks.size() == 1:
-            raise ConfigError("--parallel fsdp spreads the weights over several processes: start it with torchrun")
         with self.stage("load") as noted, ranks.first_on_each_machine():
             model, tokenizer = load_model(
                 self.config.model,
@@ -103,6 +103,31 @@ class Run:
         if self.config.dtype == "auto" and device.type == "cpu" and machine.has_bfloat16():
             self.say("this CPU multiplies bfloat16 faster than float32: try --dtype bfloat16")
         return model, tokenizer
+
+    def _where(self) -> tuple[torch.device, bool]:
+        """The device, and whether the weights are spread over the processes. Raises ConfigError where that cannot be."""
+        device, sharded = device_for(self.config.device), self.config.parallel == "fsdp"
+        if sharded and ranks.size() == 1:
+            raise ConfigError("--parallel fsdp spreads the weights over several processes: start it with torchrun")
+        return device, sharded
+
+    def ready(self, stage: str, *splits: str) -> None:
+        """Raises what would stop a stage that needs these splits, before the model is loaded and anything is written: results
+        that are there to stay, a device that is not there, rows that cannot be used.
+        """
+        ranks.on_main(lambda: self.at.look(stage))
+        if not self.like:
+            self._where()
+        for split in splits:
+            self.examples(split)
+
+    def shapes(self) -> Any:
+        """The model, or, before it is loaded, one of its shapes without values, for what its names and sizes tell."""
+        found = None
+        if not (self.is_loaded or (self.like and self.like.is_loaded)):
+            with ranks.first_on_each_machine(), contextlib.suppress(ModelError):  # no such shapes: the model is loaded
+                found = model_of(shapes_source(self.config.model))
+        return self.model if found is None else found
 
     @property
     def model(self) -> Any:

@@ -11,32 +11,36 @@ from pathlib import Path
 from ..data.describe import DataFacts
 from ..data.example import Example
 from ..lora.merging import merge_checked
-from ..lora.peft_files import load_adapter, save_adapter
+from ..lora.peft_files import check_files, load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..lora.replaced import replaced_values
 from ..models.linears import words_of_codes
+from ..models.loading import codes_of
 from ..models.running import device_of
-from ..models.saved import save_model
+from ..models.saved import kept_kind, save_model
 from ..models.weights import check_finite
 from ..placing.by_settings import placed, scored, why_every_row
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
-from ..support.errors import ConfigError, PlacementError, TrainingError
+from ..support.errors import AdapterError, ConfigError, FileError, PlacementError, TrainingError
 from ..support.progress import shows_color
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
+from .adapter_folder import keep_adapter
 from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
+from .merged import Merged
 from .run import Run
 from .splits import sources_of
 
 
 def run_data(run: Run) -> DataFacts:
     """Describes the rows, before anything is scored or trained: data.json."""
+    run.ready("data")
+    facts = run.described()
     with run.stage("data"):
-        facts = run.described()
         run.say(f"{facts.table()}\n{facts.shown_row(shows_color(sys.stderr))}")
         ranks.on_main(lambda: files.write_json(run.file("data"), {"plopfast": "data", **facts.as_dict()}))
     return facts
@@ -44,13 +48,13 @@ def run_data(run: Run) -> DataFacts:
 
 def run_score(run: Run, examples: Sequence[Example] | None = None) -> NFNReport:
     """Scores the training rows, or `examples`: scores.json, and eva.safetensors where adapters begin with EVA's vectors."""
-    if examples is None:
-        run.rows("train")  # broken data should stop the run before the model is loaded
+    run.ready("score")
+    given = run.sample() if examples is None else examples  # broken data should stop the run before the model is loaded
     settings = run.config.scoring
     if why := why_every_row(settings):
         run.say(f"every row is scored, as {why}")
     with run.stage("score"):
-        report = scored(run.model, run.sample() if examples is None else examples, settings, run.progress)
+        report = scored(run.model, given, settings, run.progress)
 
         def save() -> None:
             if report.eva:
@@ -66,6 +70,7 @@ def run_score(run: Run, examples: Sequence[Example] | None = None) -> NFNReport:
 
 def run_place(run: Run) -> Placement:
     """Places adapters by the scores: placement.json."""
+    ranks.on_main(lambda: run.at.look("place"))
     settings = run.config.placing
     placement = placed(NFNReport.load(run.file("score")), settings)
     highest = max(rank for rank, _ in placement.modules.values())
@@ -82,10 +87,12 @@ def run_place(run: Run) -> Placement:
 
 def run_train(run: Run) -> TrainResult:
     """Trains adapters on the placement (adapter/), or with --full all weights (model/)."""
+    ranks.on_main(lambda: run.at.look("train"))
     placement = None if run.config.full else Placement.load(run.file("place"))
+    vectors = eva.load(run.folder / EVA)[0] if run.config.init == "eva" else None
+    run.ready("train", "train", "valid", "unlabeled")
     fit_run(run, placement)
     config = run.config
-    vectors = eva.load(run.folder / EVA)[0] if config.init == "eva" else None
     with run.stage("train"):
         unfinished = checkpoints(run.folder / CHECKPOINTS)
         trainer = trainer_for(run, placement, vectors, out=run.folder)
@@ -104,7 +111,7 @@ def run_train(run: Run) -> TrainResult:
         if config.full:
             ranks.on_main(lambda: _save_model(run, run.file("train")))
         else:
-            save_adapter(run.model, run.file("train"), overwrite=True)
+            keep_adapter(run, result)
         keep_training(run, trainer, result, trainer.paths())
     ranks.on_main(lambda: run.at.ledger.clear(CHECKPOINTS))
     for line in trainer.notes:
@@ -147,6 +154,19 @@ def _save_model(run: Run, target: Path) -> None:
         run.tokenizer.save_pretrained(scratch)
 
 
+def check_trained(run: Run, stage: str, adapter: Path | None) -> None:
+    """Raises what is wrong with the results that a stage is to write, and with the adapter that it is to take, by default the run's
+    own, or with all weights that were trained."""
+    ranks.on_main(lambda: run.at.look(stage))
+    made = run.file("train")
+    if adapter is None and not made.exists():
+        raise AdapterError(
+            f"{made}: no such folder; it is written by plopfast train. To take another adapter: --adapter DIR"
+        )
+    if adapter or not run.config.full:
+        check_files(adapter or made)
+
+
 def adapt(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto") -> None:
     """Puts the adapter of a folder, by default the run's own, into the run's model; says what it replaces whole."""
     load_adapter(run.model, adapter or run.file("train"), check_base=not any_base, backend=backend)
@@ -160,6 +180,11 @@ def run_report(run: Run) -> Path:
     """Writes what the folder holds as one page: report.html, and its pictures in report/."""
     if run.config.full:
         raise ConfigError("no report for --full: it has no scores and no placement. Its figures are in eval.json")
+    ranks.on_main(lambda: run.at.look("report"))
+    if not run.at.holds_results():
+        raise FileError(
+            f"{run.folder}: no results in it, so there is nothing to show; plopfast run or score writes them"
+        )
     from ..report.page import write_report
 
     with run.stage("report"):
@@ -167,23 +192,20 @@ def run_report(run: Run) -> Path:
     return run.file("report")
 
 
-def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, requantize: bool = False) -> Path:
+def run_merge(run: Run, adapter: Path | None = None, any_base: bool = False, requantize: bool = False) -> Merged:
     """Writes the model with its adapter merged in, as Hugging Face does: merged/. Weights that are codes become dense, or
     with `requantize` codes again. Other arguments as in `run_eval`."""
     if run.config.full:
         raise ConfigError(f"--full has no adapter to merge: the trained model is in {run.file('train')}")
+    check_trained(run, "merge", adapter)
+    run.ready("merge")
+    if requantize and not codes_of(run.config.model, run.config.quantize):
+        raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")
     run.config = dataclasses.replace(run.config, stream=False, resident_share=0.0)  # the sum needs memory of its own
     target = run.file("merge")
     with run.stage("merge", inputs=[adapter] if adapter else []):
         adapt(run, adapter, any_base)
         codes = words_of_codes(run.model)
-        if requantize and not codes:
-            raise ConfigError("--requantize is for a quantised model, and this one's weights are dense: leave it out")
         drift = merge_checked(run.model, into=("quantized" if requantize else "dense") if codes else None)
-        run.say(
-            f"merged: the logits moved by {drift:.1g} of their norm, by rounding{' to codes' if requantize else ''}"
-        )
-        if codes and not requantize:
-            run.say(f"the model kept {codes}: all of its weights are dense now")
         _save_model(run, target)
-    return target
+    return Merged(target, drift, codes, kept_kind(run.model) if requantize else None)

@@ -24,7 +24,8 @@ def verify(folder: Path) -> tuple[bool, str]:
     if not ledger.exists():
         raise FileError(f"{ledger.path}: no such file; every command that writes into a run folder begins one there")
     done = ledger.done()
-    found = [row for stage, event in done.items() for row in _compared(folder, stage, event)]
+    last = _last_writers(ledger)
+    found = [row for stage, event in done.items() for row in _compared(folder, stage, event, last)]
     odd = [row for row in found if row[0] != SAME]
     table = Table("", [Column("state"), Column("file"), Column("of"), Column("noted")], odd)
     names, changed = ({row[1] for row in rows} for rows in (found, odd))
@@ -53,10 +54,18 @@ def _holds_runs(path: Path) -> bool:
     return bool(held) and all(Ledger(one).exists() for one in held)
 
 
-def _compared(folder: Path, stage: str, event: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """The state of each file of a stage, its name, what it is to the stage, and when its hash was noted."""
+def _last_writers(ledger: Ledger) -> dict[str, str]:
+    """Output -> the stage that wrote it last: eval writes its figures into the card of the adapter that train made."""
+    ended = [event for event in ledger.events() if event["event"] == "done"]
+    return {name: event["stage"] for event in ended for name in event.get("outputs", {})}
+
+
+def _compared(folder: Path, stage: str, event: dict[str, Any], last: dict[str, str]) -> list[tuple[str, str, str, str]]:
+    """The state of each file of a stage, its name, what it is to the stage, and when its hash was noted. Outputs are compared
+    with what the stage noted that wrote them last."""
     rows = {name: digest for name, digest in _rows_of(event).items() if _is_file_name(name)}
-    kinds = {"input": rows | event.get("inputs", {}), "output": event.get("outputs", {})}
+    outputs = {name: digest for name, digest in event.get("outputs", {}).items() if last.get(name, stage) == stage}
+    kinds = {"input": rows | event.get("inputs", {}), "output": outputs}
     return [
         (_state(folder / name, digest), name, f"{kind} of {stage}", event["time"])
         for kind, hashes in kinds.items() for name, digest in hashes.items() if name != "config.json"

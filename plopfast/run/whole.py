@@ -25,13 +25,16 @@ def run_all(run: Run) -> tuple[str, bool]:
     """
     from ..report import page  # noqa: F401  # a missing extra should stop the run before its work, not after
 
-    if not run.resume:
-        ranks.on_main(run.at.refuse_results)
+    run.ready("run")
     run.rows("train")
+    if not (run.resume and ranks.on_main(partial(run.at.is_done, "data"))):
+        run.ready("run", *run.splits, "unlabeled")
     check(run)
     fit_run(run)
     if not run.config.full:
-        check_rule(run.config.placing, lambda: run.model)  # before invalid settings are kept
+        check_rule(run.config.placing, run.shapes)
+    if not run.resume:
+        ranks.on_main(run.at.refuse_results)
     with run.stage("run"):  # from here on an interrupted run can be resumed
         for stage, do in ORDER.items():
             if run.config.full and stage not in ("data", "train", "eval"):

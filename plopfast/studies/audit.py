@@ -273,9 +273,10 @@ def run_audit(run: Run) -> str:
         raise ConfigError(
             "audit needs statistics of single prompts, which --compat official does not keep: leave it out"
         )
-    rows = len(run.rows("train"))  # broken data should stop the run before the model is loaded
+    run.ready("audit")
+    rows = len(run.rows("train"))
+    examples = run.sample()  # broken data should stop the run before the model is loaded
     with run.stage("audit") as noted:
-        examples = run.sample()
         others = [run.sample(config.seed + i) for i in range(1, OTHER_SAMPLES + 1)] if len(examples) < rows else []
         found = audit(
             run.model, run.tokenizer, examples, config.scoring, others=others, progress=run.progress, say=run.say

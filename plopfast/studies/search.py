@@ -198,7 +198,8 @@ def run_search(run: Run) -> str:
     if config.full or config.budget:
         what = "--full has no adapters" if config.full else "--budget fixes the size"
         raise ConfigError(f"a search tries ranks and placements of adapters, but {what}: leave it out")
-    run.rows("train")  # broken data should stop the search before the model is loaded
+    run.rows("train")
+    run.ready("search", "train", "valid", "unlabeled")  # broken data should stop the search before the model is loaded
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with run.stage("search"):
         search = Search(run)

@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
+from ..data.readers import MISSING
 from ..data.rows import DEMO
 from ..lora.injection import unload
 from ..lora.placement import Placement
 from ..models.linears import number_of_weights
+from ..models.loading import name_of
 from ..placing.by_settings import placed
 from ..placing.rules import FULL, arm_names
 from ..report import kinds
@@ -33,7 +35,7 @@ from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, machine
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, PlacementError, nearest, shown
+from ..support.errors import ConfigError, DataError, PlacementError, nearest, shown
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look
@@ -61,23 +63,27 @@ def run_trial(run: Run) -> str:
     if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
         return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
+    run.ready("trial", *DEMO, "unlabeled")
     _check_test_rows(run)
+    if config.general:
+        files.read_text(Path(config.general), MISSING, DataError)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
+    matched = None
     if report:
         _check_scored_alike(run, report)
+        matched = _matched(run, report, names, lrs)
+        _vectors(run, matched[1])
     with run.stage("trial"):
-        value = _trial(run, report, names, lrs, seeds, folder)
+        value = _trial(run, matched, names, lrs, seeds, folder)
         files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
 def _trial(
-    run: Run, report: NFNReport | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
+    run: Run, matched: tuple[int, list[Arm]] | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
 ) -> dict[str, Any]:
-    """Trains and tests every arm in `folder`; returns what trial.json holds."""
-    for split in (*DEMO, "unlabeled"):  # a row that cannot be used should stop the trial now, not after the training
-        run.examples(split)
-    budget, arms = _matched(run, report or run_score(run), names, lrs)
+    """Trains and tests every arm in `folder`, after scoring where the arms are not `matched` yet; returns what trial.json holds."""
+    budget, arms = matched or _matched(run, run_score(run), names, lrs)
     vectors = _vectors(run, arms)
     general = general_text(run, GENERAL_TOKENS)
     if why := why_not_held_out(run, general):
@@ -131,7 +137,7 @@ def _check_scored_alike(run: Run, report: NFNReport) -> None:
     plain = {"score_tokens": "all", "skip_first": False, "baseline": "closed-form", "compat": None}
     kept = {name: report.settings.get(name.removeprefix("score_"), usual) for name, usual in plain.items()}
     asked = {name: getattr(run.config, name) for name in plain}
-    if changed := differences(kept | {"model": report.model}, asked | {"model": run.model.name_or_path}):
+    if changed := differences(kept | {"model": report.model}, asked | {"model": name_of(run.config.model)}):
         raise ConfigError(
             f"{run.file('score')} was made with other settings: {'; '.join(changed)}. Give the ones that were, or choose "
             "another --out"

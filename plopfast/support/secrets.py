@@ -31,6 +31,15 @@ def masked(argv: Sequence[str]) -> str:
             words.append(word[: option.start("value") + 1] + HIDDEN)
             hide = False
         else:
-            words.append(_ASSIGNMENT.sub(rf"\g<name>={HIDDEN}", _USER.sub(f"{HIDDEN}@", word)))
+            words.append(hidden(word))
             hide = bool(option)
     return shlex.join(words)
+
+
+def hidden(word: str) -> str:
+    """Returns a text, such as the name of a file, in which the values of secret names and what stands before the @ of a URL are `***`.
+
+    >>> hidden("rows?token=abc&split=train")
+    'rows?token=***&split=train'
+    """
+    return _ASSIGNMENT.sub(rf"\g<name>={HIDDEN}", _USER.sub(f"{HIDDEN}@", word))

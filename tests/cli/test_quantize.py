@@ -23,13 +23,13 @@ def test_a_whole_run(base, tmp_path, capsys):
     assert "quantize" in capsys.readouterr().err
     assert plopfast("estimate", "--out", out, "--overwrite") == 0
     assert plopfast("merge", "--out", out) == 0
-    assert "nf4 codes in 22 linear modules: all of its weights are dense now" in capsys.readouterr().err
+    assert "nf4 codes in 22 linear modules: all of its weights are dense now" in capsys.readouterr().out
     merged = transformers.AutoModelForCausalLM.from_pretrained(out / "merged")
     model, _ = pf.load_model(base[1], quantize="nf4", quantize_head=True)
     pf.load_adapter(model, out / "adapter")
     torch.testing.assert_close(logits(merged), logits(model), rtol=1e-4, atol=1e-5)
     assert plopfast("merge", "--out", out, "--requantize", "--overwrite") == 0
-    assert "of their norm, by rounding to codes" in capsys.readouterr().err
+    assert "of their norm, by rounding to codes" in capsys.readouterr().out
     again, _ = pf.load_model(out / "merged")
     assert isinstance(again.lm_head, QuantizedLinear)
     assert 0 < (logits(again) - logits(model)).norm() < 0.2 * logits(model).norm()

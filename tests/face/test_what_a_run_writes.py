@@ -63,6 +63,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "models/loading.py": "models/test_models.py",
     "models/saved.py": "models/test_saved.py::test_it_is_read_as_it_was",
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
+    "run/adapter_folder.py": "run/test_model_card.py::test_its_lines_load_it_as_printed",
     "run/costs.py": HERE,
     "run/evaluating.py": HERE,
     "run/folder.py": HERE,

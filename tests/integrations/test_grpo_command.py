@@ -57,10 +57,18 @@ def test_from_prompts_to_the_page(given, code, tmp_path, capsys):
     placement = Placement.load(out / "placement.json")
     assert {rank for rank, _ in placement.modules.values()} == {2} and placement.rule == "plop"
     assert {"score", "place", "grpo"} <= {*Ledger(out).done()}
-    assert sorted(path.name for path in (out / "adapter").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ]
+    held = {path.name for path in (out / "adapter").iterdir()}
+    assert held == {
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    page = (out / "adapter" / "README.md").read_text()
+    assert f"Reward: `grade`. The reward of 2 test prompts: {written['mean_before']:.3f} before" in page
+    assert (
+        "GRPO" in page
+        and "| train | `prompts.jsonl` | 22 |" in page
+        and "| test | every 20th training row | 2 |" in page
+        and str(tmp_path) not in page
+    )
     assert not (out / "grpo-checkpoints").exists()
     inputs = Ledger(out).done()["grpo"]["inputs"]
     assert {"placement.json", code.rpartition(":")[0], str(tmp_path / "prompts.jsonl")} <= {*inputs}

@@ -19,7 +19,7 @@ from transformers import BitsAndBytesConfig
 
 import plopfast as pf
 from plopfast.kernels import torch_codes
-from plopfast.models.loading import load_tokenizer
+from plopfast.models.loading import codes_of, load_tokenizer
 from plopfast.models.quantized import QuantizedLinear
 from plopfast.models.sources import codes_stored
 from plopfast.support.errors import ModelError
@@ -344,3 +344,12 @@ def test_a_block_that_is_none(block, model_folder):
     set_config(model_folder, quant_method="fp8", weight_block_size=block)
     with pytest.raises(ModelError, match="weight_block_size in config.json: expected two whole numbers"):
         codes_stored(str(model_folder))
+
+
+def test_the_kind_is_known_without_the_weights(theirs, monkeypatch):
+    monkeypatch.setattr("plopfast.models.quantizer.load", lambda *_: pytest.fail("the model is loaded"))
+    for way, kind in ("nf4", "nf4"), ("nested", "nf4"), ("int8", "int8"):
+        folder, _ = theirs(way)
+        assert codes_of(folder) == kind and codes_of(folder / ".." / "dense") is None
+        assert codes_of(folder / ".." / "dense", "fp8") == "fp8"
+    assert codes_of(None) is None, "a GGUF file is made dense"

@@ -66,7 +66,12 @@ def test_each_folder_is_that_of_a_run_of_its_own(world, tmp_path, capsys):
         assert ours.keys() == theirs.keys()
         for key, value in theirs.items():
             assert (ours[key] - value).norm() <= 2e-3 * value.norm(), key
+        held = [{path.name for path in (at / "adapter").iterdir()} for at in (folder, alone)]
+        assert held[0] == held[1] and {"README.md", "tokenizer.json"} <= held[0]
+        cards = [(at / "adapter" / "README.md").read_text().split("## Training") for at in (folder, alone)]
+        assert cards[0][1].partition("validation loss")[0] == cards[1][1].partition("validation loss")[0]
         tested = [json.loads((at / "eval.json").read_text()) for at in (folder, alone)]
+        assert f"| {tested[0]['base']['accuracy']:.1%} | {tested[0]['tuned']['accuracy']:.1%} |" in cards[0][0]
         for who in ("base", "tuned"):
             assert tested[0][who]["loss"] == pytest.approx(tested[1][who]["loss"], rel=1e-4)
         lines = [(at / "metrics.jsonl").read_text().splitlines() for at in (folder, alone)]

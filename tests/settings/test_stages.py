@@ -102,7 +102,7 @@ def test_an_adapter_of_elsewhere(shop, opened, stage):
 
 def test_merged_weights_are_base_plus_adapter(shop, opened):
     run = opened("trained")
-    target = stages.run_merge(run)
+    target = stages.run_merge(run).folder
     merged, _ = load_model(str(target))
     model, _ = load_model(str(shop.model))
     pf.load_adapter(model, run.file("train"))
