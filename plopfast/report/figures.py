@@ -85,7 +85,8 @@ class Chart(Figure):
     @property
     def text_px(self) -> int:
         """How wide the column of numbers is."""
-        longest = max((max(len(row.text) * 9, len(row.more) * 7.2) for row in self.rows), default=0)
+        both = sum if self.look == "dumb" else max  # beside each other, or one below the other
+        longest = max((both((len(row.text) * 9, len(row.more) * 7.2)) for row in self.rows), default=0)
         return int(min(190, max(56, longest + 26)))
 
     def percent(self, value: float) -> str:
@@ -98,6 +99,14 @@ class Chart(Figure):
         """The path of the faint dots that are on the scale: a zero-length line each, in columns of three heights."""
         values = [value for value in row.strip if not self.scale.beyond(value)]
         return "".join(f"M{1000 * self.scale.at(value):.0f} {(38, 50, 62)[at % 3]}h.01" for at, value in enumerate(values))
+
+    def from_reference(self, value: float) -> float:
+        """How far a value is from the reference, in per cent of the axis; 100 without one."""
+        return abs(100 * (self.scale.at(value) - self.scale.at(self.reference[0]))) if self.reference else 100.0
+
+    def reference_is_free(self) -> bool:
+        """Whether the reference's name has room between the ticks' labels."""
+        return self.reference is not None and all(self.from_reference(value) >= 5 for value, _ in self.scale.ticks)
 
     def over(self, row: Bar) -> int:
         """How many of the faint dots lie beyond the scale."""

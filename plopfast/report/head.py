@@ -11,11 +11,10 @@ from .scales import linear
 from .sections_cost import full_choice, own_choice
 from .sections_more import rewards_chart
 from .sections_results import kept_warning
-from .sections_training import warnings_of
 from .sections_where import pick_warning
 from .words import bold, digits, duration, large, listed, mib, number, range_of, rich, several, share, signed, ties_of
 
-MOST_CAVEATS = 6
+MOST_CAVEATS = 5
 RIGHT = {"choice": "answered right", "exact-match": "answered right", "token": "predicted right"}
 
 
@@ -131,8 +130,8 @@ def caveats(run: RunFolder) -> list[str]:
         said.append(rich('<b>Splits overlap.</b> Some rows or prompts are in <a href="#data">several splits</a>.'))
     said += _of_general_text(run)
     if picks_that_differ(run):
-        said.append(pick_warning(run))
-    said += warnings_of(how_it_ended(run), run)
+        said.append(pick_warning(run, brief=True))
+    said += _of_training(run)
     if (decision := run.decision) and decision.near_ties:
         said.append(rich("<b>Near-ties.</b> The prompts do not tell {}.", ties_of(decision, 2)))
     found = changes(run)
@@ -145,6 +144,21 @@ def caveats(run: RunFolder) -> list[str]:
         said.append(rich("<b>Right means</b> that the right answer was the likeliest of those that occur. Free text was not judged."))
     more = len(said) - MOST_CAVEATS
     return said[:MOST_CAVEATS] + ([f"{number(more).capitalize()} more {'is' if more == 1 else 'are'} said in the sections below."] if more > 0 else [])
+
+
+def _of_training(run: RunFolder) -> list[str]:
+    """What speaks against the training's end, in one sentence: its section says what it means."""
+    ended, said = how_it_ended(run), []
+    if ended.seen is not None:
+        said.append(f"the steps saw {share(ended.seen)} of the training rows")
+    if ended.last_best:
+        said.append("the last step was the best")
+    if ended.clipped is not None:
+        said.append(f"{share(ended.clipped)} of the steps were clipped")
+    if not said:
+        return []
+    text = listed(said)
+    return [rich('<b>Training may have ended too early.</b> {}: <a href="#training">what that means</a>.', text[:1].upper() + text[1:])]
 
 
 def _of_general_text(run: RunFolder) -> list[str]:
@@ -201,8 +215,9 @@ def _of_data(run: RunFolder) -> list[tuple[str, str, str]]:
         return [("Data", several(train["rows"], "row"), rest)]
     passes = seen / train["rows"]
     steps = several(run.training.get("steps", 0), "step")
-    how = f"{share(passes)} of them" if passes < 0.995 else f"{passes:.1f} passes"
-    return [("Rows seen", f"{'' if counted else '≈ '}{seen:,.0f}", f"in {steps}, {how}: {rest}")]
+    how = f"{share(passes)} of {train['rows']:,} training rows" if passes < 0.995 else f"{passes:.1f} passes over {train['rows']:,} training rows"
+    beside = f"; {' and '.join(others)} rows beside them" if others else ""
+    return [("Rows seen", f"{'' if counted else '≈ '}{seen:,.0f}", f"{how}, in {steps}{beside}")]
 
 
 def _machine(run: RunFolder) -> str:

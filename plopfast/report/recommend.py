@@ -24,6 +24,14 @@ def recommendation(run: RunFolder) -> str:
     return run.audit.get("verdict") or "The files of this folder do not tell which modules should get adapters."
 
 
+def placed(run: RunFolder) -> str:
+    """Return the recommendation; of adapters that were trained already, where they are."""
+    if not (run.training and run.types) or shown_by_trial(run):
+        return recommendation(run)
+    where = adapters(run)
+    return recommendation(run).replace(f"Put {where}", f"{where[:1].upper()}{where[1:].replace(' on ', ' went on ', 1)}", 1)
+
+
 def shown_by_trial(run: RunFolder) -> str:
     """Recommend a placement that the trial showed to be better than the folder's or the trial's first one, if any."""
     trial = run.trial

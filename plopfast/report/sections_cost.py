@@ -9,7 +9,8 @@ from .scales import linear
 from .tables import PARTS, estimate_table
 from .words import digits, duration, large, mib, rich, share
 
-SHADES = ("s1", "t2", "t3", "t4", "t5", "s3")  # of stages
+SHADES = {"data": "t5", "load": "t2", "score": "t3", "estimate": "s1", "train": "t4", "eval": "s3", "grpo": "t4"}
+BRIEF = 0.001  # of the time; briefer stages are not drawn
 BEFORE = ("place", "score", "load")  # stages just before training, whose peak says what the process held
 FULL = "full"
 
@@ -140,7 +141,7 @@ def _time(run: RunFolder) -> Figure | None:
         return None
     names = {"data": "read the data", "load": "load the model", "eval": "test, before and after", "place": "place", "score": "score", "estimate": "estimate", "train": "train"}
     stages = sorted(run.stages.items(), key=lambda item: item[1].get("time", ""))
-    parts = [(SHADES[at % len(SHADES)], stage["seconds"], name) for at, (name, stage) in enumerate(stages)]
+    parts = [(SHADES.get(name, "t3"), stage["seconds"], name) for name, stage in stages if stage["seconds"] >= BRIEF * total]
     longest = max(stages, key=lambda item: item[1]["seconds"])
     key = [(shade, names.get(name, name), f"{duration(seconds)} · {share(seconds / total)}") for shade, seconds, name in parts]
     return Stack(

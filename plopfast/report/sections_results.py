@@ -78,7 +78,7 @@ def kept_warning(run: RunFolder) -> list[str]:
     keep = run.eval.get("must_keep") or {}
     if not keep.get("lost"):
         return []
-    return [rich("<b>{} of {} answers that had to stay right were lost.</b>", len(keep["lost"]), keep["kept"] + len(keep["lost"]))]
+    return [rich('<b class="w">{} of {} answers that had to stay right were lost.</b>', len(keep["lost"]), keep["kept"] + len(keep["lost"]))]
 
 
 def _changes(found: Changes) -> Stack:
@@ -181,7 +181,7 @@ def _samples(run: RunFolder) -> Samples | None:
     right = sum(sample["right_after"] for sample in found)
     return Samples(
         title=f"{number(len(found)).capitalize()} answers side by side" if len(found) > 1 else "An answer before and after",
-        sub=f"Free text, greedy; {number(right)} right after training",
+        sub=f"Free text, greedy; {number(right) if right else 'none'} right after training",
         samples=[
             (sample["prompt"].strip(), _short(sample["before"]), _short(sample["after"]), _verdict(sample, "before"), _verdict(sample, "after"))
             for sample in found
@@ -250,7 +250,7 @@ def _losses(run: RunFolder) -> Fold:
     known = "accuracy_low" in base
     first, last = (f"{m['accuracy']:.3f}{f' ({said})' if (said := interval_of(m, '.3f')) else ''}" for m in measured.values())
     table = Tables(
-        title="Before and after training", sub=f"{base['examples']} {run.judged_by} rows. Accuracy: {base['metric']}{', with 95% intervals' * known}.",
+        title="", sub=f"{base['examples']} {run.judged_by} rows. Accuracy: {base['metric']}{', with 95% intervals' * known}.",
         alt=f"Accuracy went from {first} to {last}, loss from {base['loss']:.3f} to {tuned['loss']:.3f}.", table=Table("", columns, cells),
         note="Losses are in nats per learned token.", csv=Csv("before_after", ("model", "accuracy", *bounds, "loss", "rows"), rows),
     )  # fmt: skip

@@ -9,7 +9,7 @@ from .folder import RunFolder
 from .scales import SMOOTHED, Scale, binned, finite, fitting, linear, smoothed
 from .words import digits, number, rich, several, share
 
-MOST_LEARNED = 0.9  # of the fall of the loss, in logarithms
+MOST_LEARNED = 0.9  # of the fall of the loss
 HEAD = ("step", "loss", "valid_loss", "smoothed", "lr", "grad_norm", "tokens_per_s")
 
 
@@ -90,7 +90,7 @@ def _title(rows: list[tuple], means: list[tuple[float, float]], valid: list[tupl
     if len(means) > 1:
         first, last = next(row[1] for row in rows if row[1] is not None), means[-1][1]
         verb = "fell" if last < first else "rose" if last > first else "stayed"
-        return f"Loss {verb} from {digits(first)} to about {digits(last)} {steps}" if verb != "stayed" else f"Loss stayed at {digits(last)} {steps}"
+        return f"Loss {verb} from {digits(first)} to about {digits(last, 2)} {steps}" if verb != "stayed" else f"Loss stayed at {digits(last)} {steps}"
     return "Loss" if not valid else f"Validation loss {digits(valid[-1][1])}"
 
 
@@ -153,12 +153,12 @@ def learned_by(means: list[tuple[float, float]]) -> float | None:
     first, lowest = means[0][1], min(value for _, value in means)
     if not lowest < first:
         return None
-    limit = first ** (1 - MOST_LEARNED) * lowest**MOST_LEARNED if lowest > 0 else first - MOST_LEARNED * (first - lowest)
+    limit = first - MOST_LEARNED * (first - lowest)
     return next(step for step, value in means if value <= limit * (1 + 1e-9))
 
 
 def warnings_of(ended: EndedEarly, run: RunFolder) -> list[str]:
-    """Put what speaks against a training's end into sentences."""
+    """Put what speaks against a training's end into sentences, each with what it means."""
     said = []
     if ended.seen is not None:
         rows, counted = rows_seen(run)

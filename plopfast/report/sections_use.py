@@ -13,6 +13,7 @@ from .folder import RunFolder
 from .words import name_of, range_of, rich
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+PLAIN = (None, False, 0, 0.0, "", "none", "auto", "error", "device")  # nothing that anyone chose, unless the default is another
 NOT_SETTINGS = {"train", "valid", "test", "unlabeled", "general", "model"}  # files and the model: they have lines of their own
 
 
@@ -30,20 +31,26 @@ def use(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
     command = run.stages.get("train", {}).get("command") or run.noted("score") or run.noted("trial")
     facts = [*_versions(run), ("this page", run.command("report --overwrite"))]
     section.body += [
-        Fold("Command, seed and settings", [*([Code(title="", code=command)] if command else []), _pairs("Settings that were used", settings_used(run))]),
+        Fold("Command, seed and settings", [*([Code(title="", code=command)] if command else []), *_halves("Settings that were used", settings_used(run))]),
         Fold("Versions and machine", [_pairs("Versions and machine", facts)]),
     ]
     if data := _data(run):
-        section.body.append(Fold("Data and their SHA-256", [Tables(title="Data and their SHA-256", table=Table("", [Column("split"), Column("file"), Column("SHA-256")], data), wide=True)]))
+        section.body.append(Fold("Data and their SHA-256", [Tables(title="", alt="Data and their SHA-256", table=Table("", [Column("split"), Column("file"), Column("SHA-256")], data), wide=True)]))
     if missing:
         rows = [(what, command) for what, command in missing]
-        section.body.append(Fold("What this page does not show yet", [Tables(title="Not on this page yet", table=Table("", [Column("what"), Column("command that makes it")], rows), wide=True)]))
+        section.body.append(Fold("What this page does not show yet", [Tables(title="", alt="Not on this page yet", table=Table("", [Column("what"), Column("command that makes it")], rows), wide=True)]))
     section.body.append(Fold("Words used here", [Words(_words(run))]))
     return section
 
 
 def _pairs(title: str, pairs: list[tuple[str, str]]) -> Tables | Notes:
-    return Tables(title=title, table=Table("", [Column("what"), Column("value")], pairs), wide=True) if pairs else Notes(["No settings are kept here."])
+    return Tables(title="", alt=title, table=Table("", [Column("what"), Column("value")], pairs), wide=True) if pairs else Notes(["No settings are kept here."])
+
+
+def _halves(title: str, pairs: list[tuple[str, str]]) -> list[Any]:
+    """A long list in two columns."""
+    half = -(-len(pairs) // 2)
+    return [_pairs(title, pairs)] if len(pairs) <= 8 else [Side([_pairs(title, pairs[:half]), _pairs(title, pairs[half:])])]
 
 
 def settings_used(run: RunFolder) -> list[tuple[str, str]]:
@@ -59,7 +66,7 @@ def settings_used(run: RunFolder) -> list[tuple[str, str]]:
     found = []
     for name, value in settings.items():
         changed = name not in DEFAULTS or value != DEFAULTS[name]
-        on = value not in (None, False, 0, 0.0, "none", "")
+        on = value not in PLAIN
         if name not in NOT_SETTINGS and value is not None and (changed or (on and name in used)):
             found.append((name.replace("_", " "), _shown(value)))
     seeds = [("trial’s seeds", ", ".join(map(str, run.trial["seeds"])))] if run.trial else []
@@ -106,12 +113,14 @@ def _model(run: RunFolder) -> tuple[str, str]:
 def _load(run: RunFolder) -> Code:
     name, comment = _model(run)
     code = f"""from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
+from transformers import AutoTokenizer
 
 name = {json.dumps(name, ensure_ascii=False)}{comment}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name)
-model = PeftModel.from_pretrained(model, {json.dumps(run.path.name + "/adapter", ensure_ascii=False)})"""
+base = AutoModelForCausalLM.from_pretrained(name)
+model = PeftModel.from_pretrained(
+    base, {json.dumps(run.path.name + "/adapter", ensure_ascii=False)})"""
     return Code(title="Load it with PEFT", sub="Python", code=code)
 
 
@@ -127,12 +136,14 @@ placement = pf.Placement.load({json.dumps(run.path.name + "/placement.json", ens
 config = placement.lora_config(model)  # a peft.LoraConfig"""
         return Code(title="Train the same placement elsewhere", sub="Python, for PEFT and TRL", code=code)
     rank, alpha = next(iter(pairs))
-    targets = ", ".join(json.dumps(type_, ensure_ascii=False) for type_ in placement.types)
+    targets = "".join(f"\n        {json.dumps(type_, ensure_ascii=False)}," for type_ in placement.types)
     code = f"""from peft import LoraConfig
 
 config = LoraConfig(
-    r={rank}, lora_alpha={alpha:g}, task_type="CAUSAL_LM",
-    target_modules=[{targets}])
+    task_type="CAUSAL_LM",
+    r={rank}, lora_alpha={alpha:g},
+    target_modules=[{targets}
+    ])
 # PEFT: get_peft_model(model, config)
 # TRL: SFTTrainer(model, peft_config=config, …)"""
     return Code(title="Train the same placement elsewhere", sub="Python, for PEFT and TRL", code=code)

@@ -5,10 +5,11 @@ from statistics import fmean, median
 
 from ..placing.rules import nfn_rule
 from ..scoring.report import OUTLIER, NFNReport
+from .caveats import OtherPick
 from .facts import by_type, picks_that_differ
 from .figures import Bar, Cell, Chart, Csv, Figure, Fold, Heat, Layer, Notes, Section, Tables
 from .folder import RunFolder
-from .recommend import recommendation
+from .recommend import placed
 from .scales import classes, linear
 from .words import capital, listed, number, range_of, rich, several, ties_of
 
@@ -35,7 +36,7 @@ def where(run: RunFolder) -> Section:
     if not run.scores and not run.placement:
         section.lacks = ("No module has been scored.", run.command("score"))
         return section
-    section.answer, section.command = [recommendation(run)], run.noted("score")
+    section.answer, section.command = [placed(run)], run.noted("score")
     section.warnings = [pick_warning(run)] if picks_that_differ(run) else []
     section.caveats = [
         rich(
@@ -56,15 +57,18 @@ def where(run: RunFolder) -> Section:
     return section
 
 
-def pick_warning(run: RunFolder) -> str:
+def pick_warning(run: RunFolder, brief: bool = False) -> str:
     """Say which types another summary of the layers would pick; the interval over prompts does not cover that."""
-    said = []
+    swaps: dict[tuple[str, str], list[OtherPick]] = {}
     for pick in picks_that_differ(run):
-        values = ", ".join(f"{type_} {pick.values[type_]:.2f}" for type_ in (*pick.instead, *pick.gone)[:6])
-        said.append(
-            rich("By {}, <b>{}</b> would replace {} ({}).", pick.how, listed(pick.instead[:4]), listed(pick.gone[:4]), values)
-        )
-    return rich(" ").join([rich("<b>The pick hangs on a few layers.</b>"), *said, "The interval over prompts does not cover that."])
+        swaps.setdefault((listed(pick.instead[:4]), listed(pick.gone[:4])), []).append(pick)
+    said = []
+    for (instead, gone), picks in swaps.items():
+        how = " and by ".join(pick.how for pick in picks)
+        values = "; ".join(", ".join(f"{type_} {pick.values[type_]:.2f}" for type_ in (*pick.instead, *pick.gone)[:6]) for pick in picks)
+        said.append(rich("By {}, <b>{}</b> would replace {}{}.", how, instead, gone, "" if brief else f" ({values})"))
+    covered = [] if brief else ["The interval over prompts does not cover that."]
+    return rich(" ").join([rich("<b>The pick hangs on a few layers.</b>"), *said, *covered])
 
 
 def about_the_choice(run: RunFolder) -> list[str]:
