@@ -36,7 +36,9 @@ def other_picks(
     if not 0 < len(picked) < len(known) or not set(picked) <= known.keys():
         return []
 
-    def best(summary: Callable[[Sequence[float]], float], values: Mapping[str, Mapping[str, float]]) -> tuple[list[str], dict[str, float]]:
+    def best(
+        summary: Callable[[Sequence[float]], float], values: Mapping[str, Mapping[str, float]]
+    ) -> tuple[list[str], dict[str, float]]:
         scores = {type_: summary([*(found or known[type_]).values()]) for type_, found in values.items()}
         return sorted(scores, key=lambda type_: scores[type_], reverse=highest)[: len(picked)], scores
 
@@ -66,7 +68,13 @@ class EndedEarly:
 
 
 def ended_early(
-    steps: int, *, clipped: int | None = None, best_step: int | None = None, looks: int = 0, rows_seen: float | None = None, rows: int = 0
+    steps: int,
+    *,
+    clipped: int | None = None,
+    best_step: int | None = None,
+    looks: int = 0,
+    rows_seen: float | None = None,
+    rows: int = 0,
 ) -> EndedEarly:
     """Say what speaks against a training's end: nearly all steps clipped, the last step the best, or rows left unseen.
 

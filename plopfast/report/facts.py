@@ -103,7 +103,9 @@ class Changes:
 
 def changes(run: RunFolder) -> Changes | None:
     """Count the rows by whether they were right before and after; None where a row is neither right nor wrong."""
-    found: Counter[tuple[float, float]] = Counter((row["before"]["right"], row["after"]["right"]) for row in run.eval_rows)
+    found: Counter[tuple[float, float]] = Counter(
+        (row["before"]["right"], row["after"]["right"]) for row in run.eval_rows
+    )
     if not found or any(right not in DECIDED for pair in found for right in pair):
         return None
     return Changes(*(found[pair] for pair in ((1.0, 1.0), (0.0, 1.0), (1.0, 0.0), (0.0, 0.0))))
@@ -142,7 +144,9 @@ def most_wrong(run: RunFolder, count: int = 5) -> list[dict[str, Any]]:
     wrong = [
         row
         for row in run.eval_rows
-        if row["after"]["right"] == 0 and row["after"].get("chance") is not None and math.isfinite(row["after"]["chance"])
+        if row["after"]["right"] == 0
+        and row["after"].get("chance") is not None
+        and math.isfinite(row["after"]["chance"])
     ]
     return sorted(wrong, key=lambda row: row["after"]["chance"])[:count]
 

@@ -12,6 +12,7 @@ from ..support.tables import Column, Table
 from .scales import Scale
 
 Text = str  # a plain text is escaped; words.rich makes Markup
+SAME = 1.5  # per cent of an axis: a reference nearer to a tick has the tick's label
 FITS = 92  # characters of a table as wide as the column of evidence
 
 
@@ -98,7 +99,9 @@ class Chart(Figure):
     def dust(self, row: Bar) -> str:
         """The path of the faint dots that are on the scale: a zero-length line each, in columns of three heights."""
         values = [value for value in row.strip if not self.scale.beyond(value)]
-        return "".join(f"M{1000 * self.scale.at(value):.0f} {(38, 50, 62)[at % 3]}h.01" for at, value in enumerate(values))
+        return "".join(
+            f"M{1000 * self.scale.at(value):.0f} {(38, 50, 62)[at % 3]}h.01" for at, value in enumerate(values)
+        )
 
     def from_reference(self, value: float) -> float:
         """How far a value is from the reference, in per cent of the axis; 100 without one."""
@@ -106,7 +109,7 @@ class Chart(Figure):
 
     def reference_is_free(self) -> bool:
         """Whether the reference's name has room between the ticks' labels."""
-        return self.reference is not None and all(self.from_reference(value) >= 5 for value, _ in self.scale.ticks)
+        return self.reference is not None and all(self.from_reference(value) >= SAME for value, _ in self.scale.ticks)
 
     def over(self, row: Bar) -> int:
         """How many of the faint dots lie beyond the scale."""
@@ -201,7 +204,8 @@ class Tables(Figure):
         if self.wide or not columns:
             return [self.table]
         widths = [
-            min(30, max([len(column.heading) // (2 if " " in column.heading else 1), *(len(row[at]) for row in cells)])) + 2
+            min(30, max([len(column.heading) // (2 if " " in column.heading else 1), *(len(row[at]) for row in cells)]))
+            + 2
             for at, column in enumerate(columns)
         ]
         groups: list[list[int]] = [[]]
@@ -330,5 +334,9 @@ class Section:
             block = open_.pop(0)
             if isinstance(block, Figure):
                 found.append(block)
-            open_[:0] = getattr(block, "figures", None) or getattr(block, "blocks", None) or [] if not isinstance(block, Layer) else []
+            open_[:0] = (
+                getattr(block, "figures", None) or getattr(block, "blocks", None) or []
+                if not isinstance(block, Layer)
+                else []
+            )
         return found

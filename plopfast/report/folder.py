@@ -24,9 +24,17 @@ class RunFolder:
         scores, placement = path / "scores.json", path / "placement.json"
         self.scores = NFNReport.load(scores) if _is_there(scores) else None
         self.placement = Placement.load(placement) if _is_there(placement) else None
-        self.config, self.training, self.eval, self.audit, self.estimate, self.trial, self.data, self.search, self.grpo = map(
-            self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data", "search", "grpo")
-        )
+        (
+            self.config,
+            self.training,
+            self.eval,
+            self.audit,
+            self.estimate,
+            self.trial,
+            self.data,
+            self.search,
+            self.grpo,
+        ) = map(self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data", "search", "grpo"))
         self.rewards = self._read_lines("rewards", "grpo")
         self.eval_rows = self._read_lines("eval_rows", "eval") if self.eval else []
         self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}

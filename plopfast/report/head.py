@@ -9,7 +9,7 @@ from .folder import RunFolder
 from .recommend import recommendation, shown_by_trial
 from .scales import linear
 from .sections_cost import full_choice, own_choice
-from .sections_more import rewards_chart
+from .sections_grpo import rewards_chart
 from .sections_results import kept_warning
 from .sections_where import pick_warning
 from .words import bold, digits, duration, large, listed, mib, number, range_of, rich, several, share, signed, ties_of
@@ -125,7 +125,11 @@ def caveats(run: RunFolder) -> list[str]:
     """Return what a reader should know before relying on the page, what weighs most first."""
     said: list[str] = [*kept_warning(run)]
     if run.eval and run.judged_by == "validation":
-        said.append(rich("<b>No test rows.</b> The validation rows also chose the step that was kept, so they flatter the result."))
+        said.append(
+            rich(
+                "<b>No test rows.</b> The validation rows also chose the step that was kept, so they flatter the result."
+            )
+        )
     if run.data.get("overlap"):
         said.append(rich('<b>Splits overlap.</b> Some rows or prompts are in <a href="#data">several splits</a>.'))
     said += _of_general_text(run)
@@ -136,14 +140,28 @@ def caveats(run: RunFolder) -> list[str]:
         said.append(rich("<b>Near-ties.</b> The prompts do not tell {}.", ties_of(decision, 2)))
     found = changes(run)
     if found and found.lost:
-        said.append(rich('<b>{} got worse.</b> {} right before and wrong after.', several(found.lost, "row"), "It was" if found.lost == 1 else "They were"))
+        said.append(
+            rich(
+                "<b>{} got worse.</b> {} right before and wrong after.",
+                several(found.lost, "row"),
+                "It was" if found.lost == 1 else "They were",
+            )
+        )
     if run.eval or run.training:
         said.append(rich("<b>One run, one seed.</b> The intervals cover the choice of rows, not luck in training."))
     said += _of_trial(run)
     if run.eval and run.eval["tuned"]["metric"] == "choice" and not run.eval.get("samples"):
-        said.append(rich("<b>Right means</b> that the right answer was the likeliest of those that occur. Free text was not judged."))
+        said.append(
+            rich(
+                "<b>Right means</b> that the right answer was the likeliest of those that occur. Free text was not judged."
+            )
+        )
     more = len(said) - MOST_CAVEATS
-    return said[:MOST_CAVEATS] + ([f"{number(more).capitalize()} more {'is' if more == 1 else 'are'} said in the sections below."] if more > 0 else [])
+    return said[:MOST_CAVEATS] + (
+        [f"{number(more).capitalize()} more {'is' if more == 1 else 'are'} said in the sections below."]
+        if more > 0
+        else []
+    )
 
 
 def _of_training(run: RunFolder) -> list[str]:
@@ -158,7 +176,12 @@ def _of_training(run: RunFolder) -> list[str]:
     if not said:
         return []
     text = listed(said)
-    return [rich('<b>Training may have ended too early.</b> {}: <a href="#training">what that means</a>.', text[:1].upper() + text[1:])]
+    return [
+        rich(
+            '<b>Training may have ended too early.</b> {}: <a href="#training">what that means</a>.',
+            text[:1].upper() + text[1:],
+        )
+    ]
 
 
 def _of_general_text(run: RunFolder) -> list[str]:
@@ -168,17 +191,31 @@ def _of_general_text(run: RunFolder) -> list[str]:
     change = general["after"] - general["before"]
     if change <= 0.05:
         return []
-    return [rich('<b>Forgetting.</b> The loss on general text <a href="#results">rose by {}</a> nats per token, from {} to {}.', f"{change:.2f}", digits(general["before"]), digits(general["after"]))]
+    return [
+        rich(
+            '<b>Forgetting.</b> The loss on general text <a href="#results">rose by {}</a> nats per token, from {} to {}.',
+            f"{change:.2f}",
+            digits(general["before"]),
+            digits(general["after"]),
+        )
+    ]
 
 
 def _of_trial(run: RunFolder) -> list[str]:
     if not run.scores and not run.placement:
         return []
     if not run.trial:
-        return [rich('<b>No better placement is known</b>, as no trial has compared them: <a href="#trial">how to</a>.')]
+        return [
+            rich('<b>No better placement is known</b>, as no trial has compared them: <a href="#trial">how to</a>.')
+        ]
     verdicts = {(arm["versus"] or {}).get("verdict", "") for arm in run.trial["arms"]} - {""}
     if verdicts == {"no difference shown"}:
-        return [rich('<b>No better placement is known.</b> A trial of {} <a href="#trial">showed no difference</a>.', number(len(run.trial["arms"])))]
+        return [
+            rich(
+                '<b>No better placement is known.</b> A trial of {} <a href="#trial">showed no difference</a>.',
+                number(len(run.trial["arms"])),
+            )
+        ]
     return []
 
 
@@ -187,21 +224,43 @@ def facts(run: RunFolder) -> list[tuple[str, str, str]]:
     found: list[tuple[str, str, str]] = []
     ours, full = own_choice(run), full_choice(run)
     if run.placement:
-        of = f"{share(run.placement.parameters / full['parameters'])} of the model’s {large(full['parameters'])}: " if full.get("parameters") else ""
+        of = (
+            f"{share(run.placement.parameters / full['parameters'])} of the model’s {large(full['parameters'])}: "
+            if full.get("parameters")
+            else ""
+        )
         ranks = range_of([rank for rank, _ in run.placement.modules.values()])
         count = f"{run.placement.parameters:,}; " if run.placement.parameters >= 1e6 else ""
-        found.append(("Trained parameters", large(run.placement.parameters), f"{count}{of}rank-{ranks} LoRA adapters on {several(len(run.placement.modules), 'module')}"))
+        found.append(
+            (
+                "Trained parameters",
+                large(run.placement.parameters),
+                f"{count}{of}rank-{ranks} LoRA adapters on {several(len(run.placement.modules), 'module')}",
+            )
+        )
     found += _of_data(run)
     if "train" in run.stages:
         total = sum(stage["seconds"] for stage in run.stages.values())
-        found.append(("Training time", duration(run.stages["train"]["seconds"]), f"{duration(total)} for all stages{_machine(run)}"))
+        found.append(
+            (
+                "Training time",
+                duration(run.stages["train"]["seconds"]),
+                f"{duration(total)} for all stages{_machine(run)}",
+            )
+        )
     elif run.scores:
         found.append(("Prompts scored", f"{run.scores.prompts:,}", f"in {run.scores.seconds:.1f} s"))
     if "train" in run.stages:
-        of = f"; estimated: {share(ours['memory_of_full'])} of full fine-tuning" if ours and full and ours is not full else ""
+        of = (
+            f"; estimated: {share(ours['memory_of_full'])} of full fine-tuning"
+            if ours and full and ours is not full
+            else ""
+        )
         found.append(("Memory at the peak", mib(run.stages["train"]["peak_mib"]), f"measured{of}"))
     elif ours:
-        found.append(("Memory", mib(ours["total_mib"]), f"estimated, {share(ours['memory_of_full'])} of full fine-tuning"))
+        found.append(
+            ("Memory", mib(ours["total_mib"]), f"estimated, {share(ours['memory_of_full'])} of full fine-tuning")
+        )
     return found[:4]
 
 
@@ -215,7 +274,11 @@ def _of_data(run: RunFolder) -> list[tuple[str, str, str]]:
         return [("Data", several(train["rows"], "row"), rest)]
     passes = seen / train["rows"]
     steps = several(run.training.get("steps", 0), "step")
-    how = f"{share(passes)} of {train['rows']:,} training rows" if passes < 0.995 else f"{passes:.1f} passes over {train['rows']:,} training rows"
+    how = (
+        f"{share(passes)} of {train['rows']:,} training rows"
+        if passes < 0.995
+        else f"{passes:.1f} passes over {train['rows']:,} training rows"
+    )
     beside = f"; {' and '.join(others)} rows beside them" if others else ""
     return [("Rows seen", f"{'' if counted else '≈ '}{seen:,.0f}", f"{how}, in {steps}{beside}")]
 
@@ -225,5 +288,3 @@ def _machine(run: RunFolder) -> str:
     cores = next((part.strip() for part in str(machine).split(",") if "core" in part), "")
     gpu = str(run.config.get("device") or "").startswith("cuda")
     return f", on {'a GPU' if gpu else cores + (' of a CPU' if cores else 'a CPU')}"
-
-

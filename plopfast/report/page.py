@@ -23,10 +23,12 @@ except ImportError as error:
 from .figures import Section
 from .folder import RunFolder
 from .head import head_of
+from .sections_audit import audit
 from .sections_cost import cost
 from .sections_data import data
-from .sections_more import audit, grpo, search
+from .sections_grpo import grpo
 from .sections_results import results
+from .sections_search import search
 from .sections_training import training
 from .sections_trial import trial
 from .sections_use import use
@@ -58,7 +60,9 @@ SOURCES = (
     Source(audit, ("audit.json",), "audit", "stability, controls and other criteria"),
     Source(search, ("search.json",), "search", "a search of rank, alpha, learning rate and placement"),
 )
-LEARNED = Source(grpo, ("grpo.json", "rewards.jsonl"), "grpo", "what completions earned")  # not missed where there is none
+LEARNED = Source(
+    grpo, ("grpo.json", "rewards.jsonl"), "grpo", "what completions earned"
+)  # not missed where there is none
 PLACED = ("placement.json", "place", "which modules get adapters, and their rank")  # of the first section
 
 
@@ -92,7 +96,9 @@ def sections_of(run: RunFolder) -> list[Section]:
         )
     sections = [_made(source, run) for source in sources]
     # a section that is there may still lack a file
-    missing = [(source.adds, run.command(source.stage)) for source in SOURCES if not (run.path / source.files[0]).exists()]
+    missing = [
+        (source.adds, run.command(source.stage)) for source in SOURCES if not (run.path / source.files[0]).exists()
+    ]
     if not (run.path / PLACED[0]).exists():
         missing.append((PLACED[2], run.command(PLACED[1])))
     return [*sections, use(run, missing)]
@@ -117,5 +123,10 @@ def rendered(run: RunFolder, sections: list[Section]) -> str:
     environment.tests["differing"] = lambda cells: any(cell.startswith(DIFFERS) for cell in cells)
     environment.filters["pct"] = lambda value: f"{value:.4g}%"
     environment.globals["WRAP"] = WRAP
-    values: dict[str, Any] = {"head": head_of(run), "sections": sections, "folder": run.path.name, "version": run.config.get("versions", {}).get("plopfast", "")}
+    values: dict[str, Any] = {
+        "head": head_of(run),
+        "sections": sections,
+        "folder": run.path.name,
+        "version": run.config.get("versions", {}).get("plopfast", ""),
+    }
     return harmless(environment.get_template(TEMPLATE).render(values))

@@ -29,7 +29,9 @@ def placed(run: RunFolder) -> str:
     if not (run.training and run.types) or shown_by_trial(run):
         return recommendation(run)
     where = adapters(run)
-    return recommendation(run).replace(f"Put {where}", f"{where[:1].upper()}{where[1:].replace(' on ', ' went on ', 1)}", 1)
+    return recommendation(run).replace(
+        f"Put {where}", f"{where[:1].upper()}{where[1:].replace(' on ', ' went on ', 1)}", 1
+    )
 
 
 def shown_by_trial(run: RunFolder) -> str:

@@ -45,7 +45,9 @@ def finite(values: Iterable[float | None]) -> list[float]:
     return [value for value in values if value is not None and math.isfinite(value)]
 
 
-def linear(values: Iterable[float | None], *, zero: bool = False, most: int = 5, unit: str = "", signed: bool = False) -> Scale:
+def linear(
+    values: Iterable[float | None], *, zero: bool = False, most: int = 5, unit: str = "", signed: bool = False
+) -> Scale:
     """Return a scale with round ends around the values, and at most `most` + 1 ticks. `zero`: it begins (or ends) at 0.
 
     >>> [label for _, label in linear([0.43, 1.6]).ticks]
@@ -90,6 +92,21 @@ def fitting(values: Iterable[float | None]) -> Scale:
     if found and min(found) > 0 and max(found) / min(found) >= WIDE_RANGE:
         return logarithmic(found)
     return linear(found, zero=True)
+
+
+def counted(last: int, most: int = 6) -> Scale:
+    """Return a scale of steps from 0 to the last one, which has a tick where there is room.
+
+    >>> [label for _, label in counted(60).ticks]
+    ['0', '10', '20', '30', '40', '50', '60']
+    """
+    last = max(last, 1)
+    ticks = [(x, label) for x, label in linear([0, last], zero=True, most=most).ticks if x <= last and x == int(x)]
+    if ticks[-1][0] < last:
+        if len(ticks) > 1 and last - ticks[-1][0] < 0.6 * ticks[1][0]:
+            ticks.pop()
+        ticks.append((last, f"{last:,}"))
+    return Scale(0, last, ticks)
 
 
 def tick_label(value: float, places: int, signed: bool = False) -> str:

@@ -7,7 +7,7 @@ from .figures import Bar, Chart, Csv, Figure, Fold, Notes, Section, Stack, Table
 from .folder import RunFolder
 from .scales import linear
 from .tables import PARTS, estimate_table
-from .words import digits, duration, large, mib, rich, share
+from .words import digits, duration, large, mib, number, rich, share
 
 SHADES = {"data": "t5", "load": "t2", "score": "t3", "estimate": "s1", "train": "t4", "eval": "s3", "grpo": "t4"}
 BRIEF = 0.001  # of the time; briefer stages are not drawn
@@ -25,7 +25,16 @@ def cost(run: RunFolder) -> Section:
     figures = [_memory(run), _time(run), _against_full(run)]
     section.body = [figure for figure in figures if figure]
     if not run.estimate:
-        section.body.append(Notes([rich("Memory and work were not estimated. <code>{}</code> compares placements with full fine-tuning.", run.command("estimate"))]))
+        section.body.append(
+            Notes(
+                [
+                    rich(
+                        "Memory and work were not estimated. <code>{}</code> compares placements with full fine-tuning.",
+                        run.command("estimate"),
+                    )
+                ]
+            )
+        )
     folded: list[Figure] = [_stages(run)] if run.stages or run.trial else []
     if run.estimate:
         table = estimate_table(run.estimate)
@@ -55,12 +64,27 @@ def _on_gpu(run: RunFolder) -> bool:
 def _answer(run: RunFolder) -> list[str]:
     said, choice, measured = [], own_choice(run), run.stages.get("train")
     if measured:
-        said.append(rich("Training took <b>{}</b> and <b>{}</b> at its peak.", duration(measured["seconds"]), mib(measured["peak_mib"])))
+        said.append(
+            rich(
+                "Training took <b>{}</b> and <b>{}</b> at its peak.",
+                duration(measured["seconds"]),
+                mib(measured["peak_mib"]),
+            )
+        )
     if choice:
-        of = f", {share(choice['memory_of_full'])} of full fine-tuning’s" if choice["name"] != FULL and full_choice(run) else ""
-        said.append(f"The estimate was {mib(choice['total_mib'])}{of}" + (", as it counts tensors alone." if measured and not _on_gpu(run) else "."))
+        of = (
+            f", {share(choice['memory_of_full'])} of full fine-tuning’s"
+            if choice["name"] != FULL and full_choice(run)
+            else ""
+        )
+        said.append(
+            f"The estimate was {mib(choice['total_mib'])}{of}"
+            + (", as it counts tensors alone." if measured and not _on_gpu(run) else ".")
+        )
     elif run.estimate:
-        said.append(f"Estimated before training, for batches of {run.estimate['batch_tokens']} tokens in {run.estimate['dtype']} on {run.estimate['device']}.")
+        said.append(
+            f"Estimated before training, for batches of {run.estimate['batch_tokens']} tokens in {run.estimate['dtype']} on {run.estimate['device']}."
+        )
     if total := sum(stage["seconds"] for stage in run.stages.values()):
         said.append(f"All stages together took {duration(total)}.")
     if "score" in run.stages and total:
@@ -89,14 +113,28 @@ def _memory(run: RunFolder) -> Figure | None:
     choices = run.estimate.get("choices", [])
     if not choices:
         return None
-    shown = [c for c in (choice, full) if c] if choice and (parts or full) and choice is not full else ([choice] if parts else choices)
+    shown = (
+        [c for c in (choice, full) if c]
+        if choice and (parts or full) and choice is not full
+        else ([choice] if parts else choices)
+    )
     bars: list[tuple[str, str, list[tuple[str, float, str]]]] = []
     for one in shown:
         rest = max(0.0, one["total_mib"] - one["weights_mib"])
         name = "All weights" if one["name"] == FULL else "This placement" if one is choice else one["name"]
-        bars.append((f"{name}, estimated", mib(one["total_mib"]), [("s1", one["weights_mib"], digits(one["weights_mib"])), ("s2", rest, digits(rest))]))
+        bars.append(
+            (
+                f"{name}, estimated",
+                mib(one["total_mib"]),
+                [("s1", one["weights_mib"], digits(one["weights_mib"])), ("s2", rest, digits(rest))],
+            )
+        )
         if one is choice and parts:
-            drawn = [(shade, parts[key], digits(parts[key])) for shade, key in (("s1", "weights"), ("s2", "training"), ("s3", "rest")) if parts[key] > 0]
+            drawn = [
+                (shade, parts[key], digits(parts[key]))
+                for shade, key in (("s1", "weights"), ("s2", "training"), ("s3", "rest"))
+                if parts[key] > 0
+            ]
             bars.append(("This placement, measured", mib(run.stages["train"]["peak_mib"]), drawn))
     key = [("s1", "weights", ""), ("s2", "training: adapters, gradients, optimiser state, activations, logits", "")]
     key += [("s3", "rest of the process", "")] if parts.get("rest") else []
@@ -132,24 +170,45 @@ def _difference(run: RunFolder, choice: dict[str, Any], parts: dict[str, float])
     text += f"Training added {digits(parts['training'])}, where {digits(estimated)} were estimated"
     if parts["training"] > 1.1 * estimated:
         return text + ": the estimate leaves out freed blocks that the allocator keeps."
-    return text + (": part of them fitted into memory that was kept from before." if parts["training"] < 0.9 * estimated else ".")
+    return text + (
+        ": part of them fitted into memory that was kept from before." if parts["training"] < 0.9 * estimated else "."
+    )
 
 
 def _time(run: RunFolder) -> Figure | None:
     total = sum(stage["seconds"] for stage in run.stages.values())
     if not total:
         return None
-    names = {"data": "read the data", "load": "load the model", "eval": "test, before and after", "place": "place", "score": "score", "estimate": "estimate", "train": "train"}
+    names = {
+        "data": "read the data",
+        "load": "load the model",
+        "eval": "test, before and after",
+        "place": "place",
+        "score": "score",
+        "estimate": "estimate",
+        "train": "train",
+    }
     stages = sorted(run.stages.items(), key=lambda item: item[1].get("time", ""))
-    parts = [(SHADES.get(name, "t3"), stage["seconds"], name) for name, stage in stages if stage["seconds"] >= BRIEF * total]
-    longest = max(stages, key=lambda item: item[1]["seconds"])
-    key = [(shade, names.get(name, name), f"{duration(seconds)} · {share(seconds / total)}") for shade, seconds, name in parts]
+    parts = [
+        (SHADES.get(name, "t3"), stage["seconds"], name) for name, stage in stages if stage["seconds"] >= BRIEF * total
+    ]
+    key = [
+        (shade, names.get(name, name), f"{duration(seconds)} · {share(seconds / total)}")
+        for shade, seconds, name in parts
+    ]
     return Stack(
-        title=f"{share(longest[1]['seconds'] / total)} of {duration(total)} went into {GERUND.get(longest[0], longest[0])}" if len(stages) > 1 else f"{names.get(longest[0], longest[0]).capitalize()}: {duration(total)}",
+        title=_title_of_time(stages, total),
         sub="Time by stage, in order", bars=[("", "", parts)], key=key, tall=True,
         alt="Seconds by stage: " + ", ".join(f"{name} {seconds:.1f}" for _, seconds, name in parts) + ".",
         csv=Csv("time", ("stage", "seconds", "peak_mib"), [(name, stage["seconds"], stage["peak_mib"]) for name, stage in stages]),
     )  # fmt: skip
+
+
+def _title_of_time(stages: list[tuple[str, dict[str, Any]]], total: float) -> str:
+    name, stage = max(stages, key=lambda item: item[1]["seconds"])
+    if stage["seconds"] < 0.4 * total:
+        return f"{duration(total)} in {number(len(stages))} stages"
+    return f"{share(stage['seconds'] / total)} of {duration(total)} went into {GERUND.get(name, name)}"
 
 
 GERUND = {"train": "training", "eval": "testing", "load": "loading the model", "score": "scoring", "data": "reading the data", "estimate": "estimating",
@@ -161,9 +220,19 @@ def _against_full(run: RunFolder) -> Figure | None:
     if not ours or not full or ours is full:
         return None
     rows = [
-        ("Trained parameters", ours["parameters"] / max(full["parameters"], 1), large(ours["parameters"]), large(full["parameters"])),
+        (
+            "Trained parameters",
+            ours["parameters"] / max(full["parameters"], 1),
+            large(ours["parameters"]),
+            large(full["parameters"]),
+        ),
         ("Memory", ours["memory_of_full"], mib(ours["total_mib"]), mib(full["total_mib"])),
-        ("Work of a step", ours["flops_of_full"], f"{digits(ours['tflops_per_step'])} TFLOP", f"{digits(full['tflops_per_step'])} TFLOP"),
+        (
+            "Work of a step",
+            ours["flops_of_full"],
+            f"{digits(ours['tflops_per_step'])} TFLOP",
+            f"{digits(full['tflops_per_step'])} TFLOP",
+        ),
     ]
     bars = [Bar(name=name, small=f"{a} of {b}", text=share(of), bar=100 * of, on=True) for name, of, a, b in rows]
     top = max([100.0, *(100 * of for _, of, *_ in rows)])
@@ -187,5 +256,11 @@ def _stages(run: RunFolder) -> Tables:
     if run.trial and "trial" not in run.stages:
         peak = max(arm["peak_mib"] for arm in run.trial["arms"])
         rows.append(("trial", run.trial["seconds"], None, peak, run.noted("trial")))
-    columns = [Column("stage"), Column("seconds", ".1f"), Column("tokens", ",d"), Column("peak MiB", ".0f"), Column("command")]
+    columns = [
+        Column("stage"),
+        Column("seconds", ".1f"),
+        Column("tokens", ",d"),
+        Column("peak MiB", ".0f"),
+        Column("command"),
+    ]
     return Tables(title="Measured time and memory", table=Table("Measured time and memory", columns, rows), wide=True)

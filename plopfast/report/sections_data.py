@@ -23,7 +23,11 @@ def data(run: RunFolder) -> Section:
     rows = sum(split["rows"] for split in splits)
     section.answer = [
         f"{several(rows, 'row')} in {number(len(splits))} split{'s' * (len(splits) != 1)} were used.",
-        rich("<b>Rows are in several splits</b>: see below.") if overlap else rich("<b>No row or prompt is in two splits.</b>") if len(splits) > 1 else "",
+        rich("<b>Rows are in several splits</b>: see below.")
+        if overlap
+        else rich("<b>No row or prompt is in two splits.</b>")
+        if len(splits) > 1
+        else "",
         f"{share(splits[0]['learned'] / splits[0]['tokens'])} of the {splits[0]['split']} tokens are learned.",
     ]
     section.answer = [text for text in section.answer if text]
@@ -33,12 +37,27 @@ def data(run: RunFolder) -> Section:
     if seen:
         section.caveats = [f"The steps took {'' if counted else 'about '}{seen:,.0f} rows."]
     table = lengths_table(splits)
-    section.body = [Tables(title="Splits", sub="Lengths in tokens; 50%: half of the rows are as long or shorter", table=table)]
-    section.body.append(Side([_lengths(splits, at) for at in range(len(splits))]) if 1 < len(splits) <= 3 else Side([_lengths(splits, 0)]))
+    section.body = [
+        Tables(title="Splits", sub="Lengths in tokens; 50%: half of the rows are as long or shorter", table=table)
+    ]
+    section.body.append(
+        Side([_lengths(splits, at) for at in range(len(splits))])
+        if 1 < len(splits) <= 3
+        else Side([_lengths(splits, 0)])
+    )
     section.body.append(_row(splits[0]))
     paths = data_paths(run)
-    notes = [f"{split['split']}: {note}." for split in splits for note in split["notes"]] + [f"{line}." for line in overlap]
-    section.body.append(Notes([capital(without_folders(note, paths)) if note[0].isupper() else without_folders(note, paths) for note in notes]))
+    notes = [f"{split['split']}: {note}." for split in splits for note in split["notes"]] + [
+        f"{line}." for line in overlap
+    ]
+    section.body.append(
+        Notes(
+            [
+                capital(without_folders(note, paths)) if note[0].isupper() else without_folders(note, paths)
+                for note in notes
+            ]
+        )
+    )
     return section
 
 
@@ -52,7 +71,9 @@ def _lengths(splits: list[dict[str, Any]], at: int) -> Plot:
     last = bars[-1][1]
     low = first if first > 0.25 * last else 0.0
     ticks = [(value, label) for value, label in linear([low, last], most=4).ticks if low <= value <= last]
-    spoken = f"{split['split']} {split['shortest']} to {split['longest']}, half of them up to {split['percentiles']['50%']}"
+    spoken = (
+        f"{split['split']} {split['shortest']} to {split['longest']}, half of them up to {split['percentiles']['50%']}"
+    )
     rows = [(s["split"], begin, count) for s in splits for begin, count in s["histogram"]] if not at else []
     return Plot(
         title=f"{split['split'].capitalize()}: {split['shortest']} to {split['longest']} tokens", sub="Rows by length in tokens", alt=f"Rows by their length in tokens: {spoken}.",
@@ -66,5 +87,17 @@ def _row(split: dict[str, Any]) -> Row:
     if (more := len(parts) - 2 * PARTS) > 0:
         parts = [*parts[:PARTS], (f" … {several(more, 'part')} … ", False), *parts[-PARTS:]]
     room = max(200, ROOM // max(1, len(parts)))
-    parts = [(text if len(text) <= room else f"{text[: room // 2]} … {len(text) - room:,} characters … {text[-room // 2 :]}", learned) for text, learned in parts]
-    return Row(title="One row, as the model sees it", sub=f"The first {split['split']} row ({place_of(split['where'])})", parts=parts)
+    parts = [
+        (
+            text
+            if len(text) <= room
+            else f"{text[: room // 2]} … {len(text) - room:,} characters … {text[-room // 2 :]}",
+            learned,
+        )
+        for text, learned in parts
+    ]
+    return Row(
+        title="One row, as the model sees it",
+        sub=f"The first {split['split']} row ({place_of(split['where'])})",
+        parts=parts,
+    )

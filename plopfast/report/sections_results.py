@@ -49,7 +49,16 @@ def _answer(run: RunFolder) -> list[str]:
         way = f"from {before:,} to {after:,}" if verb != "stayed" else f"at {after:,}"
         said = [rich("{} {} <b>{}</b> of {} {} rows.", of, verb, way, f"{rows:,}", run.judged_by)]
     else:
-        said = [rich("{}: <b>{} before, {} after</b>, on {} {} rows.", of, share(base["accuracy"]), share(tuned["accuracy"]), f"{rows:,}", run.judged_by)]
+        said = [
+            rich(
+                "{}: <b>{} before, {} after</b>, on {} {} rows.",
+                of,
+                share(base["accuracy"]),
+                share(tuned["accuracy"]),
+                f"{rows:,}",
+                run.judged_by,
+            )
+        ]
     said.append(f"The loss of a learned token went from {digits(base['loss'], 4)} to {digits(tuned['loss'], 4)} nats.")
     end = base.get("end_loss")
     if end is not None and end > BIG_END and end > 2 * (base.get("answer_loss") or 0):
@@ -78,14 +87,29 @@ def kept_warning(run: RunFolder) -> list[str]:
     keep = run.eval.get("must_keep") or {}
     if not keep.get("lost"):
         return []
-    return [rich('<b class="w">{} of {} answers that had to stay right were lost.</b>', len(keep["lost"]), keep["kept"] + len(keep["lost"]))]
+    return [
+        rich(
+            '<b class="w">{} of {} answers that had to stay right were lost.</b>',
+            len(keep["lost"]),
+            keep["kept"] + len(keep["lost"]),
+        )
+    ]
 
 
 def _changes(found: Changes) -> Stack:
     total = found.both + found.gained + found.lost + found.neither
-    parts = [("t4", found.gained, f"{found.gained:,}"), ("s1", found.both, f"{found.both:,}"), ("s3", found.neither, f"{found.neither:,}"), ("t2", found.lost, f"{found.lost:,}")]
+    parts = [
+        ("t4", found.gained, f"{found.gained:,}"),
+        ("s1", found.both, f"{found.both:,}"),
+        ("s3", found.neither, f"{found.neither:,}"),
+        ("t2", found.lost, f"{found.lost:,}"),
+    ]
     words = ("right only after", "right before and after", "wrong before and after", "right only before: lost")
-    title = f"{several(found.gained, 'row')} became right, {several(found.lost, 'row')} became wrong" if found.gained or found.lost else "No row changed"
+    title = (
+        f"{several(found.gained, 'row')} became right, {several(found.lost, 'row')} became wrong"
+        if found.gained or found.lost
+        else "No row changed"
+    )
     return Stack(
         title=title, sub=f"{several(total, 'row')} by how they were answered", bars=[("", "", [(shade, float(n), text) for shade, n, text in parts])],
         key=[(shade, text, f"{n:,}") for (shade, n, _), text in zip(parts, words, strict=True)], tall=True,
@@ -124,7 +148,9 @@ def _title_by_answer(rows: list[tuple[str, float, float, int]]) -> str:
         return f"Every answer gained; {best} gained most"
     lost = [name for name, gain in gains.items() if gain < 0]
     if lost and gains[best] > 0:
-        return f"{listed(lost) if len(lost) < 3 else f'{number(len(lost)).capitalize()} answers'} lost; {best} gained most"
+        return (
+            f"{listed(lost) if len(lost) < 3 else f'{number(len(lost)).capitalize()} answers'} lost; {best} gained most"
+        )
     return "Share right by answer"
 
 
@@ -138,12 +164,26 @@ def _confusion(run: RunFolder) -> Figure | None:
     if pairs:
         (expected, given), count = pairs[0]
         back = found.get((given, expected), 0)
-        title = f"{expected} and {given} are confused most" if back and back >= count / 2 else f"{expected} is taken for {given} most"
+        title = (
+            f"{expected} and {given} are confused most"
+            if back and back >= count / 2
+            else f"{expected} is taken for {given} most"
+        )
     csv = Csv("confusion", ("expected", "answered", "rows"), [(a, b, n) for (a, b), n in found.most_common()])
-    alt = "Wrong answers after training, expected and answered: " + (", ".join(f"{a}, {b} {n}" for (a, b), n in pairs) or "none") + "."
+    alt = (
+        "Wrong answers after training, expected and answered: "
+        + (", ".join(f"{a}, {b} {n}" for (a, b), n in pairs) or "none")
+        + "."
+    )
     if len(names) > SIDE_BY_SIDE:
-        table = Table("", [Column("expected"), Column("answered"), Column("rows", ",d")], [(a, b, n) for (a, b), n in pairs])
-        return Tables(title=capital(title).rstrip("."), sub="The most frequent mistakes", alt=alt, table=table, csv=csv) if pairs else None
+        table = Table(
+            "", [Column("expected"), Column("answered"), Column("rows", ",d")], [(a, b, n) for (a, b), n in pairs]
+        )
+        return (
+            Tables(title=capital(title).rstrip("."), sub="The most frequent mistakes", alt=alt, table=table, csv=csv)
+            if pairs
+            else None
+        )
     right = {name: sum(row["after"]["right"] == 1 for row in groups.get(name, [])) for name in names}
     counts = [[right[a] if a == b else found.get((a, b), 0) for b in names] for a in names]
     return Matrix(
@@ -204,7 +244,13 @@ def _general(run: RunFolder) -> Chart | None:
         return None
     before, after = found["before"], found["after"]
     change = after - before
-    title = "General text got harder" if change > 0.005 else "General text got easier" if change < -0.005 else "General text is as it was"
+    title = (
+        "General text got harder"
+        if change > 0.005
+        else "General text got easier"
+        if change < -0.005
+        else "General text is as it was"
+    )
     bars = [
         Bar(name="before", text=digits(before, 4), bar=before),
         Bar(name="after", text=digits(after, 4), more=f"{signed(change, '.2f')} nats", bar=after, on=True),
@@ -220,14 +266,24 @@ def _must_keep(run: RunFolder) -> Figure | None:
     keep = run.eval.get("must_keep")
     if not keep:
         return None
-    wrong = f"{several(keep['wrong_before'], 'prompt')} of {keep['prompts']:,} {'was' if keep['wrong_before'] == 1 else 'were'} wrong before training already." if keep["wrong_before"] else ""
+    wrong = (
+        f"{several(keep['wrong_before'], 'prompt')} of {keep['prompts']:,} {'was' if keep['wrong_before'] == 1 else 'were'} wrong before training already."
+        if keep["wrong_before"]
+        else ""
+    )
     if not keep["lost"]:
-        parts = [("t4", float(keep["kept"]), f"{keep['kept']:,} kept"), ("s3", float(keep["wrong_before"]), f"{keep['wrong_before']:,}")]
+        parts = [
+            ("t4", float(keep["kept"]), f"{keep['kept']:,} kept"),
+            ("s3", float(keep["wrong_before"]), f"{keep['wrong_before']:,}"),
+        ]
         return Stack(
             title="All answers that had to stay right did" if keep["kept"] else "No answer had to stay right", sub=f"{several(keep['prompts'], 'prompt')} of {name_of(keep['file'])}", note=wrong,
             bars=[("", "", parts)], tall=True, alt=f"{keep['kept']} kept, none lost. {wrong}",
         )  # fmt: skip
-    rows = [(_short(lost["prompt"], 160), _short(lost["expected"], 80), _short(lost["answer"], 160)) for lost in keep["lost"][:MISTAKES]]
+    rows = [
+        (_short(lost["prompt"], 160), _short(lost["expected"], 80), _short(lost["answer"], 160))
+        for lost in keep["lost"][:MISTAKES]
+    ]
     more = f" {len(keep['lost']) - MISTAKES} more are in eval.json." if len(keep["lost"]) > MISTAKES else ""
     return Tables(
         title=f"{several(len(keep['lost']), 'answer')} that had to stay right {'was' if len(keep['lost']) == 1 else 'were'} lost", sub=f"{several(keep['prompts'], 'prompt')} of {name_of(keep['file'])}, {keep['kept']:,} kept",
@@ -244,14 +300,27 @@ def _losses(run: RunFolder) -> Fold:
     columns = [Column("model"), Column("accuracy", ".4f"), Column("95% interval"), Column("loss", ".4f"), *(Column(titles[name], ".4f") for name in split),
                Column(f"{run.judged_by} rows", "d")]  # fmt: skip
     cells = [
-        (who, m["accuracy"], interval_of(m, ".4f") or UNKNOWN, m["loss"], *(m.get(name) for name in split), m["examples"]) for who, m in measured.items()
+        (
+            who,
+            m["accuracy"],
+            interval_of(m, ".4f") or UNKNOWN,
+            m["loss"],
+            *(m.get(name) for name in split),
+            m["examples"],
+        )
+        for who, m in measured.items()
     ]
     base, tuned = measured.values()
     known = "accuracy_low" in base
-    first, last = (f"{m['accuracy']:.3f}{f' ({said})' if (said := interval_of(m, '.3f')) else ''}" for m in measured.values())
+    first, last = (
+        f"{m['accuracy']:.3f}{f' ({said})' if (said := interval_of(m, '.3f')) else ''}" for m in measured.values()
+    )
     table = Tables(
         title="", sub=f"{base['examples']} {run.judged_by} rows. Accuracy: {base['metric']}{', with 95% intervals' * known}.",
         alt=f"Accuracy went from {first} to {last}, loss from {base['loss']:.3f} to {tuned['loss']:.3f}.", table=Table("", columns, cells),
         note="Losses are in nats per learned token.", csv=Csv("before_after", ("model", "accuracy", *bounds, "loss", "rows"), rows),
     )  # fmt: skip
-    return Fold("Accuracy and loss in numbers", [table, *([Notes(["Rows one by one are in eval_rows.jsonl."])] if run.eval_rows else [])])
+    return Fold(
+        "Accuracy and loss in numbers",
+        [table, *([Notes(["Rows one by one are in eval_rows.jsonl."])] if run.eval_rows else [])],
+    )

@@ -6,7 +6,7 @@ from .caveats import EndedEarly
 from .facts import clipped, how_it_ended, rows_seen, split_of, steps_of
 from .figures import Csv, Notes, Plot, Section, Side
 from .folder import RunFolder
-from .scales import SMOOTHED, Scale, binned, finite, fitting, linear, smoothed
+from .scales import SMOOTHED, binned, counted, finite, fitting, linear, smoothed
 from .words import digits, number, rich, several, share
 
 MOST_LEARNED = 0.9  # of the fall of the loss
@@ -44,37 +44,30 @@ def _speed(step: dict[str, Any]) -> float | None:
     return tokens / seconds if tokens and seconds else None
 
 
-def _pairs(rows: list[tuple], column: int) -> list[tuple[float, float]]:  # type: ignore[type-arg]
+def _pairs(rows: list[tuple], column: int) -> list[tuple[float, float]]:
     return [(row[0], row[column]) for row in rows if row[column] is not None and finite([row[column]])]
 
 
-def _steps_scale(rows: list[tuple], most: int = 6) -> Scale:  # type: ignore[type-arg]
-    """Steps from 0 to the last one, with round ticks and the last step where it has room."""
-    last = max(rows[-1][0], 1)
-    ticks = [(value, label) for value, label in linear([0, last], zero=True, most=most).ticks if value <= last and value == int(value)]
-    if ticks and ticks[-1][0] < last:
-        if last - ticks[-1][0] < 0.6 * (ticks[1][0] if len(ticks) > 1 else last):
-            ticks.pop()
-        ticks.append((last, f"{last:,}"))
-    return Scale(0, last, ticks)
-
-
-def _loss(run: RunFolder, rows: list[tuple]) -> Plot:  # type: ignore[type-arg]
+def _loss(run: RunFolder, rows: list[tuple]) -> Plot:
     trained, valid, means = _pairs(rows, 1), _pairs(rows, 2), _pairs(rows, 3)
     dots, size = binned(trained)
     y = fitting([value for _, value in (*trained, *valid)])
     line, _ = binned(means)
     marks = [(x, loss, digits(loss) if _labelled(at, len(valid)) else "") for at, (x, loss) in enumerate(valid)]
     spoken = "; ".join(
-        f"{name} from {found[0][1]:.3f} to {found[-1][1]:.3f}" for name, found in (("training", trained), ("validation", valid)) if found
+        f"{name} from {found[0][1]:.3f} to {found[-1][1]:.3f}"
+        for name, found in (("training", trained), ("validation", valid))
+        if found
     )
-    key = [("dot", "one step" if size == 1 else f"mean of {size} steps")] * bool(trained) + [("line", f"mean of {SMOOTHED} steps")] * bool(means)
+    key = [("dot", "one step" if size == 1 else f"mean of {size} steps")] * bool(trained) + [
+        ("line", f"mean of {SMOOTHED} steps")
+    ] * bool(means)
     rows_judged = run.training.get("validation") or ""
     first = rows_judged.split(" ")[0]
     key += [("mark", f"validation, {first} rows" if first.isdigit() else "validation")] * bool(valid)
     return Plot(
         title=_title(rows, means, valid), sub=f"Nats per learned token{', log scale' if y.log else ''}", alt=f"Loss over {rows[-1][0]} training steps: {spoken}.",
-        x=_steps_scale(rows, 10), y=y, dots=dots, line=line, marks=marks, key=key, height=240, axis="step",
+        x=counted(rows[-1][0], 10), y=y, dots=dots, line=line, marks=marks, key=key, height=240, axis="step",
         csv=Csv("training", HEAD, rows),
     )  # fmt: skip
 
@@ -85,16 +78,20 @@ def _labelled(at: int, count: int) -> bool:
     return at == count - 1 or (at % every == 0 and count - 1 - at >= every / 2)
 
 
-def _title(rows: list[tuple], means: list[tuple[float, float]], valid: list[tuple[float, float]]) -> str:  # type: ignore[type-arg]
+def _title(rows: list[tuple], means: list[tuple[float, float]], valid: list[tuple[float, float]]) -> str:
     steps = f"in {several(rows[-1][0], 'step')}"
     if len(means) > 1:
         first, last = next(row[1] for row in rows if row[1] is not None), means[-1][1]
         verb = "fell" if last < first else "rose" if last > first else "stayed"
-        return f"Loss {verb} from {digits(first)} to about {digits(last, 2)} {steps}" if verb != "stayed" else f"Loss stayed at {digits(last)} {steps}"
+        return (
+            f"Loss {verb} from {digits(first)} to about {digits(last, 2)} {steps}"
+            if verb != "stayed"
+            else f"Loss stayed at {digits(last)} {steps}"
+        )
     return "Loss" if not valid else f"Validation loss {digits(valid[-1][1])}"
 
 
-def _small(title: str, sub: str, rows: list[tuple], column: int, says: str) -> Plot | None:  # type: ignore[type-arg]
+def _small(title: str, sub: str, rows: list[tuple], column: int, says: str) -> Plot | None:
     pairs = _pairs(rows, column)
     if not pairs:
         return None
@@ -102,13 +99,13 @@ def _small(title: str, sub: str, rows: list[tuple], column: int, says: str) -> P
     y = linear([value for _, value in pairs], zero=True, most=3)
     alt = f"{says}: first {digits(pairs[0][1])}, last {digits(pairs[-1][1])}, from {digits(min(v for _, v in pairs))} to {digits(max(v for _, v in pairs))}."
     sub += f", mean of {size} steps" if size > 1 else ""
-    return Plot(title=title, sub=sub, alt=alt, x=_steps_scale(rows, 3), y=y, line=line, height=110)
+    return Plot(title=title, sub=sub, alt=alt, x=counted(rows[-1][0], 3), y=y, line=line, height=110)
 
 
-def _rate(rows: list[tuple]) -> Plot | None:  # type: ignore[type-arg]
+def _rate(rows: list[tuple]) -> Plot | None:
     top = max(finite(row[4] for row in rows), default=0)
     power = 0
-    while 0 < top * 10**power < 1 and power < 12:
+    while 0 < top * 10**power < 0.5 and power < 12:
         power += 1
     scaled = [(*row[:4], row[4] * 10**power if row[4] is not None else None) for row in rows]
     sub = f"× {10.0**-power:.{power}f}" if 0 < power < 5 else f"× 1e-{power}" if power else "by step"
@@ -116,18 +113,20 @@ def _rate(rows: list[tuple]) -> Plot | None:  # type: ignore[type-arg]
     return found
 
 
-def _norm(run: RunFolder, rows: list[tuple]) -> Plot | None:  # type: ignore[type-arg]
+def _norm(run: RunFolder, rows: list[tuple]) -> Plot | None:
     count = clipped(run)
     of = sum(row[5] is not None for row in rows)
-    sub = "before clipping" + (f"; {count} of {run.training.get('steps', of)} steps clipped" if count is not None else "")
+    sub = "before clipping" + (
+        f"; {count} of {run.training.get('steps', of)} steps clipped" if count is not None else ""
+    )
     return _small("Gradient norm", sub, rows, 5, "Gradient norm")
 
 
-def _pace(rows: list[tuple]) -> Plot | None:  # type: ignore[type-arg]
+def _pace(rows: list[tuple]) -> Plot | None:
     return _small("Speed", "tokens per second", rows, 6, "Tokens per second")
 
 
-def _answer(run: RunFolder, rows: list[tuple]) -> list[str]:  # type: ignore[type-arg]
+def _answer(run: RunFolder, rows: list[tuple]) -> list[str]:
     said, means, valid, told = [], _pairs(rows, 3), _pairs(rows, 2), run.training
     if (early := learned_by(means)) is not None and early < means[-1][0] / 2:
         said.append(rich("Most was learned in the <b>first {}</b>.", several(int(early), "step")))
@@ -136,9 +135,13 @@ def _answer(run: RunFolder, rows: list[tuple]) -> list[str]:  # type: ignore[typ
         if len(valid) == 1:
             said.append(f"Validation loss was {digits(best[1])} at step {valid[0][0]:,}, the only look.")
         else:
-            said.append(f"Validation loss went from {digits(valid[0][1])} at step {valid[0][0]:,} to {digits(valid[-1][1])} at step {valid[-1][0]:,}.")
+            said.append(
+                f"Validation loss went from {digits(valid[0][1])} at step {valid[0][0]:,} to {digits(valid[-1][1])} at step {valid[-1][0]:,}."
+            )
             if best[0] != valid[-1][0]:
-                said.append(f"The adapter is that of step {told.get('best_step', best[0]):,}, where it was lowest ({digits(best[1])}).")
+                said.append(
+                    f"The adapter is that of step {told.get('best_step', best[0]):,}, where it was lowest ({digits(best[1])})."
+                )
     if told.get("stopped", "").startswith("early"):
         said.append("Training stopped by itself, as the validation loss no longer improved.")
     elif told.get("stopped") == "max_steps":
@@ -164,12 +167,25 @@ def warnings_of(ended: EndedEarly, run: RunFolder) -> list[str]:
         rows, counted = rows_seen(run)
         about = "" if counted else "about "
         of = split_of(run, "train")["rows"]
-        said.append(rich("<b>Rows left unseen.</b> The steps took {}{} of {} training rows ({}).", about, f"{rows:,.0f}", f"{of:,}", share(ended.seen)))
+        said.append(
+            rich(
+                "<b>Rows left unseen.</b> The steps took {}{} of {} training rows ({}).",
+                about,
+                f"{rows:,.0f}",
+                f"{of:,}",
+                share(ended.seen),
+            )
+        )
     if ended.last_best:
-        said.append(rich("<b>The last step was the best.</b> The validation loss was still falling: more steps may help."))
+        said.append(
+            rich("<b>The last step was the best.</b> The validation loss was still falling: more steps may help.")
+        )
     if ended.clipped is not None:
         said.append(
-            rich("<b>Nearly all steps were clipped</b> ({}). The clipping, not the learning rate, set how far they went.", share(ended.clipped))
+            rich(
+                "<b>Nearly all steps were clipped</b> ({}). The clipping, not the learning rate, set how far they went.",
+                share(ended.clipped),
+            )
         )
     return said
 

@@ -16,7 +16,10 @@ def trial(run: RunFolder) -> Section:
     section = Section(id="trial", title="Placements compared", command=run.noted("trial"))
     found = run.trial
     if not found:
-        section.lacks = ("Whether another placement trains better is not known: only a trial shows it.", run.command("trial"))
+        section.lacks = (
+            "Whether another placement trains better is not known: only a trial shows it.",
+            run.command("trial"),
+        )
         return section
     level, arms, reference = f"{100 * found['confidence']:g}%", found["arms"], found["reference"]
     section.answer = _answer(run)
@@ -29,9 +32,20 @@ def trial(run: RunFolder) -> Section:
     rows = [(arm["name"], *(arm["versus"][key] for key in head)) for arm in arms if arm["versus"]]
     figures: list[Figure] = []
     if rows:
-        spoken = "; ".join(f"{name} {d:+.3f} ({low:+.3f} to {high:+.3f}), {word}" for name, d, low, high, _, word in rows)
+        spoken = "; ".join(
+            f"{name} {d:+.3f} ({low:+.3f} to {high:+.3f}), {word}" for name, d, low, high, _, word in rows
+        )
         first = next((arm for arm in arms if not arm["versus"]), arms[0])
-        bars = [Bar(name=first["name"], small=_types(first["types"]), text=f"{100 * first['accuracy']:.1f}%", more="reference", on=True, dots=[(0.0, True)])]
+        bars = [
+            Bar(
+                name=first["name"],
+                small=_types(first["types"]),
+                text=f"{100 * first['accuracy']:.1f}%",
+                more="reference",
+                on=True,
+                dots=[(0.0, True)],
+            )
+        ]
         for name, d, low, high, _, verdict in rows:
             arm = next(arm for arm in arms if arm["name"] == name)
             bars.append(Bar(name=name, small=_types(arm["types"]), text=signed(100 * d), more=span(100 * low, 100 * high),
@@ -45,7 +59,12 @@ def trial(run: RunFolder) -> Section:
     figures += _forgetting(run)
     section.body = [Side(figures)] if len(figures) == 2 else [*figures]
     table = trial_table(found)
-    section.body.append(Fold("All numbers of the trial", [Tables(title=table.caption, note=table.note, table=Table("", table.columns, table.rows))]))
+    section.body.append(
+        Fold(
+            "All numbers of the trial",
+            [Tables(title=table.caption, note=table.note, table=Table("", table.columns, table.rows))],
+        )
+    )
     return section
 
 
@@ -55,11 +74,13 @@ def _answer(run: RunFolder) -> list[str]:
     open_ = [arm["versus"] for arm in run.trial["arms"] if (arm["versus"] or {}).get("verdict") == NONE]
     if open_:
         high, low = max(100 * v["high"] for v in open_), min(100 * v["low"] for v in open_)
-        texts.append(f"Where no difference was shown, another placement could still be {max(high, 0):.1f} points better or {max(-low, 0):.1f} worse.")
+        texts.append(
+            f"Where no difference was shown, another placement could still be {max(high, 0):.1f} points better or {max(-low, 0):.1f} worse."
+        )
     return texts
 
 
-def _title(rows: list[tuple]) -> str:  # type: ignore[type-arg]
+def _title(rows: list[tuple]) -> str:
     zero = [low <= 0 <= high for _, _, low, high, *_ in rows]
     if all(zero):
         return f"All {number(len(zero))} intervals contain zero" if len(zero) > 1 else "The interval contains zero"
@@ -88,10 +109,22 @@ def _forgetting(run: RunFolder) -> list[Figure]:
     lrs = {arm["name"]: arm["lr"] for arm in run.trial["arms"]}
     worst = all(low > 0 for _, _, low, *_ in rows)
     bars = [
-        Bar(name=name, small=f"learning rate {lrs[name]:g}", text=signed(value, ".2f"), more=span(low, high, ".2f"), on=not at, bar=value, span=(low, high))
+        Bar(
+            name=name,
+            small=f"learning rate {lrs[name]:g}",
+            text=signed(value, ".2f"),
+            more=span(low, high, ".2f"),
+            on=not at,
+            bar=value,
+            span=(low, high),
+        )
         for at, (name, value, low, high, _) in enumerate(rows)
     ]
-    apart = " Each placement has its own learning rate, so this does not tell what placement itself does." if len({*lrs.values()}) > 1 else ""
+    apart = (
+        " Each placement has its own learning rate, so this does not tell what placement itself does."
+        if len({*lrs.values()}) > 1
+        else ""
+    )
     return [Chart(
         title="All placements forgot general text" if worst and len(rows) > 1 else "Forgetting",
         sub=f"Change of the loss on general text; base {digits(base)}", alt=f"Change of the loss on general text by training: {spoken}.",

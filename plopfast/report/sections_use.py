@@ -4,7 +4,16 @@ import dataclasses
 import json
 from typing import Any
 
-from ..support.config import AdapterSettings, DataSettings, PlaceSettings, RunConfig, ScoreSettings, SearchSettings, TrainConfig, TrialSettings
+from ..support.config import (
+    AdapterSettings,
+    DataSettings,
+    PlaceSettings,
+    RunConfig,
+    ScoreSettings,
+    SearchSettings,
+    TrainConfig,
+    TrialSettings,
+)
 from ..support.model_settings import ModelSettings
 from ..support.tables import UNKNOWN, Column, Table
 from .facts import model_of
@@ -13,8 +22,25 @@ from .folder import RunFolder
 from .words import name_of, range_of, rich
 
 DEFAULTS = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-PLAIN = (None, False, 0, 0.0, "", "none", "auto", "error", "device")  # nothing that anyone chose, unless the default is another
-NOT_SETTINGS = {"train", "valid", "test", "unlabeled", "general", "model"}  # files and the model: they have lines of their own
+PLAIN = (
+    None,
+    False,
+    0,
+    0.0,
+    "",
+    "none",
+    "auto",
+    "error",
+    "device",
+)  # nothing that anyone chose, unless the default is another
+NOT_SETTINGS = {
+    "train",
+    "valid",
+    "test",
+    "unlabeled",
+    "general",
+    "model",
+}  # files and the model: they have lines of their own
 
 
 def use(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
@@ -22,35 +48,77 @@ def use(run: RunFolder, missing: list[tuple[str, str]]) -> Section:
     section = Section(id="use", title="Use it, reproduce it", nav="Use and reproduce")
     adapter = (run.path / "adapter" / "adapter_config.json").exists()
     if adapter:
-        section.answer = [rich("The adapter is an ordinary <b>PEFT adapter</b>, in <code>adapter/</code> of this folder.")]
+        section.answer = [
+            rich("The adapter is an ordinary <b>PEFT adapter</b>, in <code>adapter/</code> of this folder.")
+        ]
     else:
-        section.answer = ["This folder holds no adapter." if not run.grpo else "The adapter was trained by reinforcement learning."]
+        section.answer = ["This folder holds no adapter."]
     section.answer.append("The same seed, versions, machine and threads repeat the run.")
-    section.caveats = ["Use the adapter with the weights it was trained on: other weights of the same name may give other answers."] if adapter else []
+    section.caveats = (
+        ["Use the adapter with the weights it was trained on: other weights of the same name may give other answers."]
+        if adapter
+        else []
+    )
     section.body = [Side([code for code in (_load(run) if adapter else None, _train(run)) if code])]
     command = run.stages.get("train", {}).get("command") or run.noted("score") or run.noted("trial")
     facts = [*_versions(run), ("this page", run.command("report --overwrite"))]
     section.body += [
-        Fold("Command, seed and settings", [*([Code(title="", code=command)] if command else []), *_halves("Settings that were used", settings_used(run))]),
+        Fold(
+            "Command, seed and settings",
+            [
+                *([Code(title="", code=command)] if command else []),
+                *_halves("Settings that were used", settings_used(run)),
+            ],
+        ),
         Fold("Versions and machine", [_pairs("Versions and machine", facts)]),
     ]
     if data := _data(run):
-        section.body.append(Fold("Data and their SHA-256", [Tables(title="", alt="Data and their SHA-256", table=Table("", [Column("split"), Column("file"), Column("SHA-256")], data), wide=True)]))
+        section.body.append(
+            Fold(
+                "Data and their SHA-256",
+                [
+                    Tables(
+                        title="",
+                        alt="Data and their SHA-256",
+                        table=Table("", [Column("split"), Column("file"), Column("SHA-256")], data),
+                        wide=True,
+                    )
+                ],
+            )
+        )
     if missing:
         rows = [(what, command) for what, command in missing]
-        section.body.append(Fold("What this page does not show yet", [Tables(title="", alt="Not on this page yet", table=Table("", [Column("what"), Column("command that makes it")], rows), wide=True)]))
+        section.body.append(
+            Fold(
+                "What this page does not show yet",
+                [
+                    Tables(
+                        title="",
+                        alt="Not on this page yet",
+                        table=Table("", [Column("what"), Column("command that makes it")], rows),
+                        wide=True,
+                    )
+                ],
+            )
+        )
     section.body.append(Fold("Words used here", [Words(_words(run))]))
     return section
 
 
-def _pairs(title: str, pairs: list[tuple[str, str]]) -> Tables | Notes:
-    return Tables(title="", alt=title, table=Table("", [Column("what"), Column("value")], pairs), wide=True) if pairs else Notes(["No settings are kept here."])
+def _pairs(title: str, pairs: list[tuple[str, str]]) -> Tables:
+    return Tables(title="", alt=title, table=Table("", [Column("what"), Column("value")], pairs), wide=True)
 
 
 def _halves(title: str, pairs: list[tuple[str, str]]) -> list[Any]:
     """A long list in two columns."""
+    if not pairs:
+        return [Notes(["No settings are kept here."])]
     half = -(-len(pairs) // 2)
-    return [_pairs(title, pairs)] if len(pairs) <= 8 else [Side([_pairs(title, pairs[:half]), _pairs(title, pairs[half:])])]
+    return (
+        [_pairs(title, pairs)]
+        if len(pairs) <= 8
+        else [Side([_pairs(title, pairs[:half]), _pairs(title, pairs[half:])])]
+    )
 
 
 def settings_used(run: RunFolder) -> list[tuple[str, str]]:
@@ -60,8 +128,16 @@ def settings_used(run: RunFolder) -> list[tuple[str, str]]:
     """
     settings = run.config.get("settings", {})
     groups: list[Any] = [ModelSettings, DataSettings]
-    groups += [ScoreSettings] * bool(run.scores) + [PlaceSettings] * bool(run.placement) + [AdapterSettings] * bool(run.placement)
-    groups += [TrainConfig] * bool(run.training or run.metrics) + [TrialSettings] * bool(run.trial) + [SearchSettings] * bool(run.search)
+    groups += (
+        [ScoreSettings] * bool(run.scores)
+        + [PlaceSettings] * bool(run.placement)
+        + [AdapterSettings] * bool(run.placement)
+    )
+    groups += (
+        [TrainConfig] * bool(run.training or run.metrics)
+        + [TrialSettings] * bool(run.trial)
+        + [SearchSettings] * bool(run.search)
+    )
     used = {field.name for group in groups for field in dataclasses.fields(group)}
     found = []
     for name, value in settings.items():
@@ -76,13 +152,23 @@ def settings_used(run: RunFolder) -> list[tuple[str, str]]:
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    return (
+        ", ".join(map(str, value))
+        if isinstance(value, list)
+        else {True: "yes", False: "no"}.get(value, str(value))
+        if isinstance(value, bool)
+        else str(value)
+    )
 
 
 def _versions(run: RunFolder) -> list[tuple[str, str]]:
-    facts = []
+    facts: list[tuple[str, str]] = []
     for source, title in ((run.config, ""), (run.trial, "trial, ")):
-        versions = [(f"{title}versions", ", ".join(f"{name} {version}" for name, version in source["versions"].items()))] if "versions" in source else []
+        versions = (
+            [(f"{title}versions", ", ".join(f"{name} {version}" for name, version in source["versions"].items()))]
+            if "versions" in source
+            else []
+        )
         machine = [(f"{title}machine", source["machine"])] if "machine" in source else []
         known = {value for _, value in facts}
         facts += [pair for pair in versions + machine if pair[1] not in known]

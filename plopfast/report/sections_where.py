@@ -31,7 +31,10 @@ ROLES = {
 
 def where(run: RunFolder) -> Section:
     """scores.json and placement.json: the choice, the scores by type, and layer by layer."""
-    section = Section(id="where", title="Where the adapters went, and how sure" if run.training else "Where adapters belong, and how sure")
+    section = Section(
+        id="where",
+        title="Where the adapters went, and how sure" if run.training else "Where adapters belong, and how sure",
+    )
     section.nav = "Where the adapters went" if run.training else "Where adapters belong"
     if not run.scores and not run.placement:
         section.lacks = ("No module has been scored.", run.command("score"))
@@ -51,7 +54,11 @@ def where(run: RunFolder) -> Section:
     if run.scores:
         section.body += [*_layer(run), *_by_type(run, run.scores), _by_layer(run, run.scores)]
     else:
-        section.body.append(Notes(["The scores are not in this folder.", rich("They are made by <code>{}</code>.", run.command("score"))]))
+        section.body.append(
+            Notes(
+                ["The scores are not in this folder.", rich("They are made by <code>{}</code>.", run.command("score"))]
+            )
+        )
     notes = about_the_choice(run)
     section.body.append(Fold("How the choice was made, and what is known", [Notes([*notes, KNOWN]), *_table(run)]))
     return section
@@ -65,7 +72,10 @@ def pick_warning(run: RunFolder, brief: bool = False) -> str:
     said = []
     for (instead, gone), picks in swaps.items():
         how = " and by ".join(pick.how for pick in picks)
-        values = "; ".join(", ".join(f"{type_} {pick.values[type_]:.2f}" for type_ in (*pick.instead, *pick.gone)[:6]) for pick in picks)
+        values = "; ".join(
+            ", ".join(f"{type_} {pick.values[type_]:.2f}" for type_ in (*pick.instead, *pick.gone)[:6])
+            for pick in picks
+        )
         said.append(rich("By {}, <b>{}</b> would replace {}{}.", how, instead, gone, "" if brief else f" ({values})"))
     covered = [] if brief else ["The interval over prompts does not cover that."]
     return rich(" ").join([rich("<b>The pick hangs on a few layers.</b>"), *said, *covered])
@@ -103,7 +113,8 @@ def _layer(run: RunFolder) -> list[Figure]:
     layers: dict[int, dict[str, list[str]]] = {}
     for name, score in run.scores.scores.items():
         if score.layer is not None:
-            block = name.rsplit(".", score.type.count(".") + 2)[-2 - score.type.count(".")] if name.count(".") > score.type.count(".") else ""
+            above = name.removesuffix(score.type).rstrip(".").split(".")[-1]
+            block = "" if above.isdigit() else above
             layers.setdefault(score.layer, {}).setdefault(block, []).append(score.type)
     shapes = {tuple((block, *types) for block, types in blocks.items()) for blocks in layers.values()}
     if len(shapes) != 1:
@@ -113,7 +124,10 @@ def _layer(run: RunFolder) -> list[Figure]:
         return []
     chosen, count = set(run.types), len(run.scores.types)
     drawn = [
-        (_block(block), [(type_.removesuffix("_proj"), type_ in chosen) for type_ in sorted(types, key=_in_order(types))])
+        (
+            _block(block),
+            [(type_.removesuffix("_proj"), type_ in chosen) for type_ in sorted(types, key=_in_order(types))],
+        )
         for block, types in blocks.items()
     ]
     verb = "got" if run.training else "get"
@@ -122,42 +136,57 @@ def _layer(run: RunFolder) -> list[Figure]:
     return [
         Layer(
             title=f"{number(len(on)).capitalize()} of {number(count)} module types {verb} adapters{some}",
-            sub="One layer of the model; filled: adapted", times=several(len(layers), "layer"), blocks=drawn,
+            sub="One layer of the model; filled: adapted",
+            times=several(len(layers), "layer"),
+            blocks=drawn,
             alt=f"One of {len(layers)} layers. Adapted: {listed(on)}. Not adapted: {', '.join(t for t in run.scores.types if t not in chosen) or 'none'}.",
-        )  # fmt: skip
+        )
     ]
 
 
-def _in_order(types: list[str]):  # type: ignore[no-untyped-def]
+def _in_order(types: list[str]):
     known = list(ROLES)
     return lambda type_: (known.index(type_) if type_ in known else len(known), types.index(type_))
 
 
 def _block(name: str) -> str:
-    return {"self_attn": "Attention", "attn": "Attention", "attention": "Attention", "mlp": "MLP", "feed_forward": "MLP"}.get(name, name)
+    return {
+        "self_attn": "Attention",
+        "attn": "Attention",
+        "attention": "Attention",
+        "mlp": "MLP",
+        "feed_forward": "MLP",
+    }.get(name, name)
 
 
 def _by_type(run: RunFolder, report: NFNReport) -> list[Figure | Fold]:
     known, chosen = run.intervals.types if run.intervals else {}, set(run.types)
     layers = {type_: [*values.values()] for type_, values in by_type(run).items()}
     rows = [
-        (name, nfn, *known.get(name, (None, None)), median(layers[name]), name in chosen) for name, nfn in report.types.items()
+        (name, nfn, *known.get(name, (None, None)), median(layers[name]), name in chosen)
+        for name, nfn in report.types.items()
     ]
     what = f"{100 * run.intervals.confidence:g}% interval over prompts" if run.intervals else ""
     spoken = ", ".join(
         f"{name} {nfn:.2f}" + ("" if low is None else f" ({low:.2f} to {high:.2f})") + (" chosen" if yes else "")
         for name, nfn, low, high, _, yes in rows
     )
-    ends = [bound for bounds in known.values() for bound in bounds] + [nfn for _, nfn, *_ in rows] + [row[4] for row in rows]
+    ends = (
+        [bound for bounds in known.values() for bound in bounds]
+        + [nfn for _, nfn, *_ in rows]
+        + [row[4] for row in rows]
+    )
     top = max([value for value in ends if math.isfinite(value)] or [1.0])
     inside = [value for values in layers.values() for value in values if value <= 1.25 * top]
     scale = linear([*inside, *ends, 1.0], most=8)
     bars = [_bar(row, layers[row[0]]) for row in rows]
     _cut(run, bars)
     over = any(scale.beyond(value) for values in layers.values() for value in values)
-    note = (f"Bar: {what} (bootstrap) of the mean over layers. " if what else "No intervals are known. Dot: the mean over layers. ") + (
-        "Faint dots: single layers. Tick below: their median." + (" “+2 ›”: layers beyond the scale." if over else "")
-    )
+    note = (
+        f"Bar: {what} (bootstrap) of the mean over layers. "
+        if what
+        else "No intervals are known. Dot: the mean over layers. "
+    ) + ("Faint dots: single layers. Tick below: their median." + (" “+2 ›”: layers beyond the scale." if over else ""))
     figures = []
     for at, part in enumerate((bars[:ROWS], bars[ROWS:])):
         if part:
@@ -170,7 +199,7 @@ def _by_type(run: RunFolder, report: NFNReport) -> list[Figure | Fold]:
     return [figures[0], *(Fold(f"{len(bars) - ROWS} more module types", [figure]) for figure in figures[1:])]
 
 
-def _bar(row: tuple, values: list[float]) -> Bar:  # type: ignore[type-arg]
+def _bar(row: tuple, values: list[float]) -> Bar:
     name, nfn, low, high, middle, chosen = row
     return Bar(
         name=name, small=ROLES.get(name, ""), text=f"{nfn:.2f}", more="" if low is None else f"{low:.2f} to {high:.2f}",
@@ -181,14 +210,21 @@ def _bar(row: tuple, values: list[float]) -> Bar:  # type: ignore[type-arg]
 def _cut(run: RunFolder, bars: list[Bar]) -> None:
     """Write the line between the chosen types and the others, where the chosen ones come first."""
     count = sum(bar.on for bar in bars)
-    if not 0 < count < len(bars) or not all(bar.on for bar in bars[:count]) or not run.whole_types or not nfn_rule(run.rule):
+    if (
+        not 0 < count < len(bars)
+        or not all(bar.on for bar in bars[:count])
+        or not run.whole_types
+        or not nfn_rule(run.rule)
+    ):
         return
     decision, verb = run.decision, "are adapted" if run.placement else "are chosen"
     gap = ""
     if decision and decision.margin is not None:
         ends = "" if decision.margin_low is None else f" ({decision.margin_low:.3f} to {decision.margin_high:.3f})"
         gap = f" · gap to the next: {decision.margin:.3f}{ends}"
-    bars[count - 1].cut = f"{number(count)} lowest {'mean' if count == 1 else 'means'} {'is' + verb[3:] if count == 1 else verb}{gap}"
+    bars[
+        count - 1
+    ].cut = f"{number(count)} lowest {'mean' if count == 1 else 'means'} {'is' + verb[3:] if count == 1 else verb}{gap}"
 
 
 def _title_of_types(run: RunFolder) -> str:
@@ -206,7 +242,11 @@ def _title_of_types(run: RunFolder) -> str:
 
 def _by_layer(run: RunFolder, report: NFNReport) -> Heat:
     z, outliers, order = report.z_scores(), set(report.outliers()), list(report.types)
-    rows = [(name, s.type, s.layer, s.nfn, z[name], name in outliers) for name, s in report.scores.items() if s.layer is not None]
+    rows = [
+        (name, s.type, s.layer, s.nfn, z[name], name in outliers)
+        for name, s in report.scores.items()
+        if s.layer is not None
+    ]
     rows.sort(key=lambda row: (order.index(row[1]), row[2]))
     low, high = min(rows, key=lambda row: row[3]), max(rows, key=lambda row: row[3])
     odd = {type_: [str(row[2]) for row in rows if row[1] == type_ and row[5]] for type_ in order}
@@ -215,13 +255,19 @@ def _by_layer(run: RunFolder, report: NFNReport) -> Heat:
     size = -(-len(layers) // COLUMNS)
     groups = [layers[at : at + size] for at in range(0, len(layers), size)]
     borders = classes([row[3] for row in rows], SHADES)
-    cells: dict[tuple[str, int], list[tuple]] = {}  # type: ignore[type-arg]
+    cells: dict[tuple[str, int], list[tuple]] = {}
     for row in rows:
         cells.setdefault((row[1], layers.index(row[2]) // size), []).append(row)
-    lines = [(type_, type_ in run.types, [_cell(cells.get((type_, at), []), borders) for at in range(len(groups))]) for type_ in order]
+    lines = [
+        (type_, type_ in run.types, [_cell(cells.get((type_, at), []), borders) for at in range(len(groups))])
+        for type_ in order
+    ]
     count = len(outliers)
     every = max(1, -(-len(groups) // 7) // 5 * 5) if len(groups) > 12 else 1
-    labels = [str(group[0]) if at % every == 0 or at == len(groups) - 1 and at % every > every / 2 else "" for at, group in enumerate(groups)]
+    labels = [
+        str(group[0]) if at % every == 0 or (at == len(groups) - 1 and at % every > every / 2) else ""
+        for at, group in enumerate(groups)
+    ]
     grouped = f" Columns: {size} layers each." if size > 1 else ""
     return Heat(
         title=f"{several(count, 'outlier')} among {several(len(rows), 'module')}" if count else "No module stands out within its type",
@@ -237,12 +283,16 @@ def _by_layer(run: RunFolder, report: NFNReport) -> Heat:
     )  # fmt: skip
 
 
-def _cell(rows: list[tuple], borders: list[float]) -> Cell:  # type: ignore[type-arg]
+def _cell(rows: list[tuple], borders: list[float]) -> Cell:
     if not rows:
         return Cell(None, "")
     value, odd = fmean(row[3] for row in rows), any(row[5] for row in rows)
     where = range_of([row[2] for row in rows])
-    return Cell(_shade(value, borders), f"{rows[0][1]}, layer{'s' * (' ' in where)} {where}: {value:.2f}{', outlier' * odd}", odd)
+    return Cell(
+        _shade(value, borders),
+        f"{rows[0][1]}, layer{'s' * (' ' in where)} {where}: {value:.2f}{', outlier' * odd}",
+        odd,
+    )
 
 
 def _shade(value: float, borders: list[float]) -> int:
@@ -262,4 +312,10 @@ def _table(run: RunFolder) -> list[Tables]:
     if not run.scores:
         return []
     table = run.scores.types_table(run.intervals, run.types)
-    return [Tables(title=table.caption, sub=f"{several(run.scores.prompts, 'prompt')}, {several(run.scores.tokens, 'token')}", table=table)]
+    return [
+        Tables(
+            title=table.caption,
+            sub=f"{several(run.scores.prompts, 'prompt')}, {several(run.scores.tokens, 'token')}",
+            table=table,
+        )
+    ]

@@ -14,7 +14,7 @@ _STEERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u20
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
-def rich(text: str, *parts: Any, **named: Any) -> Markup:
+def rich(text: str, *parts: Any, **named: Any) -> str:
     """Return text with tags of the page's own; what is put into its braces is escaped.
 
     >>> rich("On <b>{}</b>.", "a<b")
@@ -25,7 +25,9 @@ def rich(text: str, *parts: Any, **named: Any) -> Markup:
 
 def harmless(page: str) -> str:
     """Show characters that would steer a terminal or the direction of writing as Python writes them, such as \\x1b."""
-    return _STEERS.sub(lambda found: f"\\u{ord(found[0]):04x}" if ord(found[0]) > 255 else f"\\x{ord(found[0]):02x}", page)
+    return _STEERS.sub(
+        lambda found: f"\\u{ord(found[0]):04x}" if ord(found[0]) > 255 else f"\\x{ord(found[0]):02x}", page
+    )
 
 
 def listed(words: Sequence[str]) -> str:
@@ -35,7 +37,7 @@ def listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
-def bold(words: Sequence[str]) -> Markup:
+def bold(words: Sequence[str]) -> str:
     """Return "a, b and c" with each in bold."""
     return Markup(listed([rich("<b>{}</b>", word) for word in words]))
 
