@@ -136,6 +136,8 @@ def smoothed(values: Sequence[float | None], width: int = SMOOTHED) -> list[floa
 def binned(points: Sequence[tuple[float, float]], most: int = MOST_DOTS) -> tuple[list[tuple[float, float]], int]:
     """Return at most `most` points, each the mean of equally many that follow each other, and how many those are."""
     size = max(1, -(-len(points) // most))
+    if size == 1:
+        return list(points), 1
     groups = [points[at : at + size] for at in range(0, len(points), size)]
     positive = bool(points) and min(y for _, y in points) > 0
     mean = geometric_mean if positive else fmean
