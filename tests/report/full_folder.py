@@ -56,7 +56,7 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
         "config.json": {"plopfast": "config", "settings": dataclasses.asdict(RunConfig()), "model": "some/model", "device": "cpu",
                         "data": data, "versions": versions, "machine": "a processor, 2 cores"},
         "eval.json": {who: {"loss": loss, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "metric": "choice",
-                            "examples": 770, "tokens": 1540, "seconds": 9.5}
+                            "examples": 770, "tokens": 1540, "seconds": 9.5, "answer_loss": loss / 9, "end_loss": 17 * loss / 9}
                       for who, loss, accuracy, low, high in (("base", 12.17, 0.5195, 0.4842, 0.5546), ("tuned", 0.2095, 0.8805, 0.8557, 0.9016))}
                      | {"rows": "test"} | judged(),
         "training.json": {"steps": 60, "best_step": 60, "valid_loss": 0.21, "stopped": "max_steps", "tokens": 9000,
@@ -110,7 +110,7 @@ def eval_rows(count: int = 770) -> list[dict]:
         expected, wrong = ANSWERS[at % 5], ANSWERS[(at + 1) % 5] if at % 3 else ANSWERS[(at + 2) % 5]
         if expected == "food":
             wrong = "substance"
-        before, after = at < 372 or at >= 742, 92 <= at  # 28 of the last and 280 of the first are right twice
+        before, after = at < 372 or at >= 742, at >= 92  # 28 of the last and 280 of the first are right twice
         found.append({
             "row": at + 1, "where": f"test.jsonl, line {at + 1}", "prompt": f"Definition: number {at}\nCategory:", "expected": f" {expected}",
             "before": {"right": int(before), "answered": f" {expected if before else wrong}", "chance": 0.75 if before else 0.125},
