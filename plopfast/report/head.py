@@ -51,8 +51,11 @@ def headline(run: RunFolder) -> str:
     valid = [record["valid_loss"] for record in run.metrics if record.get("valid_loss") is not None]
     if valid:
         return f"Validation loss {digits(min(valid))}; not tested yet"
+    if better := shown_by_trial(run):
+        return better.partition(" (")[0]
     if run.types:
-        return f"Where to put LoRA adapters in {short_model(run)}: {listed(run.types) if len(run.types) <= 5 else several(len(run.types), 'module type')}"
+        some = "" if run.whole_types else "single modules of "
+        return f"Put adapters on {some}{listed(run.types) if len(run.types) <= 6 else several(len(run.types), 'module type')}"
     return f"Where to put LoRA adapters in {short_model(run)}"
 
 

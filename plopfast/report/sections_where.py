@@ -9,7 +9,7 @@ from .caveats import OtherPick
 from .facts import by_type, picks_that_differ
 from .figures import Bar, Cell, Chart, Csv, Figure, Fold, Heat, Layer, Notes, Section, Tables
 from .folder import RunFolder
-from .recommend import placed
+from .recommend import how_sure, placed, shown_by_trial
 from .scales import classes, linear
 from .words import capital, listed, number, range_of, rich, several, ties_of
 
@@ -39,7 +39,7 @@ def where(run: RunFolder) -> Section:
     if not run.scores and not run.placement:
         section.lacks = ("No module has been scored.", run.command("score"))
         return section
-    section.answer, section.command = [placed(run)], run.noted("score")
+    section.answer, section.command = _answer(run), run.noted("score")
     section.warnings = [pick_warning(run)] if picks_that_differ(run) else []
     section.caveats = [
         rich(
@@ -62,6 +62,12 @@ def where(run: RunFolder) -> Section:
     notes = about_the_choice(run)
     section.body.append(Fold("How the choice was made, and what is known", [Notes([*notes, KNOWN]), *_table(run)]))
     return section
+
+
+def _answer(run: RunFolder) -> list[str]:
+    """The recommendation; where the head of the page has it, how sure it is alone."""
+    trained = run.training or run.eval
+    return [placed(run)] if trained or not run.types or shown_by_trial(run) else [how_sure(run)]
 
 
 def pick_warning(run: RunFolder, brief: bool = False) -> str:

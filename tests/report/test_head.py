@@ -56,7 +56,10 @@ def test_without_a_test(full):
     (full / "eval.json").unlink()
     assert headline(RunFolder(full)) == "Validation loss 0.183; not tested yet"
     (full / "metrics.jsonl").unlink()
-    assert headline(RunFolder(full)) == "Where to put LoRA adapters in model: v_proj, o_proj and down_proj"
+    assert headline(RunFolder(full)) == "Put adapters on v_proj, o_proj and down_proj"
+    put(full, "trial.json", lambda trial: trial["arms"][3]["versus"].update(verdict="better"))
+    assert headline(RunFolder(full)) == "Use the placement mlp"
+    put(full, "trial.json", lambda trial: trial["arms"][3]["versus"].update(verdict="worse"))
     for name in ("scores.json", "placement.json"):
         (full / name).unlink()
     assert headline(RunFolder(full)) == "Where to put LoRA adapters in model"
