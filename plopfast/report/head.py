@@ -8,7 +8,7 @@ from .figures import Bar, Chart
 from .folder import RunFolder
 from .recommend import recommendation, shown_by_trial
 from .scales import linear
-from .sections_cost import full_choice, own_choice
+from .sections_cost import full_choice, on_gpu, own_choice
 from .sections_grpo import rewards_chart
 from .sections_results import kept_warning
 from .sections_where import pick_warning
@@ -253,13 +253,15 @@ def facts(run: RunFolder) -> list[tuple[str, str, str]]:
         )
     elif run.scores:
         found.append(("Prompts scored", f"{run.scores.prompts:,}", f"in {run.scores.seconds:.1f} s"))
-    if "train" in run.stages:
+    if "train" in run.stages and not (on_gpu(run) and ours):
         of = (
             f"; estimated: {share(ours['memory_of_full'])} of full fine-tuning"
             if ours and full and ours is not full
             else ""
         )
-        found.append(("Memory at the peak", mib(run.stages["train"]["peak_mib"]), f"measured{of}"))
+        found.append(
+            ("Memory at the peak", mib(run.stages["train"]["peak_mib"]), f"{'of the CPU, ' * on_gpu(run)}measured{of}")
+        )
     elif ours:
         found.append(
             ("Memory", mib(ours["total_mib"]), f"estimated, {share(ours['memory_of_full'])} of full fine-tuning")

@@ -57,7 +57,8 @@ def full_choice(run: RunFolder) -> dict[str, Any]:
     return next((choice for choice in run.estimate.get("choices", []) if choice["name"] == FULL), {})
 
 
-def _on_gpu(run: RunFolder) -> bool:
+def on_gpu(run: RunFolder) -> bool:
+    """Whether the model was on a GPU. A stage's peak is the process's memory on the CPU, and says nothing of that."""
     return str(run.config.get("device") or run.estimate.get("device") or "cpu").startswith("cuda")
 
 
@@ -66,9 +67,10 @@ def _answer(run: RunFolder) -> list[str]:
     if measured:
         said.append(
             rich(
-                "Training took <b>{}</b> and <b>{}</b> at its peak.",
+                "Training took <b>{}</b> and <b>{}</b>{} at its peak.",
                 duration(measured["seconds"]),
                 mib(measured["peak_mib"]),
+                " of CPU memory" * on_gpu(run),
             )
         )
     if choice:
@@ -79,7 +81,7 @@ def _answer(run: RunFolder) -> list[str]:
         )
         said.append(
             f"The estimate was {mib(choice['total_mib'])}{of}"
-            + (", as it counts tensors alone." if measured and not _on_gpu(run) else ".")
+            + (", as it counts tensors alone." if measured and not on_gpu(run) else ".")
         )
     elif run.estimate:
         said.append(
@@ -95,14 +97,14 @@ def _answer(run: RunFolder) -> list[str]:
 def memory_parts(run: RunFolder) -> dict[str, float]:
     """Part the measured peak of training: weights, what training added, and the rest of the process before it.
 
-    Empty where the peak or the estimate is missing. On a GPU the peak is of tensors alone.
+    Empty where the peak or the estimate is missing, and where the model was on a GPU.
     """
     measured, choice = run.stages.get("train"), own_choice(run)
-    if not measured or not choice:
+    if not measured or not choice or on_gpu(run):
         return {}
     peak, weights = measured["peak_mib"], min(choice["weights_mib"], measured["peak_mib"])
     before = next((run.stages[stage]["peak_mib"] for stage in BEFORE if stage in run.stages), None)
-    if before is None or _on_gpu(run):
+    if before is None:
         return {"weights": weights, "training": peak - weights, "rest": 0.0}
     held = min(max(before, weights), peak)
     return {"weights": weights, "training": peak - held, "rest": held - weights}
@@ -159,10 +161,14 @@ def _title_of_memory(choice: dict[str, Any], full: dict[str, Any], parts: dict[s
 def _difference(run: RunFolder, choice: dict[str, Any], parts: dict[str, float]) -> str:
     """Explain the difference between the estimate and the measurement."""
     if not parts:
-        return "Estimated peaks of the tensors of one step, not measurements."
+        measured = run.stages.get("train")
+        on_cpu = (
+            f" {mib(measured['peak_mib'])} of CPU memory were measured; the GPU’s were not."
+            if measured and on_gpu(run)
+            else ""
+        )
+        return f"Estimated peaks of the tensors of one step, not measurements.{on_cpu}"
     estimated = choice["total_mib"] - choice["weights_mib"]
-    if _on_gpu(run):
-        return f"Estimate and measurement count the tensors on the GPU: {digits(choice['total_mib'])} and {digits(run.stages['train']['peak_mib'])} MiB."
     held = parts["weights"] + parts["rest"]
     text = "Estimate: tensors of one step. Measurement: resident memory of the whole process. "
     if parts["rest"]:

@@ -224,8 +224,13 @@ def test_the_measured_memory_in_parts(full):
     assert "Before training it held 700 MiB: 513 of weights, and 187 of Python" in text
     assert "Training added 300, where 227 were estimated: the estimate leaves out freed blocks" in text
     put(full, "config.json", lambda config: config.update(device="cuda"))
-    assert memory_parts(RunFolder(full)) == {"weights": 513.0, "training": 487.0, "rest": 0.0}, "tensors alone"
-    assert "Estimate and measurement count the tensors on the GPU" in report(full).text
+    assert memory_parts(RunFolder(full)) == {}, "a stage's peak is the CPU's"
+    text = report(full).text
+    assert (
+        "1,000 MiB of CPU memory were measured; the GPU’s were not." in text
+        and "1,000 MiB of CPU memory at its peak" in text
+    )
+    assert "Memory740 MiBestimated, 26% of full fine-tuning" in text and "This placement, measured" not in text
 
 
 def test_the_warnings_stand_on_the_first_screen_and_in_their_section(full):
