@@ -5,8 +5,9 @@ from typing import Any
 from .figures import Bar, Chart, Csv, Notes, Plot, Samples, Section
 from .folder import RunFolder
 from .scales import binned, counted, linear
-from .words import capital, digits, several
+from .words import capital, digits, several, short, short_end
 
+SHOWN = 1000  # characters of a completion
 REWARDS = ("step", "reward", "length", "entropy", "kl")
 
 
@@ -38,7 +39,7 @@ def grpo(run: RunFolder) -> Section:
     if found["samples"]:
         section.body.append(Samples(
             title="Most likely completions of test prompts", sub="Greedy, before and after",
-            samples=[(s["prompt"], s["before"], s["after"], f"reward {s['reward_before']:.3g}", f"reward {s['reward_after']:.3g}") for s in found["samples"]],
+            samples=[(short_end(s["prompt"]), short(s["before"], SHOWN), short(s["after"], SHOWN), f"reward {s['reward_before']:.3g}", f"reward {s['reward_after']:.3g}") for s in found["samples"]],
         ))  # fmt: skip
     if not section.body:
         section.body.append(Notes(["No reward of a step is kept here."]))

@@ -7,11 +7,24 @@ from .facts import Changes, answers, changes, confused, most_wrong
 from .figures import Bar, Chart, Csv, Figure, Fold, Matrix, Notes, Samples, Section, Side, Stack, Tables
 from .folder import RunFolder
 from .scales import linear
-from .words import capital, digits, interval_of, listed, name_of, number, place_of, rich, several, share, signed
+from .words import (
+    capital,
+    digits,
+    interval_of,
+    listed,
+    name_of,
+    number,
+    place_of,
+    rich,
+    several,
+    share,
+    short,
+    short_end,
+    signed,
+)
 
 SIDE_BY_SIDE = 10  # answers in a confusion matrix; the most frequent mistakes of others are a table
 MISTAKES = 8
-SHOWN = 300  # characters of an answer
 BIG_END = 3.0  # nats: a base model that hardly ever ends its answer
 RIGHT = {
     "choice": "the right answer was the likeliest of the answers that occur",
@@ -223,19 +236,14 @@ def _samples(run: RunFolder) -> Samples | None:
         title=f"{number(len(found)).capitalize()} answers side by side" if len(found) > 1 else "An answer before and after",
         sub=f"Free text, greedy; {number(right) if right else 'none'} right after training",
         samples=[
-            (sample["prompt"].strip(), _short(sample["before"]), _short(sample["after"]), _verdict(sample, "before"), _verdict(sample, "after"))
+            (short_end(sample["prompt"]), short(sample["before"]), short(sample["after"]), _verdict(sample, "before"), _verdict(sample, "after"))
             for sample in found
         ],
     )  # fmt: skip
 
 
 def _verdict(sample: dict[str, Any], when: str) -> str:
-    return "✓ right" if sample[f"right_{when}"] else f"✗ should be: {_short(sample['expected'], 80)}"
-
-
-def _short(text: str, limit: int = SHOWN) -> str:
-    text = text.strip()
-    return "(nothing)" if not text else text if len(text) <= limit else text[:limit].rstrip() + " …"
+    return "✓ right" if sample[f"right_{when}"] else f"✗ should be: {short(sample['expected'], 80)}"
 
 
 def _general(run: RunFolder) -> Chart | None:
@@ -281,7 +289,7 @@ def _must_keep(run: RunFolder) -> Figure | None:
             bars=[("", "", parts)], tall=True, alt=f"{keep['kept']} kept, none lost. {wrong}",
         )  # fmt: skip
     rows = [
-        (_short(lost["prompt"], 160), _short(lost["expected"], 80), _short(lost["answer"], 160))
+        (short(lost["prompt"], 160), short(lost["expected"], 80), short(lost["answer"], 160))
         for lost in keep["lost"][:MISTAKES]
     ]
     more = f" {len(keep['lost']) - MISTAKES} more are in eval.json." if len(keep["lost"]) > MISTAKES else ""

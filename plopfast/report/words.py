@@ -140,6 +140,18 @@ def capital(text: str) -> str:
     return text[:1].upper() + text[1:] + end
 
 
+def short(text: str, limit: int = 300) -> str:
+    """Return the beginning of an answer; of an empty one, that it is."""
+    text = text.strip()
+    return "(nothing)" if not text else text if len(text) <= limit else text[:limit].rstrip() + " …"
+
+
+def short_end(text: str, limit: int = 300) -> str:
+    """Return the end of a prompt: what the answer follows on."""
+    text = text.strip()
+    return text if len(text) <= limit else "… " + text[-limit:].lstrip()
+
+
 def name_of(path: str) -> str:
     """Return the last part of a path of any system: the page names no folders of the machine."""
     return re.split(r"[/\\]", path.rstrip("/\\"))[-1]

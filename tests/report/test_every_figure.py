@@ -6,7 +6,27 @@ import pytest
 from full_folder import audit, estimate, scores, trial
 
 from plopfast.report.tables import audit_tables, estimate_table, trial_table
-from plopfast.report.words import interval_of, listed, points_of, range_of, ties_of
+from plopfast.report.words import (
+    capital,
+    digits,
+    duration,
+    harmless,
+    interval_of,
+    large,
+    listed,
+    mib,
+    name_of,
+    place_of,
+    points_of,
+    range_of,
+    rich,
+    several,
+    share,
+    short,
+    short_end,
+    signed,
+    ties_of,
+)
 
 
 def distinct(value, numbers=None):
@@ -105,6 +125,32 @@ def test_unstable_rows_are_marked(share, marked):
     found = audit(scores())
     found["stability"][0]["same_pick"] = share
     assert cells(audit_tables(found)[2])[0]["same pick"].startswith("* ") == marked
+
+
+def test_long_texts():
+    assert [short(text, 4) for text in (" abcd ", "abcde", "  ", "ab  cd")] == ["abcd", "abcd …", "(nothing)", "ab …"]
+    assert [short_end(text, 4) for text in (" abcd ", "abcde", "ab cde")] == ["abcd", "… bcde", "… cde"]
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([share(value) for value in (0, 0.0004, 0.034, 0.0996, 0.52, 0.996, 1, 1.2)], ["0%", "under 0.1%", "3.4%", "10%", "52%", "99.6%", "100%", "120%"]),
+        ([digits(value) for value in (0, 0.0002, 0.0105, 0.187, 12.87, 1593.4)], ["0", "0.0002", "0.0105", "0.187", "12.9", "1,593"]),
+        ([signed(value) for value in (1.25, -1.25, 0.01, -0.01)], ["+1.2", "−1.2", "0.0", "0.0"]),
+        ([duration(value) for value in (0.04, 1.56, 45, 99.6, 3600, 9000)], ["0.0 s", "1.6 s", "45 s", "2 min", "60 min", "2.5 h"]),
+        ([mib(value) for value in (640.4, 1023, 1593)], ["640 MiB", "1,023 MiB", "1.6 GiB"]),
+        ([large(value) for value in (4321, 2_396_160, 134_515_008, 8.03e9)], ["4,321", "2.4 M", "134.5 M", "8.0 B"]),
+        ([name_of(path) for path in ("/a/b.txt", "b.txt", "C:\\a\\b.txt", "a/b/")], ["b.txt", "b.txt", "b.txt", "b"]),
+        ([place_of(where) for where in ("/a/b.jsonl:12", "b.jsonl, line 12", "b:c")], ["b.jsonl, line 12", "b.jsonl, line 12", "b:c"]),
+        ([capital(text) for text in ("a note", "A note.", "", "why?")], ["A note.", "A note.", "", "Why?"]),
+        ([several(count, "row") for count in (0, 1, 2000)], ["0 rows", "1 row", "2,000 rows"]),
+        ([rich("<b>{}</b>", "<i>")], ["<b>&lt;i&gt;</b>"]),
+        ([harmless("a\x1b[1m\u202eb\n\t\x00")], ["a\\x1b[1m\\u202eb\n\t\\x00"]),
+    ],
+)  # fmt: skip
+def test_numbers_and_names_in_words(made, said):
+    assert made == said
 
 
 def test_words():
