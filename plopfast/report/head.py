@@ -10,11 +10,11 @@ from .recommend import recommendation, shown_by_trial
 from .scales import linear
 from .sections_cost import full_choice, on_gpu, own_choice
 from .sections_grpo import rewards_chart
-from .sections_results import kept_warning
+from .sections_results import kept_warning, one_seed
 from .sections_where import pick_warning
 from .words import bold, digits, duration, large, listed, mib, number, range_of, rich, several, share, signed, ties_of
 
-MOST_CAVEATS = 5
+MOST_CAVEATS = 6
 RIGHT = {"choice": "answered right", "exact-match": "answered right", "token": "predicted right"}
 
 
@@ -150,8 +150,6 @@ def caveats(run: RunFolder) -> list[str]:
                 "It was" if found.lost == 1 else "They were",
             )
         )
-    if run.eval or run.training:
-        said.append(rich("<b>One run, one seed.</b> The intervals cover the choice of rows, not luck in training."))
     said += _of_trial(run)
     if run.eval and run.eval["tuned"]["metric"] == "choice" and not run.eval.get("samples"):
         said.append(
@@ -159,6 +157,8 @@ def caveats(run: RunFolder) -> list[str]:
                 "<b>Right means</b> that the right answer was the likeliest of those that occur. Free text was not judged."
             )
         )
+    if run.eval or run.training:  # of every run, so it is never among those that are left to the sections
+        said.insert(min(len(said), MOST_CAVEATS - 1), one_seed(run))
     more = len(said) - MOST_CAVEATS
     return said[:MOST_CAVEATS] + (
         [f"{number(more).capitalize()} more {'is' if more == 1 else 'are'} said in the sections below."]

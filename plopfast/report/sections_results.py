@@ -86,13 +86,22 @@ def _answer(run: RunFolder) -> list[str]:
 def _caveats(run: RunFolder) -> list[str]:
     tuned, said = run.eval["tuned"], []
     if tuned["metric"] in RIGHT:
-        said.append(rich("<b>Right</b> means that {}.", RIGHT[tuned["metric"]]))
+        free = " Free text was not judged." if tuned["metric"] == "choice" else ""
+        said.append(rich("<b>Right</b> means that {}.{}", RIGHT[tuned["metric"]], free))
     if run.judged_by == "validation":
         said.append(
             "There are no test rows: these are the validation rows, which also chose the training step that was kept. So they "
             "flatter the tuned model."
         )
-    return said
+    said.append(one_seed(run))
+    return said if run.eval.get("general") else [*said, "Forgetting was not measured: no loss on general text is kept."]
+
+
+def one_seed(run: RunFolder) -> str:
+    """Say what no interval of a single run covers."""
+    seed = run.config.get("settings", {}).get("seed")
+    which = "" if seed is None else f" ({seed})"
+    return rich("<b>One run, one seed{}.</b> The intervals cover the choice of rows, not luck in training.", which)
 
 
 def kept_warning(run: RunFolder) -> list[str]:

@@ -204,9 +204,9 @@ from transformers import AutoTokenizer
 
 name = {json.dumps(name, ensure_ascii=False)}{comment}
 tokenizer = AutoTokenizer.from_pretrained(name)
-base = AutoModelForCausalLM.from_pretrained(name)
 model = PeftModel.from_pretrained(
-    base, {json.dumps(run.path.name + "/adapter", ensure_ascii=False)})"""
+    AutoModelForCausalLM.from_pretrained(name),
+    {json.dumps(run.path.name + "/adapter", ensure_ascii=False)})"""
     return Code(title="Load it with PEFT", sub="Python", code=code)
 
 

@@ -87,7 +87,7 @@ def test_what_to_know_comes_by_weight_and_ends(full):
         "Forgetting",
         "ended too early",
         "92 rows got worse",
-        "One more is said",
+        "One run, one seed (0).",
     )
     assert len(said) == len(order) and all(word in text for word, text in zip(order, said, strict=True)), said
     put(full, "eval.json", lambda value: [value.pop(name) for name in ("must_keep", "general", "samples")])
@@ -96,10 +96,20 @@ def test_what_to_know_comes_by_weight_and_ends(full):
     (full / "trial.json").unlink()
     change(full, "training.json", rows_seen=3430, clipped=0, best_step=30)
     said = caveats(RunFolder(full))
-    order = ("Forgetting</b> was not measured", "One run, one seed", "No better placement is known", "Right means")
+    order = ("Forgetting</b> was not measured", "No better placement is known", "Right means", "One run, one seed")
     assert len(said) == len(order) and all(word in text for word, text in zip(order, said, strict=True)), said
     change(full, "eval.json", rows="validation")
     assert "No test rows" in caveats(RunFolder(full))[0]
+    text = report(full).text
+    assert text.count("One run, one seed (0).") == 2 and "Free text was not judged." in text
+    assert "Forgetting was not measured:" in text
+
+
+def test_what_does_not_fit_is_said_below_and_the_seed_above(full):
+    change(full, "eval.json", rows="validation")
+    said = caveats(RunFolder(full))
+    assert len(said) == 7 and "One run, one seed" in said[5] and said[6] == "One more is said in the sections below."
+    assert "92 rows became wrong" in report(full).text
 
 
 def test_near_ties_are_said(tmp_path):

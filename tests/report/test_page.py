@@ -148,7 +148,7 @@ def test_the_model_in_a_line_of_code(full, model, shown):
     page = report(full)
     assert f'name = "{shown}"' in page.text and "/home/me" not in page.text and "C:" not in page.text
     assert ("the folder it was loaded from" in page.text) == (model != shown)
-    assert 'base, "full/adapter")' in page.text
+    assert 'AutoModelForCausalLM.from_pretrained(name), "full/adapter")' in page.text
 
 
 def test_settings_that_were_used_and_no_others(full):
