@@ -111,7 +111,7 @@ def counted(last: int, most: int = 6) -> Scale:
 
 def tick_label(value: float, places: int, signed: bool = False) -> str:
     """Return a number for an axis, with a real minus sign and without a negative zero."""
-    value = round(value, places) + 0.0
+    value = round(value, places)
     text = f"{abs(value):,.{places}f}" if abs(value) < 1e6 else f"{abs(value):.3g}"
     if "." in text and "e" not in text:
         text = text.rstrip("0").rstrip(".")

@@ -97,6 +97,16 @@ def test_the_readers_colours(window, page, where, mode, paper):
     assert window.execute_script("return getComputedStyle(document.body).backgroundColor") == paper
 
 
+def test_on_a_phone_each_cell_of_a_wide_table_says_its_heading(window, page):
+    shown(window, page, "phone", "light")
+    heads, cells = window.execute_script("""
+        return [[...document.querySelectorAll('.wr thead')].filter(e => e.getBoundingClientRect().height).length,
+            [...document.querySelectorAll('.wr td')].filter(e => e.textContent).map(e =>
+                [e.dataset.l, getComputedStyle(e, ':before').content])]""")
+    assert heads == 0 and len(cells) > 100
+    assert all(heading in said for heading, said in cells)
+
+
 def test_print_shows_what_is_folded(window, page):
     shown(window, page, "print", "light")
     hidden = window.execute_script(

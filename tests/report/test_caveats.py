@@ -56,6 +56,8 @@ def test_odd_scores():
         "what is no number is left out, a type of outliers keeps them"
     )
     assert other_picks({}, set(), []) == []
+    values = {"b": {"b0": 1.0, "b1": 1.0, "b2": 9.0}, "c": {"c0": 3.0, "c1": 3.0, "c2": math.nan}}
+    assert [pick.instead for pick in other_picks(values, set(), ["c"])] == [["b"]]
 
 
 def test_how_a_training_ended():

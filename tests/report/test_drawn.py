@@ -13,6 +13,7 @@ from plopfast.report.folder import RunFolder
 from plopfast.report.head import head_of
 from plopfast.report.page import rendered
 from plopfast.report.scales import Scale, smoothed
+from plopfast.scoring.report import ModuleScore
 from plopfast.support.tables import Column, Table
 
 
@@ -63,6 +64,19 @@ def test_layers(full):
             )
             assert cell.shade == heat.legend[sum(value >= border for border in borders)][0], "the legend's class"
     assert f"{len(odd)} outliers among 84 modules" == heat.title
+
+
+def test_many_layers_are_grouped_by_their_mean(tmp_path):
+    made = {
+        f"model.layers.{layer}.{type_}": ModuleScore(0.5 + layer % 3 + (type_ == "b"), 0.1, 9, type_, layer, 8, 8)
+        for layer in range(121)
+        for type_ in "ab"
+    }
+    pf.NFNReport(made, 9, 1, 1.0).save(tmp_path / "scores.json")
+    heat = figures(tmp_path)["nfn_by_layer"]
+    assert "Columns: 3 layers each." in heat.sub and len(heat.columns) == 41
+    assert [cells[0].title for _, _, cells in heat.rows] == ["a, layers 0 to 2: 1.50", "b, layers 0 to 2: 2.50"]
+    assert heat.rows[0][2][-1].title == "a, layer 120: 0.50" and heat.columns[0] == "0" and heat.columns[-1] == "120"
 
 
 def test_losses_and_their_smoothing(full):

@@ -129,6 +129,10 @@ def test_rows_that_changed(full):
     assert sum(confused(run, "before").values()) == 370
     assert [row["row"] for row in most_wrong(run)] == [1, 2, 3, 4, 5], "the lowest chances first"
     lines = (full / "eval_rows.jsonl").read_text().splitlines()
+    sure = json.loads(lines[-1])
+    sure["after"]["chance"] = 1e-6  # right, of many answers that were less likely still
+    (full / "eval_rows.jsonl").write_text("\n".join([*lines[:-1], json.dumps(sure)]) + "\n")
+    assert [row["row"] for row in most_wrong(RunFolder(full))] == [1, 2, 3, 4, 5]
     half = json.loads(lines[0])
     half["after"]["right"] = 0.5
     (full / "eval_rows.jsonl").write_text("\n".join([json.dumps(half), *lines[1:]]) + "\n")

@@ -166,3 +166,29 @@ def test_rows_without_choices(full):
     found = figures(full)
     assert not {"changes", "by_answer", "confusion", "most_wrong"} & found.keys()
     assert "test tokens predicted right" in report(full).headings[0][1]
+
+
+def test_a_run_that_trained_all_weights(full):
+    for name in ("scores.json", "placement.json", "trial.json"):
+        (full / name).unlink()
+    put(full, "config.json", lambda config: config["settings"].update(full=True, lr=2e-5))
+    page = report(full)
+    assert "All weights of model were trained." in page.text and page.lacking == ["where", "trial"]
+    assert ["full", "yes"] in [cells for _, cells in page.rows] and "adapters on" not in page.headings[0][1]
+
+
+def test_an_answer_word_for_word(full):
+    put(full, "eval.json", lambda value: [value[who].update(metric="exact-match") for who in ("base", "tuned")])
+    lines = [json.loads(line) for line in (full / "eval_rows.jsonl").read_text().splitlines()]
+    for line in lines:
+        for when in ("before", "after"):
+            del line[when]["answered"]
+    (full / "eval_rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page, found = report(full), figures(full)
+    assert "the likeliest answer was the expected one, token by token" in page.text and "guess" not in page.text
+    assert {"changes", "most_wrong"} <= found.keys() and not {"by_answer", "confusion"} & found.keys()
+    assert [column.heading for column in found["most_wrong"].table.columns] == [
+        "row",
+        "expected",
+        "chance of the right one",
+    ]
