@@ -45,6 +45,15 @@ def test_each_row_and_how_it_was_judged(trained, model_folder, data):
     assert gain["low"] < gain["difference"] < gain["high"]
 
 
+def test_how_many_rows_the_steps_took(trained):
+    training = read(trained, "training")
+    steps = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if "grad_norm" in step]
+    assert len(steps) == training["steps"] and training["rows_seen"] == sum(step["rows"] for step in steps)
+    assert training["rows_seen"] == training["plan"]["rows_per_step"] * len(steps)
+    assert training["clipped"] == sum(step["grad_norm"] > 1 for step in steps) < len(steps)
+
+
 def test_free_answers(trained, model_folder, data):
     model, tokenizer = pf.load_model(model_folder)
     examples = pf.tokenize(pf.read_jsonl(data[-1]), tokenizer)
