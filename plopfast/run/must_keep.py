@@ -16,6 +16,7 @@ from ..models.generating import check_room
 from ..support.errors import DataError, shown
 
 TOKENS = 128  # of an answer, at most
+SHOWN = 3  # places of answers that were wrong before
 EXPECTED = (
     'expected a row like {"prompt": "...", "answer": "text" or ["one", "or another"]}, {"prompt", "completion"} or '
     '{"messages": [..., the answer]}'
@@ -32,9 +33,8 @@ class MustKeep:
 
     def is_right(self, answer: str) -> bool:
         """Whether the answer holds one of the wanted texts as whole words, and none of the others."""
-        return any(_holds(answer, text) for text in self.wanted) and not any(
-            _holds(answer, text) for text in self.never
-        )
+        spoilt = any(_holds(answer, text) for text in self.never)
+        return not spoilt and any(_holds(answer, text) for text in self.wanted)
 
     @property
     def expected(self) -> str:
@@ -51,27 +51,29 @@ def read_must_keep(file: str, tokenizer: Any, context: int | None) -> list[MustK
 
 
 def judged(rows: Sequence[MustKeep], before: Sequence[str], after: Sequence[str], file: str) -> dict[str, Any]:
-    """What eval.json holds of the answers before and after: how many were right, and which are lost."""
-    right = [[row.is_right(answer) for row, answer in zip(rows, of, strict=True)] for of in (before, after)]
-    lost = [
-        {"where": row.prompt.where, "prompt": row.prompt.text, "expected": row.expected, "answer": answer}
-        for row, answer, was, is_ in zip(rows, after, *right, strict=True)
-        if was and not is_
-    ]
+    """What eval.json holds of the answers before and after: how many were kept, which are lost, which were wrong before."""
+    kept, lost, wrong = 0, [], []
+    for row, was, now in zip(rows, before, after, strict=True):
+        if not row.is_right(was):
+            wrong.append(row.prompt.where)
+        elif row.is_right(now):
+            kept += 1
+        else:
+            lost.append({"where": row.prompt.where, "prompt": row.prompt.text, "expected": row.expected, "answer": now})
     return {
-        "file": file, "prompts": len(rows), "right_before": sum(right[0]), "right_after": sum(right[1]), "lost": lost,
-        "wrong_before": [row.prompt.where for row, was in zip(rows, right[0], strict=True) if not was],
+        "file": file, "prompts": len(rows), "kept": kept, "lost": lost, "wrong_before": len(wrong), "where_wrong": wrong[:SHOWN],
     }  # fmt: skip
 
 
 def in_words(value: dict[str, Any]) -> list[str]:
     """Says what `judged` found, in a line each."""
-    found = [
-        f"{value['prompts']} answers to keep: {value['right_before']} right before, {len(value['lost'])} of these lost"
-    ]
-    if wrong := value["wrong_before"]:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        found.append(f"not counted, as they were wrong before training: {', '.join(wrong[:3])}{more}")
+    right = value["kept"] + len(value["lost"])
+    found = [f"{value['prompts']} answers to keep: {right} right before, {len(value['lost'])} of these lost"]
+    if wrong := value["where_wrong"]:
+        more = value["wrong_before"] - len(wrong)
+        found.append(
+            f"not counted, as they were wrong before training: {', '.join(wrong)}{f' and {more} more' if more else ''}"
+        )
     for one in value["lost"]:
         asked = " ".join(one["prompt"].split())
         said = " ".join(one["answer"].split()) or "nothing"

@@ -72,9 +72,9 @@ def test_a_prompt_without_room(read):
 def test_lost_is_what_was_right_before(read):
     rows = read(*({"prompt": f"number {i}", "answer": "yes"} for i in range(4)))
     value = judged(rows, ["yes", "yes", "no", "no"], ["yes", "no", "yes", "no"], "keep.jsonl")
-    assert (value["prompts"], value["right_before"], value["right_after"]) == (4, 2, 2)
+    assert (value["prompts"], value["kept"], value["wrong_before"]) == (4, 1, 2)
     assert [one["prompt"] for one in value["lost"]] == ["number 1"]
-    assert [place.rpartition(":")[2] for place in value["wrong_before"]] == ["3", "4"]
+    assert [place.rpartition(":")[2] for place in value["where_wrong"]] == ["3", "4"]
     first, wrong, lost = in_words(value)
     assert first == "4 answers to keep: 2 right before, 1 of these lost" and "keep.jsonl:3" in wrong
     assert lost.startswith("LOST ") and "keep.jsonl:2: 'number 1': expected yes, got no" in lost
