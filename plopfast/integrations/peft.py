@@ -70,6 +70,13 @@ def accelerate(
     layers and where `loss=True` cannot be.
 
         report = pf.accelerate(peft.get_peft_model(model, config))
+
+    >>> placement = pf.place(pf.score(model, batches), rank=4)
+    >>> peft_model = peft.get_peft_model(model, placement.lora_config(model))
+    >>> print(pf.accelerate(peft_model))
+    accelerated: 9 LoRA layers...
+    >>> len(pf.restore(peft_model)) >= 9
+    True
     """
     if loss not in ("auto", True, False):
         raise ConfigError(f'accelerate: expected loss="auto", True or False, got {shown(loss)}')

@@ -35,6 +35,10 @@ class LoRALinear(nn.Module):
 
     Raises ModelError for a `base` that isn't a linear module or is quantised, PlacementError where the rank is below 1 or
     above the smaller side of the weight, and BackendError where `backend` cannot run.
+
+    >>> module = pf.LoRALinear(torch.nn.Linear(64, 48), rank=4, alpha=8)
+    >>> module(torch.randn(2, 64)).shape, module.lora_A.shape, module.lora_B.shape
+    (torch.Size([2, 48]), torch.Size([4, 64]), torch.Size([48, 4]))
     """
 
     squares: torch.Tensor | None

@@ -26,6 +26,9 @@ class Placement:
     `margin`: the NFN between the last type chosen and the first left out, for rules that choose types by NFN.
     `notes`: how sure the choice is, and what a budget did. `shapes`: name -> (n_out, n_in) of the weights, where they are
     known; a model with other weights is refused. `experts`: name -> how many, of those that are weights of experts.
+
+    >>> pf.place(pf.score(model, batches), rule="mlp", rank=4)
+    Placement(mlp: ...: 9 modules, rank 4, ... trainable parameters)
     """
 
     modules: Annotated[dict[str, tuple[Size, Positive]], MinLen(1)]
@@ -76,6 +79,25 @@ class Placement:
         from .lora_config import lora_config  # which reads placements
 
         return lora_config(self, model, overrides)
+
+    def __repr__(self) -> str:
+        return f"Placement({str(self).splitlines()[0]})"
+
+    def _repr_html_(self) -> str:
+        """Returns what a notebook shows: the types, their modules, ranks and sizes, and the notes."""
+        return self.table()._repr_html_()
+
+    def table(self) -> Table:
+        """Returns a row for each type: its modules, their ranks and sizes, and their parameters."""
+        columns = [Column("module type"), Column("modules", "d"), Column("rank"), Column("parameters", ",d")]
+        first, *notes = str(self).splitlines()
+        rows = []
+        for type_ in self.types:
+            names = [name for name in self.modules if name in of_type(self.modules, type_)]
+            ranks = sorted({self.modules[name][0] for name in names})
+            span = " to ".join(map(str, ranks[:: max(len(ranks) - 1, 1)]))
+            rows.append((type_, len(names), span, 0))
+        return Table(first, columns, rows, "\n".join(notes))
 
     def __str__(self) -> str:
         ranks = [rank for rank, _ in self.modules.values()]

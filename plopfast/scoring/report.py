@@ -89,6 +89,12 @@ class NFNReport:
     (`InputSketch.vectors`). Empty without `eva_rank`. `eva.save` writes them, not `save`.
     `experts`: name of a weight of experts -> what its experts have each.
     `notes`: a line for each kind of module that has no score, and why.
+
+    >>> report = pf.score(model, batches)
+    >>> sorted(report.types)
+    ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
+    >>> report
+    NFNReport(... 3 batches ... 21 modules of 7 types, lowest NFN first: ...)
     """
 
     scores: dict[str, ModuleScore]

@@ -7,7 +7,14 @@ from typing import Any
 
 
 class PlopfastError(Exception):
-    """Base of all errors about plopfast's inputs; the command line prints it and exits with 2."""
+    """Base of all errors about plopfast's inputs; the command line prints it and exits with 2.
+
+    >>> try:
+    ...     pf.read_rows("none.jsonl")
+    ... except pf.PlopfastError as error:
+    ...     print(error)
+    none.jsonl: ...
+    """
 
 
 class ConfigError(PlopfastError):
@@ -31,7 +38,12 @@ class AdapterError(PlopfastError):
 
 
 class BackendError(PlopfastError, RuntimeError):
-    """A backend that cannot run on this device; the message says why."""
+    """A backend that cannot run on this device; the message says why.
+
+    >>> pf.lora_linear(x, weight, lora_A, lora_B, scaling=2.0, backend="fused")
+    Traceback (most recent call last):
+    plopfast.support.errors.BackendError: ...
+    """
 
 
 class TrainingError(PlopfastError):

@@ -48,6 +48,12 @@ class Trainer(Job):
         result = Trainer(model, TrainConfig(lr=2e-4), train, valid, out="run").fit()
 
     Raises ConfigError for settings that the data or the model cannot take, TrainingError where there is nothing to train.
+
+    >>> placement = pf.place(pf.score(model, batches), rank=4)
+    >>> names = pf.inject(model, placement)
+    >>> result = pf.Trainer(model, pf.TrainConfig(max_steps=2), examples, progress=False).fit()
+    >>> result.steps
+    2
     """
 
     def __init__(
