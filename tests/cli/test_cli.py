@@ -191,6 +191,11 @@ READ = {  # options that a command offers, and some that it does not read
         | {"--prompt", "--prompts", "--answers", "--adapter", "--temperature", "--top-p", "--max-new-tokens", "--seed"},
         {"--train", "--rank", "--generations", "--resume", "--parallel"},
     ),
+    "chat": (
+        MODEL | {"--adapter", "--temperature", "--top-p", "--max-new-tokens", "--seed"},
+        {"--train", "--prompt", "--rank", "--overwrite"},
+    ),
+    "compare": (MODEL | DATA | {"--any-base"}, {"--out", "--rank", "--unlabeled", "--overwrite"}),
     "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
     "search": (MODEL | DATA | {"--search-trials", "--cap", "--max-steps"}, {"--arms", "--confidence"}),
     "report": ({"--out", "--overwrite"}, {"--model", "--train", "--seed"}),

@@ -105,7 +105,10 @@ def test_every_brief_text_is_of_an_option():
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_examples_can_be_called(command):
+def test_examples_can_be_called(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.json").write_text("{}")
     words = shlex.split(texts.basics_of(command).example)
     parsed = parse([command, *words])
     assert words and (command == "bench" or settings_of(parsed))

@@ -63,13 +63,16 @@ def parser_once(monkeypatch):
 def test_a_name_sets_what_the_option_sets(command, name, tmp_path):
     theirs, ours = words_of(name)
     own = f"--{ALIASES[name].setting.replace('_', '-')}"
-    wanted = settings_of(parse([command, own, *ours]))
+    needed = COMMANDS[command].names
+    wanted = settings_of(parse([command, *needed, own, *ours]))
     for option in (f"--{name}", f"--{name.replace('_', '-')}"):
-        parsed = parse([command, option, *theirs])
+        parsed = parse([command, *needed, option, *theirs])
         assert settings_of(parsed) == wanted
     if len(theirs) == 1:
-        assert settings_of(parse([command, f"--{name}={theirs[0]}"])) == wanted
-    assert wanted != settings_of(parse([command])) or words_of(name)[1] == [str(getattr(wanted, ALIASES[name].setting))]
+        assert settings_of(parse([command, *needed, f"--{name}={theirs[0]}"])) == wanted
+    assert wanted != settings_of(parse([command, *needed])) or words_of(name)[1] == [
+        str(getattr(wanted, ALIASES[name].setting))
+    ]
 
 
 def test_names_work_beside_others_and_in_files(tmp_path):
