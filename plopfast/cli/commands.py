@@ -59,7 +59,8 @@ def _check_resume(given: argparse.Namespace) -> None:
 @dataclass(frozen=True)
 class Command:
     """`do` returns the exit code (None: 0). `takes`: groups of settings, or single ones, that the command reads, but for
-    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it."""
+    those in `without`. `flags`: see options.FLAGS. `needs_out`: it works in the run folder of the stages before it. `names`: of
+    arguments without an option, in place of --out: run folders; settings come from the first one's config.json."""
 
     help: str
     do: Callable[[Call], int | None]
@@ -67,6 +68,7 @@ class Command:
     without: tuple[str, ...] = ()
     flags: tuple[str, ...] = ("overwrite",)
     needs_out: bool = False
+    names: tuple[str, ...] = ()
 
     @property
     def bare(self) -> bool:
@@ -79,12 +81,12 @@ class Command:
         return groups.RankSettings in self.takes
 
 
-def _stage(name: str) -> Callable[[Call], None]:
+def _stage(name: str) -> Callable[[Call], int]:
     """Calls the function `name` (wing.file.function) with the run, and prints the text or path that it returns, and what
-    --print-peft asks for."""
+    --print-peft asks for. A text with False beside it, which says that something is wrong, ends with exit code 1."""
     module, _, function = name.rpartition(".")
 
-    def do(call: Call) -> None:
+    def do(call: Call) -> int:
         with_peft = getattr(call.arguments, "print_peft", False)
         if with_peft and call.config.full:
             raise ConfigError(
@@ -92,12 +94,14 @@ def _stage(name: str) -> Callable[[Call], None]:
             )
         run = call.run()
         result = getattr(importlib.import_module(f"plopfast.{module}"), function)(run)
-        if isinstance(result, str | Path):
-            print(result)
+        text, fine = result if isinstance(result, tuple) else (result, True)
+        if isinstance(text, str | Path):
+            print(text)
         if with_peft and not machine.launch().rank:
             from ..run.paste import peft_text
 
             print(peft_text(run, placed=call.name != "score"))
+        return 0 if fine else 1
 
     return do
 
@@ -119,7 +123,7 @@ def _train(call: Call) -> None:
     print(f"{result.steps} steps ({result.stopped}), kept step {result.best_step}, {result.tokens_per_s:.0f} tokens/s")
 
 
-def _estimate(call: Call) -> None:
+def _estimate(call: Call) -> int | None:
     given = call.arguments
     if call.config.model_config is None:
         return _stage("run.costs.run_estimate")(call)
@@ -127,6 +131,7 @@ def _estimate(call: Call) -> None:
 
     default = not hasattr(given, "rule") and call.config.rule == RunConfig().rule
     print(estimate_config(call.config, given.out, default_rule=default, overwrite=given.overwrite))
+    return None
 
 
 def _grpo(call: Call) -> None:
@@ -158,47 +163,24 @@ def _multi(call: Call) -> int:
     return 0 if all_trained else 1
 
 
-def _eval(call: Call) -> None:
-    from ..run.stages import eval_lines, run_eval
+def _eval(call: Call) -> int:
+    from ..run.evaluating import eval_lines, lost, run_eval, sample_lines
 
-    for who, line in eval_lines(run_eval(call.run(), call.arguments.adapter, call.arguments.any_base)):
-        print(f"{who:<6} {line}")
+    value = run_eval(call.run(), call.arguments.adapter, call.arguments.any_base)
+    for who, line in [*eval_lines(value), *sample_lines(value)]:
+        print(f"{who:<8} {line}")
+    return 1 if lost(value) else 0
 
 
-def _generate(call: Call) -> None:
-    from ..run import answerers, generate
-    from ..run.run import Run
-    from ..support.errors import for_terminal
-    from ..support.settings_file import load_settings
+def _talking(name: str) -> Callable[[Call], None]:
+    """A function of talking.py, which loads what answers when it is called."""
 
-    given, config = call.arguments, call.config
-    if given.out:
-        load_settings(given.out / "config.json")  # it must be there
-    chosen = hasattr(given, "temperature") or (given.config and "temperature" in load_settings(given.config))
-    if not chosen:  # a run folder's own temperature is that of its training
-        config = dataclasses.replace(config, temperature=0.0)
-    generate.check_settings(config)
-    generate.check_questions(given.prompt or [], given.prompts_file)
-    adapters = answerers.find_adapters(given.out, given.adapters or [], config)
-    if given.answers:
-        generate.refuse_answers(given.answers, given.overwrite)
-    if config.full and given.out and not adapters:
-        config = dataclasses.replace(config, full=False, model=str(given.out / "model"))
-    run = Run(given.out or Path("runs"), config, progress=True)  # for its model and tokenizer: nothing is written there
-    prompts = generate.read_questions(given.prompt or [], given.prompts_file, run.tokenizer, run.context)
-    asked = answerers.questions(
-        prompts, list(adapters), [part.strip() for part in (given.without or "").split(",") if part.strip()]
-    )
-    who = not answerers.are_alike(adapters, asked)
-    model = answerers.load(run, adapters, asked, given.any_base)
-    shown = for_terminal if sys.stdout.isatty() else str
-    stream = (
-        (lambda text: print(shown(text), end="", flush=True)) if shown is for_terminal and len(asked) == 1 else None
-    )
-    answers = generate.answer(run, model, asked, answerers.chooser(model, asked) if who else None, stream)
-    print("" if stream else shown(generate.in_words(asked, answers, who)))
-    if given.answers:
-        generate.write_answers(given.answers, asked, answers, who)
+    def do(call: Call) -> None:
+        from . import talking
+
+        getattr(talking, name)(call)
+
+    return do
 
 
 def _merge(call: Call) -> None:
@@ -244,14 +226,14 @@ def _doctor(call: Call) -> int:
 
 MODEL, DATA, SCORE, PLACE = groups.ModelSettings, groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings
 ADAPTER, TRAIN, STEP, RANKS = groups.AdapterSettings, groups.TrainConfig, groups.StepSettings, groups.RankSettings
-FIT, GRPO, GENERATE = groups.FitSettings, groups.GRPOSettings, groups.GenerateSettings
+EVAL, FIT, GRPO, GENERATE = groups.EvalSettings, groups.FitSettings, groups.GRPOSettings, groups.GenerateSettings
 STREAM = ("stream", "resident_share")
 ALL = (MODEL, DATA, SCORE, PLACE, ADAPTER, TRAIN)
 RESUMABLE, OF_AN_ADAPTER = ("overwrite", "resume"), ("overwrite", "adapter", "any_base")
 COMMANDS = {
     "run": Command(
         "score, place, train, evaluate and report in one go",
-        _stage("run.whole.run_all"), (*ALL, FIT, RANKS), flags=(*RESUMABLE, "print_peft"),
+        _stage("run.whole.run_all"), (*ALL, EVAL, FIT, RANKS), flags=(*RESUMABLE, "print_peft"),
     ),
     "data": Command(
         "show what would be learned of your rows: lengths, learned tokens, what is left out, one whole row",
@@ -296,16 +278,24 @@ COMMANDS = {
     ),
     "eval": Command(
         "measure loss and accuracy of the base and the tuned model on the test rows (else the validation rows): eval.json",
-        _eval, (MODEL, DATA, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
+        _eval, (MODEL, DATA, EVAL, "full", RANKS), without=("unlabeled",), flags=OF_AN_ADAPTER, needs_out=True,
     ),
     "generate": Command(
         "answer prompts, with an adapter or without: prints the answers, and writes no run folder",
-        _generate, (MODEL, GENERATE, "seed"),
+        _talking("generate_answers"), (MODEL, GENERATE, "seed"),
         flags=("prompt", "prompts", "answers", "overwrite", "adapters", "without", "any_base"),
+    ),
+    "chat": Command(
+        "talk with the model, with an adapter or without; writes nothing",
+        _talking("chat"), (MODEL, GENERATE, "seed"), flags=("adapter", "any_base"),
+    ),
+    "compare": Command(
+        "compare two finished trainings on the same rows, row by row, with intervals; writes nothing",
+        _talking("compare_two"), (MODEL, DATA), without=("unlabeled",), flags=("any_base",), names=("A", "B"),
     ),
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",
-        _stage("studies.trial.run_trial"), (*ALL, groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
+        _stage("studies.trial.run_trial"), (*ALL, "general", groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
     ),
     "search": Command(
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",

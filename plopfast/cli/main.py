@@ -47,7 +47,7 @@ def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     except OSError as error:
         return _fail(f"{error.filename or ''}: {error.strerror or error}", launch)
     except KeyboardInterrupt as error:
-        resumable = arguments.out and hasattr(arguments, "resume")
+        resumable = hasattr(arguments, "resume") and arguments.out
         hint = f"; go on with: plopfast {arguments.command} --resume --out {arguments.out}" if resumable else ""
         if not launch.rank:
             print(f"\nplopfast: interrupted: {error or 'finished stages are kept'}{hint}", file=sys.stderr)

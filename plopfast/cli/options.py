@@ -4,10 +4,12 @@ import argparse
 import dataclasses
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, get_args
 
 from ..models.known import KNOWN
 from ..placing.rules import help_words
+from ..support import config as groups
 from ..support.config import ROWS, TYPES, RunConfig
 from ..support.foreign import hint
 from ..support.options import Settings
@@ -98,7 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
         if command.bare:
             added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
-        added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))
+        for position in command.names:
+            added.add_argument(position, type=arguments.text, help="a run folder, an adapter's folder, or base")
+        if not command.names:
+            added.add_argument("--out", type=arguments.path, metavar="DIR", help=_help_of_out(command))
         config = "take settings from this JSON or YAML file (.yaml, .yml), named as the options are"
         added.add_argument("--config", type=arguments.path, metavar="FILE", help=config)
         for flag in command.flags:
@@ -110,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _help_of_out(command: Command) -> str:
-    if "answers" in command.flags:
+    if groups.GenerateSettings in command.takes:
         return "run folder whose model and adapter answer (default: the model alone)"
     if "adapter" in command.flags:
         return "run folder of the stages before (default with --adapter: a new one, runs/DATE-TIME)"
@@ -168,13 +173,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parsed
 
 
+def _kept_settings(parsed: argparse.Namespace, command: Command) -> Path | None:
+    """The config.json of the run folder that a command works in; of one that names run folders, the first that has one."""
+    if command.names:
+        found = (Path(getattr(parsed, name)) / "config.json" for name in command.names)
+        return next((path for path in found if path.is_file()), None)
+    return parsed.out / "config.json" if parsed.out else None
+
+
 def settings_of(parsed: argparse.Namespace) -> RunConfig:
     """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
     settings: dict[str, Any] = {}
     command = COMMANDS[parsed.command]
     if command.bare:
         return RunConfig()
-    kept = parsed.out / "config.json" if parsed.out else None
+    kept = _kept_settings(parsed, command)
     if kept and (kept.is_file() or "overwrite" not in command.flags) and (parsed.command != "run" or parsed.resume):
         settings |= load_settings(kept)
     if parsed.config:

@@ -24,7 +24,11 @@ def read_text(path: str | Path, tokenizer: Any, length: int) -> list[Example]:
     path = Path(path)
     if path.suffix in (".jsonl", ".json"):
         raise DataError(f"{path}: expected plain text (.txt); rows of JSON go to --train")
-    text = files.read_text(path, MISSING, DataError)
+    return rows_of_text(files.read_text(path, MISSING, DataError), path, tokenizer, length)
+
+
+def rows_of_text(text: str, path: str | Path, tokenizer: Any, length: int) -> list[Example]:
+    """Cut a text as `read_text` does; `path` names it in errors, and in each row's place."""
     if not text.strip():
         raise DataError(f"{path}: no text in it")
     if not tokenizer.is_fast:

@@ -56,6 +56,15 @@ def find_adapters(out: Path | None, given: Sequence[str], config: RunConfig) -> 
     return found
 
 
+def only(adapters: Mapping[str, Path]) -> Mapping[str, Path]:
+    """The adapter, or none. Raises ConfigError for several, of a run folder of plopfast multi: one talks."""
+    if len(adapters) > 1:
+        raise ConfigError(
+            f"several adapters: {', '.join(adapters)}: give --adapter FOLDER, one of {next(iter(adapters.values())).parent.parent}"
+        )
+    return adapters
+
+
 def _of_run(out: Path) -> dict[str, Path]:
     folder = out / "adapter"
     if not folder.exists() and (out / "multi.json").is_file():
@@ -120,7 +129,8 @@ def load(run: Run, adapters: Mapping[str, Path], asked: Sequence[Question], any_
 
 def are_alike(adapters: Mapping[str, Path], asked: Sequence[Question]) -> bool:
     """Whether all questions go to the base, or to the only adapter, whole."""
-    return len(adapters) < 2 and {(one.adapter, one.without) for one in asked} <= {(next(iter(adapters), None), ())}
+    whole = (next(iter(adapters), None), ())
+    return len(adapters) < 2 and {(one.adapter, one.without) for one in asked} <= {whole}
 
 
 def chooser(

@@ -31,14 +31,14 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
         TENSORBOARD: ("events.*",), "adapter-before-failure": ADAPTER,
     },  # with --full the result is "model"
     "grpo": {"adapter": ADAPTER, "grpo.json": (), "rewards.jsonl": (), GRPO_CHECKPOINTS: GRPO_CHECKPOINT_FILES},
-    "eval": {"eval.json": ()},
+    "eval": {"eval.json": (), "eval_rows.jsonl": ()},
     "report": {"report.html": (), "report": None},
     "merge": {"merged": None},
     "audit": {"audit.json": ()},
     "trial": {
         "trial.json": (),
         "trial": (
-            "general.txt", "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
+            "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
             *(f"*/lr-*-seed-*/{name}" for name in (
                 "result.json", "test.json", "metrics.jsonl", HISTORY, "model.safetensors", f"{TENSORBOARD}/events.*",
                 *(f"adapter/{name}" for name in ADAPTER), *(f"{CHECKPOINTS}/{name}" for name in CHECKPOINT_FILES),

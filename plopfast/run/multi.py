@@ -21,9 +21,10 @@ from ..training.state import CHECKPOINTS, checkpoints
 from ..training.together import Together
 from .adapter_folder import keep_adapter
 from .apply import job_for
+from .evaluating import run_eval
 from .folder import EVA
 from .run import Run
-from .stages import about_validation, keep_training, run_data, run_eval, run_place, run_report, run_score
+from .stages import about_validation, keep_training, run_data, run_place, run_report, run_score
 
 MADE_BY = "plopfast multi"
 JOBS = "jobs"  # their folder

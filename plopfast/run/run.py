@@ -263,7 +263,8 @@ class Run:
         """The inputs (option, path) that the user gave; paths that do not exist are names of the hub."""
         rows = [(f"--{split}", name) for split, names in sources_of(self.config).items() for name in names]
         rows += [(option, name.partition(":")[0]) for option, name in rows]  # FOLDER:SPLIT
-        named = [("--model", self.config.model), ("--general", self.config.general)]
+        config = self.config
+        named = [("--model", config.model), ("--general", config.general), ("--must-keep", config.must_keep)]
         return [(option, Path(name)) for option, name in [*rows, *named] if name]
 
     def _facts(self) -> dict[str, Any]:

@@ -7,18 +7,15 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..data.describe import DataFacts
 from ..data.example import Example
-from ..lora.injection import unload
-from ..lora.layer import adapters, disabled
 from ..lora.merging import merge_checked
 from ..lora.peft_files import check_files, load_adapter, save_adapter
 from ..lora.placement import Placement
 from ..lora.replaced import replaced_values
 from ..models.linears import words_of_codes
-from ..models.loading import codes_of, load_model
+from ..models.loading import codes_of
 from ..models.running import device_of
 from ..models.saved import kept_kind, save_model
 from ..models.weights import check_finite
@@ -26,24 +23,17 @@ from ..placing.by_settings import placed, scored, why_every_row
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, ranks, threads
-from ..support.devices import device_for, dtype_for
 from ..support.errors import AdapterError, ConfigError, FileError, PlacementError, TrainingError
 from ..support.progress import shows_color
-from ..training.evaluate import Metrics, choices_of, evaluate, in_words
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
-from .adapter_folder import keep_adapter, update_card
+from .adapter_folder import keep_adapter
 from .apply import trainer_for
 from .costs import fit_run
 from .folder import EVA
 from .merged import Merged
 from .run import Run
 from .splits import sources_of
-
-CHOSE_THE_STEP = (
-    "validation rows also chose the training step that was kept, so they flatter the tuned model: give --test FILE for a "
-    "test result"
-)
 
 
 def run_data(run: Run) -> DataFacts:
@@ -157,47 +147,6 @@ def _save_model(run: Run, target: Path) -> None:
         run.tokenizer.save_pretrained(scratch)
 
 
-def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> dict[str, Any]:
-    """Evaluates "base" and "tuned" on the test rows, or on the validation rows where there are no others: eval.json.
-
-    The base is the same model with its adapters switched off, or loaded anew where all weights were trained. `adapter` is
-    a folder to take instead of the run's own; `any_base` accepts one that was trained on other base weights. Returns what
-    eval.json holds.
-    """
-    check_trained(run, "eval", adapter)
-    run.ready("eval", "test")
-    config, device = run.config, device_for(run.config.device)
-
-    def load(name: str | Path | None) -> Any:
-        return load_model(name, dtype=dtype_for(config.dtype, device, full=True), device=device)[0]
-
-    with run.stage("eval", inputs=[adapter] if adapter else []):
-        examples = run.examples("test")
-        choices = choices_of(examples)
-
-        def measure(model: Any, who: str) -> Metrics:
-            return evaluate(model, examples, choices=choices, progress=who if run.progress else "")
-
-        if config.full:
-            base = measure(load(config.model), "base")
-            tuned = measure(load(run.file("train")), "tuned")
-        else:
-            if adapter:
-                unload(run.model)
-            if not adapters(run.model):
-                adapt(run, adapter, any_base, config.backend)
-            with disabled(run.model):
-                base = measure(run.model, "base")
-            tuned = measure(run.model, "tuned")
-        test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
-        own = bool(test) and test != valid  # a copied file is no test either
-        value = {"base": base.summary(), "tuned": tuned.summary(), "rows": "test" if own else "validation"}
-        ranks.on_main(lambda: files.write_json(run.file("eval"), value))
-        if adapter is None:
-            ranks.on_main(lambda: update_card(run, value))
-    return value
-
-
 def check_trained(run: Run, stage: str, adapter: Path | None) -> None:
     """Raises what is wrong with the results that a stage is to write, and with the adapter that it is to take, by default the run's
     own, or with all weights that were trained."""
@@ -218,15 +167,6 @@ def adapt(run: Run, adapter: Path | None, any_base: bool, backend: str = "auto")
         run.say(
             f"the adapter replaces whole: {', '.join(list(whole)[:4])}{f' and {len(whole) - 4} more' * (len(whole) > 4)}"
         )
-
-
-def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
-    """Returns what eval.json holds in words, each line with its heading. Figures of validation rows are not called a test
-    result. Files of earlier versions do not say which rows they are of.
-    """
-    rows = value.get("rows", "held-out")
-    lines = [(who, in_words(value[who], rows)) for who in ("base", "tuned")]
-    return [*lines, ("note", CHOSE_THE_STEP)] if rows == "validation" else lines
 
 
 def run_report(run: Run) -> Path:

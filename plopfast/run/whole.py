@@ -1,17 +1,16 @@
-"""A whole run: every stage in order, and the short table that ends it."""
+"""A whole run: every stage in order."""
 
 from collections.abc import Callable
 from functools import partial
 
-from ..lora.placement import Placement
 from ..placing.by_settings import check_rule
 from ..report import kinds
-from ..scoring.report import NFNReport
 from ..support import ranks
-from ..support.tables import Column, Table
 from .costs import fit_run, try_estimate
+from .evaluating import check, lost, run_eval
 from .run import Run
-from .stages import eval_lines, run_data, run_eval, run_place, run_report, run_score, run_train
+from .stages import run_data, run_place, run_report, run_score, run_train
+from .summary import summary
 
 ORDER: dict[str, Callable[[Run], object]] = {  # data comes first, and reads every split: a row that cannot be used stops the run there
     "data": run_data, "score": run_score, "place": run_place, "estimate": try_estimate, "train": run_train, "eval": run_eval,
@@ -19,8 +18,8 @@ ORDER: dict[str, Callable[[Run], object]] = {  # data comes first, and reads eve
 }  # fmt: skip
 
 
-def run_all(run: Run) -> str:
-    """Runs every stage in order, and returns the table of `summary`.
+def run_all(run: Run) -> tuple[str, bool]:
+    """Runs every stage in order, and returns the text of `summary`, and whether every answer of --must-keep was kept.
 
     With `full` only training and evaluation take place. With `resume`, stages whose result exists are left out.
     """
@@ -28,6 +27,7 @@ def run_all(run: Run) -> str:
 
     run.ready("run")
     run.rows("train")
+    check(run)
     if not (run.resume and ranks.on_main(partial(run.at.is_done, "data"))):
         run.ready("run", *run.splits, "unlabeled")
     fit_run(run)
@@ -43,19 +43,5 @@ def run_all(run: Run) -> str:
                 run.say(f"{stage}: already done")
             else:
                 do(run)
-    return summary(run) if ranks.is_main() else ""
-
-
-def summary(run: Run) -> str:
-    """The result of a run in a few lines, from the files of its folder."""
-    what = "all weights trained"
-    if not run.config.full:
-        scores, placement = NFNReport.load(run.file("score")), Placement.load(run.file("place"))
-        chosen = ", ".join(f"{t} {scores.types[t]:.3f}" for t in placement.types if t in scores.types)
-        what = f"{chosen} (NFN; {placement.rule}), {placement.parameters:,} parameters"
-    metrics = kinds.read(run.file("eval"), "plopfast eval")
-    stages = {name: stage for name, stage in run.at.ledger.done().items() if name not in ("run", "report")}
-    rows = [("adapters", what), *eval_lines(metrics)]
-    rows.append(("seconds", ", ".join(f"{name} {stage['seconds']:.1f}" for name, stage in stages.items())))
-    rows.append(("written", str(run.folder)))
-    return str(Table("", [Column(""), Column("")], rows))
+    kept = not (run.config.must_keep and lost(kinds.read(run.file("eval"), "plopfast eval")))
+    return summary(run) if ranks.is_main() else "", kept

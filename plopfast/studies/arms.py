@@ -6,7 +6,6 @@ What is finished is kept in the folder of the training (result.json, test.json) 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +14,19 @@ import torch
 from safetensors.torch import load_model, save_model
 
 from ..data.example import Example
-from ..data.text import read_text
 from ..lora.injection import unload
 from ..lora.peft_files import load_adapter, save_adapter
 from ..lora.placement import Placement
-from ..models.running import context_length, device_of
+from ..models.running import device_of
 from ..models.streaming import plain_copy
 from ..report import kinds
 from ..run.apply import trainer_for
 from ..run.folder import EVA
+from ..run.general import GeneralText
 from ..run.run import Run
 from ..support import files, memory
 from ..support.config import RunConfig
-from ..support.errors import ConfigError, TrainingError
+from ..support.errors import TrainingError
 from ..support.inputs import check_same
 from ..support.ledger import Ledger
 from ..support.progress import Work
@@ -36,8 +35,6 @@ from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
 from .side_by_side import saves_time, train_at_once
 
-GENERAL_TOKENS, GENERAL_ROW, GENERAL_CHARACTERS = 4096, 256, 100_000
-SHARED = 16  # tokens in a row; fewer can be a turn of phrase
 WEIGHTS = "model.safetensors"
 MADE_BY = "plopfast trial"
 
@@ -217,55 +214,6 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
         files.write_json(done, value)
         (out / WEIGHTS).unlink(missing_ok=True)
     return value
-
-
-@dataclass(frozen=True)
-class GeneralText:
-    """Text that has nothing to do with the task: its rows, and what trial.json tells of it (file, sha256, tokens)."""
-
-    rows: list[Example]
-    facts: dict[str, Any]
-
-
-def general_text(run: Run, folder: Path) -> GeneralText:
-    """Reads the first 4,096 tokens or so of the general text, in rows of at most 256.
-
-    Raises ConfigError where it shares a stretch with a training row, or this Python lacks the default text.
-    """
-    path = run.config.general
-    if path is None:
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:
-            raise ConfigError(
-                "this Python lacks pydoc_data.topics, whose texts are the default for --general: pass a FILE.txt"
-            ) from None
-        path = str(folder / "general.txt")
-        files.write_text(Path(path), "\n\n".join(topics.values())[:GENERAL_CHARACTERS])
-    limits = (GENERAL_ROW, run.config.max_length, context_length(run.model))
-    rows: list[Example] = []
-    for row in read_text(path, run.tokenizer, min(n for n in limits if n)):
-        if sum(len(taken.tokens) for taken in rows) < GENERAL_TOKENS:
-            rows.append(row)
-    file = run.config.general or "pydoc_data.topics"
-    _check_held_out(rows, [*run.examples("train"), *run.examples("unlabeled")], file)
-    tokens = sum(len(row.tokens) for row in rows)
-    return GeneralText(rows, {"file": file, "sha256": files.sha256(Path(path)), "tokens": tokens})
-
-
-def _check_held_out(general: list[Example], training: list[Example], file: str) -> None:
-    """Raises ConfigError where a training row holds a stretch of the general text: what is learned is not forgotten."""
-
-    def stretches(row: Example) -> Iterator[tuple[int, ...]]:
-        return (row.tokens[i : i + SHARED] for i in range(len(row.tokens) - SHARED + 1))
-
-    seen = {stretch for row in general for stretch in stretches(row)}
-    for row in training:
-        if not seen.isdisjoint(stretches(row)):
-            raise ConfigError(
-                f"general: {file} shares {SHARED} tokens in a row or more with the training row {row.where}, so that its loss "
-                "does not show what is forgotten: pass a --general FILE.txt of other text"
-            )
 
 
 def check_inputs(run: Run, arms: list[Arm], general: GeneralText, folder: Path) -> None:

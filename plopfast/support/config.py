@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
 from .errors import ConfigError
+from .eval_settings import EvalSettings
 from .fit_settings import FitSettings, ShapeSettings
 from .generate_settings import GenerateSettings
 from .grpo_settings import GRPOSettings
@@ -233,11 +234,6 @@ class TrialSettings(Settings):
     arms: str = option("plop,plop-inverse,attn,mlp,all", "placements to compare: {arms}")
     lrs: str = option("5e-4,1e-3,2e-3", "learning rates that each arm tries")
     seeds: str = option("0,1,2", "seeds of each arm, three at least")
-    general: str | None = option(
-        None,
-        "plain text far from the task, UTF-8 .txt, whose loss shows forgetting (default: Python's own help texts)",
-        file=True,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +252,7 @@ class RunConfig(
     PlaceSettings,
     AdapterSettings,
     TrainConfig,
+    EvalSettings,
     TrialSettings,
     SearchSettings,
     ShapeSettings,

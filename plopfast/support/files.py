@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,11 @@ def write_text(path: Path, text: str, remedy: str = OTHER_OUT) -> None:
 def write_json(path: Path, value: Any, remedy: str = OTHER_OUT) -> None:
     """Writes a JSON file, indented, as a whole or not at all. Raises FileError."""
     write_text(path, dumps(value, indent=2) + "\n", remedy)
+
+
+def write_json_lines(path: Path, values: Iterable[Any], remedy: str = OTHER_OUT) -> None:
+    """Writes a JSON value a line."""
+    write_text(path, "".join(dumps(value) + "\n" for value in values), remedy)
 
 
 def read_json(path: Path, made_by: str) -> Any:

@@ -17,14 +17,29 @@ from .likelihoods import Found, likelihoods
 MAX_CHOICES = 32
 
 
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """How one example was judged. `right`: 0 or 1, except for "token" accuracy, where longer examples weigh more. `nats`: the
+    negative log-likelihood of its `tokens` label tokens. `answered`: the number of the likeliest choice. `chance`: the probability
+    of the right answer, of a choice among the choices; None for plain text."""
+
+    right: float
+    nats: float
+    tokens: int
+    answered: int | None = None
+    chance: float | None = None
+
+
 @dataclass(frozen=True)
 class Metrics:
-    """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats; `metric` names the kind of
-    `accuracy` (see `evaluate`), whose 95 % interval is `accuracy_low` to `accuracy_high`; `tokens` are the label tokens.
-    `right` says how right each example was: numbers whose mean is the accuracy, 0 or 1 except for "token" accuracy, where
-    longer examples weigh more."""
+    """How good a model is. `loss` is the mean negative log-likelihood of a label token, in nats: of those in answers
+    (`answer_loss`) and of those that end a turn (`end_loss`), None where there are none. `metric` names the kind of `accuracy` (see
+    `evaluate`), whose 95 % interval is `accuracy_low` to `accuracy_high`; `tokens` are the label tokens. The mean of `rows`' `right`
+    is the accuracy."""
 
     loss: float
+    answer_loss: float | None
+    end_loss: float | None
     accuracy: float
     accuracy_low: float
     accuracy_high: float
@@ -32,11 +47,16 @@ class Metrics:
     examples: int
     tokens: int
     seconds: float
-    right: list[float] = field(repr=False)
+    rows: list[Judged] = field(repr=False)
+
+    @property
+    def right(self) -> list[float]:
+        """How right each example was."""
+        return [row.right for row in self.rows]
 
     def summary(self) -> dict[str, Any]:
-        """Returns all but `right`, for JSON."""
-        return {name: value for name, value in vars(self).items() if name != "right"}
+        """Returns all but `rows`, for JSON."""
+        return {name: value for name, value in vars(self).items() if name != "rows"}
 
 
 def in_words(summary: Mapping[str, Any], rows: str) -> str:
@@ -50,7 +70,12 @@ def in_words(summary: Mapping[str, Any], rows: str) -> str:
     if {"accuracy_low", "accuracy_high"} <= summary.keys():
         bounds = f"95% interval {summary['accuracy_low']:.4f} to {summary['accuracy_high']:.4f}; "
     of = f"{summary['examples']} {rows} row{'s' * (summary['examples'] != 1)}"
-    return f"loss {summary['loss']:.4f}, accuracy {summary['accuracy']:.4f} ({bounds}{summary['metric']}, {of})"
+    parts = ""
+    if (
+        summary.get("answer_loss") is not None and summary.get("end_loss") is not None
+    ):  # a base may never end its answers
+        parts = f" (answers {summary['answer_loss']:.4f}, their ends {summary['end_loss']:.4f})"
+    return f"loss {summary['loss']:.4f}{parts}, accuracy {summary['accuracy']:.4f} ({bounds}{summary['metric']}, {of})"
 
 
 def choices_of(examples: Sequence[Example]) -> list[list[int]] | None:
@@ -97,17 +122,48 @@ def evaluate(
     if not math.isfinite(loss):
         raise TrainingError("the evaluation loss is NaN or infinite: the model's weights are damaged or overflow")
     bests = [_of_the_answer(*one) for one in zip(examples, questions, (best for _, best in owns), strict=True)]
+    in_answer = [_of_the_answer(*one) for one in zip(examples, questions, (own for own, _ in owns), strict=True)]
     hits, lengths = [int(sum(best)) for best in bests], [len(best) for best in bests]
+    answered: Sequence[int | None] = [None] * len(examples)
+    chances: Sequence[float | None] = [math.exp(math.fsum(own)) for own in in_answer]
+    right: Sequence[float]
     if choices:
         metric = "choice"
-        right = [float(_chose_own(example, choices, found, i)) for i, example in enumerate(examples)]
+        answered, chances, right = zip(*(_chosen(e, choices, found, i) for i, e in enumerate(examples)), strict=True)
     elif all(e.answer for e in examples):
         metric, right = "exact-match", [float(all(best)) for best in bests]
     else:
         metric, right = "token", [n * len(examples) / max(sum(lengths), 1) for n in hits]
-    accuracy, seconds = sum(right) / len(examples), time.perf_counter() - began
+        chances = [None] * len(examples)
+    accuracy = sum(right) / len(examples)
     low, high = of_shares(hits, lengths) if metric == "token" else wilson(accuracy, len(examples))
-    return Metrics(loss, accuracy, low, high, metric, len(examples), len(logprobs), seconds, right)
+    nats, counts = [-math.fsum(own) for own, _ in owns], [len(own) for own, _ in owns]
+    rows = [Judged(*one) for one in zip(right, nats, counts, answered, chances, strict=True)]
+    answer_loss, end_loss = _parts_of_the_loss(examples, questions, [own for own, _ in owns])
+    return Metrics(
+        loss,
+        answer_loss,
+        end_loss,
+        accuracy,
+        low,
+        high,
+        metric,
+        len(examples),
+        len(logprobs),
+        time.perf_counter() - began,
+        rows,
+    )
+
+
+def _parts_of_the_loss(
+    examples: Sequence[Example], questions: Sequence[Question], owns: Sequence[list[float]]
+) -> tuple[float | None, float | None]:
+    """Returns the mean loss of the tokens in answers, and of those after them, which end the turn."""
+    spans = [(q, own, e.answer) for q, own, e in zip(questions, owns, examples, strict=True) if e.answer]
+    answers = [value for q, own, (begin, end) in spans for value in _between(q, own, begin, end)]
+    ends = [value for q, own, (_, end) in spans for value in _between(q, own, end)]
+    answer_loss, end_loss = (-math.fsum(part) / len(part) if part else None for part in (answers, ends))
+    return answer_loss, end_loss
 
 
 def _question(example: Example, choices: Sequence[Sequence[int]]) -> Question:
@@ -131,14 +187,22 @@ def _answer(example: Example) -> tuple[int, ...]:
     return example.tokens[begin:end]
 
 
-def _of_the_answer(example: Example, question: Question, best: list[float]) -> list[float]:
-    """Returns the part of `best`, which is of all labels, that belongs to the answer."""
-    begin, end = _answer_of(example)
-    return [hit for (place, _), hit in zip(question.reads[0], best, strict=True) if begin <= place + 1 < end]
+def _of_the_answer(example: Example, question: Question, values: list[float]) -> list[float]:
+    """Returns the part of `values`, one for each label, that belongs to the answer."""
+    return _between(question, values, *_answer_of(example))
 
 
-def _chose_own(example: Example, choices: Sequence[Sequence[int]], found: Found, number: int) -> bool:
-    """Whether the likeliest of the choices is the example's own."""
+def _between(question: Question, values: list[float], begin: int, end: float = math.inf) -> list[float]:
+    """Returns the part of `values`, one for each label, that belongs to the tokens from `begin` up to `end`."""
+    return [value for (place, _), value in zip(question.reads[0], values, strict=True) if begin <= place + 1 < end]
+
+
+def _chosen(example: Example, choices: Sequence[Sequence[int]], found: Found, number: int) -> tuple[int, float, float]:
+    """Returns the likeliest choice, the probability of the example's own among the choices, and whether both are the same."""
     sums = [math.fsum(found.of(number, path)[0]) for path in range(1, len(choices) + 1)]
-    likeliest = tuple(choices[sums.index(max(sums))])
-    return example.tokens[example.start : example.start + len(likeliest)] == likeliest
+    likeliest, start = sums.index(max(sums)), example.start
+    own = [i for i, choice in enumerate(choices) if example.tokens[start : start + len(choice)] == tuple(choice)]
+    if not own:  # an answer that is no choice
+        return likeliest, 0.0, 0.0
+    chance = 1 / math.fsum(math.exp(min(value - sums[own[0]], 700)) for value in sums)
+    return likeliest, chance, float(likeliest == own[0])

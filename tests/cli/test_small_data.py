@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from helpers import plopfast
 
+from plopfast.run.evaluating import eval_lines
 from plopfast.run.run import Run
-from plopfast.run.stages import eval_lines
 from plopfast.support.config import RunConfig
 
 FEW = ["--score-prompts", 12, "--rank", 2, "--alpha", 4]
@@ -56,8 +56,8 @@ def test_test_rows_are_named_too(base, split, tmp_path, capsys):
     assert read(tmp_path / "again", "eval")["rows"] == "validation", "a copy of the validation file is no test"
     (out / "eval.json").unlink()
     assert plopfast("eval", "--out", out) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert line.startswith("tuned  loss ") and "40 test rows)" in line
+    line = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tuned ")][-1]
+    assert "40 test rows)" in line
 
 
 def test_the_only_row_is_not_held_out(model_folder, tmp_path):

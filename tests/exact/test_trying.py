@@ -11,8 +11,8 @@ from helpers import build, edit, plopfast
 import plopfast as pf
 from plopfast.data.example import Example
 from plopfast.placing.rules import arm_names
+from plopfast.run.general import general_text, why_not_held_out
 from plopfast.scoring.report import NFNReport
-from plopfast.studies.arms import general_text
 from plopfast.studies.paired import accuracies, compare
 from plopfast.studies.trial import listed_arms, listed_rates, listed_seeds
 from plopfast.support.errors import ConfigError
@@ -89,7 +89,7 @@ def test_arms_are_matched_to_one_percent(base, tmp_path, capsys):
 def pretended_run(tokenizer, path, train, unlabeled=(), max_length=None):
     splits = {"train": train, "unlabeled": list(unlabeled)}
     return SimpleNamespace(
-        config=SimpleNamespace(general=str(path), max_length=max_length), model=build("llama"), tokenizer=tokenizer,
+        config=SimpleNamespace(general=str(path), max_length=max_length), context=128, tokenizer=tokenizer,
         examples=splits.__getitem__,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_a_stretch_of_sixteen_tokens_is_not_held_out(tokenizer, tmp_path, where,
     """In a row of either split, wherever it stands in both; one token less is a turn of phrase."""
     path = tmp_path / "general.txt"
     path.write_text(" ".join(f"word{chr(97 + i)} number{chr(98 + i % 20)}" for i in range(20)))
-    (general, *_) = general_text(pretended_run(tokenizer, path, []), tmp_path).rows
+    (general, *_) = general_text(pretended_run(tokenizer, path, []), 4096).rows
     for length, refused in ((15, False), (16, True), (17, True)):
         last = len(general.tokens) - length
         begin = {"begin": 0, "middle": last // 2, "end": last}[where]
@@ -114,24 +114,21 @@ def test_a_stretch_of_sixteen_tokens_is_not_held_out(tokenizer, tmp_path, where,
         run = pretended_run(
             tokenizer, path, rows if split == "train" else rows[:1], rows if split == "unlabeled" else ()
         )
-        if refused:
-            with pytest.raises(ConfigError):
-                general_text(run, tmp_path)
-        else:
-            general_text(run, tmp_path)
+        why = why_not_held_out(run, general_text(run, 4096))
+        assert ("training row b" in why) == refused
 
 
 @pytest.mark.parametrize("max_length", [None, 20, 300])
 def test_so_much_of_the_general_text(tokenizer, tmp_path, max_length):
     path = tmp_path / "general.txt"
     path.write_text(" ".join(f"word {i}" for i in range(5000)))
-    found = general_text(pretended_run(tokenizer, path, [], max_length=max_length), tmp_path)
+    found = general_text(pretended_run(tokenizer, path, [], max_length=max_length), 4096)
     counts = [len(row.tokens) for row in found.rows]
     most = min(128, max_length or 128)  # the model's context, or the limit
     assert max(counts) == most and sum(counts) == found.facts["tokens"]
     assert sum(counts[:-1]) < 4096 <= sum(counts)
     path.write_text("A few words. " * 9)
-    few = general_text(pretended_run(tokenizer, path, []), tmp_path)
+    few = general_text(pretended_run(tokenizer, path, []), 4096)
     assert sum(len(row.tokens) for row in few.rows) < 4096 and few.facts["file"] == str(path)
 
 

@@ -65,6 +65,7 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "support/tables.py": "support/test_tables.py::test_csv_keeps_full_precision",
     "run/adapter_folder.py": "run/test_model_card.py::test_its_lines_load_it_as_printed",
     "run/costs.py": HERE,
+    "run/evaluating.py": HERE,
     "run/folder.py": HERE,
     "run/generate.py": "cli/test_generate.py::test_answers_in_a_file",
     "run/grpo.py": "integrations/test_grpo_command.py::test_from_prompts_to_the_page",

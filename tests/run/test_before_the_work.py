@@ -84,6 +84,22 @@ CASES = {  # what the error says -> the command
         )
     },
     **{
+        f"compare, {folder}: {said}": ["compare", "done", folder]
+        for folder, said in {**BAD_ADAPTERS, "empty": "expected a run folder", "adapters/absent": "expected a run folder"}.items()
+        if folder != "adapters/no config"
+    },
+    "compare, no rows: absent.jsonl: no such data file": ["compare", "done", "done", "--test", "absent.jsonl"],
+    "chat, no adapter: written by plopfast train": ["chat", *PLACED],
+    "chat, another: it has no adapter_config.json": ["chat", "--adapter", "adapters/no config", *MODEL],
+    **{
+        f"{command[0]}, nothing to keep: absent.jsonl: no such data file": [*command, "--must-keep", "absent.jsonl"]
+        for command in (["run", *ROWS, *NEW], ["eval", *DONE, "--overwrite"])
+    },
+    **{
+        f"{command[0]}, no such text outside the task: absent.txt: no such data file": [*command, "--general", "absent.txt"]
+        for command in (["run", *ROWS, *NEW], ["eval", *DONE, "--overwrite"])
+    },
+    **{
         f"{command}, no rows: absent.jsonl: no such data file": [command, *(MODEL if command == "grpo" else GIVEN), "--train", "absent.jsonl", *more, *NEW]
         for command, more in {
             "run": [], "data": [], "score": [], "audit": [], "trial": [], "search": [], "multi": ["--jobs", "jobs-good.json"],

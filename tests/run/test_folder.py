@@ -101,7 +101,7 @@ def test_earlier_results_stay_until_the_new_ones_are_complete(options, tmp_path,
     assert plopfast("run", *options, "--out", out) == 0
     adapter = (out / "adapter" / "adapter_model.safetensors").read_bytes()
     (out / "notes.txt").write_text("mine")
-    monkeypatch.setattr("plopfast.run.stages.evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr("plopfast.run.evaluating.evaluate", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
     assert plopfast("run", *options, "--seed", 5, "--out", out, "--overwrite") == 130
     assert "the earlier results wait in" in capsys.readouterr().err
     assert (out / "previous" / "adapter" / "adapter_model.safetensors").read_bytes() == adapter

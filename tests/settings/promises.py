@@ -35,7 +35,7 @@ STAGES = {
 }
 MADE = {  # by each stage; what a stage makes may change what later ones make
     "data": "data", "score": "scores prompts eva", "place": "placement", "estimate": "estimate",
-    "train": f"{LEARNED} adapter_config model checkpoints compiled tensorboard", "eval": "eval",
+    "train": f"{LEARNED} adapter_config model checkpoints compiled tensorboard", "eval": "eval eval_rows",
 }  # fmt: skip
 AROUND = {"passes", "threads", "checkpoints", "compiled"}  # of a process, not of a stage's files
 FILE = "{shop.root}/"
@@ -99,7 +99,7 @@ option(
     estimate="estimate",
     train=LEARNED,
     grpo=MOVED,
-    eval="eval",
+    eval="eval eval_rows",
     merge="merged",
     generate="said",
     info="",
@@ -111,7 +111,7 @@ option(
     audit="audit",
     estimate="estimate",
     train=LEARNED,
-    eval="eval",
+    eval="eval eval_rows",
     merge="merged",
     generate="said",
     info="said",
@@ -127,7 +127,7 @@ option(
     audit="",
     estimate="",
     train=LEARNED,
-    eval="eval",
+    eval="eval eval_rows",
     merge="merged",
     generate="",
     info="said",
@@ -168,7 +168,7 @@ option(
 )
 HELD_OUT = {"data": "data said", "score": "", "audit": "", "estimate": ""}  # rows that nothing is learned of
 option("valid", f"--valid={FILE}more.jsonl", **HELD_OUT, train="metrics training", eval="")
-option("test", f"--test={FILE}more.jsonl", **HELD_OUT, train="", eval="eval", trial="trial")
+option("test", f"--test={FILE}more.jsonl", **HELD_OUT, train="", eval="eval eval_rows", trial="trial")
 option(
     "unlabeled", f"--unlabeled={FILE}domain.txt", "--max-steps=6", data="data said", estimate="estimate", train=LEARNED
 )
@@ -194,7 +194,14 @@ option(
 )
 option("allow_overlap", "--allow-overlap", shared, "", "", eval=ACCEPTED)
 option(
-    "learn", "--learn=last", data="data said", score="", audit="audit", estimate="estimate", train=LEARNED, eval="eval"
+    "learn",
+    "--learn=last",
+    data="data said",
+    score="",
+    audit="audit",
+    estimate="estimate",
+    train=LEARNED,
+    eval="eval eval_rows",
 )
 option("learn", "--learn=last", "--score-tokens=completion", score=SCORES)
 option(
@@ -206,10 +213,17 @@ option(
     audit="audit",
     estimate="estimate",
     train=LEARNED,
-    eval="eval",
+    eval="eval eval_rows",
 )
 option(
-    "long", "--long=cut", "--max-length=60", "--long=skip", data="data said", score=SCORES, train=LEARNED, eval="eval"
+    "long",
+    "--long=cut",
+    "--max-length=60",
+    "--long=skip",
+    data="data said",
+    score=SCORES,
+    train=LEARNED,
+    eval="eval eval_rows",
 )
 option("long", "--long=cut", "--max-length=40", "--long=error", **CHECKED)
 
@@ -325,5 +339,8 @@ option("log_to", "--log-to=tensorboard", train="tensorboard")
 option("arms", "--arms=plop,plop-inverse,full", "--rank=10", trial="trial checkpoints")
 option("lrs", "--lrs=0.01", trial="trial")
 option("seeds", "--seeds=1,2,3", trial="trial")
-option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial")
+option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial", eval="eval")
+
+# evaluation
+option("must_keep", f"--must-keep={FILE}keep-2.jsonl", "", f"--must-keep={FILE}keep.jsonl", eval="eval")
 option("search_trials", "--search-trials=2", "", "--search-trials=1", search="search")

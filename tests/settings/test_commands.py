@@ -144,7 +144,7 @@ def test_flags_of_an_adapter(shop, command):
     tensors, facts = read_tensors(other / "adapter_model.safetensors", "plopfast train")
     save_file({key: value * 3 for key, value in tensors.items()}, other / "adapter_model.safetensors", facts)
     own, theirs = shop.outcome(command), shop.outcome(command, f"--adapter={other}")
-    assert differences(own, theirs) == {"eval" if command == "eval" else "merged"}
+    assert differences(own, theirs) == ({"eval", "eval_rows"} if command == "eval" else {"merged"})
     data = shop.settings["data"][1:] * (command == "eval")
     elsewhere = [f"--model={shop.other_model}", *data, f"--adapter={other}", "--out", shop.folder()]
     assert shop.quietly(command, *elsewhere)[0] == 2

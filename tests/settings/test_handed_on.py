@@ -50,6 +50,9 @@ SHOULD_DIFFER = {  # what varies on purpose: the arms and seeds of a trial, what
     "estimate": {"rule"},
     "audit": {"score_tokens", "skip_first", "seed", "confidence", "k", "backend", "init", "dropout"},
     "info load_model": {"dtype"},
+    **{
+        f"{name} generate": {"max_new_tokens", "temperature", "seed"} for name in ("run", "eval")
+    },  # as trainings are compared
 }
 INDIRECT = {
     "score": {"rule", "rank", "init"},
@@ -61,7 +64,7 @@ APART = {  # what is seen elsewhere: in the rows, the folder, the model, or only
     "model", "device", "threads", "parallel", "train", "valid", "test", "unlabeled", "unlabeled_share", "columns", "allow_overlap",
     "max_length", "score_prompts", "compat", "full", "epochs", "budget", "granularity", "cap", "ranks", "packing", "offload",
     "compile", "liger", "log_to", "arms", "lrs", "seeds", "general", "search_trials", "nonfinite", "bad_rows", "save_every", "keep",
-    "model_config", "fit", "reward",
+    "model_config", "fit", "reward", "must_keep",
 }  # fmt: skip
 TOGETHER = sorted({*FIELDS} - APART)
 SHORT = {  # in place of long work

@@ -42,7 +42,7 @@ CHOICES = {
 TEXTS = {
     "model": None, "device": "auto", "train": None, "valid": None, "test": None, "unlabeled": None, "columns": None,
     "rule": "plop", "budget": None, "log_to": "none", "arms": "plop,plop-inverse,attn,mlp,all", "lrs": "5e-4,1e-3,2e-3",
-    "seeds": "0,1,2", "general": None, "fit": None, "model_config": None, "reward": None,
+    "seeds": "0,1,2", "general": None, "must_keep": None, "fit": None, "model_config": None, "reward": None,
 }  # fmt: skip
 SWITCHES = {
     "allow_overlap": False, "skip_first": False, "rslora": False, "dora": False, "full": False, "packing": False, "checkpointing": False,
@@ -202,7 +202,7 @@ def test_a_file_of_settings(tmp_path):
             load_settings(file)
 
 
-@pytest.mark.parametrize("name", [*ROWS, "unlabeled", "general", "model"])
+@pytest.mark.parametrize("name", [*ROWS, "unlabeled", "general", "must_keep", "model"])
 def test_files_are_the_same_from_every_folder(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").write_text("{}")

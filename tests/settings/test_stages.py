@@ -15,7 +15,7 @@ import plopfast as pf
 from plopfast.lora.layer import adapters
 from plopfast.models.loading import load_model
 from plopfast.placing.rules import FULL
-from plopfast.run import costs, folder as run_folder, stages, whole
+from plopfast.run import costs, evaluating, folder as run_folder, stages, whole
 from plopfast.run.verify import verify
 from plopfast.support import memory
 from plopfast.support.config import TrainConfig
@@ -30,7 +30,7 @@ from plopfast.training.plan import Plan
 
 def test_the_base_is_the_model_and_the_tuned_one_has_the_adapter(shop, opened):
     run = opened("trained")
-    found = stages.run_eval(run)
+    found = evaluating.run_eval(run)
     examples = opened().examples("test")
     model, _ = load_model(str(shop.model))
     base = evaluate(model, examples, choices=choices_of(examples)).loss
@@ -47,7 +47,7 @@ def test_what_chose_the_step_is_no_test(shop, opened):
     shutil.copy(shop.root / "valid.jsonl", shop.root / "copy.jsonl")
     for given in ({"test": None}, {"test": str(shop.root / "copy.jsonl")}):
         run = opened("trained", **given)
-        assert stages.run_eval(run)["rows"] == "validation"
+        assert evaluating.run_eval(run)["rows"] == "validation"
 
 
 def test_an_adapter_that_is_named_takes_the_place_of_the_one_in_the_model(shop, opened):
@@ -56,10 +56,10 @@ def test_an_adapter_that_is_named_takes_the_place_of_the_one_in_the_model(shop, 
     weights = other / "adapter_model.safetensors"
     tensors, facts = read_tensors(weights, "plopfast train")
     save_file({key: value * 3 for key, value in tensors.items()}, weights, facts)
-    expected = stages.run_eval(opened("trained"), other)["tuned"]["loss"]
+    expected = evaluating.run_eval(opened("trained"), other)["tuned"]["loss"]
     run = opened("trained")
     pf.load_adapter(run.model, run.file("train"))
-    assert stages.run_eval(run, other)["tuned"]["loss"] == expected
+    assert evaluating.run_eval(run, other)["tuned"]["loss"] == expected
 
 
 def test_a_training_that_never_began_is_resumed_from_its_start(shop):
@@ -82,7 +82,7 @@ def test_ranks_above_those_of_evas_vectors(shop, opened):
 @pytest.mark.parametrize("stage", ["eval", "merge"])
 def test_an_adapter_of_elsewhere(shop, opened, stage):
     """It is taken in place of the run's own, noted as an input, and refused on another base unless that is allowed."""
-    do = getattr(stages, f"run_{stage}")
+    do = evaluating.run_eval if stage == "eval" else stages.run_merge
     other = shop.folder("trained")
     weights = other / "adapter" / "adapter_model.safetensors"
     tensors, facts = read_tensors(weights, "plopfast train")

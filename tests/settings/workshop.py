@@ -128,6 +128,8 @@ class Shop:
                 name, [{"prompt": f"{one} {len(name)} {two}", "answer": two} for one, two in itertools.pairwise(of)]
             )
         self.write("prompts-bad", [*self.read("prompts"), {"answer": "finch"}])
+        for name, of in (("keep", words[:1]), ("keep-2", words[:2])):
+            self.write(name, [{"prompt": f"{one} {one}", "answer": one} for one in of])
         for name, number in (("domain", 1), ("general", 2), ("general-2", 3)):
             rng = random.Random(number)
             text = "\n\n".join(" ".join(rng.choices(words, k=9)).capitalize() + "." for _ in range(16))
@@ -168,7 +170,8 @@ class Shop:
     def outcome(self, command: str, *words: object, start: str | None = None, bare: bool = False) -> Outcome:
         """What a command leaves and says, with these options (`bare`: and no others)."""
         folder = self.folder(start or BEFORE.get(command))
-        poison = -1 if command in ("grpo", "generate") else self.poison_id  # a random model may say it itself
+        spoilt = any("nan.jsonl" in str(word) for word in words)  # else a random model may say the token itself
+        poison = self.poison_id if spoilt and command not in ("grpo", "generate") else -1
         with watched(folder, poison) as seen:
             out = ["--out", folder] if command not in ("info", "doctor") else []
             options = [w.format(shop=self) if isinstance(w, str) else w for w in words]

@@ -1,5 +1,7 @@
 """Loss and the three kinds of accuracy against plain full-logits computations."""
 
+import math
+
 import pytest
 import torch
 from helpers import build
@@ -55,6 +57,38 @@ def test_choice(answers, tokenizer):
     assert got.metric == "choice" and got.tokens == tokens and got.examples == 24
     assert got.loss == pytest.approx(loss / tokens, rel=1e-5)
     assert got.accuracy == pytest.approx(right / 24)
+    for e, row in zip(examples, got.rows, strict=True):
+        prompt, own = e.tokens[: e.start], e.tokens[e.start :]
+        sums = {choice: likelihood(model, prompt, choice) for choice in map(tuple, choices)}
+        assert row.tokens == len(own) and row.nats == pytest.approx(-likelihood(model, prompt, own), rel=1e-5)
+        assert tuple(choices[row.answered]) == max(sums, key=sums.get)
+        weights = {choice: math.exp(value) for choice, value in sums.items()}
+        assert row.chance == pytest.approx(weights[own[:-1]] / sum(weights.values()), rel=1e-4)
+        assert row.right == (tuple(choices[row.answered]) == own[:-1])
+
+
+def test_an_answer_that_is_no_choice():
+    rows = evaluate(build("llama"), some_examples([(5,), (6,)]), choices=[[6], [7]]).rows
+    assert {row.answered for row in rows} <= {0, 1}
+    assert [row.chance == row.right == 0 for row in rows] == [True, False] * 12
+
+
+def test_the_parts_of_the_loss():
+    """Answers and what ends them, whatever is learned before; plain text has neither, and an empty answer only its end."""
+    model = build("llama")
+    turns = Example((5, 6, 7, 2, 8, 9, 10, 11, 2), ((1, 4), (6, 9)), (6, 8), "x", "x:1")
+    got = evaluate(model, [turns])
+    lp = logprobs(model, turns.tokens)
+
+    def mean(*places):
+        return pytest.approx(-sum(lp[at - 1, turns.tokens[at]].item() for at in places) / len(places), rel=1e-5)
+
+    assert got.loss == mean(1, 2, 3, 6, 7, 8) and got.answer_loss == mean(6, 7) and got.end_loss == mean(8)
+    assert got.rows[0].chance == pytest.approx(math.exp(lp[5, 10] + lp[6, 11]), rel=1e-4)
+    empty = evaluate(model, [Example.after_prompt((5, 6, 7, 2), 3, "", "x:1", closing=1)])
+    assert empty.answer_loss is None and empty.end_loss == empty.loss
+    plain = evaluate(model, [Example.after_prompt((5, 6, 7, 2), 1, None, "x:1")])
+    assert plain.answer_loss is plain.end_loss is plain.rows[0].chance is None
 
 
 def test_exact_match_and_token_accuracy():

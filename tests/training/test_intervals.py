@@ -52,10 +52,11 @@ def test_an_evaluation_says_its_interval():
     text = evaluate(model, [Example.after_prompt(range(5 + i, 40 + i), 1, None, f"x:{i}") for i in range(24)])
     assert text.metric == "token" and text.accuracy_low <= text.accuracy <= text.accuracy_high < 0.5
     summary = found.summary()
-    assert summary["accuracy_low"] == found.accuracy_low and "right" not in summary
+    assert summary["accuracy_low"] == found.accuracy_low and "rows" not in summary
     bounds = f"95% interval {found.accuracy_low:.4f} to {found.accuracy_high:.4f}"
+    parts = f"answers {found.answer_loss:.4f}, their ends {found.end_loss:.4f}"
     assert in_words(summary, "test") == (
-        f"loss {found.loss:.4f}, accuracy {found.accuracy:.4f} ({bounds}; exact-match, 24 test rows)"
+        f"loss {found.loss:.4f} ({parts}), accuracy {found.accuracy:.4f} ({bounds}; exact-match, 24 test rows)"
     )
     old = {"loss": 0.5, "accuracy": 1.0, "metric": "choice", "examples": 1}
     assert in_words(old, "held-out") == "loss 0.5000, accuracy 1.0000 (choice, 1 held-out row)"
