@@ -62,6 +62,9 @@ def run_trial(run: Run) -> str:
     if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
         return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
+    run.ready("trial")
+    if run.hashes("test"):  # else reading says which file is not there
+        _check_test_rows(run)
     run.ready("trial", *DEMO, "unlabeled")
     _check_test_rows(run)
     general = general_text(run, GENERAL_TOKENS)

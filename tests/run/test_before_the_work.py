@@ -123,7 +123,7 @@ CASES = {  # what the error says -> the command
     },
     **{
         f"{command}, rows that are trained on: --allow-overlap": [command, *GIVEN, "--test", "train.jsonl", *NEW]
-        for command in ("run", "score", "trial", "search")
+        for command in ("run", "score", "search")
     },
     **{
         f"{command}, no such text: absent.txt: no such data file": [command, *ROWS, "--unlabeled", "absent.txt", *NEW]
@@ -155,6 +155,7 @@ CASES = {  # what the error says -> the command
     "report, nothing in it: nothing to show": ["report", "--out", "empty"],
     "report, settings alone: nothing to show": ["report", "--out", "settings"],
     "score, exists: exists already": ["score", *DONE],
+    "trial, a copy of other rows: give --test FILE": ["trial", *ROWS, "--test", "train.jsonl", *NEW],
     "trial, no rows of its own: give --test FILE": ["trial", *ROWS[:6], *NEW],
     "trial, one arm: expected two or more": ["trial", *ROWS, "--arms", "plop", *NEW],
     "trial, an arm: arm 'all' cannot be matched": ["trial", *ROWS, "--arms", "plop,all", *PLACED],
