@@ -30,7 +30,7 @@ def commands(text):
 def options_of(command):
     """The options in a command's help; fails if there is no such command."""
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit) as end:
-        main.main([command, "--help"])
+        main.main([command, "--help-all"])
     assert end.value.code == 0, f"no such command: plopfast {command}"
     return set(re.findall(r"--[a-z][\w-]*", said.getvalue()))
 
@@ -40,7 +40,7 @@ def all_options():
     with contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
         main.main(["--help"])
     return {
-        option for name in re.findall(r"^    ([a-z]+) ", said.getvalue(), re.MULTILINE) for option in options_of(name)
+        option for name in re.findall(r"^  ([a-z]+) ", said.getvalue(), re.MULTILINE) for option in options_of(name)
     }
 
 

@@ -1,11 +1,12 @@
 """Types of arguments that are no settings: paths and numbers within bounds."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..support.errors import shown
-from ..support.options import problem_of_text
+from ..support.options import problem_of_choice, problem_of_text
 
 
 def path(text: str) -> Path:
@@ -37,3 +38,14 @@ def number(kind: type[int] | type[float], most: float) -> Callable[[str], float]
         return value
 
     return parse
+
+
+def one_of(choices: Sequence[str]) -> dict[str, Any]:
+    """argparse's type and metavar of a choice. Its own check of choices would not say which one was meant."""
+
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise argparse.ArgumentTypeError(problem_of_choice(text, choices))
+        return text
+
+    return {"type": parse, "metavar": f"{{{','.join(choices)}}}"}

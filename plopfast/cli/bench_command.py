@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..support.errors import ConfigError
-from .arguments import number, path
+from .arguments import number, one_of, path
+from .help import basics_of
+from .parser import Parser
 
 HELP = (
     "time the kernels and a layer against PEFT on this GPU; --tune: measure which path each shape should take; --train: "
@@ -17,19 +19,22 @@ TRAIN = ("data", "device", "rank", "lr", "batch_rows", "max_steps")  # that --tr
 KERNELS = {"tune": False, "dry": False, "shapes": "all"}  # that it does not read, with their defaults
 
 
-def add_to(commands: Any) -> None:
-    """Adds the subcommand to argparse's `commands`."""
-    bench = commands.add_parser("bench", help=HELP, description=HELP)
+def add_to(commands: Any) -> Parser:
+    """Adds the subcommand to argparse's `commands`, and returns its parser."""
+    basics = basics_of("bench")
+    text = [HELP[0].upper() + HELP[1:] + ".", f"example: plopfast bench {basics.example}"]
+    bench: Parser = commands.add_parser("bench", text=text, basics=basics.options.split())
+    bench.foot = "plopfast bench --help-all shows every option."
     add = bench.add_argument
     add("--out", type=path, metavar="DIR", help="write bench.jsonl and bench.png here (default: a new bench-DATE-TIME)")
     add("--overwrite", action="store_true", help="replace results that exist")
     add("--tune", action="store_true", help="fill the tuning table in the user's cache instead")
     add("--train", action="store_true", help="compare training with PEFT and the Hugging Face Trainer, on a CPU too")
-    add("--shapes", default="all", choices=("all", "llama-8b", "smollm2"), help="shapes to time (default: all)")
+    add("--shapes", default="all", **one_of(("all", "llama-8b", "smollm2")), help="shapes to time (default: all)")
     add("--model", help="time the shapes of this model's linear modules instead; with --train: train this model")
     add(
         "--dtype",
-        choices=("bfloat16", "float16", "float32"),
+        **one_of(("bfloat16", "float16", "float32")),
         help="(default: bfloat16; with --train on a CPU: float32)",
     )
     add("--repeats", type=number(int, 10_000), help="repeats of each measurement (default: 30; with --train: 3)")
@@ -42,11 +47,12 @@ def add_to(commands: Any) -> None:
     add("--dry", action="store_true", help="use tiny shapes on the CPU: tests the program, measures nothing")
     add = bench.add_argument_group("with --train").add_argument
     add("--data", type=path, nargs="+", metavar="FILE", help="training rows (default: the WordNet demo)")
-    add("--device", choices=("auto", "cpu", "cuda", "mps"), help="auto: a GPU if there is one (default: auto)")
+    add("--device", **one_of(("auto", "cpu", "cuda", "mps")), help="auto: a GPU if there is one (default: auto)")
     add("--rank", type=number(int, 4096), help="LoRA rank, on every linear module (default: 16)")
     add("--lr", type=number(float, 1e3), help="peak learning rate of AdamW (default: 0.001)")
     add("--batch-rows", type=number(int, 1e6), help="rows of a step (default: 8)")
     add("--max-steps", type=number(int, 1e6), help="steps of each training (default: 20)")
+    return bench
 
 
 def run_bench(arguments: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """`plopfast info`: what a model's linear modules are, and how this machine computes them."""
 
+import re
 from collections import Counter
 
 import torch
@@ -13,6 +14,7 @@ from ..models.loading import load_model
 from ..support.config import RunConfig
 from ..support.devices import device_for, dtype_for
 
+_REASON = re.compile(r" \((.*?)\)(?=; with dropout|\Z)")  # at the end of a path's text
 TOKENS = 1024  # rows of the product whose path is shown
 
 
@@ -25,11 +27,25 @@ def info(config: RunConfig) -> str:
     model, _ = load_model(config.model, quantize=config.quantize, quantize_head=config.quantize_head)
     codes = words_of_codes(model)
     lines.append(f"model: {model.name_or_path}" + (f", {codes}" if codes else ""))
-    lines.append(f"{'modules':>7} {'module type':<16} {'in -> out':<14} path on {device}, rank {config.rank}")
     dtype = dtype_for(config.dtype, device)
-    for number, type_, shape, plan in module_paths(model, device, dtype, config.rank, config.backend):
-        lines.append(f"{number:>7} {type_:<16} {shape:<14} {plan}")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, *table(module_paths(model, device, dtype, config.rank, config.backend), device, config.rank)]
+    )
+
+
+def table(rows: list[tuple[int, str, str, str]], device: torch.device, rank: int) -> list[str]:
+    """The lines of a table of `module_paths`. Each reason stands below it, once, with a number where there are several."""
+    said: dict[str, int] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return f" [{said.setdefault(found[1], len(said) + 1)}]"
+
+    short = [(number, type_, shape, _REASON.sub(numbered, path)) for number, type_, shape, path in rows]
+    width = max([len("module type"), *(len(type_) for _, type_, _, _ in rows)])
+    lines = [f"{'modules':>7} {'module type':<{width}} {'in -> out':<14} path on {device}, rank {rank}"]
+    for number, type_, shape, way in short:
+        lines.append(f"{number:>7} {type_:<{width}} {shape:<14} {way if len(said) > 1 else way.replace(' [1]', '')}")
+    return lines + [f"{f'[{number}]' if len(said) > 1 else 'why:'} {why}" for why, number in said.items()]
 
 
 def module_paths(

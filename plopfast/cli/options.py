@@ -3,27 +3,24 @@
 import argparse
 import dataclasses
 import inspect
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from ..models.known import KNOWN
 from ..placing.rules import help_words
-from ..support import config as groups
+from ..support import config as groups, machine
 from ..support.config import ROWS, TYPES, RunConfig
-from ..support.foreign import hint
 from ..support.options import Settings
 from ..support.settings_file import load_settings
 from . import arguments, bench_command
+from .aliases import add_aliases, check_names, notes, spelled
 from .commands import COMMANDS, Command
+from .help import BRIEF, EPILOG, Overview, basics_of
+from .parser import Parser
+from .suggest import unexpected, unknown_command, unknown_first
 
-DESCRIPTION = """Where do LoRA adapters belong, and how well do they train there?
-plopfast measures Normalized Feature Norms (PLoP, arXiv 2506.20629) on your data with forward passes only, puts
-adapters on the module types that score lowest, trains them, and writes a PEFT adapter and a report."""
-EPILOG = """Settings come from, in rising order: defaults, the run folder's config.json, --config FILE, options.
-Data rows are {"prompt", "completion"}, {"messages"}, {"conversations"}, {"instruction", "output"} or {"text"}.
-Exit codes: 0 done, 1 doctor or verify found something wrong or a job of multi failed, 2 a clear error, 130 or 143 interrupted (state saved).
-On several devices: torchrun --nproc-per-node N -m plopfast run|score|train|eval ..."""
 FLAGS: dict[str, dict[str, Any]] = {
     "overwrite": {"action": "store_true", "help": "replace results that exist and that plopfast wrote"},
     "resume": {"action": "store_true", "help": "go on with what was interrupted"},
@@ -86,17 +83,25 @@ FLAGS: dict[str, dict[str, Any]] = {
 FIELDS = {field.name: field for field in dataclasses.fields(RunConfig)}
 GROUPS = [kind for kind in RunConfig.__mro__ if issubclass(kind, Settings)]
 TITLES = list(dict.fromkeys(kind.title for kind in GROUPS))
+KNOWN_BEST = (
+    "--rank",
+    "--lr",
+    "--model",
+    "--out",
+)  # the first that a command has stands for the names from other tools
 FIRST = ("model", "train", "score_prompts", "rule", "k", "rank", "init", "lr")  # lead their groups in a help text
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Overview:
     """One subcommand for each entry of COMMANDS, and bench, which reads no settings."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("plopfast", description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = Overview("plopfast")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        text = command.help[0].upper() + command.help[1:]
-        added = commands.add_parser(name, help=command.help, description=text, epilog=EPILOG, formatter_class=raw)
+        basics = basics_of(name)
+        example = f"example: plopfast {name} {basics.example}" if basics.example else ""
+        text = [command.help[0].upper() + command.help[1:] + ".", example]
+        added = commands.add_parser(name, text=text, more=EPILOG, basics=basics.options.split(), brief=_briefs())
+        parser.helps[name], parser.commands[name] = command.help, added
         if command.bare:
             added.add_argument("out", type=arguments.path, metavar="OUT", help="run folder")
             continue
@@ -110,8 +115,16 @@ def build_parser() -> argparse.ArgumentParser:
             option = {"option": f"--{flag.replace('_', '-')}", "dest": flag} | FLAGS[flag]
             added.add_argument(option.pop("option"), **option)
         _add_settings(added, command)
-    bench_command.add_to(commands)
+        add_aliases(added)
+        other = next((option for option in KNOWN_BEST if option in added.other_names), "")
+        names = f", and names from other tools that work, too, such as {added.other_names[other][0]}" if other else ""
+        added.foot = f"plopfast {name} --help-all shows every option in groups{names}."
+    parser.helps["bench"], parser.commands["bench"] = bench_command.HELP, bench_command.add_to(commands)
     return parser
+
+
+def _briefs() -> dict[str, str]:
+    return {name: text + _default(name) for name, text in BRIEF.items()}
 
 
 def _help_of_out(command: Command) -> str:
@@ -148,28 +161,47 @@ def _title(name: str) -> str:
 
 def _option(name: str) -> dict[str, Any]:
     field, hint = FIELDS[name], TYPES[name]
-    default = ("on" if field.default else "off") if hint is bool else field.default
     words = help_words() | {"models": ", ".join(KNOWN)}
-    text = field.metadata["help"].format(**words) + ("" if default is None else f" (default: {default})")
+    text = field.metadata["help"].format(**words) + _default(name)
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
     plain = next((kind for kind in get_args(hint) if kind is not type(None)), hint)  # int | None -> int
     if plain is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if field.metadata["choices"]:
-        return options | {"type": plain, "choices": field.metadata["choices"]}
+        return options | arguments.one_of(field.metadata["choices"])
     several = {"nargs": "+"} if name in ROWS else {}
     return options | several | {"type": plain, "metavar": "FILE" if field.metadata["file"] else plain.__name__.upper()}
 
 
+def _default(name: str) -> str:
+    """The end of a help text: what holds where the option is not given."""
+    value = FIELDS[name].default if name in FIELDS else None
+    return "" if value is None else f" (default: {('off', 'on')[value] if isinstance(value, bool) else value})"
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parses a command line. `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value."""
+    """Parses a command line. Ends with one line and exit code 2 where it is wrong, and with the help where it is empty.
+
+    `--out=--` is refused: argparse takes the -- for the end of the options, and gives no value.
+    """
+    words = spelled(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
-    parsed, unknown = parser.parse_known_args(argv)
+    if not words:
+        parser.exit(2, parser.format_help())
+    if words[0] not in parser.commands and not words[0].startswith("-"):
+        parser.fail(unknown_command(words[0], parser.commands))
+    if words[0].startswith("-") and words[0] not in {
+        name for action in parser.actions() for name in action.option_strings
+    }:
+        parser.fail(unknown_first(words, parser, parser.commands))
+    parsed, unknown = parser.parse_known_args(words)
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint(unknown[0], ())}")
+        parser.fail(unexpected(parsed.command, unknown, parser.commands))
     for name, value in vars(parsed).items():
         if value == []:
-            parser.error(f"argument --{name.replace('_', '-')}: expected a value, got --")
+            parser.commands[parsed.command].error(f"argument --{name.replace('_', '-')}: expected a value, got --")
+    if problem := check_names(parsed, words):
+        parser.fail(problem)
     return parsed
 
 
@@ -182,7 +214,11 @@ def _kept_settings(parsed: argparse.Namespace, command: Command) -> Path | None:
 
 
 def settings_of(parsed: argparse.Namespace) -> RunConfig:
-    """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given."""
+    """Defaults, then the run folder's config.json (which a new run ignores), then --config, then the options given.
+
+    Prints, on stderr, what has to be said of settings that were given by the names of other tools.
+    """
+    told = notes(parsed)
     settings: dict[str, Any] = {}
     command = COMMANDS[parsed.command]
     if command.bare:
@@ -191,9 +227,12 @@ def settings_of(parsed: argparse.Namespace) -> RunConfig:
     if kept and (kept.is_file() or "overwrite" not in command.flags) and (parsed.command != "run" or parsed.resume):
         settings |= load_settings(kept)
     if parsed.config:
-        settings |= load_settings(parsed.config)
+        settings |= load_settings(parsed.config, told)
     given = {key: value for key, value in vars(parsed).items() if key in FIELDS}
     for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if one in given:
             settings.pop(other, None)  # both say how long to train: the one that is given now counts
-    return RunConfig(**settings | given)
+    config = RunConfig(**settings | given)
+    if config.batch_tokens is None and not machine.launch().rank:  # with it, all notes that there are say nothing new
+        print("".join(f"plopfast: {note}\n" for note in told), end="", file=sys.stderr)
+    return config

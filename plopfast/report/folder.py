@@ -21,20 +21,32 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        scores, placement, metrics = path / "scores.json", path / "placement.json", path / "metrics.jsonl"
+        scores, placement = path / "scores.json", path / "placement.json"
         self.scores = NFNReport.load(scores) if _is_there(scores) else None
         self.placement = Placement.load(placement) if _is_there(placement) else None
-        self.config, self.training, self.eval, self.audit, self.estimate, self.trial, self.data = map(
-            self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data")
-        )
-        self.grpo, lines = self._read("grpo"), path / "rewards.jsonl"
-        self.rewards = kinds.read(lines, "plopfast grpo") if _is_there(lines) else []
+        (
+            self.config,
+            self.training,
+            self.eval,
+            self.audit,
+            self.estimate,
+            self.trial,
+            self.data,
+            self.search,
+            self.grpo,
+        ) = map(self._read, ("config", "training", "eval", "audit", "estimate", "trial", "data", "search", "grpo"))
+        self.rewards = self._read_lines("rewards", "grpo")
+        self.eval_rows = self._read_lines("eval_rows", "eval") if self.eval else []
         self.stages = {name: stage for name, stage in Ledger(path).done().items() if name not in ("run", "report")}
-        self.metrics = kinds.read(metrics, "plopfast train") if _is_there(metrics) else []
+        self.metrics = self._read_lines("metrics", "train")
 
     def _read(self, name: str) -> dict[str, Any]:
         path = self.path / f"{name}.json"
         return kinds.read(path, f"plopfast {WRITERS.get(name, name)}") if _is_there(path) else {}
+
+    def _read_lines(self, name: str, stage: str) -> list[dict[str, Any]]:
+        path = self.path / f"{name}.jsonl"
+        return kinds.read(path, f"plopfast {stage}") if _is_there(path) else []
 
     def noted(self, stage: str) -> str:
         """Return the command line that was noted for a stage, if any."""

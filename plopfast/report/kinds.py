@@ -11,31 +11,22 @@ from typing_extensions import NotRequired, TypedDict
 
 from ..support import files
 from ..support.schema import Count, NotNegative, Size, checked
+from .kinds_eval import Eval, Judged, Search, Tested
 
 Words = list[str]
 Some = MinLen(1)
-
-
-class Tested(TypedDict):
-    loss: float
-    accuracy: float
-    metric: str
-    examples: Count
-    tokens: Count
-    accuracy_low: NotRequired[float]
-    accuracy_high: NotRequired[float]
-
-
-class Eval(TypedDict):
-    base: Tested
-    tuned: Tested
-    rows: NotRequired[str]
 
 
 class Training(TypedDict, total=False):
     tokens: Count
     validation: str | None
     unmoved: dict[str, Count]
+    steps: Count
+    best_step: Count
+    stopped: str
+    padding: float
+    rows_seen: Count
+    clipped: Count
 
 
 class OfAJob(TypedDict):
@@ -57,6 +48,10 @@ class Metric(TypedDict):
     step: Count
     loss: NotRequired[float | None]
     valid_loss: NotRequired[float | None]
+    lr: NotRequired[float | None]
+    grad_norm: NotRequired[float | None]
+    tokens: NotRequired[Count | None]
+    seconds: NotRequired[float | None]
 
 
 class Completion(TypedDict):
@@ -282,10 +277,11 @@ KINDS: dict[str, Any] = {
     "result": Result,
     "test": Test,
     "inputs": dict[str, Any],
+    "search": Search,
 }
 
 
-LINES: dict[str, Any] = {"metrics": Metric, "rewards": Rewarded}  # a value a line
+LINES: dict[str, Any] = {"metrics": Metric, "rewards": Rewarded, "eval_rows": Judged}  # a value a line
 
 
 def read(path: Path, made_by: str) -> Any:

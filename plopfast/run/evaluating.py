@@ -20,7 +20,7 @@ from ..models.loading import load_model
 from ..support import files, ranks
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ModelError, PlopfastError
-from ..training.evaluate import Metrics, choices_of, evaluate, in_words
+from ..training.evaluate import Judged, Metrics, choices_of, evaluate, in_words
 from ..training.intervals import of_gain
 from . import must_keep
 from .adapter_folder import update_card
@@ -67,6 +67,7 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     eval.json holds.
     """
     check_trained(run, "eval", adapter)
+    check(run)
     run.ready("eval", "test")
     asked = _asked(run)
     with run.stage("eval", inputs=[adapter] if adapter else []):
@@ -147,9 +148,8 @@ def _found(run: Run, model: Any, who: str, asked: _Asked) -> _Found:
     metrics = evaluate(model, asked.examples, choices=asked.choices, progress=who if run.progress else "")
     general = evaluate(model, asked.general.rows).loss if asked.general else None
     answers = functools.partial(generate, model, run.tokenizer, progress=False)
-    kept = [
-        answer.text for answer in answers([row.prompt.tokens for row in asked.keep], max_new_tokens=must_keep.TOKENS)
-    ]
+    prompts = [row.prompt.tokens for row in asked.keep]
+    kept = [answer.text for answer in answers(prompts, max_new_tokens=must_keep.TOKENS)] if prompts else []
     return _Found(metrics, general, kept, _samples(run, who, asked, answers))
 
 
@@ -202,29 +202,20 @@ def _shown_samples(run: Run, asked: _Asked, base: _Found, tuned: _Found) -> list
 def _rows(run: Run, asked: _Asked, base: Metrics, tuned: Metrics) -> list[dict[str, Any]]:
     """How each row was judged, for eval_rows.jsonl."""
     by_place = dict(run.rows("test"))
-    texts = {_expected(e): e.completion for e in asked.examples} if asked.choices else {}
-    names = [texts.get(tuple(choice)) for choice in asked.choices or []]
-    found = []
-    for number, (example, *both) in enumerate(zip(asked.examples, base.rows, tuned.rows, strict=True), 1):
-        judged = {
-            who: {
-                "right": one.right,
-                "answered": None if one.answered is None else names[one.answered],
-                "chance": one.chance,
-                "nats": one.nats,
-            }
-            for who, one in zip(("before", "after"), both, strict=True)
+    texts = {_expected(e): e.completion for e in asked.examples}
+    names = [(texts.get(tuple(choice)) or "").strip() for choice in asked.choices or []]
+
+    def of(one: Judged) -> dict[str, Any]:
+        answered = None if one.answered is None else names[one.answered]
+        return {"right": one.right, "answered": answered, "chance": one.chance, "nats": one.nats}
+
+    return [
+        {
+            "row": number, "where": Path(example.where).name, "prompt": prompt_for_people(by_place[example.where]),
+            "expected": None if example.completion is None else example.completion.strip(), "before": of(one), "after": of(two),
         }
-        prompt = prompt_for_people(by_place[example.where])
-        found.append(
-            {"row": number, "where": _place(example.where), "prompt": prompt, "expected": example.completion, **judged}
-        )
-    return found
-
-
-def _place(where: str) -> str:
-    """The place of a row without the folders of this machine: "test.jsonl:12"."""
-    return Path(where).name
+        for number, (example, one, two) in enumerate(zip(asked.examples, base.rows, tuned.rows, strict=True), 1)
+    ]  # fmt: skip
 
 
 def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:

@@ -81,10 +81,8 @@ def in_words(value: dict[str, Any]) -> list[str]:
     return found
 
 
-def _parts(where: str, row: Any) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
+def _parts(where: str, row: dict[str, Any]) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     """The prompt of a row, the wanted texts and the others."""
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: {EXPECTED}, got {shown(row)}")
     prompt, wanted = row.get("prompt"), row.get("answer", row.get("completion"))
     if prompt is None and is_messages(row.get("messages")) and row["messages"][-1]["role"] == "assistant":
         *prompt, last = row["messages"]

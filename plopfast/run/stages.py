@@ -124,9 +124,16 @@ def keep_training(run: Run, job: Job, result: TrainResult, paths: list[str]) -> 
     """Writes how a training ended: training.json."""
     value = {
         **dataclasses.asdict(result), "tokens_per_s": result.tokens_per_s, "plan": job.plan.facts(),
-        "validation": about_validation(run, job), "paths": paths,
+        "validation": about_validation(run, job), "paths": paths, **_of_the_steps(job),
     }  # fmt: skip
     ranks.on_main(lambda: files.write_json(run.folder / "training.json", value))
+
+
+def _of_the_steps(job: Job) -> dict[str, int]:
+    """How many rows the steps took, one that comes again counted again, and how many steps' gradients were clipped."""
+    steps = [record for record in job.history if "grad_norm" in record]
+    clipped = sum(bool(job.config.clip) and (record["grad_norm"] or 0) > job.config.clip for record in steps)
+    return {"rows_seen": sum(record.get("rows", 0) for record in steps), "clipped": clipped}
 
 
 def about_validation(run: Run, trainer: Job) -> str:

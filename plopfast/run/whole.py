@@ -27,9 +27,9 @@ def run_all(run: Run) -> tuple[str, bool]:
 
     run.ready("run")
     run.rows("train")
-    check(run)
     if not (run.resume and ranks.on_main(partial(run.at.is_done, "data"))):
         run.ready("run", *run.splits, "unlabeled")
+    check(run)
     fit_run(run)
     if not run.config.full:
         check_rule(run.config.placing, run.shapes)

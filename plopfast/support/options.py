@@ -4,9 +4,10 @@ import dataclasses
 import inspect
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, ClassVar, get_args
 
-from .errors import ConfigError, shown
+from .errors import ConfigError, nearest, shown
 
 _ODD = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -54,7 +55,7 @@ class Settings:
             if not fits(item.type, value):
                 raise ConfigError(f"{name}: expected {words_of(item.type)}, got {shown(value)}")
             if rules["choices"] and value is not None and value not in rules["choices"]:
-                raise ConfigError(f"{name}: expected one of {', '.join(rules['choices'])}, got {shown(value)}")
+                raise ConfigError(f"{name}: {problem_of_choice(value, rules['choices'])}")
             if rules["file"] and value is not None and not (value and all(value)):
                 raise ConfigError(f"{name}: expected the name of a file, got {value!r}")
             for text in value if isinstance(value, list | tuple) else [value] if isinstance(value, str) else []:
@@ -80,6 +81,19 @@ def fits(kind: Any, value: Any) -> bool:
 def words_of(kind: Any) -> str:
     """Names the type of an option for a message, such as "int | None"."""
     return "a string or a list of strings" if tuple[str, ...] in get_args(kind) else inspect.formatannotation(kind)
+
+
+SHORT = {  # what people write for a choice, and what no similarity of letters finds
+    "4bit": "nf4", "int4": "nf4", "fp4": "nf4", "q4": "nf4", "8bit": "int8", "q8": "int8", "bf16": "bfloat16", "fp16": "float16",
+    "half": "float16", "fp32": "float32", "float": "float32", "gpu": "cuda",
+}  # fmt: skip
+
+
+def problem_of_choice(value: str, choices: Sequence[str]) -> str:
+    """Says which values there are instead of this one, and which of them may have been meant."""
+    short = SHORT.get(value.lower())
+    meant = f"; did you mean {short!r}?" if short in choices else nearest(value, choices)
+    return f"expected one of {', '.join(choices)}, got {shown(value)}{meant}"
 
 
 def problem_of_text(text: str) -> str:

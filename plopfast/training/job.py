@@ -163,7 +163,8 @@ class Job:
         state.positions += positions
         self.records.add({
             "step": state.step, "loss": self.last_loss if finite else None, "lr": step.lr,
-            "grad_norm": grad_norm if finite else None, "tokens": tokens, "positions": positions,
+            "grad_norm": grad_norm if finite else None, "rows": sum(map(len, examples)), "tokens": tokens,
+            "positions": positions,
             "seconds": round(time.perf_counter() - step.began if seconds is None else seconds, 4), **({} if finite else {"skipped": True}),
         })  # fmt: skip
 

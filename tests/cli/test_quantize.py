@@ -67,7 +67,7 @@ def test_a_checkpoint_of_codes(base, tmp_path, capsys):
         (["--full", "--quantize", "nf4"], "--quantize freezes weights as codes, --full trains them"),
         (["--parallel", "fsdp", "--quantize", "int8"], "--parallel fsdp spreads dense weights, --quantize keeps codes"),
         (["--quantize-head"], "quantize_head needs --quantize"),
-        (["--quantize", "int4"], "invalid choice"),
+        (["--quantize", "int4"], "expected one of nf4, int8, fp8, got 'int4'; did you mean 'nf4'"),
     ],
 )
 def test_what_does_not_go_together(options, message, base, tmp_path, capsys):

@@ -38,7 +38,7 @@ def test_a_file_of_60_rows_alone(model_folder, split, tmp_path, capsys):
     assert printed.out.count("3 validation rows)") == 2 and "95% interval" in printed.out
     assert "also chose the training step that was kept" in printed.out and "test rows" not in printed.out
     page = (out / "report.html").read_text()
-    assert "Accuracy on 3 validation rows" in page and "test rows:" in page and "3 test rows" not in page
+    assert "Share of 3 validation rows right" in page and "No test rows." in page and "3 test rows" not in page
     assert read(out, "estimate")["rows"] == 8, "the estimate is of the steps that were taken"
 
 

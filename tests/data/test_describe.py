@@ -132,7 +132,7 @@ def test_the_command_and_the_run_show_it(model_folder, data, tmp_path, capsys, m
     said = capsys.readouterr().err
     assert said.index("[[") < said.index("loading"), "before the model is loaded"
     assert json.loads((tmp_path / "whole" / "data.json").read_text()) == kept
-    assert "What was learned from" in (tmp_path / "whole" / "report.html").read_text()
+    assert "One row, as the model sees it" in (tmp_path / "whole" / "report.html").read_text()
 
 
 def test_text_without_labels_is_shown_too(model_folder, data, tmp_path, capsys):

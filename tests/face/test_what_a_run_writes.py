@@ -83,7 +83,6 @@ SHOWN = {  # a file of plopfast that writes -> the test that what it writes come
     "training/records.py": HERE,
     "training/state.py": f"{TRIPS}test_a_checkpoint",
     "report/page.py": None,  # for people
-    "report/pictures.py": None,  # for people
     "support/memory.py": None,  # the system's own file
 }  # fmt: skip
 

@@ -79,16 +79,10 @@ FEW = ("run --overwrite", "train", "score --overwrite", "merge --overwrite")
 
 
 def warm(folder: Path) -> None:
-    """Imports all that commands need, once, before the forks; and makes pictures small, as their bytes do not matter."""
+    """Imports all that commands need, once, before the forks."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    import matplotlib
-
-    matplotlib.use("agg")
     from corpus import plopfast
-    from matplotlib.figure import Figure
 
-    plain = Figure.savefig
-    Figure.savefig = lambda self, *args, **options: plain(self, *args, **options | {"dpi": 10, "bbox_inches": None})
     shutil.copytree(folder / "corpus", folder / "warm", symlinks=True)
     os.chdir(folder / "warm")
     for scenario in ("run --overwrite", "train", "merge"):

@@ -41,7 +41,7 @@ def made_up(monkeypatch):
 
 def help_of(command, capsys):
     with pytest.raises(SystemExit):
-        build_parser().parse_args([command, "--help"])
+        build_parser().parse_args([command, "--help-all"])
     return " ".join(capsys.readouterr().out.replace("-\n", "-").split())
 
 

@@ -1,10 +1,18 @@
+import shutil
+
 import pytest
-from matplotlib.figure import Figure
+from full_folder import make
+from reading import report
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """A folder with every file, its scores, and its page."""
+    folder = tmp_path_factory.mktemp("run") / "full"
+    return folder, make(folder), report(folder)
 
 
 @pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were drawn; they are not written as PNG, which takes most of the time."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: (figures.append(self), file.write(b"a picture")))
-    return figures
+def full(whole, tmp_path):
+    """A copy of the whole folder, to change."""
+    return shutil.copytree(whole[0], tmp_path / "full")

@@ -56,14 +56,15 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
         "config.json": {"plopfast": "config", "settings": dataclasses.asdict(RunConfig()), "model": "some/model", "device": "cpu",
                         "data": data, "versions": versions, "machine": "a processor, 2 cores"},
         "eval.json": {who: {"loss": loss, "accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "metric": "choice",
-                            "examples": 770, "tokens": 1540, "seconds": 9.5}
+                            "examples": 770, "tokens": 1540, "seconds": 9.5, "answer_loss": loss / 9, "end_loss": 17 * loss / 9}
                       for who, loss, accuracy, low, high in (("base", 12.17, 0.5195, 0.4842, 0.5546), ("tuned", 0.2095, 0.8805, 0.8557, 0.9016))}
-                     | {"rows": "test"},
+                     | {"rows": "test"} | judged(),
         "training.json": {"steps": 60, "best_step": 60, "valid_loss": 0.21, "stopped": "max_steps", "tokens": 9000,
                           "padding": 0.01, "seconds": 30.5, "tokens_per_s": 295.1, "paths": [], "unmoved": {},
+                          "rows_seen": 455, "clipped": 56,
                           "validation": "128 validation rows, looked at every 30 steps"},
         "audit.json": audit(report), "estimate.json": estimate(), "trial.json": trial(data, versions),
-        "data.json": rows(),
+        "data.json": rows(), "search.json": search(),
     }  # fmt: skip
     for name, value in write.items():
         (folder / name).write_text(json.dumps(value))
@@ -71,9 +72,21 @@ def make(folder: Path, prompts: int = 24, types: dict[str, float] = TYPES) -> pf
     history += [{"event": "done", "stage": name} | stage for name, stage in stages.items()]
     lines = [json.dumps({"plopfast": "history", "time": "2026-01-01T00:00:00+00:00"} | event) for event in history]
     (folder / "history.jsonl").write_text("\n".join(lines) + "\n")
-    metrics = [{"step": step, "loss": 12 / step, "tokens": 150} for step in range(1, 61)]
-    metrics += [{"step": step, "valid_loss": 11 / step} for step in (30, 60)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+    metrics = [
+        {
+            "step": step,
+            "loss": 12 / step,
+            "lr": 1e-3 * (1 - step / 61),
+            "grad_norm": 60 / step,
+            "tokens": 150,
+            "positions": 150,
+            "seconds": 0.5 + 0.01 * step,
+        }
+        for step in range(1, 61)
+    ]
+    metrics += [{"step": step, "valid_loss": 11 / step, "seconds": 4.0} for step in (30, 60)]
+    for name, lines in (("metrics", metrics), ("eval_rows", eval_rows())):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return report
 
 
@@ -85,6 +98,85 @@ def rows() -> dict:
         for split, count in (("train", 3430), ("test", 770))
     ]  # fmt: skip
     return {"plopfast": "data", **DataFacts(splits, ["of 770 test rows, 3 have the prompt of one"]).as_dict()}
+
+
+ANSWERS = ("animal", "artifact", "food", "plant", "substance")
+
+
+def eval_rows(count: int = 770) -> list[dict]:
+    """Rows of a choice task: 400 right before and 678 after, as eval.json says; food is taken for substance most."""
+    found = []
+    for at in range(count):
+        expected, wrong = ANSWERS[at % 5], ANSWERS[(at + 1) % 5] if at % 3 else ANSWERS[(at + 2) % 5]
+        if expected == "food":
+            wrong = "substance"
+        before, after = at < 372 or at >= 742, at >= 92  # 28 of the last and 280 of the first are right twice
+        found.append({
+            "row": at + 1, "where": f"test.jsonl, line {at + 1}", "prompt": f"Definition: number {at}\nCategory:", "expected": f" {expected}",
+            "before": {"right": int(before), "answered": f" {expected if before else wrong}", "chance": 0.75 if before else 0.125},
+            "after": {"right": int(after), "answered": f" {expected if after else wrong}", "chance": 0.875 if after else (at + 1) / 1000},
+        })  # fmt: skip
+    return found
+
+
+def judged() -> dict:
+    """What eval.json holds beside the two models' figures."""
+    samples = [(1, "Definition: a bird\nCategory:", " animal", " A bird is", " animal", False, True),
+               (2, "Definition: a jet\nCategory:", " artifact", "", " plant", False, False)]  # fmt: skip
+    head = ("row", "prompt", "expected", "before", "after", "right_before", "right_after")
+    lost = {
+        "where": "keep.jsonl, line 3",
+        "prompt": "The capital of France?",
+        "expected": "Paris",
+        "answer": " location",
+    }
+    return {
+        "gain": {"difference": 0.361, "low": 0.318, "high": 0.402},
+        "general": {"file": "/data/general.txt", "tokens": 4096, "before": 2.96, "after": 4.27},
+        "samples": [dict(zip(head, sample, strict=True)) for sample in samples],
+        "must_keep": {"file": "/data/keep.jsonl", "prompts": 20, "kept": 17, "lost": [lost], "wrong_before": 2},
+    }  # fmt: skip
+
+
+def search() -> dict:
+    """search.json, as studies/search.py writes it: the second of four trials was the best."""
+
+    def trial(number, rank, loss, state="complete", **more):
+        params = {"rank": rank, "alpha": 2.0 * rank, "lr": 1e-3 / (number + 1), "init": "kaiming", "rule": "plop"}
+        return {
+            "number": number,
+            "params": params,
+            "state": state,
+            "valid_loss": loss,
+            "looks": {"1": loss},
+            "steps": 60,
+            "seconds": 31.5,
+            "why": None,
+        } | more
+
+    trials = [
+        trial(0, 16, 0.21),
+        trial(1, 32, 0.185),
+        trial(2, 4, 0.9, "stopped early"),
+        trial(3, 8, None, "killed", steps=None, seconds=None),
+    ]
+    return {
+        "plopfast": "search",
+        "settings": dataclasses.asdict(RunConfig(rank=32)),
+        "best": 1,
+        "trials": trials,
+        "space": {},
+    }
+
+
+def grpo(folder: Path) -> None:
+    """Adds the files of a run of GRPO to a folder."""
+    sample = {"prompt": "2 + 2 =", "before": "5", "after": "4", "reward_before": 0.0, "reward_after": 1.0}
+    found = {"plopfast": "grpo", "reward": "number", "steps": 3, "test_prompts": 7, "mean_before": 0.125, "mean_after": 0.625,
+             "notes": ["some completions were cut"], "samples": [sample]}  # fmt: skip
+    (folder / "grpo.json").write_text(json.dumps(found))
+    lines = [{"step": step, "reward": 0.1 * step, "length": 9.0, "entropy": None, "kl": 0.0} for step in (1, 2, 3)]
+    (folder / "rewards.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def audit(report: pf.NFNReport) -> dict:

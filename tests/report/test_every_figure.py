@@ -1,16 +1,32 @@
-"""Every figure is shown where it belongs: in tables cell by cell, in pictures mark by mark. No two figures are alike."""
+"""Every number of a table is shown where it belongs, cell by cell; no two are alike. Drawn figures: test_drawn.py."""
 
 import itertools
-from statistics import fmean
 
 import pytest
 from full_folder import audit, estimate, scores, trial
 
-from plopfast.report import pictures
 from plopfast.report.tables import audit_tables, estimate_table, trial_table
-from plopfast.report.words import interval_of, listed, points_of, range_of, ties_of
-
-pytestmark = pytest.mark.usefixtures("drawn")
+from plopfast.report.words import (
+    capital,
+    digits,
+    duration,
+    harmless,
+    interval_of,
+    large,
+    listed,
+    mib,
+    name_of,
+    place_of,
+    points_of,
+    range_of,
+    rich,
+    several,
+    share,
+    short,
+    short_end,
+    signed,
+    ties_of,
+)
 
 
 def distinct(value, numbers=None):
@@ -111,95 +127,30 @@ def test_unstable_rows_are_marked(share, marked):
     assert cells(audit_tables(found)[2])[0]["same pick"].startswith("* ") == marked
 
 
-def marks(axes):
-    """(x, y, filled) of each single mark."""
-    single = [line for line in axes.lines if len(line.get_xdata()) == 1 and line.get_marker() in ("s", "o")]
-    return [
-        (line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "s" and line.get_markerfacecolor() != "white")
-        for line in single
-    ]
+def test_long_texts():
+    assert [short(text, 4) for text in (" abcd ", "abcde", "  ", "ab  cd")] == ["abcd", "abcd …", "(nothing)", "ab …"]
+    assert [short_end(text, 4) for text in (" abcd ", "abcde", "ab cde")] == ["abcd", "… bcde", "… cde"]
 
 
-def spans(axes):
-    """(low, high, y) of each interval."""
-    return [(*line.get_xdata(), line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "|"]
-
-
-TYPES = [("down", 0.9, 0.85, 0.95, True), ("up", 1.0, 0.97, 1.04, False), ("gate", 1.2, 1.1, 1.3, True)]
-
-
-def test_dots_of_types(drawn):
-    pictures.by_type(TYPES)
-    axes = drawn[0].axes[0]
-    assert marks(axes) == [(value, at, chosen) for at, (_, value, _, _, chosen) in enumerate(TYPES)]
-    assert spans(axes) == [(low, high, at) for at, (_, _, low, high, _) in enumerate(TYPES)]
-    assert [label.get_text() for label in axes.get_yticklabels()] == [row[0] for row in TYPES]
-    pictures.by_type([(name, value, None, None, chosen) for name, value, *_, chosen in TYPES])
-    assert spans(drawn[1].axes[0]) == []
-
-
-def test_a_forest(drawn):
-    rows = [
-        ("a", 0.1, 0.05, 0.2, 0.01, "better"),
-        ("b", -0.2, -0.3, -0.1, 0.4, "worse"),
-        ("c", 0.0, -0.1, 0.1, 0.9, "none"),
-    ]
-    pictures.forest(rows, ["+", "-", "0"], [True, True, False], "accuracy")
-    axes = drawn[0].axes[0]
-    assert marks(axes) == [(0.1, 0, True), (-0.2, 1, True), (0.0, 2, False)]
-    assert spans(axes) == [(low, high, at) for at, (_, _, low, high, *_) in enumerate(rows)]
-    assert axes.get_xlabel() == "accuracy" and [text.get_text() for text in axes.texts] == ["+", "-", "0"]
-
-
-def test_a_heat_map(drawn):
-    rows = [
-        ("l0.a", "a", 0, 1.0, 0, False),
-        ("l0.b", "b", 0, 2.0, 0, False),
-        ("l2.a", "a", 2, 3.0, 4, True),
-        ("l2.a2", "a", 2, 5.0, 0, False),
-    ]
-    pictures.heat_map(rows)
-    axes = drawn[0].axes[0]
-    grid = axes.images[0].get_array().filled(-1).tolist()
-    assert grid == [[1.0, fmean([3.0, 5.0])], [2.0, -1]], "types down, layers across; the mean of a cell"
-    crosses = {tuple(point) for line in axes.lines for point in zip(line.get_xdata(), line.get_ydata(), strict=True)}
-    assert crosses == {(1, 0)}
-    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "2"]
-
-
-def test_bars_of_memory(drawn):
-    pictures.memory([("plop", 640.0, 1), ("full", 2800.0, 2)])
-    plop, full = drawn[0].axes[0].patches
-    assert (plop.get_width(), full.get_width()) == (640.0, 2800.0) and (plop.get_hatch(), full.get_hatch()) == (
-        "",
-        "////",
-    )
-
-
-def test_bars_of_lengths(drawn):
-    rows = [("train", 0, 5), ("train", 4, 7), ("test", 0, 2), ("test", 4, 0)]
-    pictures.lengths(rows)
-    for axes, split in zip(drawn[0].axes, ("train", "test"), strict=True):
-        assert [(bar.get_x(), bar.get_height(), bar.get_width()) for bar in axes.patches] == [
-            (begin, count, 4) for name, begin, count in rows if name == split
-        ]
-
-
-def test_lines_of_losses(drawn):
-    pictures.curve([(1, 5.0, None), (2, 4.0, 4.5), (3, None, 4.25)])
-    lines = {
-        line.get_label(): list(zip(line.get_xdata(), line.get_ydata(), strict=True)) for line in drawn[0].axes[0].lines
-    }
-    assert lines == {"training": [(1, 5.0), (2, 4.0)], "validation": [(2, 4.5), (3, 4.25)]}
-
-
-def test_bars_before_and_after(drawn):
-    pictures.before_after([("base", 0.5, 0.4, 0.6, 12.0, 9), ("tuned", 0.8, 0.7, 0.85, 0.2, 9)])
-    accuracy, loss = drawn[0].axes
-    assert [bar.get_height() for bar in accuracy.patches] == [0.5, 0.8] and [
-        bar.get_height() for bar in loss.patches
-    ] == [12.0, 0.2]
-    assert [tuple(line.get_ydata()) for line in accuracy.lines] == [(0.4, 0.6), (0.7, 0.85)]
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ([share(value) for value in (0, 0.0004, 0.034, 0.0996, 0.52, 0.996, 1, 1.2)], ["0%", "under 0.1%", "3.4%", "10%", "52%", "99.6%", "100%", "120%"]),
+        ([digits(value) for value in (0, 0.0002, 0.0105, 0.187, 12.87, 1593.4)], ["0", "0.0002", "0.0105", "0.187", "12.9", "1,593"]),
+        ([signed(value) for value in (1.25, -1.25, 0.01, -0.01)], ["+1.2", "−1.2", "0.0", "0.0"]),
+        ([duration(value) for value in (0.04, 1.56, 45, 99.6, 3600, 9000)], ["0.0 s", "1.6 s", "45 s", "2 min", "60 min", "2.5 h"]),
+        ([mib(value) for value in (640.4, 1023, 1593)], ["640 MiB", "1,023 MiB", "1.6 GiB"]),
+        ([large(value) for value in (4321, 2_396_160, 134_515_008, 8.03e9)], ["4,321", "2.4 M", "134.5 M", "8.0 B"]),
+        ([name_of(path) for path in ("/a/b.txt", "b.txt", "C:\\a\\b.txt", "a/b/")], ["b.txt", "b.txt", "b.txt", "b"]),
+        ([place_of(where) for where in ("/a/b.jsonl:12", "b.jsonl, line 12", "b:c")], ["b.jsonl, line 12", "b.jsonl, line 12", "b:c"]),
+        ([capital(text) for text in ("a note", "A note.", "", "why?")], ["A note.", "A note.", "", "Why?"]),
+        ([several(count, "row") for count in (0, 1, 2000)], ["0 rows", "1 row", "2,000 rows"]),
+        ([rich("<b>{}</b>", "<i>")], ["<b>&lt;i&gt;</b>"]),
+        ([harmless("a\x1b[1m\u202eb\n\t\x00")], ["a\\x1b[1m\\u202eb\n\t\\x00"]),
+    ],
+)  # fmt: skip
+def test_numbers_and_names_in_words(made, said):
+    assert made == said
 
 
 def test_words():

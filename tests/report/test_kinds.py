@@ -10,16 +10,18 @@ from plopfast.report import kinds
 from plopfast.support.errors import FileError
 
 MAY_LACK = {  # files of earlier versions
-    "eval": {"rows", "accuracy_low", "accuracy_high"}, "audit": {"missing", "scored_tokens"}, "trial": {"general_loss"},
-    "training": {"tokens", "validation", "unmoved"}, "config": {"settings", "data", "versions", "machine"}, "result": {"error"},
+    "eval": {"rows", "accuracy_low", "accuracy_high", "answer_loss", "end_loss", "gain", "general", "samples", "must_keep"}, "audit": {"missing", "scored_tokens"}, "trial": {"general_loss"},
+    "training": {"tokens", "validation", "unmoved", "steps", "best_step", "stopped", "padding", "rows_seen", "clipped"},
+    "search": {"steps", "seconds", "why"}, "config": {"settings", "data", "versions", "machine"}, "result": {"error"},
     "test": {"general_loss"}, "estimate": set(), "data": set(), "grpo": {"mean_before", "mean_after"},
 }  # fmt: skip
 MAY_BE_NULL = {
     "audit": {"tau", "cost", "extra_mib"}, "trial": {"rank_low", "rank_high", "general_loss", "forgetting", "versus"},
-    "training": {"validation"}, "result": {"valid_loss"}, "test": {"general_loss"},
+    "training": {"validation"}, "search": {"best", "valid_loss", "steps", "seconds", "why"}, "eval": {"answer_loss", "end_loss"}, "result": {"valid_loss"}, "test": {"general_loss"},
 }  # fmt: skip
 READ = {  # the fields that a reader uses; the files hold more
-    "eval": "base tuned loss accuracy metric examples tokens", "estimate": "batch_tokens rows row_tokens accumulate device dtype "
+    "eval": "base tuned loss accuracy metric examples tokens rows accuracy_low accuracy_high gain difference low high general file before after "
+    "samples row prompt expected right_before right_after must_keep prompts kept lost where answer wrong_before answer_loss end_loss", "training": "tokens validation unmoved steps best_step stopped padding rows_seen clipped", "search": "best trials number params state valid_loss steps seconds why", "estimate": "batch_tokens rows row_tokens accumulate device dtype "
     "choices name types parameters weights_mib adapters_mib activations_mib logits_mib total_mib tflops_per_step memory_of_full "
     "flops_of_full", "audit": "verdict prompts pick types criteria controls tokens stability name chooses tau seconds cost "
     "extra_mib needs source what repeats tau_low same_pick kind why", "trial": "confidence reference base arms test metric "
@@ -123,3 +125,37 @@ def test_older_files_are_read(files, tmp_path, name):
         return [without(item) for item in value] if isinstance(value, list) else value
 
     assert fits(tmp_path, name, without(files[name]))
+
+
+@pytest.mark.parametrize("name", ["eval_rows", "metrics"])
+def test_every_field_of_a_line(files_of_lines, tmp_path, name):
+    may_lack = {"eval_rows": {"answered", "chance"}, "metrics": {*files_of_lines["metrics"]} - {"step"}}
+    may_be_null = {"eval_rows": {"expected", "answered", "chance"}, "metrics": may_lack["metrics"]}
+    path, whole = tmp_path / f"{name}.jsonl", files_of_lines[name]
+
+    def reads(value):
+        path.write_text(json.dumps(whole) + "\n" + json.dumps(value) + "\n")
+        try:
+            assert kinds.read(path, "plopfast eval") == [whole, value]
+        except FileError as error:
+            assert str(path) in str(error)
+            return False
+        return True
+
+    assert reads(whole) and reads(whole | {"more": 1})
+    for steps in fields(whole):
+        key = steps[-1]
+        if name == "metrics" and key == "positions":
+            continue  # not read
+        assert reads(changed(whole, steps, lambda at, key: at.pop(key))) == (key in may_lack[name]), f"without {steps}"
+        assert reads(changed(whole, steps, lambda at, key: at.update({key: None}))) == (key in may_be_null[name]), steps
+        assert not reads(changed(whole, steps, lambda at, key: at.update({key: [3]}))), f"a list at {steps}"
+
+
+@pytest.fixture(scope="module")
+def files_of_lines(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("lines")
+    make(folder)
+    return {
+        name: json.loads((folder / f"{name}.jsonl").read_text().splitlines()[0]) for name in ("eval_rows", "metrics")
+    }

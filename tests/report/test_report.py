@@ -1,145 +1,85 @@
-"""The report: what it says for which files, that its pictures show the files' numbers, and bad input."""
+"""The report: what it says for which files, that its figures show the files' numbers, and bad input."""
 
-import csv
 import dataclasses
 import json
 import re
 import shutil
-from html.parser import HTMLParser
 
 import pytest
 from full_folder import TYPES, make, scores
+from reading import change, numbers, report, table
 
 import plopfast as pf
 from plopfast.cli import main
+from plopfast.report.folder import RunFolder
 from plopfast.report.page import write_report
+from plopfast.report.recommend import placed, recommendation
 from plopfast.support.errors import FileError
 from plopfast.support.tables import DIFFERS
 
-SECTIONS = {  # file -> headings that need it, pictures that need it, the command that makes it
-    "trial.json": (["Placements compared", "Forgetting"], ["trial", "forgetting"], "trial"),
-    "eval.json": (["Before and after"], ["before_after"], "eval"),
-    "audit.json": (["Can the scores be trusted?"], [], "audit"),
-    "estimate.json": (["What training would take"], ["memory"], "estimate"),
-    "data.json": (["What was learned from"], ["row_lengths"], "data"),
-    "metrics.jsonl": (["Training"], ["training"], "train"),
+SECTIONS = {  # file -> the ids of sections that need it, the CSV files that need it, the command that makes it
+    "trial.json": (["trial"], ["trial", "forgetting"], "trial"),
+    "eval.json": (["results"], ["before_after", "changes", "by_answer", "confusion", "most_wrong", "general"], "eval"),
+    "audit.json": (["audit"], [], "audit"),
+    "estimate.json": ([], ["memory"], "estimate"),  # the stages' own times and memory are in its section, too
+    "data.json": (["data"], ["row_lengths"], "data"),
+    "metrics.jsonl": (["training"], ["training"], "train"),
+    "search.json": (["search"], ["search"], "search"),
 }
-ALWAYS = {"nfn_by_type", "nfn_by_layer"}
+MORE = {"eval.json": {"changes", "by_answer", "confusion", "most_wrong"}}  # which eval_rows.jsonl adds
+ALWAYS = {"nfn_by_type", "nfn_by_layer", "time"}
+IDS = ["where", "training", "results", "cost", "data", "trial", "audit", "search", "use"]
 
 
-class Page(HTMLParser):
-    """What a reader of the page's markup meets."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.headings, self.alts, self.tags, self.rows, self.lead, self._in = [], [], [], [], "", []
-        self.text = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        kept = dict(attributes)
-        self.tags.append((tag, kept))
-        if tag == "img":
-            self.alts.append(kept.get("alt"))
-        elif tag not in ("meta", "link"):
-            self._in.append((tag, kept.get("class", "")))
-        if tag == "tr":
-            self.rows.append([kept.get("class", ""), []])
-
-    def handle_endtag(self, tag):
-        self._in.pop()
-
-    def handle_data(self, data):
-        tag, class_ = self._in[-1] if self._in else ("", "")
-        if tag == "style":
-            return
-        self.text += data
-        if tag in ("h1", "h2"):
-            self.headings.append((tag, data))
-        elif class_ == "lead":
-            self.lead += data
-        elif tag in ("td", "th"):
-            self.rows[-1][1].append(data)
-
-
-def report(folder):
-    return Page(write_report(folder).read_text())
-
-
-def table(folder, name):
-    with (folder / "report" / f"{name}.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def numbers(rows, *columns):
-    return {next(iter(row.values())): tuple(float(row[column]) for column in columns) for row in rows}
-
-
-def change(folder, name, **values):
-    kept = json.loads((folder / name).read_text())
-    (folder / name).write_text(json.dumps(kept | values))
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "full"
-    return folder, make(folder), report(folder)
-
-
-@pytest.fixture
-def full(whole, tmp_path):
-    """A copy of the whole folder, to change."""
-    return shutil.copytree(whole[0], tmp_path / "full")
+def lead(folder):
+    """The recommendation, which is on the page, after training in the past tense."""
+    run, page = RunFolder(folder), report(folder)
+    assert placed(run) in page.text or (not run.training and recommendation(run) in page.text)
+    return recommendation(run)
 
 
 def test_every_section_once(whole):
     folder, _, page = whole
-    wanted = [title for titles, _, _ in SECTIONS.values() for title in titles]
-    titles = [title for tag, title in page.headings if tag == "h2"]
-    assert page.headings[0][0] == "h1" and len(titles) == len(set(titles)) == len(page.headings) - 1
-    assert set(wanted) < set(titles) and titles[0] == "Which modules, and how sure"
-    assert "Not on this page yet" not in page.text
+    ids = [kept["id"] for tag, kept in page.tags if tag == "h2" and "id" in kept]
+    assert page.headings[0] == ["h1", "88% of test rows answered right, up from 52%"]
+    assert ids == IDS and len(page.titles) == len(set(page.titles)) == len(IDS) and not page.lacking
+    assert [tag for tag, _ in page.headings].count("h1") == 1 and "Not on this page yet" not in page.alts
     pictures = {name for _, names, _ in SECTIONS.values() for name in names} | ALWAYS
-    assert {path.name for path in (folder / "report").iterdir()} == {
-        f"{p}.{e}" for p in pictures for e in ("png", "csv")
-    }
-    assert len(page.alts) == len(pictures) and all(len(alt) > 30 and re.search(r"\d", alt) for alt in page.alts)
+    assert {path.name for path in (folder / "report").iterdir()} == {f"{name}.csv" for name in pictures}
     for stage in ("score", "eval", "audit", "estimate", "train", "trial"):
         assert f"plopfast {stage} --out full" in page.text, "the command as it was noted"
-    for fact in (
-        f"{10:064x}",
-        "c" * 64,
-        "torch 2.13.0",
-        "a processor, 2 cores",
-        "0; trial, 0, 1, 2",
-        "score_prompts 200",
-    ):
-        assert fact in page.text
+    cells = [cells for _, cells in page.rows]
+    for fact in (["train", "train.jsonl", f"{10:064x}"], ["trial, general text", "general.txt", "c" * 64], ["machine", "a processor, 2 cores"],
+                 ["seed", "0"], ["trial’s seeds", "0, 1, 2"], ["score prompts", "200"]):  # fmt: skip
+        assert fact in cells
+    assert "torch 2.13.0" in page.text
 
 
 def test_self_contained_and_semantic(whole):
     _, _, page = whole
     for tag, kept in page.tags:
-        assert tag not in ("script", "iframe", "object") and not any(name.startswith("on") for name in kept)
+        assert tag not in ("script", "iframe", "object", "img") and not any(name.startswith("on") for name in kept)
         for name in ("src", "href"):
             assert kept.get(name, "#").startswith(("data:", "#")), (tag, kept)
         assert tag != "th" or kept["scope"] in ("col", "row")
-    names = [tag for tag, _ in page.tags]
-    assert names.count("table") == names.count("caption") == names.count("thead") > 8
+        assert tag != "table" or len(kept["aria-label"]) > 3
+        assert kept.get("role") != "img" or re.search(r"\d", kept["aria-label"]), "figures are said with their numbers"
+    assert [tag for tag, _ in page.tags].count("table") > 15
     assert ("html", {"lang": "en"}) in page.tags
     links = {kept["href"][1:] for tag, kept in page.tags if tag == "a"}
-    assert links == {kept["id"] for tag, kept in page.tags if tag == "h2"}
+    assert links == set(IDS)
 
 
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_missing_file_takes_its_section_along_and_its_command_is_named(full, name):
-    titles, pictures, stage = SECTIONS[name]
+    ids, pictures, stage = SECTIONS[name]
     (full / name).unlink()
     page = report(full)
-    assert not {title for _, title in page.headings} & set(titles)
-    assert not any((full / "report" / f"{picture}.png").exists() for picture in pictures)
+    assert page.lacking == ids
+    assert not any((full / "report" / f"{picture}.csv").exists() for picture in pictures)
     missing = [cells for _, cells in page.rows if cells[-1] == f"plopfast {stage} --out {full}"]
-    assert len(missing) == 1, "and nothing else is missing"
+    assert len(missing) == 1 and "Not on this page yet" in page.alts, "and nothing else is missing"
+    assert page.text.count(f"plopfast {stage} --out {full}") == 2, "once more in its place"
 
 
 def test_scores_and_placement_alone(full):
@@ -147,15 +87,15 @@ def test_scores_and_placement_alone(full):
         if path.name not in ("scores.json", "scores.safetensors", "placement.json"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(full)
-    assert {path.stem for path in (full / "report").iterdir()} == ALWAYS
+    assert {path.stem for path in (full / "report").iterdir()} == ALWAYS - {"time"}
     for _, _, stage in SECTIONS.values():
         assert f"plopfast {stage} --out {full}" in page.text
-    assert "Only a trial shows" in page.text and page.lead.endswith(
+    assert "only a trial shows it" in page.text and lead(full).endswith(
         "No trial has compared them with other placements yet."
     )
     (full / "placement.json").unlink()
     page = report(full)
-    assert page.lead.startswith("Put adapters on v_proj, o_proj and down_proj. Their scores are lower than"), (
+    assert lead(full).startswith("Put adapters on v_proj, o_proj and down_proj. Their scores are lower than"), (
         "the scores' own choice"
     )
     assert "No placement is kept here" in page.text and f"plopfast place --out {full}" in page.text
@@ -172,10 +112,12 @@ def test_one_file_alone(full, name):
         if path.name != name:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     page = report(full)
-    titles, pictures, _ = SECTIONS.get(name, ([], [], ""))
-    always = ["Time and memory used", "How this was made, and what is known"]
-    assert [title for tag, title in page.headings if tag == "h2"] == [*titles, *always]
-    assert {path.stem for path in (full / "report").iterdir()} == set(pictures)
+    ids, pictures, _ = SECTIONS.get(name, (["where"], [], ""))
+    ids = ids or ["cost"]
+    assert page.lacking == [
+        section for section in IDS if section not in (*ids, "use") and (section != "cost" or name != "trial.json")
+    ]
+    assert {path.stem for path in (full / "report").iterdir()} == set(pictures) - MORE.get(name, set())
     for other, (_, _, stage) in SECTIONS.items():
         assert (f"plopfast {stage} --out {full}" in page.text) == (other != name)
     leads = {
@@ -184,7 +126,9 @@ def test_one_file_alone(full, name):
         "placement.json": "Put rank-8 adapters on v_proj, o_proj and down_proj. They have the lowest NFN, but the scores do not "
         "say how sure this is. No trial has compared them with other placements yet.",
     }  # fmt: skip
-    assert page.lead == leads.get(name, "The files of this folder do not tell which modules should get adapters.")
+    assert recommendation(RunFolder(full)) == leads.get(
+        name, "The files of this folder do not tell which modules should get adapters."
+    )
 
 
 def test_the_pictures_numbers_are_the_files(whole):
@@ -224,7 +168,7 @@ def test_the_pictures_numbers_are_the_files(whole):
         "30": str(11 / 30),
         "60": str(11 / 60),
     }
-    assert f"v_proj {types['v_proj']:.2f}" in page.alts[0], "and in words"
+    assert f"v_proj {types['v_proj']:.2f}" in " ".join(page.alts), "and in words"
 
 
 def test_disagreements_are_marked_in_words(whole):
@@ -234,37 +178,37 @@ def test_disagreements_are_marked_in_words(whole):
 
 
 def test_the_recommendation_says_how_sure_it_is(full):
-    lead = report(full).lead
-    assert lead.startswith(
+    lead_ = lead(full)
+    assert lead_.startswith(
         "Put rank-8 adapters on v_proj, o_proj and down_proj. Their scores are lower than every other module type's, and 24 "
         "prompts were enough to be 95% sure."
     )
-    assert "In the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead
+    assert "In the trial, plop did better than attn and showed no difference from plop-inverse, mlp and all." in lead_
     (full / "trial.json").unlink()
     near = make(full / "near", types=TYPES | {"up_proj": 1.04, "down_proj": 1.041})
     (full / "near" / "trial.json").unlink()
     assert not near.decision.decided
-    lead = report(full / "near").lead
-    assert "this is not settled: at 95% confidence, 24 prompts do not tell" in lead
+    lead_ = lead(full / "near")
+    assert "this is not settled: at 95% confidence, 24 prompts do not tell" in lead_
     for tie in near.decision.near_ties:
-        assert " from ".join(tie) in lead, "near-ties are named"
+        assert " from ".join(tie) in lead_, "near-ties are named"
     pf.place(near, "all").save(full / "placement.json")
-    assert "The rule 'all' chose them without the scores." in report(full).lead
+    assert "The rule 'all' chose them without the scores." in lead(full)
     pf.place(scores(), "plop", k=7).save(full / "placement.json")
-    assert "These are all the module types there are. " in report(full).lead
+    assert "These are all the module types there are. " in lead(full)
     pf.place(scores(), "plop", k=1).save(full / "placement.json")
-    assert report(full).lead.startswith("Put rank-16 adapters on v_proj. Their scores are lower"), "judged for this k"
+    assert lead(full).startswith("Put rank-16 adapters on v_proj. Their scores are lower"), "judged for this k"
 
 
 def test_single_modules_are_no_decided_types(full):
     placement = pf.Placement.load(full / "placement.json")
     del placement.modules["model.layers.0.v_proj"]
     placement.save(full / "placement.json")
-    lead = report(full).lead
-    assert lead.startswith(
+    lead_ = lead(full)
+    assert lead_.startswith(
         "Put rank-8 adapters on 35 single modules of v_proj, o_proj and down_proj. They have the lowest NFN"
     )
-    assert "the scores do not say how sure this is" in lead and "95%" not in lead
+    assert "the scores do not say how sure this is" in lead_ and "95%" not in lead_
 
 
 def test_a_better_arm_is_recommended(full):
@@ -272,7 +216,7 @@ def test_a_better_arm_is_recommended(full):
     arms[3]["versus"] |= {"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"}
     arms[3]["types"] = ["gate_proj", "up_proj", "down_proj"]
     change(full, "trial.json", arms=arms)
-    assert report(full).lead == (
+    assert lead(full) == (
         "Use the placement mlp (gate_proj, up_proj and down_proj). In the trial it did better than plop, by "
         "+5.0 (+1.0 to +9.0) points of accuracy, at 95% confidence."
     )
@@ -280,7 +224,7 @@ def test_a_better_arm_is_recommended(full):
 
 def test_a_worse_placement_is_not_recommended(full):
     pf.place(scores(), "attn", rank=8).save(full / "placement.json")
-    assert report(full).lead == (
+    assert lead(full) == (
         "Use the placement plop (v_proj). In the trial attn, which this folder holds, differed from it by -9.0 (-11.0 to -7.0) "
         "points of accuracy, at 95% confidence."
     )
@@ -291,8 +235,8 @@ def test_a_reference_of_all_weights_is_not_recommended_as_a_placement(full):
     arms = json.loads((full / "trial.json").read_text())["arms"]
     arms[0] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}
     change(full, "trial.json", arms=arms, reference="full")
-    lead = report(full).lead
-    assert "Use the placement" not in lead and "In the trial, full did better than attn" in lead
+    lead_ = lead(full)
+    assert "Use the placement" not in lead_ and "In the trial, full did better than attn" in lead_
 
 
 def test_all_weights_are_no_placement(full):
@@ -300,29 +244,28 @@ def test_all_weights_are_no_placement(full):
     arms[4] |= {"name": "full", "types": [], "rank_low": None, "rank_high": None}
     arms[4]["versus"] |= {"difference": 0.05, "low": 0.01, "high": 0.09, "verdict": "better"}
     change(full, "trial.json", arms=arms)
-    lead = report(full).lead
-    assert lead.startswith("Put rank-8 adapters on v_proj, o_proj and down_proj. Their scores are lower")
+    lead_ = lead(full)
+    assert lead_.startswith("Put rank-8 adapters on v_proj, o_proj and down_proj. Their scores are lower")
     assert (
-        "In the trial, plop did worse than full, which trains all weights and did better than attn and showed" in lead
+        "In the trial, plop did worse than full, which trains all weights and did better than attn and showed" in lead_
     )
 
 
 def test_a_trial_of_other_data_shows_its_own(full):
     other = {"train": {"file": "/data/other.jsonl", "sha256": "d" * 64}}
     change(full, "trial.json", data=other, machine="another machine")
-    facts = {cells[0]: cells[1] for _, cells in report(full).rows if len(cells) == 2}
-    assert facts["data: train"].startswith("/data/train.jsonl") and facts["machine"] == "a processor, 2 cores"
-    assert facts["trial, data: train"] == f"/data/other.jsonl, sha256 {'d' * 64}"
-    assert facts["trial, machine"] == "another machine" and "trial, versions" not in facts, (
-        "the same ones are said once"
-    )
+    rows = [cells for _, cells in report(full).rows]
+    assert ["train", "train.jsonl", f"{10:064x}"] in rows and ["machine", "a processor, 2 cores"] in rows
+    assert ["trial, train", "other.jsonl", "d" * 64] in rows and ["trial, machine", "another machine"] in rows
+    assert "trial, versions" not in {cells[0] for cells in rows}, "the same ones are said once"
 
 
 def test_one_prompt_has_no_interval(tmp_path):
     make(tmp_path, prompts=1)
     page = report(tmp_path)
     assert "No interval is possible: 1 prompt: an interval over prompts needs 8 or more" in page.text
-    assert "nothing is settled: one prompt" in page.lead and "95%" not in page.lead
+    lead_ = lead(tmp_path)
+    assert "nothing is settled: one prompt" in lead_ and "95%" not in lead_
     assert {(row["low"], row["high"]) for row in table(tmp_path, "nfn_by_type")} == {("", "")}
 
 
@@ -333,7 +276,7 @@ def test_scores_of_an_older_version_or_without_prompts(full):
     (full / "scores.json").write_text(json.dumps(kept))
     page = report(full)
     assert "No interval is possible: these scores were made before intervals were kept" in page.text
-    assert "the scores do not say how sure this is" in page.lead
+    assert "the scores do not say how sure this is" in lead(full)
 
 
 def test_what_has_no_score_is_named(full):
@@ -357,9 +300,13 @@ def test_hostile_names_stay_text(full):
     arms[1]["name"] = "=" + name * 9
     change(full, "trial.json", arms=arms, command=name)
     page = report(full)
-    assert "script" not in {tag for tag, _ in page.tags} and name in page.lead and name in page.headings[0][1]
+    assert "script" not in {tag for tag, _ in page.tags} and name.strip() in lead(full)
     assert any(name in alt for alt in page.alts)
     assert table(full, "trial")[0]["placement"] == "'" + arms[1]["name"], "begins with =, which is no formula here"
+    for other in ("eval.json", "training.json", "metrics.jsonl"):
+        (full / other).unlink()
+    page = report(full)
+    assert name in page.headings[0][1] and "script" not in {tag for tag, _ in page.tags}
 
 
 def test_no_general_text_and_all_weights(full):
@@ -375,23 +322,25 @@ def test_no_general_text_and_all_weights(full):
 
 def test_the_rows_that_judge_are_named(full):
     page = report(full)
-    assert "Accuracy on 770 test rows" in page.text and "51.9% → 88.0% (85.6% to 90.2%)" in page.text
+    assert "88% of test rows answered right, up from 52%" in page.text
+    assert "Share of 770 test rows right. Bands: 95% intervals (Wilson)." in page.text
     assert "770 test rows. Accuracy: choice, with 95% intervals." in page.text
-    assert "from 0.519 (0.484 to 0.555) to 0.880 (0.856 to 0.902)" in " ".join(page.alts)
-    assert any("0.8557 to 0.9016" in cells for _, cells in page.rows) and "flatter" not in page.text
+    assert "Accuracy: before 51.9% (48.4% to 55.5%); after 88.0% (85.6% to 90.2%)." in page.alts
+    assert any("0.8557 to 0.9016" in cells for _, cells in page.rows) and "flatter the" not in page.text.replace(
+        "flatter the test", ""
+    )
     assert "Validation: 128 validation rows, looked at every 30 steps." in page.text
     change(full, "eval.json", rows="validation")
-    (full / "trial.json").unlink()
-    (full / "data.json").unlink()
+    for name in ("trial", "data", "search"):
+        (full / f"{name}.json").unlink()
     change(full, "training.json", validation="3 validation rows held out from the training file", unmoved={"v_proj": 2})
     page = report(full)
-    assert "Accuracy on 770 validation rows" in page.text and "770 validation rows. Accuracy" in page.text
+    assert "88% of validation rows answered right" in page.text and "770 validation rows. Accuracy" in page.text
     assert "There are no test rows: these are the validation rows, which also chose the training step" in page.text
     assert "Validation: 3 validation rows held out from the training file." in page.text
     assert "No gradient ever reached 2 of the trained v_proj." in page.text
-    assert not re.search(r"test (rows\b(?!:)|result)", page.text.replace("There are no test rows", "")), (
-        "nor a test anywhere"
-    )
+    said = page.text.replace("There are no test rows", "").replace("No test rows.", "")
+    assert not re.search(r"test (rows\b(?!:)|result)", said), "nor a test anywhere"
 
 
 def test_what_was_learned_from(whole):
@@ -404,20 +353,31 @@ def test_what_was_learned_from(whole):
     for text in (
         "train: columns that are not used: 'id'.",
         "of 770 test rows, 3 have the prompt of one.",
-        "what is learned in double brackets: user: a dog\n[[animal]]",
+        "The first train row (train.jsonl, line 1)",
     ):
         assert text in page.text
     assert any("train 8 to 39, half of them up to 19" in alt for alt in page.alts)
+    text = (folder / "report.html").read_text()
+    assert re.search(r"<span>user: a dog<span[^>]*>⏎</span><br></span><mark>animal</mark>", text), "learned in a mark"
 
 
 def test_an_older_evaluation_still_shows(full):
     kept = json.loads((full / "eval.json").read_text())
     old = {who: {k: v for k, v in kept[who].items() if "accuracy_" not in k} for who in ("base", "tuned")}
     (full / "eval.json").write_text(json.dumps(old))
+    (full / "eval_rows.jsonl").unlink()
     change(full, "training.json", validation=None)
     page = report(full)
-    assert "Accuracy on 770 held-out rows" in page.text and "51.9% → 88.0%" in page.text and "88.0% (" not in page.text
+    assert page.headings[0][1] == "88% of held-out rows answered right, 52% before", "no interval says that it is up"
+    assert "Accuracy: before 51.9%; after 88.0%." in page.alts and "Gain" not in page.text and "Wilson" not in page.text
     assert "770 held-out rows. Accuracy: choice." in page.text and "no test rows" not in page.text
+    assert {path.stem for path in (full / "report").iterdir()} & {
+        "changes",
+        "by_answer",
+        "confusion",
+        "most_wrong",
+        "general",
+    } == set()
 
 
 @pytest.mark.parametrize("name", ["trial.json", "eval.json", "audit.json", "estimate.json"])
@@ -445,8 +405,8 @@ def test_a_folder_of_the_users_stays(full, capsys):
     assert main.main(["report", "--overwrite", "--out", str(full)]) == 0
 
 
-def test_pictures_of_an_earlier_report_go(full):
+def test_numbers_of_an_earlier_report_go(full):
     (full / "eval.json").unlink()
     write_report(full)
-    assert not {"before_after.png", "before_after.csv"} & {path.name for path in (full / "report").iterdir()}
+    assert not {"before_after.csv", "changes.csv"} & {path.name for path in (full / "report").iterdir()}
     assert not [path for path in full.iterdir() if path.name.startswith(".")], "nothing half-written stays"

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 from promises import PROMISES, flag, name_of, words_of
 from workshop import modules
 
@@ -144,8 +143,7 @@ STARTS = {
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("trial", "search")),
     ],
 )
-def test_every_setting_is_handed_on(shop, noted, monkeypatch, command):
-    monkeypatch.setattr(Figure, "savefig", lambda self, file, **_: file.write(b"a picture"))
+def test_every_setting_is_handed_on(shop, noted, command):
     entry = COMMANDS[command]
     own = {flag(name) for name in names_of(entry)}
     out = [] if command in ("info", "doctor") else ["--out", str(shop.folder(STARTS.get(command)))]

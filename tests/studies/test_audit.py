@@ -497,7 +497,9 @@ def test_command(model_folder, tmp_path, capsys):
     assert Ledger(tmp_path / "run").done()["audit"]["peak_mib"] == found["peak_mib"]
     assert plopfast("report")[0] == 0, "of a folder that holds nothing else"
     page = html.unescape((tmp_path / "run" / "report.html").read_text())
-    assert f'<p class="lead">{found["verdict"]}</p>' in page and "gradient energy" in page and "3 other samples" in page
+    assert (
+        f'<p class="lede">{found["verdict"]} </p>' in page and "gradient energy" in page and "3 other samples" in page
+    )
     code, _, err = plopfast("audit")
     assert code == 2 and "audit.json: exists already" in err
     code, out, _ = plopfast("audit", "--overwrite", "--score-prompts", 100)

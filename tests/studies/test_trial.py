@@ -74,7 +74,8 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
         assert text in printed.err
     assert plopfast("report", "--out", out) == 0, "of a folder without placement and adapter"
     page = (out / "report.html").read_text()
-    assert page.count("<img alt=") == 4 and "In the trial, plop " in page and trial["general"]["sha256"] in page
+    beside = {path.stem for path in (out / "report").iterdir()}
+    assert {"trial", "forgetting"} <= beside and "In the trial, <b>plop " in page and trial["general"]["sha256"] in page
 
     trained = [path.stat().st_mtime_ns for path in out.glob("trial/*/*/result.json")]
     looked = [path.stat().st_mtime_ns for path in out.glob("trial/**/test.json")]

@@ -135,6 +135,7 @@ def by_hand(model, config, train, valid, unlabeled=()):
             "loss": float(loss.detach()),
             "lr": rate(config, step - 1, steps),
             "grad_norm": float(norm),
+            "rows": sum(map(len, rows)),
             "tokens": sum(map(sum, lengths)),
             "positions": sum(sum(group) if config.packing else len(group) * max(group) for group in lengths),
         }

@@ -60,7 +60,7 @@ def in_both_ways(settings):
         trainer = pf.Trainer(model, config, train, valid, unlabeled=texts)
         trainer.fit()
         history = trainer.history
-        names = ("loss", "lr", "grad_norm", "tokens", "positions")
+        names = ("loss", "lr", "grad_norm", "rows", "tokens", "positions")
         records = {r["step"]: {name: r[name] for name in names} for r in history if "loss" in r}
         valid_losses = {r["step"]: r["valid_loss"] for r in history if "valid_loss" in r}
         yield before, parameters(trainer), records, valid_losses
