@@ -11,6 +11,7 @@ from ..data.example import Example
 from ..data.shown import prompt_for_people
 from ..lora.adapter_config import CONFIG as ADAPTER_CONFIG
 from ..lora.injection import unload
+from ..lora.peft_files import check_files
 from ..models.loading import load_model
 from ..support import files
 from ..support.devices import device_for, dtype_for
@@ -39,15 +40,15 @@ class Contestant:
 def find(text: str) -> Contestant:
     """The contestant that a word of the command line names: a run folder, an adapter's folder, or "base".
 
-    Raises AdapterError for a folder with neither an adapter nor a model.
+    Raises AdapterError for a folder with neither an adapter nor a model, and for a damaged adapter.
     """
     folder = Path(text)
     if text == BASE and not folder.exists():
         return Contestant(text)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return Contestant(text, adapter=folder)
-    if (folder / "adapter" / ADAPTER_CONFIG).is_file():
-        return Contestant(text, adapter=folder / "adapter")
+    for adapter in folder, folder / "adapter":
+        if (adapter / ADAPTER_CONFIG).is_file():
+            check_files(adapter)
+            return Contestant(text, adapter=adapter)
     if (folder / "model" / "config.json").is_file():
         return Contestant(text, model=folder / "model")
     raise AdapterError(

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ..data.readers import MISSING
 from ..data.rows import DEMO
 from ..lora.injection import unload
 from ..lora.placement import Placement
@@ -28,14 +27,14 @@ from ..placing.rules import FULL, arm_names
 from ..report import kinds
 from ..report.tables import trial_table
 from ..run.folder import CONFIG, EVA
-from ..run.general import general_text, why_not_held_out
+from ..run.general import GeneralText, general_text, why_not_held_out
 from ..run.run import Run
 from ..run.stages import run_score
 from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, machine
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, DataError, PlacementError, nearest, shown
+from ..support.errors import ConfigError, PlacementError, nearest, shown
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look
@@ -63,10 +62,14 @@ def run_trial(run: Run) -> str:
     if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
         return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
+    run.ready("trial")
+    if run.hashes("test"):  # else reading says which file is not there
+        _check_test_rows(run)
     run.ready("trial", *DEMO, "unlabeled")
     _check_test_rows(run)
-    if config.general:
-        files.read_text(Path(config.general), MISSING, DataError)
+    general = general_text(run, GENERAL_TOKENS)
+    if why := why_not_held_out(run, general):
+        raise ConfigError(why)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
     matched = None
     if report:
@@ -74,20 +77,23 @@ def run_trial(run: Run) -> str:
         matched = _matched(run, report, names, lrs)
         _vectors(run, matched[1])
     with run.stage("trial"):
-        value = _trial(run, matched, names, lrs, seeds, folder)
+        value = _trial(run, matched, general, names, lrs, seeds, folder)
         files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
 def _trial(
-    run: Run, matched: tuple[int, list[Arm]] | None, names: list[str], lrs: list[float], seeds: list[int], folder: Path
+    run: Run,
+    matched: tuple[int, list[Arm]] | None,
+    general: GeneralText,
+    names: list[str],
+    lrs: list[float],
+    seeds: list[int],
+    folder: Path,
 ) -> dict[str, Any]:
     """Trains and tests every arm in `folder`, after scoring where the arms are not `matched` yet; returns what trial.json holds."""
     budget, arms = matched or _matched(run, run_score(run), names, lrs)
     vectors = _vectors(run, arms)
-    general = general_text(run, GENERAL_TOKENS)
-    if why := why_not_held_out(run, general):
-        raise ConfigError(why)
     check_inputs(run, arms, general, folder)
     with Work("trainings", len(arms) * (len(lrs) + len(seeds) - 1), run.progress) as work:
         training = Training(run, seeds, vectors, work)

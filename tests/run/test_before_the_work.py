@@ -84,6 +84,22 @@ CASES = {  # what the error says -> the command
         )
     },
     **{
+        f"compare, {folder}: {said}": ["compare", "done", folder]
+        for folder, said in {**BAD_ADAPTERS, "empty": "expected a run folder", "adapters/absent": "expected a run folder"}.items()
+        if folder != "adapters/no config"
+    },
+    "compare, no rows: absent.jsonl: no such data file": ["compare", "done", "done", "--test", "absent.jsonl"],
+    "chat, no adapter: written by plopfast train": ["chat", *PLACED],
+    "chat, another: it has no adapter_config.json": ["chat", "--adapter", "adapters/no config", *MODEL],
+    **{
+        f"{command[0]}, nothing to keep: absent.jsonl: no such data file": [*command, "--must-keep", "absent.jsonl"]
+        for command in (["run", *ROWS, *NEW], ["eval", *DONE, "--overwrite"])
+    },
+    **{
+        f"{command[0]}, no such text outside the task: absent.txt: no such data file": [*command, "--general", "absent.txt"]
+        for command in (["run", *ROWS, *NEW], ["eval", *DONE, "--overwrite"])
+    },
+    **{
         f"{command}, no rows: absent.jsonl: no such data file": [command, *(MODEL if command == "grpo" else GIVEN), "--train", "absent.jsonl", *more, *NEW]
         for command, more in {
             "run": [], "data": [], "score": [], "audit": [], "trial": [], "search": [], "multi": ["--jobs", "jobs-good.json"],
@@ -107,7 +123,7 @@ CASES = {  # what the error says -> the command
     },
     **{
         f"{command}, rows that are trained on: --allow-overlap": [command, *GIVEN, "--test", "train.jsonl", *NEW]
-        for command in ("run", "score", "trial", "search")
+        for command in ("run", "score", "search")
     },
     **{
         f"{command}, no such text: absent.txt: no such data file": [command, *ROWS, "--unlabeled", "absent.txt", *NEW]
@@ -139,6 +155,7 @@ CASES = {  # what the error says -> the command
     "report, nothing in it: nothing to show": ["report", "--out", "empty"],
     "report, settings alone: nothing to show": ["report", "--out", "settings"],
     "score, exists: exists already": ["score", *DONE],
+    "trial, a copy of other rows: give --test FILE": ["trial", *ROWS, "--test", "train.jsonl", *NEW],
     "trial, no rows of its own: give --test FILE": ["trial", *ROWS[:6], *NEW],
     "trial, one arm: expected two or more": ["trial", *ROWS, "--arms", "plop", *NEW],
     "trial, an arm: arm 'all' cannot be matched": ["trial", *ROWS, "--arms", "plop,all", *PLACED],
