@@ -74,12 +74,14 @@ def _answer(run: RunFolder) -> list[str]:
         ]
     said.append(f"The loss of a learned token went from {digits(base['loss'], 4)} to {digits(tuned['loss'], 4)} nats.")
     end = base.get("end_loss")
-    if end is not None and end > BIG_END and end > 2 * (base.get("answer_loss") or 0):
-        said.append(
-            f"The base model’s is high as it hardly ever ends its answer: {digits(end)} nats for the end mark, "
-            f"{digits(base['answer_loss'])} for the answer itself." if base.get("answer_loss") is not None
-            else f"The base model’s is high as it hardly ever ends its answer: {digits(end)} nats for the end mark."
-        )  # fmt: skip
+    if end is not None and end > BIG_END:
+        known = None not in (base.get("answer_loss"), tuned.get("answer_loss"))
+        itself = (
+            f"; the answer itself cost {digits(base['answer_loss'])} before and {digits(tuned['answer_loss'])} after"
+            if known
+            else ""
+        )
+        said.append(f"The base model hardly ever ends its answer: {digits(end)} nats for the end mark{itself}.")
     return said
 
 
@@ -170,9 +172,7 @@ def _title_by_answer(rows: list[tuple[str, float, float, int]]) -> str:
         return f"Every answer gained; {best} gained most"
     lost = [name for name, gain in gains.items() if gain < 0]
     if lost and gains[best] > 0:
-        return (
-            f"{listed(lost) if len(lost) < 3 else f'{number(len(lost)).capitalize()} answers'} lost; {best} gained most"
-        )
+        return f"{capital(listed(lost)).rstrip('.') if len(lost) < 3 else f'{number(len(lost)).capitalize()} answers'} lost ground; {best} gained most"
     return "Share right by answer"
 
 

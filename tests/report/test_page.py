@@ -311,7 +311,10 @@ def test_why_the_first_loss_is_odd(full):
     put(full, "eval.json", lambda value: value["base"].update(answer_loss=1.25, end_loss=23.0))
     put(full, "eval.json", lambda value: value["tuned"].update(answer_loss=0.4, end_loss=None))
     page = report(full)
-    assert "it hardly ever ends its answer: 23 nats for the end mark, 1.25 for the answer itself." in page.text
+    assert (
+        "The base model hardly ever ends its answer: 23 nats for the end mark; the answer itself cost 1.25 before and 0.4 after."
+        in page.text
+    )
     assert ["base", "0.5195", "0.4842 to 0.5546", "12.1700", "1.2500", "23.0000", "770"] in [
         cells for _, cells in page.rows
     ]
@@ -367,3 +370,13 @@ def test_the_page_is_small_and_asks_for_nothing(whole):
     assert len(text.encode()) < 150_000
     assert not re.search(r"(src|href)=.?http|url\((?!#)|@import|@font-face", text)
     assert isinstance(page, Page)
+
+
+def test_answers_that_lost_ground(full):
+    path = full / "eval_rows.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines:
+        if line["expected"] == " food":
+            line["before"]["right"], line["after"]["right"] = 1, 0
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "Food lost ground; " in report(full).text
