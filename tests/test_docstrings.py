@@ -29,7 +29,7 @@ def space(tokenizer, tmp_path, monkeypatch):
     """What the examples stand among: a small model and its data."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    with open("more.csv", "w", newline="") as file:
+    with (tmp_path / "more.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ["prompt", "completion"])
         writer.writeheader()
         writer.writerows(ROWS[:3])

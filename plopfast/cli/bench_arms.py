@@ -75,7 +75,7 @@ def plopfast_fit(model: nn.Module, examples: Sequence[Example], recipe: Recipe, 
     longest = max(len(example.tokens) for example in examples)
     size: dict[str, Any] = {"batch_rows": recipe.rows, "batch_tokens": recipe.rows * longest, "max_steps": recipe.steps}
     config = TrainConfig(lr=recipe.lr, warmup=0.0, seed=recipe.seed, liger=False, **size, **more)
-    trainer, device = Trainer(model, config, examples), next(model.parameters()).device
+    trainer, device = Trainer(model, config, examples, progress=False), next(model.parameters()).device
 
     def fit() -> tuple[int, float]:
         began = _now(device)

@@ -102,6 +102,11 @@ def describe_data(
     `tokenize`. Raises DataError as `tokenize` does, unless `bad_rows` is "skip"; ConfigError for impossible arguments.
 
         print(pf.describe_data({"train": pf.read_rows("train.jsonl")}, tokenizer))
+
+    >>> print(pf.describe_data({"train": rows}, tokenizer))
+    Rows and their lengths in tokens
+    split  rows  tokens  learned  shortest  50%  95%  longest
+    train    20 ...
     """
     if not isinstance(splits, Mapping) or not splits or any(isinstance(rows, str) for rows in splits.values()):
         raise ConfigError(f'splits: expected rows by their split, {{"train": pf.read_rows(...)}}, got {splits!r:.60}')

@@ -75,6 +75,10 @@ def tokenize(
     that the tokenizer's chat template refuses.
 
         examples = tokenize(read_jsonl("train.jsonl"), tokenizer, max_length=model.config.max_position_embeddings)
+
+    >>> example = pf.tokenize(rows, tokenizer)[0]
+    >>> tokenizer.decode(example.tokens[example.start :])
+    ' animal</s>'
     """
     for name, value, known in ("learn", learn, LEARN), ("long", long, LONG):
         if value not in known:

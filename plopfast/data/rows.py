@@ -102,6 +102,10 @@ def read_rows(
 
     Raises DataError with the file and line for a missing file, for one without a good row, for a bad row unless these are
     skipped, and for no source at all; ConfigError for impossible `columns`, `bad_rows` or `split`.
+
+    >>> rows = pf.read_rows(["train.jsonl", "more.csv"])
+    >>> print(rows.formats)
+    Counter({'pair': ...})
     """
     for option, value, known in ("bad_rows", bad_rows, ("error", "skip")), ("split", split, tuple(DEMO)):
         if value not in known:
@@ -128,6 +132,9 @@ def read_jsonl(path: str | Path) -> list[Row]:
     """Read a JSONL file (UTF-8, one object a line) into a list of (file:line, row). Empty lines are skipped.
 
     Raises DataError with the file and line for a missing file, invalid JSON, or a row of an unknown kind.
+
+    >>> pf.read_jsonl("train.jsonl")[0]
+    ('train.jsonl:1', {'prompt': ..., 'completion': ...})
     """
     return _collect([(str(path), partial(read_lines, Path(path)))], Renaming(None), skip=False).rows
 

@@ -34,8 +34,14 @@ def active(
     Raises AdapterError for a model without adapters that have names, for an unknown name or module, and for a model whose modules
     don't read the rows of a batch one after the other.
 
-        with pf.active(model, "legal", without=["mlp"]):
-            answer = model.generate(**inputs)
+    >>> placement = pf.place(pf.score(model, batches), rank=4)
+    >>> for name in ("legal", "support"):
+    ...     names = pf.inject(model, placement, name=name)
+    >>> with pf.active(model, ["legal", "support", None]):
+    ...     model(torch.ones(3, 5, dtype=torch.long)).logits.shape
+    torch.Size([3, 5, 300])
+    >>> with pf.active(model, "legal", without=["mlp"]):
+    ...     answer = model.generate(torch.ones(1, 2, dtype=torch.long), max_new_tokens=2)
     """
     routing = known_routing(model)
     several = not (names is None or isinstance(names, str | Use))
@@ -153,6 +159,11 @@ def merge_adapter(model: nn.Module, name: str) -> list[str]:
 
     Raises AdapterError for an unknown name, where an adapter is merged already, where any adapter of its modules is DoRA's, and
     for weights that are quantised, streamed or shared.
+
+    >>> names = pf.inject(model, pf.place(pf.score(model, batches), rank=4), name="legal")
+    >>> pf.merge_adapter(model, "legal") == names
+    True
+    >>> pf.unmerge_adapter(model)
     """
     _use(model, name, ())
     modules: dict[str, tuple[Any, NamedLoRA]] = {

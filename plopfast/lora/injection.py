@@ -52,6 +52,10 @@ def inject(
     experts cannot have (dropout, DoRA, a name), AdapterError where the model has adapters already (with `name`: one of this
     name, or one without), ModelError for quantised modules, and BackendError where `backend` cannot run on the modules'
     device.
+
+    >>> placement = pf.place(pf.score(model, batches), rule=["v_proj"], rank=4)
+    >>> pf.inject(model, placement)
+    ['model.layers.0.self_attn.v_proj', 'model.layers.1.self_attn.v_proj', 'model.layers.2.self_attn.v_proj']
     """
     check_init(init, eva)
     check_name(model, name)

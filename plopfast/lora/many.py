@@ -29,6 +29,7 @@ class Use:
     These are types (`down_proj`), parts of names (`mlp`, `layers.0`) or whole names of modules.
 
     >>> pf.Use("legal", without=["mlp"])
+    Use(name='legal', without=['mlp'])
     """
 
     name: str | None

@@ -57,6 +57,10 @@ def lora_linear_grouped(
     BackendError where `backend` cannot run.
 
         y = pf.lora_linear_grouped(x, linear.weight, [A0, A1], [B0, B1], [0, 96, 160], [2.0, 1.0], bias=linear.bias)
+
+    >>> y = pf.lora_linear_grouped(x, weight, [lora_A, None], [lora_B, None], [0, 4, 6], [2.0, 1.0])
+    >>> torch.allclose(y[4:], x[4:] @ weight.T, atol=1e-5)  # the last two rows have no adapter
+    True
     """
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta, where tools trace

@@ -32,6 +32,10 @@ def merge(model: nn.Module, *, into: str | None = None) -> list[str]:
     `merge_checked` compares the logits, too. Raises AdapterError, before anything is changed, where a weight is shared, and
     for quantised weights without `into`. After an exception half way, such as Ctrl-C, each module is either merged or as it
     was, so the model computes the same; another call merges the rest.
+
+    >>> names = pf.inject(model, pf.place(pf.score(model, batches), rule="attn", rank=4))
+    >>> pf.merge(model) == names  # plain modules again, with the sum in their weights
+    True
     """
     merged = adapters(model)
     if names := adapter_names(model):

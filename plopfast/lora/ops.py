@@ -51,6 +51,10 @@ def lora_linear(
     BackendError where `backend` cannot run.
 
         y = pf.lora_linear(x, linear.weight, lora_A, lora_B, scaling=2.0, bias=linear.bias)
+
+    >>> y = pf.lora_linear(x, weight, lora_A, lora_B, scaling=2.0)  # x [6, 32], weight [48, 32], ranks of 4
+    >>> torch.allclose(y, x @ weight.T + 2.0 * (x @ lora_A.T) @ lora_B.T, atol=1e-5)
+    True
     """
     kind = x.device.type
     autocast = kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta, where tools trace
@@ -81,6 +85,9 @@ def linear_norms(x: torch.Tensor, weight: torch.Tensor, *, backend: str = "auto"
 
     Use it to score weights that are not on the forward path. Where Triton runs, W x is never written. It has no gradient.
     Raises ValueError for shapes and dtypes that do not match, and BackendError where `backend` cannot run.
+
+    >>> pf.linear_norms(torch.eye(3), torch.diag(torch.tensor([1.0, 2.0, 3.0])))
+    tensor([1., 2., 3.])
     """
     if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1] or x.dtype != weight.dtype:
         raise ValueError(

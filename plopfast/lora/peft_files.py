@@ -48,6 +48,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, overwrite: bool = False,
 
     Raises AdapterError where the model has no adapters or one of them is not finite, and FileError where the folder
     exists (unless `overwrite`) or cannot be written.
+
+    >>> names = pf.inject(model, pf.place(pf.score(model, batches), rank=4))
+    >>> folder = pf.save_adapter(model, "adapter")
+    >>> names == pf.unload(model) == pf.load_adapter(model, folder)
+    True
     """
     return save_with(model, path, overwrite=overwrite, name=name)
 

@@ -12,13 +12,14 @@ from annotated_types import MinLen
 from ..support import files
 from ..support.errors import PlacementError
 from ..support.schema import Count, Positive, Size, checked
+from ..support.tables import Column, Table
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
 
-@dataclass
+@dataclass(repr=False)
 class Placement:
     """The modules that get adapters.
 
@@ -84,20 +85,22 @@ class Placement:
         return f"Placement({str(self).splitlines()[0]})"
 
     def _repr_html_(self) -> str:
-        """Returns what a notebook shows: the types, their modules, ranks and sizes, and the notes."""
-        return self.table()._repr_html_()
+        """Returns what a notebook shows."""
+        return self.table().html()
 
     def table(self) -> Table:
-        """Returns a row for each type: its modules, their ranks and sizes, and their parameters."""
-        columns = [Column("module type"), Column("modules", "d"), Column("rank"), Column("parameters", ",d")]
+        """Returns a row for each module type: how many of its modules get adapters, and their ranks."""
+        by_type: dict[str, list[int]] = {type_: [] for type_ in self.types}
+        for name, (rank, _) in self.modules.items():
+            fitting = [type_ for type_ in self.types if f".{name}".endswith(f".{type_}")]
+            by_type.setdefault(max(fitting, key=len, default="other"), []).append(rank)
+        rows = [
+            (type_, len(ranks), " to ".join(map(str, sorted({min(ranks), max(ranks)}))))
+            for type_, ranks in by_type.items()
+            if ranks
+        ]
         first, *notes = str(self).splitlines()
-        rows = []
-        for type_ in self.types:
-            names = [name for name in self.modules if name in of_type(self.modules, type_)]
-            ranks = sorted({self.modules[name][0] for name in names})
-            span = " to ".join(map(str, ranks[:: max(len(ranks) - 1, 1)]))
-            rows.append((type_, len(names), span, 0))
-        return Table(first, columns, rows, "\n".join(notes))
+        return Table(first, [Column("module type"), Column("modules", "d"), Column("rank")], rows, "\n".join(notes))
 
     def __str__(self) -> str:
         ranks = [rank for rank, _ in self.modules.values()]

@@ -42,6 +42,10 @@ def linear_modules(model: nn.Module, include_head: bool = False) -> list[LinearI
     many components as tell them apart (GPT-2's `attn.c_proj` and `mlp.c_proj`). A place in a list belongs to it where the
     module is the list's own (CTRL's `ffn.0` and `ffn.2`). `include_head` adds the output head.
     Raises ModelError where there are none, and for weights that `frozen_of` does not take.
+
+    >>> info = pf.linear_modules(model)[0]
+    >>> info.name, info.type, info.n_in, info.n_out
+    ('model.layers.0.self_attn.q_proj', 'q_proj', 32, 32)
     """
     head = output_head(model)
     in_head = set(head.modules()) if head is not None else set()

@@ -45,6 +45,12 @@ def place(
     Raises PlacementError for unknown rules and names (with the nearest), an impossible k, a rank that fits no chosen
     module (where it fits some, the others get full rank, and a note says so), scores that a rule lacks, and a budget that
     cannot be read, is below the smallest adapter or above the largest.
+
+    >>> report = pf.score(model, batches)
+    >>> pf.place(report, k=2, rank=8).types == list(report.types)[:2]  # the lowest NFN
+    True
+    >>> pf.place(report, ["q_proj", "v_proj"]).types
+    ['q_proj', 'v_proj']
     """
     _check_options(ranks, granularity, cap)
     criteria = criteria or {}

@@ -51,6 +51,11 @@ def suggest(
 
     Raises DataError for no rows and for rows that cannot be used; ModelError for a model that PEFT has wrapped, for one
     that cannot be scored and for a tokenizer of another model; ConfigError and PlacementError for impossible options.
+
+    >>> placement = pf.suggest(model, rows, tokenizer, k=2, rank=4)
+    scored: 16 of 20 rows (prompt and completion as text), ...
+    >>> len(placement.types)
+    2
     """
     choice: dict[str, Any] = {"k": k, "rank": rank, "rule": rule, "seed": seed}
     scoring = ScoreSettings(score_prompts=score_prompts, **choice)  # checked before anything is read

@@ -86,6 +86,11 @@ def score(
 
     Raises ModelError for a model without linear modules and for NaN or infinity, naming module, batch and row; DataError
     for batches that cannot be scored; ConfigError for unknown options.
+
+    >>> report = pf.score(model, batches)  # each a dict of input_ids and attention_mask [rows, tokens]
+    >>> print(report.table())
+    NFN by module type
+    module type ...
     """
     options = Options(
         tokens=tokens, skip_bos=skip_bos, include_head=include_head, baseline=baseline, mc_samples=mc_samples, seed=seed,

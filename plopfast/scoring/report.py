@@ -1,5 +1,6 @@
 """The scores of a model's modules: nfn.py measures them, placement chooses by them, the report shows them."""
 
+import dataclasses
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -77,7 +78,7 @@ def lonely_note(report: "NFNReport") -> list[str]:
     return [f"no token reached {sum(by_layer.values())} of {total} experts ({where}{more}), so their NFN is not known"]
 
 
-@dataclass
+@dataclass(repr=False)
 class NFNReport:
     """Scores of a model on a sample of prompts. `print(report.table())` shows them.
 
@@ -94,7 +95,7 @@ class NFNReport:
     >>> sorted(report.types)
     ['down_proj', 'gate_proj', 'k_proj', 'o_proj', 'q_proj', 'up_proj', 'v_proj']
     >>> report
-    NFNReport(... 3 batches ... 21 modules of 7 types, lowest NFN first: ...)
+    NFNReport(12 prompts, 21 modules of 7 types, lowest NFN first: ...)
     """
 
     scores: dict[str, ModuleScore]
@@ -163,12 +164,26 @@ class NFNReport:
         """List the modules whose NFN is more than 3.5 robust standard deviations from their type's median."""
         return [name for name, z in self.z_scores().items() if abs(z) > OUTLIER]
 
+    def __repr__(self) -> str:
+        lowest = ", ".join(f"{type_} {nfn:.3f}" for type_, nfn in list(self.types.items())[:3])
+        types = f"{len(self.scores)} modules of {len(self.types)} types, lowest NFN first: {lowest}"
+        return f"NFNReport({self.prompts} prompts, {types}{', ...' * (len(self.types) > 3)})"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the types with their intervals, and how sure the choice is."""
+        table, notes = self._table_and_notes()
+        return dataclasses.replace(table, note="\n".join(notes)).html()
+
     def table(self) -> str:
         """Return the types, lowest NFN first, with their intervals and how sure the choice is, as text."""
+        table, notes = self._table_and_notes()
+        return "\n".join((str(table), *notes))
+
+    def _table_and_notes(self) -> tuple[Table, list[str]]:
         known, why = self._intervals_or_why()
         chosen = self.decision.types if self.decision else ()
         notes = (why, self.decision.note if self.decision else "", *self.notes)
-        return "\n".join(filter(None, (str(self.types_table(known, chosen)), *notes)))
+        return self.types_table(known, chosen), [note for note in notes if note]
 
     def types_table(self, known: Intervals | None, chosen: Sequence[str] = ()) -> Table:
         """Return the types, lowest NFN first, for the terminal and the page: `known` intervals and `chosen` types."""

@@ -1,6 +1,7 @@
 """One table for the terminal, a CSV file and the report page: all three show the same rows."""
 
 import csv
+import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,14 @@ class Table:
         aligned = ("  ".join(map(Column.aligned, self.columns, line, widths)).rstrip() for line in lines)
         return "\n".join(filter(None, (self.caption, *aligned, self.note)))
 
+    def html(self) -> str:
+        """Return a plain HTML table, as a notebook shows it; numbers are to the right."""
+        heads = "".join(f"<th>{html.escape(column.heading)}</th>" for column in self.columns)
+        body = "".join(f"<tr>{''.join(map(_cell, self.columns, line))}</tr>" for line in self.cells())
+        caption = f"<caption>{html.escape(self.caption)}</caption>" if self.caption else ""
+        notes = "".join(f"<p>{html.escape(line)}</p>" for line in self.note.splitlines())
+        return f"<table>{caption}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>{notes}"
+
     def write_csv(self, path: Path) -> None:
         """Write the headings and the values in full precision; None is an empty cell.
 
@@ -62,6 +71,11 @@ class Table:
         lines = [[column.heading for column in self.columns], *self.rows]
         with path.open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([_harmless(cell) for cell in line] for line in lines)
+
+
+def _cell(column: Column, cell: str) -> str:
+    style = ' style="text-align:right"' if column.form else ""
+    return f"<td{style}>{html.escape(cell)}</td>"
 
 
 def _harmless(cell: Any) -> Any:

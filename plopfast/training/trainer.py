@@ -65,7 +65,7 @@ class Trainer(Job):
         *,
         unlabeled: Sequence[Example] = (),
         out: str | Path | None = None,
-        progress: bool = False,
+        progress: bool = True,
         on_valid: Callable[[int, float], None] | None = None,
     ) -> None:
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}

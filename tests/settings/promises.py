@@ -33,6 +33,7 @@ STAGES = {
     "trial": ("score", "place", "train"),
     "search": ("score", "place", "train"),
 }
+ALIKE = {"chat": "generate", "compare": "eval"}  # commands that write nothing, and take their options as these do
 MADE = {  # by each stage; what a stage makes may change what later ones make
     "data": "data", "score": "scores prompts eva", "place": "placement", "estimate": "estimate",
     "train": f"{LEARNED} adapter_config model checkpoints compiled tensorboard", "eval": "eval eval_rows",

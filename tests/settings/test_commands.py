@@ -194,7 +194,7 @@ def test_other_ranks_take_part_only_where_they_should(monkeypatch, tmp_path):
             monkeypatch.setenv(key, str(value))
         for name, entry in COMMANDS.items():
             done.clear(), joined.clear()
-            words = ["--timeout=77"] if entry.on_ranks else [str(tmp_path)] if entry.bare else []
+            words = ["--timeout=77"] if entry.on_ranks else [str(tmp_path)] if entry.bare else [*entry.names]
             main.main([name, *words])
             assert done == ([name] if entry.on_ranks or not rank else []) and joined == ([77] if entry.on_ranks else [])
     assert set(ended) == {0}

@@ -189,17 +189,18 @@ def test_an_option_is_the_setting_of_its_name(command, shop, tmp_path):
         words = [*words_of(command, possible[0].also), possible[0].other]
         given = [word.format(shop=shop) for word in words]
         changed = {name_of(word) for word in given}
-        found = settings_of(parse([command, *given]))  # none is refused
+        named = COMMANDS[command].names
+        found = settings_of(parse([command, *named, *given]))  # none is refused
         plain = RunConfig()
         differ = {
             item.name for item in dataclasses.fields(plain) if getattr(plain, item.name) != getattr(found, item.name)
         }
         assert differ == changed
         file.write_text(json.dumps({name: getattr(found, name) for name in changed}))
-        assert plain_values(settings_of(parse([command, "--config", str(file)]))) == plain_values(found)
+        assert plain_values(settings_of(parse([command, *named, "--config", str(file)]))) == plain_values(found)
         file.with_suffix(".yaml").write_text(yaml.safe_dump(json.loads(file.read_text())))
-        assert settings_of(parse([command, "--config", str(file.with_suffix(".yaml"))])) == settings_of(
-            parse([command, "--config", str(file)])
+        assert settings_of(parse([command, *named, "--config", str(file.with_suffix(".yaml"))])) == settings_of(
+            parse([command, *named, "--config", str(file)])
         )
 
 

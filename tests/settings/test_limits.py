@@ -212,7 +212,9 @@ def test_files_are_the_same_from_every_folder(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if "train" in names_of(entry)])
 def test_rows_come_in_several_files(command):
     for split in {*ROWS} & {*names_of(COMMANDS[command])}:
-        assert list(getattr(settings_of(parse([command, f"--{split}", "a", "b"])), split)) == ["a", "b"]
+        assert list(
+            getattr(settings_of(parse([command, *COMMANDS[command].names, f"--{split}", "a", "b"])), split)
+        ) == ["a", "b"]
 
 
 @pytest.mark.parametrize("command", [name for name, entry in COMMANDS.items() if names_of(entry)])
@@ -220,7 +222,7 @@ def test_switches_have_two_sides(command):
     for name in {*SWITCHES} & {*names_of(COMMANDS[command])}:
         option = name.replace("_", "-")
         for word, value in ((f"--{option}", True), (f"--no-{option}", False)):
-            config = parse([command, word])
+            config = parse([command, *COMMANDS[command].names, word])
             assert getattr(config, name) is value
 
 

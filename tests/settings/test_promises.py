@@ -1,7 +1,7 @@
 """Settings that reach their target: every option of every command changes what it promises, and nothing else."""
 
 import pytest
-from promises import AROUND, MADE, PROMISES, STAGES, Promise, words_of
+from promises import ALIKE, AROUND, MADE, PROMISES, STAGES, Promise, words_of
 from workshop import ACCEPTED, REFUSED, differences
 
 from plopfast.cli.commands import COMMANDS
@@ -27,9 +27,11 @@ SLOW = (
 def test_every_option_has_a_promise():
     offered = {(command, name) for command, entry in COMMANDS.items() for name in names_of(entry)}
     promised = {(command, name) for command, name, *_ in CASES}
-    derived = {(command, name) for command, name in offered if command in (*STAGES, "doctor")}
+    derived = {(command, name) for command, name in offered if command in (*STAGES, *ALIKE, "doctor")}
     assert offered - promised - derived == set(), "say in promises.py what these options change"
     assert promised - offered == set(), "promised of no option"
+    for command, other in ALIKE.items():
+        assert {*names_of(COMMANDS[command])} <= {name for one, name in promised if one == other}
     of_stages = {name for command, name in promised if command in ("score", "place", "train", "eval")}
     own = {name for command, name in promised if command in STAGES}
     assert {name for command, name in derived if command in STAGES} <= of_stages | own
