@@ -147,9 +147,9 @@ def _models(run: Run, adapter: Path | None, any_base: bool) -> Iterator[tuple[st
 def _found(run: Run, model: Any, who: str, asked: _Asked) -> _Found:
     metrics = evaluate(model, asked.examples, choices=asked.choices, progress=who if run.progress else "")
     general = evaluate(model, asked.general.rows).loss if asked.general else None
-    answers = functools.partial(generate, model, run.tokenizer, progress=False)
-    prompts = [row.prompt.tokens for row in asked.keep]
-    kept = [answer.text for answer in answers(prompts, max_new_tokens=must_keep.TOKENS)] if prompts else []
+    answers = functools.partial(generate, model, run.tokenizer)
+    prompts, most = [row.prompt.tokens for row in asked.keep], must_keep.TOKENS
+    kept = [answer.text for answer in answers(prompts, max_new_tokens=most, progress=run.progress)] if prompts else []
     return _Found(metrics, general, kept, _samples(run, who, asked, answers))
 
 
