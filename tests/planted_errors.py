@@ -47,7 +47,12 @@ def _is_step(frame, begun):
     caller = frame
     while caller is not None:
         file, name = caller.f_code.co_filename, caller.f_code.co_name
-        if caller is not frame and file.startswith(PACKAGE) and caller.f_lineno in _cleaning(file):
+        if (
+            caller is not frame
+            and file.startswith(PACKAGE)
+            and file.endswith(".py")
+            and caller.f_lineno in _cleaning(file)
+        ):
             return False
         if (
             name == "__torch_dispatch__"

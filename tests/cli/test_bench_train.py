@@ -104,7 +104,7 @@ def test_without_an_order_both_take_the_same_steps(folder):
 
 def test_liger_kernel_is_in_neither(monkeypatch):
     configs, model = [], build("llama")
-    monkeypatch.setattr(arms, "Trainer", lambda model, config, examples: configs.append(config))
+    monkeypatch.setattr(arms, "Trainer", lambda model, config, examples, progress: configs.append(config))
     arms.plopfast_fit(model, prompted([(1, 2)], [1]), Recipe(1, 1, 1e-3, 4))
     assert configs[0].liger is False and "use_liger_kernel" not in arms.hf_settings("unused", 1, 1e-3, 0, model)
 

@@ -308,7 +308,7 @@ def test_other_samples_are_drawn_by_seeds_of_their_own(llama, tokenizer, tmp_pat
     config = types.SimpleNamespace(compat=None, seed=3, scoring=ScoreSettings(k=2, rank=1, seed=3))
     run = types.SimpleNamespace(
         config=config, rows=lambda split: rows if split == "train" else [], stage=stage, sample=sample, model=llama,
-        tokenizer=tokenizer, progress=False, say=lambda text: None, file=lambda name: tmp_path / f"{name}.json",
+        tokenizer=tokenizer, progress=False, say=lambda text: None, file=lambda name: tmp_path / f"{name}.json", ready=lambda *_: None,
     )  # fmt: skip
     given = []
     audited = audits.audit

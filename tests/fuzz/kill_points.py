@@ -124,7 +124,8 @@ def _steps(scenario: Scenario, folder: Path, whole: Path) -> int:
     def count() -> None:
         copy(folder / "corpus", folder / "counted", scenario.argv)
         with planted(0) as steps:
-            assert _here(scenario.argv, folder / "counted", "plain", 0)[0] == 0
+            code, told = _here(scenario.argv, folder / "counted", "plain", 0)
+            assert code == 0, told
         (whole / "steps").write_text("\n".join(steps))
 
     _in_a_child(count)
