@@ -74,8 +74,8 @@ def logarithmic(values: Iterable[float | None]) -> Scale:
     """Return a log scale of the values, which are positive, with 3 to 6 ticks where their range allows it."""
     found = [value for value in finite(values) if value > 0] or [1.0, 10.0]
     low, high = min(found), max(found)
-    pad = math.exp(MARGIN * math.log(high / low)) if high > low else 2.0
-    low, high = low / pad, high * pad
+    pad = math.exp(MARGIN * (math.log(high) - math.log(low))) if high > low else 2.0
+    low, high = max(low / pad, 1e-300), min(high * pad, 1e300)  # beyond, powers of ten are no floats
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     inside: list[float] = []
     for steps in LOG_STEPS:

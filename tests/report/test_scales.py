@@ -51,6 +51,7 @@ def test_log_ticks():
     assert [label for _, label in logarithmic([0.01, 12.9]).ticks] == ["0.01", "0.1", "1", "10"]
     assert [label for _, label in logarithmic([0.2, 12]).ticks] == ["0.3", "1", "3", "10"]
     assert 3 <= len(logarithmic([1e-9, 1e9]).ticks) <= 6
+    assert 3 <= len(logarithmic([1e-320, 1e308]).ticks) <= 6 and logarithmic([5e-324]).low > 0
     scale = logarithmic([0.1, 10])
     assert scale.log and scale.at(1) == pytest.approx(0.5) and scale.at(0) == 0
     assert fitting([1, 9]).log and not fitting([1, 7]).log and not fitting([0, 9]).log and not fitting([-1, 9]).log
