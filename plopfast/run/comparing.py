@@ -13,7 +13,7 @@ from ..lora.adapter_config import CONFIG as ADAPTER_CONFIG
 from ..lora.injection import unload
 from ..lora.peft_files import check_files
 from ..models.loading import load_model
-from ..support import files
+from ..report import kinds
 from ..support.devices import device_for, dtype_for
 from ..support.errors import AdapterError, ConfigError, shown
 from ..support.tables import Column, Table
@@ -61,7 +61,7 @@ def check_same_rows(one: Contestant, two: Contestant) -> None:
     paths = [Path(contestant.text) / CONFIG for contestant in (one, two)]
     if not all(path.is_file() for path in paths):
         return
-    first, second = (files.read_json(path, "plopfast run") for path in paths)
+    first, second = (kinds.read(path, "plopfast run") for path in paths)
     if _test_hashes(first) != _test_hashes(second):
         raise ConfigError(
             f"{one.text} and {two.text} were made for different test rows: say with --test FILE which ones both are to be judged on"

@@ -20,6 +20,7 @@ from ..models.fingerprints import fingerprint
 from ..models.linears import linear_modules, number_of_weights, words_of_codes
 from ..models.loading import DEFAULT_HUB_ID, load_model, load_tokenizer, path_of, shapes_source
 from ..models.shapes import model_of
+from ..report import kinds
 from ..support import files, machine, ranks
 from ..support.config import FILES, FREE, ROWS, RunConfig
 from ..support.devices import device_for, dtype_for
@@ -291,7 +292,7 @@ class Run:
     def _check_same_files(self, path: Path) -> None:
         """Rows of a folder or of the hub are not compared: they would have to be read."""
         sources, was, now = sources_of(self.config), {}, {}
-        for split, kept in files.read_json(path, "plopfast run").get("data", {}).items():
+        for split, kept in kinds.read(path, "plopfast run").get("data", {}).items():
             if split in sources and all(Path(name).is_file() for name in sources[split]):
                 was[f"the {split} file"] = [one["sha256"] for one in (kept if isinstance(kept, list) else [kept])]
                 now[f"the {split} file"] = [one["sha256"] for one in self.hashes(split)]
