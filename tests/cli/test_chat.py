@@ -2,12 +2,16 @@
 
 import io
 import sys
+from pathlib import Path
 
 import pytest
 from helpers import adapted, plopfast, randomise
 
 import plopfast as pf
 from plopfast.models.generating import generate
+from plopfast.run.chat import Chat
+from plopfast.run.run import Run
+from plopfast.support.config import RunConfig
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}</s>{{ m.content }}</s>{% endfor %}"
@@ -77,6 +81,11 @@ def test_a_full_context_forgets_the_first_turns(talk, folder):
     found = talk(long, long, long, "x " * 200, "one")
     assert found.err.count("the context is full: the first 1 question and answers are forgotten") >= 1
     assert "leaves no room for an answer" in found.err and len(found.out.splitlines()) >= 4
+    run = Run(Path("runs"), RunConfig(model=str(folder), max_new_tokens=6))
+    chat = Chat(run, run.model)
+    notes = [chat.answer(long)[1] for _ in range(4)]
+    assert any("are forgotten" in note for of in notes for note in of)
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"] * (len(chat.messages) // 2)
 
 
 def test_a_cut_answer_is_said(talk):

@@ -3,12 +3,15 @@
 import json
 
 import pytest
-from helpers import plopfast
+import torch
+from helpers import adapted, plopfast
 
 import plopfast as pf
 from plopfast.data.text import read_text
+from plopfast.lora.layer import adapters
 from plopfast.models.generating import generate
 from plopfast.training.evaluate import evaluate
+from plopfast.training.intervals import of_gain
 
 GENERAL = "The weather of the islands is mild. Ships bring letters, tea and news from the mainland twice a week.\n\n"
 
@@ -43,6 +46,22 @@ def test_each_row_and_how_it_was_judged(trained, model_folder, data):
     gain = summary["gain"]
     assert gain["difference"] == pytest.approx(summary["tuned"]["accuracy"] - summary["base"]["accuracy"])
     assert gain["low"] < gain["difference"] < gain["high"]
+
+
+def test_the_gain_of_an_adapter_that_changes_much(model_folder, data, tmp_path):
+    """Its sign, and that it is paired: the base and this random adapter are right on other rows."""
+    model = adapted()
+    torch.manual_seed(3)
+    for module in adapters(model).values():
+        torch.nn.init.normal_(module.lora_B, std=0.6)
+    pf.save_adapter(model, tmp_path / "saved")
+    out = tmp_path / "run"
+    given = ["--model", model_folder, *data, "--adapter", tmp_path / "saved", "--out", out]
+    assert plopfast("eval", *given) == 0
+    rows = [json.loads(line) for line in (out / "eval_rows.jsonl").read_text().splitlines()]
+    before, after = ([row[key]["right"] for row in rows] for key in ("before", "after"))
+    assert sum(before) != sum(after)
+    assert read(out, "eval")["gain"] == of_gain(before, after)._asdict()
 
 
 def test_how_many_rows_the_steps_took(trained):
