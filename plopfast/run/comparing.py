@@ -19,7 +19,7 @@ from ..support.errors import AdapterError, ConfigError, shown
 from ..support.tables import Column, Table
 from ..training.evaluate import Metrics, choices_of, evaluate
 from ..training.intervals import Difference, of_change, of_gain
-from .evaluating import CHOSE_THE_STEP
+from .evaluating import CHOSE_THE_STEP, judged_on
 from .folder import CONFIG
 from .run import Run
 from .stages import adapt
@@ -127,7 +127,7 @@ def _verdict(both: list[Metrics]) -> list[str]:
 
 def _in_words(what: str, found: Difference, above: str, below: str) -> str:
     verdict = above if found.low > 0 else below if found.high < 0 else "no difference shown"
-    return f"{what} of B minus A: {found.difference:+.4f} (95% interval {found.low:+.4f} to {found.high:+.4f}, paired by row): {verdict}"
+    return f"{what} of B minus A: {found.in_words()}: {verdict}"
 
 
 def _rows_apart(run: Run, examples: list[Example], both: list[Metrics]) -> list[str]:
@@ -145,5 +145,4 @@ def _rows_apart(run: Run, examples: list[Example], both: list[Metrics]) -> list[
 
 def _notes(run: Run) -> list[str]:
     notes = ["The intervals say how far other rows could move the figures, not how far another seed in training could."]
-    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
-    return notes if test and test != valid else [*notes, CHOSE_THE_STEP]
+    return notes if judged_on(run) == "test" else [*notes, CHOSE_THE_STEP]

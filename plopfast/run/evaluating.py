@@ -21,7 +21,7 @@ from ..support import files, ranks
 from ..support.devices import device_for, dtype_for
 from ..support.errors import ModelError, PlopfastError
 from ..training.evaluate import Judged, Metrics, choices_of, evaluate, in_words
-from ..training.intervals import of_gain
+from ..training.intervals import Difference, of_gain
 from . import must_keep
 from .adapter_folder import update_card
 from .general import GeneralText, general_text, why_not_held_out
@@ -67,7 +67,6 @@ def run_eval(run: Run, adapter: Path | None = None, any_base: bool = False) -> d
     eval.json holds.
     """
     check_trained(run, "eval", adapter)
-    check(run)
     run.ready("eval", "test")
     asked = _asked(run)
     with run.stage("eval", inputs=[adapter] if adapter else []):
@@ -99,7 +98,6 @@ def _read_must_keep(run: Run) -> list[must_keep.MustKeep]:
 
 def _asked(run: Run) -> _Asked:
     keep = _read_must_keep(run)
-    run.rows("test")
     examples = run.examples("test")
     asked = _Asked(examples, choices_of(examples), _general(run), keep)
     if run.config.parallel == "fsdp":
@@ -173,10 +171,8 @@ def _expected(example: Example) -> tuple[int, ...]:
 
 
 def _value(run: Run, asked: _Asked, base: _Found, tuned: _Found) -> dict[str, Any]:
-    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
-    own = bool(test) and test != valid  # a copied file is no test either
-    value = {
-        "base": base.metrics.summary(), "tuned": tuned.metrics.summary(), "rows": "test" if own else "validation",
+    value: dict[str, Any] = {
+        "base": base.metrics.summary(), "tuned": tuned.metrics.summary(), "rows": judged_on(run),
         "gain": of_gain(base.metrics.right, tuned.metrics.right)._asdict(), "samples": _shown_samples(run, asked, base, tuned),
     }  # fmt: skip
     if asked.general:
@@ -184,6 +180,12 @@ def _value(run: Run, asked: _Asked, base: _Found, tuned: _Found) -> dict[str, An
     if asked.keep:
         value["must_keep"] = must_keep.judged(asked.keep, base.kept, tuned.kept, str(run.config.must_keep))
     return value
+
+
+def judged_on(run: Run) -> str:
+    """The kind of rows that a result is of: "test", or "validation" where there are no others. A copied file is no test either."""
+    test, valid = ([one["sha256"] for one in run.hashes(split)] for split in ("test", "valid"))
+    return "test" if test and test != valid else "validation"
 
 
 def _shown_samples(run: Run, asked: _Asked, base: _Found, tuned: _Found) -> list[dict[str, Any]]:
@@ -224,14 +226,10 @@ def eval_lines(value: dict[str, Any]) -> list[tuple[str, str]]:
     """
     rows = value.get("rows", "held-out")
     lines = [(who, in_words(value[who], rows)) for who in ("base", "tuned")]
-    if gain := value.get("gain"):
-        shown = "no difference shown" if gain["low"] <= 0 <= gain["high"] else "the difference is shown"
-        lines.append(
-            (
-                "gain",
-                f"{gain['difference']:+.4f} (95% interval {gain['low']:+.4f} to {gain['high']:+.4f}, paired by row): {shown}",
-            )
-        )
+    if value.get("gain"):
+        gain = Difference(**value["gain"])
+        shown = "no difference shown" if gain.low <= 0 <= gain.high else "the difference is shown"
+        lines.append(("gain", f"{gain.in_words()}: {shown}"))
     if general := value.get("general"):
         change = general["after"] - general["before"]
         lines.append(

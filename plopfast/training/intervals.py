@@ -35,6 +35,9 @@ class Difference(NamedTuple):
     low: float
     high: float
 
+    def in_words(self) -> str:
+        return f"{self.difference:+.4f} (95% interval {self.low:+.4f} to {self.high:+.4f}, paired by row)"
+
 
 def of_gain(before: Sequence[float], after: Sequence[float]) -> Difference:
     """Returns the mean of `after` minus that of `before`, of the same rows.
