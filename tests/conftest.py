@@ -6,6 +6,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the suite never needs the networ
 # The tests expect the CPU's results, but `--device auto` would take a GPU, also in a process that a test starts. To test
 # the kernels on a GPU: python -m pytest --confcutdir=tests/gpu tests/gpu, which leaves this file out.
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ["HIP_VISIBLE_DEVICES"] = ""
+os.environ["ONEDNN_MAX_CPU_ISA"] = (
+    "AVX512_CORE"  # `--dtype auto` is float32 on every machine, where a processor has bfloat16, too
+)
 if "PYTEST_XDIST_WORKER" in os.environ:  # several of them share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -1,6 +1,7 @@
 """What a training step would cost on this and other placements, asked between placing and training: estimate.json."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,8 @@ from .fit import Fitted, fit, limit_of
 from .run import Run
 from .shapes import Shapes, largest
 
+OTHERS = tuple(name for name, rule in RULES.items() if not rule.needs_k)  # what an estimate compares with
+
 
 @dataclass(frozen=True)
 class StepShape:
@@ -35,8 +38,8 @@ class StepShape:
     label_tokens: int
 
 
-def run_estimate(run: Run) -> str:
-    """Estimates a step on the run's placement, on other rules' and with all weights: estimate.json. Returns its table."""
+def run_estimate(run: Run, rules: Sequence[str] = OTHERS) -> str:
+    """Estimates a step on the run's placement, on those of other `rules` and with all weights: estimate.json. Returns its table."""
     config = run.config
     ranks.on_main(lambda: run.at.look("estimate"))
     own, report = Placement.load(run.file("place")), NFNReport.load(run.file("score"))
@@ -45,7 +48,7 @@ def run_estimate(run: Run) -> str:
     run.ready("estimate", "train", "unlabeled")
     with run.stage("estimate"):
         unload(run.model)
-        choices, shape = _choices(run, own, report), _shape(run)
+        choices, shape = _choices(run, own, report, rules), _shape(run)
         found = estimate(
             run.model, choices, config.training, rows=shape.rows, row_tokens=shape.row_tokens,
             label_tokens=shape.label_tokens, progress=run.progress,
@@ -100,18 +103,20 @@ def fitted(run: Run, placement: Placement | None) -> Fitted:
 
 
 def try_estimate(run: Run) -> None:
-    """Estimates if possible; else the run says why not and goes on, as nothing else needs the estimate."""
+    """Estimates the run's placement and all weights (other rules' take 2 s each); where that is not possible, the run says why and
+    goes on, as nothing else needs the estimate."""
     try:
-        run.say(run_estimate(run))
+        run.say(run_estimate(run, ()))
+        run.say(f"more placements: plopfast estimate --overwrite --out {run.folder}")
     except (ConfigError, ModelError) as error:
         run.say(str(error))
 
 
-def _choices(run: Run, own: Placement, report: NFNReport) -> dict[str, Placement | None]:
-    """The run's own placement, the other rules' under the same rank or budget, and None for all weights."""
+def _choices(run: Run, own: Placement, report: NFNReport, rules: Sequence[str]) -> dict[str, Placement | None]:
+    """The run's own placement, those of `rules` under the same rank or budget, and None for all weights."""
     settings = dataclasses.replace(run.config.placing, granularity="type", cap=None)
     choices: dict[str, Placement | None] = {own.rule: own}
-    for rule in [name for name, entry in RULES.items() if not entry.needs_k]:
+    for rule in rules:
         try:
             choices.setdefault(rule, placed(report, dataclasses.replace(settings, rule=rule)))
         except PlacementError as error:

@@ -101,8 +101,6 @@ class Run:
         )
         if self.config.stream:
             self.say(str(model.streaming))
-        if self.config.dtype == "auto" and device.type == "cpu" and machine.has_bfloat16():
-            self.say("this CPU multiplies bfloat16 faster than float32: try --dtype bfloat16")
         return model, tokenizer
 
     def _where(self) -> tuple[torch.device, bool]:

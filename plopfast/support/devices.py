@@ -37,5 +37,8 @@ def dtype_for(name: str, device: torch.device, full: bool = False) -> torch.dtyp
         raise ConfigError(f"--full trains the weights themselves, and small steps vanish in {name}: --dtype float32")
     if name != "auto":
         return getattr(torch, name)
-    fast = not full and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if fast else torch.float32
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = device.type == "cpu" and machine.has_bfloat16()
+    return torch.bfloat16 if fast and not full else torch.float32

@@ -13,6 +13,15 @@ from typing import NamedTuple
 from .secrets import masked
 from .threads import usable_cores
 
+WITHOUT_BFLOAT16 = {
+    "SSE41",
+    "AVX",
+    "AVX2",
+    "AVX2_VNNI",
+    "AVX2_VNNI_2",
+    "AVX512_CORE",
+    "AVX512_CORE_VNNI",
+}  # of oneDNN's levels
 PACKAGES = ("plopfast", "torch", "triton", "transformers", "tokenizers", "safetensors", "numpy", "peft")
 
 
@@ -67,7 +76,10 @@ def describe() -> str:
 
 
 def has_bfloat16() -> bool:
-    """Returns whether this CPU has instructions for bfloat16 products (AVX-512 BF16 or AMX)."""
+    """Returns whether oneDNN, by which torch multiplies, has instructions of this CPU for bfloat16 (AVX-512 BF16 or AMX) and may
+    use them (its variable ONEDNN_MAX_CPU_ISA)."""
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in WITHOUT_BFLOAT16:
+        return False
     return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_cpuinfo().split())
 
 

@@ -30,8 +30,8 @@ class ModelSettings(Backend):
     model: str | None = option(None, "hub id, local folder or .gguf file (default: SmolLM2-135M-Instruct)")
     dtype: str = option(
         "auto",
-        "type of the frozen weights and the activations; auto is bfloat16 on a GPU that has it, else float32. Adapters are "
-        "always float32",
+        "type of the frozen weights and the activations; auto is bfloat16 on a GPU or CPU that multiplies in it, else "
+        "float32. Adapters are always float32",
         ("auto", "float32", "bfloat16", "float16"),
     )
     quantize: str | None = option(

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import psutil
 
+BUSY = 0.5  # of a core that others keep busy; the kernel counts in ticks of 10 ms, so less may be nothing
+SPINS_ALONE, SPINS_BESIDE_OTHERS = 20_000, 1000
+
 
 def affinity() -> set[int]:
     """Returns the numbers of the cores that this process may run on."""
@@ -58,7 +61,7 @@ def busy_cores(seconds: float = 0.2) -> float:
 def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[str]:
     """Returns what to change where `threads` (None: torch's) do not fit the cores that are free; empty when all is well.
 
-    Samples the machine for 0.2 s. Less than half a core of others' work is ignored: the kernel counts in ticks of 10 ms.
+    Samples the machine for 0.2 s. Less than half a core of others' work is ignored.
     """
     import torch
 
@@ -67,7 +70,7 @@ def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[st
     advice = []
     if threads > cores:
         advice.append(f"{threads} CPU threads, but this process may use {cores} cores: pass --threads {cores}")
-    shared = others >= 0.5 and min(threads, cores) > round(every - others)
+    shared = others >= BUSY and min(threads, cores) > round(every - others)
     if shared:
         advice.append(f"other processes keep {others:.1f} of {every} cores busy: times are longer until they are done")
     passive = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
@@ -80,11 +83,13 @@ def thread_advice(threads: int | None = None, root: Path = Path("/")) -> list[st
 
 
 def set_waiting_policy() -> None:
-    """Lets OpenMP's threads wait passively after a short spin, unless the user chose otherwise. Call it before torch is
-    imported; later it has no effect.
+    """Lets OpenMP's threads wait passively after a spin, unless the user chose otherwise. Call it before torch is imported;
+    later it has no effect.
 
-    On shared cores, a thread that spins on keeps its partner from running. On idle cores, no spinning at all costs a
-    wake-up at each of a step's 5,000 operations (bench/waiting.py measures both).
+    On shared cores, a thread that spins on keeps its partner from running. On idle cores, each of a step's 5,000 operations
+    costs a wake-up where threads do not spin through the gaps between them. So the spin is long where the cores are idle now, as
+    a look of 0.1 s finds, though not as long as OpenMP's own: other work can begin later (bench/waiting.py measures both).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    if "GOMP_SPINCOUNT" not in os.environ:  # the look takes time
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BESIDE_OTHERS if busy_cores(0.1) >= BUSY else SPINS_ALONE)

@@ -11,6 +11,7 @@ import torch
 from plopfast.cli.commands import COMMANDS
 from plopfast.cli.options import FIELDS, names_of, parse, settings_of
 from plopfast.run.run import resolve
+from plopfast.support import machine
 from plopfast.support.config import FREE, RunConfig
 from plopfast.support.devices import device_for, dtype_for
 from plopfast.support.errors import ConfigError
@@ -226,7 +227,8 @@ def test_switches_have_two_sides(command):
             assert getattr(config, name) is value
 
 
-def test_devices_and_dtypes():
+def test_devices_and_dtypes(monkeypatch):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: False)
     cpu = torch.device("cpu")
     assert device_for("cpu") == cpu
     for odd in ("meta", "cuda:99", "nonsense"):
@@ -243,6 +245,15 @@ def test_devices_and_dtypes():
     for name in ("bfloat16", "float16"):
         with pytest.raises(ConfigError, match=name):
             dtype_for(name, cpu, full=True)
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_bfloat16_where_the_cpu_multiplies_in_it_but_not_for_full_training(has, monkeypatch):
+    monkeypatch.setattr(machine, "has_bfloat16", lambda: has)
+    cpu = torch.device("cpu")
+    assert dtype_for("auto", cpu) == (torch.bfloat16 if has else torch.float32)
+    assert dtype_for("auto", cpu, full=True) == dtype_for("float32", cpu) == torch.float32
+    assert dtype_for("auto", torch.device("meta")) == torch.float32
 
 
 @pytest.mark.parametrize("supported", [True, False])

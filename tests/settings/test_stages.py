@@ -192,9 +192,15 @@ def test_an_estimate_compares_other_rules_at_the_same_size(opened):
     assert not adapters(run.model)
 
 
+def test_a_whole_run_estimates_its_own_placement_and_all_weights(opened):
+    run = opened("placed", rank=3, k=2)
+    costs.try_estimate(run)
+    assert [c["name"] for c in json.loads(run.file("estimate").read_text())["choices"]] == ["plop", FULL]
+
+
 def test_a_run_goes_on_where_no_estimate_is_possible(opened, monkeypatch):
     for error in (ConfigError("no"), pf.PlopfastError("other")):
-        monkeypatch.setattr(costs, "run_estimate", lambda run, error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(costs, "run_estimate", lambda *_, error=error: (_ for _ in ()).throw(error))
         if type(error) is ConfigError:
             costs.try_estimate(opened())
         else:

@@ -153,14 +153,20 @@ def test_the_command_line_hides_secrets(monkeypatch):
     ("flags", "has"),
     [("avx512f", False), ("avx512_bf16", True), ("amx_bf16 avx", True), ("amx_bf16 avx512_bf16", True)],
 )
-def test_bfloat16_on_a_cpu(monkeypatch, flags, has):
+@pytest.mark.parametrize(
+    ("level", "may"), [(None, True), ("AVX512_CORE_BF16", True), ("AVX512_CORE_AMX", True), ("DEFAULT", True), ("avx2", False), ("AVX512_CORE_VNNI", False)],
+)  # fmt: skip
+def test_bfloat16_on_a_cpu(monkeypatch, flags, has, level, may):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA")
+    if level:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", level)
     read = Path.read_text
     monkeypatch.setattr(
         Path,
         "read_text",
         lambda self, *a, **k: f"flags : {flags}\n" if str(self) == "/proc/cpuinfo" else read(self, *a, **k),
     )
-    assert machine.has_bfloat16() is has
+    assert machine.has_bfloat16() is (has and may)
 
 
 def test_memory_is_in_mib(monkeypatch):

@@ -41,13 +41,15 @@ def test_the_timeout_reaches_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE", "PASSIVE"])
-def test_a_users_waiting_policy_stays(monkeypatch, chosen):
+@pytest.mark.parametrize(("others", "spins"), [(0.0, "20000"), (0.49, "20000"), (0.5, "1000"), (2.0, "1000")])
+def test_threads_spin_longer_on_idle_cores_and_a_users_choice_stays(monkeypatch, chosen, others, spins):
+    monkeypatch.setattr(threads, "busy_cores", lambda seconds: others)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
         if chosen:
             monkeypatch.setenv(name, chosen)
     threads.set_waiting_policy()
-    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE") and os.environ["GOMP_SPINCOUNT"] == (chosen or "1000")
+    assert os.environ["OMP_WAIT_POLICY"] == (chosen or "PASSIVE") and os.environ["GOMP_SPINCOUNT"] == (chosen or spins)
 
 
 def test_one_process_is_the_main_one():
