@@ -48,8 +48,7 @@ class Task:
 
 def plain(row: Row) -> str:
     """What two rows must not have in common: the letters and digits of the prompt, or of a plain text."""
-    text = row.get("prompt", row.get("text", ""))
-    return "".join(filter(str.isalnum, text.casefold()))
+    return study_texts.letters(row.get("prompt", row.get("text", "")))
 
 
 def dealt(rows: Sequence[Row]) -> Splits:
@@ -87,8 +86,7 @@ def categories(draw: random.Random, _: Path) -> Splits:
 
 
 def sentiment(draw: random.Random, sources: Path) -> Splits:
-    rows = study_texts.sentiment(study_texts.archive(sources), draw, ROWS + 100)
-    return dealt(distinct(iter(rows), ROWS))
+    return dealt(study_texts.sentiment(study_texts.archive(sources), draw, ROWS))
 
 
 def python_docs(draw: random.Random, _: Path) -> Splits:
@@ -114,7 +112,7 @@ TASKS = {
     ),
     "arithmetic": Task("puzzles with short answers", "made by study_made.py", OURS, made(study_made.arithmetic)),
     "sentiment": Task(
-        "choice between 2 labels, rated by people",
+        "choice among 3 labels, rated by people",
         f"film review snippets in {study_texts.ARCHIVE}, sha256 {study_texts.ARCHIVE_SHA256}; Hutto and Gilbert 2014",
         "MIT, copyright (c) 2016 C.J. Hutto",
         sentiment,

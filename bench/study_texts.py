@@ -1,9 +1,9 @@
 """The tasks of `study_tasks.py` that are made of texts by people: categories, sentiment, python-docs.
 
-`categories` is the demo task, shipped in this repository. `sentiment` is made of film review snippets, each rated by 20
-people or so, which the source archive of vaderSentiment on PyPI holds (MIT). They are not shipped here and not in the wheel:
-the archive (2.4 MB) is taken from a folder, or fetched into it once by pip, and its sha256 is checked. `python-docs` is
-read from the docstrings of the Python that runs this, so its rows depend on the version.
+`categories` is the demo task, shipped in this repository. `sentiment` is made of film review snippets, each rated by
+about 20 people, from the source archive of vaderSentiment on PyPI (MIT; the wheel lacks them). They are not shipped here, as
+the snippets are quotations: the archive (2.4 MB) is read from a folder, into which pip fetches it once, and its sha256 is
+checked. `python-docs` is read from the docstrings of the Python that runs this, so its rows depend on the version.
 """
 
 import ast
@@ -27,16 +27,25 @@ ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 SNIPPETS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
-CLEAR = 1.0  # a mean rating, of -4 to 4, from which a snippet is called positive or negative
+LABELS = "negative", "neutral", "positive"
+NEUTRAL, CLEAR = 1.0, 1.5  # means of ratings from -4 to 4: neutral below the one, clear from the other on
 LENGTHS = range(40, 141)  # characters of a snippet
-FETCH = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.2"]
+FETCH = [
+    sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "vaderSentiment", "vaderSentiment==3.3.2",
+]  # fmt: skip
 
 NOT_READ = {
     "test", "tests", "site-packages", "dist-packages", "pydoc_data",  # the last is the default general text of trials
     "idlelib", "lib2to3", "turtledemo", "tkinter", "ensurepip", "__pycache__",  # not in every Python
 }  # fmt: skip
+DOCUMENTED = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
 PER_FILE = 40  # rows at most, so that no module is much of the text
 PARAGRAPHS = range(60, 181)  # characters of a paragraph
+
+
+def letters(text: str) -> str:
+    """The letters and digits of a text: what makes two texts the same."""
+    return "".join(filter(str.isalnum, text.casefold()))
 
 
 def demo_rows(split: str) -> list[Row]:
@@ -46,9 +55,9 @@ def demo_rows(split: str) -> list[Row]:
 
 
 def archive(folder: Path) -> Path:
-    """The source archive of vaderSentiment in a folder, fetched by pip where it is not there yet.
+    """The source archive of vaderSentiment in a folder; pip fetches it if it is not there yet.
 
-    Raises SystemExit where pip fails, and for another file than the one these tasks are made of.
+    Ends the program where pip fails, and where the file is not the one that the task is made of.
     """
     path = folder / ARCHIVE
     if not path.exists():
@@ -66,40 +75,52 @@ def archive(folder: Path) -> Path:
 
 
 def snippets(path: Path) -> Iterator[tuple[float, str]]:
-    """The mean rating and the text of each film review snippet in the archive."""
-    with tarfile.open(path) as outer:
-        inner = BytesIO(outer.extractfile(INNER).read())  # type: ignore[union-attr]
-    with tarfile.open(fileobj=inner) as within:
-        text = within.extractfile(SNIPPETS).read().decode("utf-8")  # type: ignore[union-attr]
+    """The mean rating and the text of each film review snippet in the archive, which holds an archive of its own."""
+    with tarfile.open(path) as outer, tarfile.open(fileobj=BytesIO(_member(outer, INNER))) as inner:
+        text = _member(inner, SNIPPETS).decode("utf-8")
     for line in text.splitlines():
         _, rating, snippet = line.split("\t")
         yield float(rating), " ".join(snippet.split())
 
 
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    assert file  # a file, no folder
+    return file.read()
+
+
+def label_of(rating: float) -> str | None:
+    """The label of a mean rating, None between the labels."""
+    if abs(rating) < NEUTRAL:
+        return "neutral"
+    return None if abs(rating) < CLEAR else "positive" if rating > 0 else "negative"
+
+
 def sentiment(path: Path, draw: random.Random, count: int) -> list[Row]:
-    """`count` snippets that the raters agree on, in random order: as many positive as negative ones."""
-    found: dict[str, dict[str, None]] = {"positive": {}, "negative": {}}
+    """`count` snippets in random order, as many of each label, with no snippet twice."""
+    found: dict[str, tuple[str, str]] = {}  # of letters and digits: the snippet, its label
     for rating, snippet in snippets(path):
-        if abs(rating) >= CLEAR and len(snippet) in LENGTHS:
-            found["positive" if rating > 0 else "negative"][snippet] = None
-    both = found["positive"].keys() & found["negative"].keys()
+        if len(snippet) in LENGTHS and (label := label_of(rating)):
+            found.setdefault(letters(snippet), (snippet, label))
     rows = []
-    for label, texts in found.items():
-        taken = draw.sample([text for text in texts if text not in both], count // 2)
-        rows += [{"prompt": f"Review: {text}\nSentiment:", "completion": f" {label}"} for text in taken]
+    for number, label in enumerate(LABELS):
+        texts = [text for text, of in found.values() if of == label]
+        size = (count + number) // len(LABELS)
+        rows += [{"prompt": f"Review: {t}\nSentiment:", "completion": f" {label}"} for t in draw.sample(texts, size)]
     draw.shuffle(rows)
     return rows
 
 
 def documented(source: bytes, module: str) -> Iterator[tuple[str, str]]:
-    """The dotted name and the docstring of a module and of everything in it."""
+    """The dotted name and the docstring of a module and of each class and function in it."""
 
     def within(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(node, DOCUMENTED):
+            name = name if isinstance(node, ast.Module) else f"{name}.{node.name}"
             if text := ast.get_docstring(node):
                 yield name, text
-            for child in ast.iter_child_nodes(node):
-                yield from within(child, f"{name}.{child.name}" if hasattr(child, "name") else name)
+        for child in ast.iter_child_nodes(node):
+            yield from within(child, name)
 
     return within(ast.parse(source), module)
 
@@ -124,8 +145,8 @@ def python_docs(draw: random.Random, library: Path | None = None) -> Iterator[li
         rows = []
         for name, docstring in documented((library / file).read_bytes(), module):
             for text in paragraphs(docstring):
-                if text not in seen and len(rows) < PER_FILE:
-                    seen.add(text)
+                if letters(text) not in seen and len(rows) < PER_FILE:
+                    seen.add(letters(text))
                     rows.append({"text": f"{name}: {text}"})
         if rows:
             yield rows
