@@ -40,9 +40,10 @@ def packed(name, content):
 
 
 def ratings():
-    """Text -> mean rating: 1,000 for each label, some between the labels, too long, too short, and one twice."""
-    found = {f"A film that nobody could call number {n:04}, à part ça.": (n % 9 - 4) * 0.75 for n in range(4200)}
-    return found | {"Short one.": 3.0, "A long one, " * 12 + "it is.": 3.0}
+    """Text -> mean rating: enough for each label, some between the labels, and many that are too long or too short."""
+    found = {f"A film that nobody could call number {n:04}, à part ça.": (n % 9 - 4) * 0.5 for n in range(4200)}
+    short = {f"Film {n:04}, short.": 3.0 for n in range(1000)}
+    return found | short | {text * 4: 3.0 for text in islice(found, 1000)}
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,9 @@ def test_another_archive_is_refused_and_a_missing_one_says_what_to_do(sources, t
 MODULE = '''
 """What this module is for, told in one long sentence that ends here.
 
->>> a_doctest_is_no_prose_although_it_is_long_enough_for_one(1, 2, 3)
+A doctest is no prose, though it is long enough for one, as here:
+>>> what()
+This is it.
 
 Too short.
 """
@@ -243,7 +246,7 @@ class Thing:
 def test_docs_are_the_paragraphs_of_prose(tmp_path):
     for path in ("a/__init__.py", "test/b.py", "site-packages/c.py", "pydoc_data/topics.py"):
         (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_text(MODULE)
+        (tmp_path / path).write_text(MODULE if path[0] == "a" else MODULE.replace("that", f"({path}) that"))
     found = [*study_texts.python_docs(random.Random(0), tmp_path)]
     assert found == [
         [
