@@ -141,7 +141,7 @@ def write(name: str, out: Path, seed: int, sources: Path) -> dict[str, Any]:
         hashes["general.txt"] = hashlib.sha256(GENERAL.read_bytes()).hexdigest()
     about = {
         "task": name, "kind": task.kind, "source": task.source, "licence": task.licence, "seed": seed,
-        "rows": {split: len(rows) for split, rows in splits.items()}, "sha256": hashes,
+        "rows": {split: len(splits[split]) for split in SIZES}, "sha256": hashes,
     }  # fmt: skip
     if name == "python-docs":
         about["general"] = "The Engineer's Thumb, Arthur Conan Doyle, 1892, its first part; in the public domain"
