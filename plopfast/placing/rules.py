@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Scores = dict[str, float]
 NFN = "NFN"
 FULL = "full"  # the arm that trains all weights; it is no rule, and no rule may take its name
+EACH_TYPE, EACH_LAYER_THIRD = "each-type", "each-layer-third"  # these stand for several arms, and are no rules, either
 
 # last components of the names that transformers' models give to these projections, fused ones included
 ATTENTION_INPUTS = (
@@ -140,7 +141,7 @@ def command_rules() -> list[str]:
 
 
 def arm_names() -> list[str]:
-    """Returns the arms that a trial can compare."""
+    """Returns the arms that a trial can compare, besides module types."""
     return [*command_rules(), FULL]
 
 
@@ -149,6 +150,6 @@ def help_words() -> dict[str, str]:
     *most, last = [name for name in command_rules() if RULES[name].needs_k]
     return {
         "rules": ", ".join(f"{name} ({RULES[name].help})" for name in command_rules()),
-        "arms": ", ".join(arm_names()),
+        "arms": f"{', '.join(arm_names())}, module types joined by +, {EACH_TYPE} (alone) or {EACH_LAYER_THIRD}",
         "rules_with_k": f"{', '.join(most)} and {last}",
     }

@@ -22,8 +22,8 @@ from ..lora.injection import unload
 from ..lora.placement import Placement
 from ..models.linears import number_of_weights
 from ..models.loading import name_of
-from ..placing.by_settings import placed
-from ..placing.rules import FULL, arm_names
+from ..placing.by_settings import placed, unscored
+from ..placing.rules import EACH_LAYER_THIRD, EACH_TYPE, FULL
 from ..report import kinds
 from ..report.tables import trial_table
 from ..run.folder import CONFIG, EVA
@@ -34,9 +34,10 @@ from ..scoring import eva
 from ..scoring.report import NFNReport
 from ..support import files, machine
 from ..support.config import PlaceSettings
-from ..support.errors import ConfigError, PlacementError, nearest, shown
+from ..support.errors import ConfigError, PlacementError, shown
 from ..support.inputs import differences
 from ..support.progress import Work
+from .arm_names import rules_of_arms
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look
 from .paired import accuracies, compare
 
@@ -54,7 +55,7 @@ def run_trial(run: Run) -> str:
     arms that cannot be matched; TrainingError where an arm trains at none of its rates; and whatever its stages raise.
     """
     config, folder = run.config, run.folder / "trial"
-    names, lrs, seeds = listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds)
+    listed, lrs, seeds = listed_arms(config.arms), listed_rates(config.lrs), listed_seeds(config.seeds)
     if config.full:
         raise ConfigError(
             "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
@@ -71,6 +72,7 @@ def run_trial(run: Run) -> str:
     if why := why_not_held_out(run, general):
         raise ConfigError(why)
     report = NFNReport.load(run.file("score")) if run.file("score").exists() else None
+    names = rules_of_arms(listed, report or unscored(run.shapes()))
     matched = None
     if report:
         _check_scored_alike(run, report)
@@ -86,7 +88,7 @@ def _trial(
     run: Run,
     matched: tuple[int, list[Arm]] | None,
     general: GeneralText,
-    names: list[str],
+    names: dict[str, str],
     lrs: list[float],
     seeds: list[int],
     folder: Path,
@@ -167,12 +169,9 @@ def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: di
 
 
 def listed_arms(text: str) -> list[str]:
-    """The names in `--arms`. Raises ConfigError for unknown ones (with the nearest), doubles and fewer than two."""
-    names, known = _listed("arms", text), arm_names()
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"arms: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    if len(names) < 2:
+    """The names in `--arms`, see arm_names.py. Raises ConfigError for doubles and fewer than two arms."""
+    names = _listed("arms", text)
+    if len(names) < 2 and names[0] not in (EACH_TYPE, EACH_LAYER_THIRD):
         raise ConfigError(f"arms: expected two or more to compare, got {text!r}")
     return names
 
@@ -219,7 +218,7 @@ def _listed(option: str, text: str) -> list[str]:
     return parts
 
 
-def _matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) -> tuple[int, list[Arm]]:
+def _matched(run: Run, report: NFNReport, names: dict[str, str], lrs: list[float]) -> tuple[int, list[Arm]]:
     """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`; returns that number, the arms.
 
     Raises ConfigError naming an arm whose parameters are not within 1 % of that.
@@ -228,12 +227,12 @@ def _matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) ->
     budget = placed(report, settings).parameters
     settings = dataclasses.replace(settings, budget=str(budget))
     arms: list[Arm] = []
-    for name in names:
+    for name, rule in names.items():
         if name == FULL:
             arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in lrs]))
             run.say(f"{name}: all weights, not matched; learning rates are {FULL_LR:g} of the adapters'")
             continue
-        placement = _matched_one(report, dataclasses.replace(settings, rule=name), budget)
+        placement = _matched_one(report, name, dataclasses.replace(settings, rule=rule), budget)
         same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
         arms.append(Arm(name, placement, lrs))
         run.say(str(placement))
@@ -242,8 +241,8 @@ def _matched(run: Run, report: NFNReport, names: list[str], lrs: list[float]) ->
     return budget, arms
 
 
-def _matched_one(report: NFNReport, settings: PlaceSettings, budget: int) -> Placement:
-    name, remedy = settings.rule, "choose another --budget or --rank, or leave the arm out of --arms"
+def _matched_one(report: NFNReport, name: str, settings: PlaceSettings, budget: int) -> Placement:
+    remedy = "choose another --budget or --rank, or leave the arm out of --arms"
     try:
         placement = placed(report, settings)
     except PlacementError as error:
