@@ -143,8 +143,9 @@ def _models(run: Run, adapter: Path | None, any_base: bool) -> Iterator[tuple[st
 
 
 def _found(run: Run, model: Any, who: str, asked: _Asked) -> _Found:
-    metrics = evaluate(model, asked.examples, choices=asked.choices, progress=who if run.progress else "")
-    general = evaluate(model, asked.general.rows).loss if asked.general else None
+    bar, general_bar = (who, f"{who}, general text") if run.progress else ("", "")
+    metrics = evaluate(model, asked.examples, choices=asked.choices, progress=bar)
+    general = evaluate(model, asked.general.rows, progress=general_bar).loss if asked.general else None
     answers = functools.partial(generate, model, run.tokenizer)
     prompts, most = [row.prompt.tokens for row in asked.keep], must_keep.TOKENS
     kept = [answer.text for answer in answers(prompts, max_new_tokens=most, progress=run.progress)] if prompts else []
