@@ -88,8 +88,10 @@ def set_waiting_policy() -> None:
 
     On shared cores, a thread that spins on keeps its partner from running. On idle cores, each of a step's 5,000 operations
     costs a wake-up where threads do not spin through the gaps between them. So the spin is long where the cores are idle now, as
-    a look of 0.1 s finds, though not as long as OpenMP's own: other work can begin later (bench/waiting.py measures both).
+    a look of 0.1 s finds, and no quota is shared, though not as long as OpenMP's own: other work can begin later
+    (bench/waiting.py measures both).
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if "GOMP_SPINCOUNT" not in os.environ:  # the look takes time
-        os.environ["GOMP_SPINCOUNT"] = str(SPINS_BESIDE_OTHERS if busy_cores(0.1) >= BUSY else SPINS_ALONE)
+        alone = usable_cores() == len(affinity()) and busy_cores(0.1) < BUSY
+        os.environ["GOMP_SPINCOUNT"] = str(SPINS_ALONE if alone else SPINS_BESIDE_OTHERS)

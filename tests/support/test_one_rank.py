@@ -41,8 +41,13 @@ def test_the_timeout_reaches_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("chosen", [None, "ACTIVE", "PASSIVE"])
-@pytest.mark.parametrize(("others", "spins"), [(0.0, "20000"), (0.49, "20000"), (0.5, "1000"), (2.0, "1000")])
-def test_threads_spin_longer_on_idle_cores_and_a_users_choice_stays(monkeypatch, chosen, others, spins):
+@pytest.mark.parametrize(
+    ("others", "quota", "spins"),
+    [(0.0, 4, "20000"), (0.49, 4, "20000"), (0.5, 4, "1000"), (2.0, 4, "1000"), (0.0, 3, "1000")],
+)
+def test_threads_spin_longer_on_idle_cores_and_a_users_choice_stays(monkeypatch, chosen, others, quota, spins):
+    monkeypatch.setattr(threads, "affinity", lambda: {0, 1, 2, 3})
+    monkeypatch.setattr(threads, "usable_cores", lambda: quota)
     monkeypatch.setattr(threads, "busy_cores", lambda seconds: others)
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.delenv(name, raising=False)
