@@ -12,9 +12,7 @@ also holds general.txt, a story by Conan Doyle, for --general. No prompt is in t
 """
 
 import argparse
-import hashlib
 import itertools
-import json
 import platform
 import random
 import shutil
@@ -131,21 +129,18 @@ def write(name: str, out: Path, seed: int, sources: Path) -> dict[str, Any]:
     task, folder = TASKS[name], out / name
     splits = task.make(random.Random(f"{name} {seed}"), sources)
     folder.mkdir(parents=True, exist_ok=True)
-    hashes = {}
-    for split, rows in splits.items():
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{split}.jsonl").write_bytes(text.encode())
-        hashes[f"{split}.jsonl"] = hashlib.sha256(text.encode()).hexdigest()
-    if name == "python-docs":
-        shutil.copyfile(GENERAL, folder / "general.txt")
-        hashes["general.txt"] = hashlib.sha256(GENERAL.read_bytes()).hexdigest()
-    about = {
+    written = [folder / f"{split}.jsonl" for split in splits]
+    for path, rows in zip(written, splits.values(), strict=True):
+        files.write_json_lines(path, rows)
+    about: dict[str, Any] = {
         "task": name, "kind": task.kind, "source": task.source, "licence": task.licence, "seed": seed,
-        "rows": {split: len(splits[split]) for split in SIZES}, "sha256": hashes,
+        "rows": {split: len(splits[split]) for split in SIZES},
     }  # fmt: skip
     if name == "python-docs":
+        written.append(shutil.copyfile(GENERAL, folder / "general.txt"))
         about["general"] = "The Engineer's Thumb, Arthur Conan Doyle, 1892, its first part; in the public domain"
-    (folder / "about.json").write_bytes((json.dumps(about, indent=1, ensure_ascii=False) + "\n").encode())
+    about["sha256"] = {path.name: files.sha256(path) for path in written}
+    files.write_json(folder / "about.json", about)
     return about
 
 

@@ -7,8 +7,6 @@ checked. `python-docs` is read from the docstrings of the Python that runs this,
 """
 
 import ast
-import hashlib
-import json
 import random
 import re
 import subprocess
@@ -19,8 +17,9 @@ from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "plopfast" / "demo"
+from plopfast.data.rows import DEMO, read_jsonl
+from plopfast.support import files
+
 Row = dict[str, str]
 
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -50,8 +49,7 @@ def letters(text: str) -> str:
 
 def demo_rows(split: str) -> list[Row]:
     """The demo's rows of a split, in their order."""
-    text = (DEMO / f"wordnet_categories.{split}.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    return [row for _, row in read_jsonl(DEMO[split])]
 
 
 def archive(folder: Path) -> Path:
@@ -68,7 +66,7 @@ def archive(folder: Path) -> Path:
                 f"sentiment: expected {ARCHIVE} in {folder}, and pip could not fetch it: put it there (--sources FOLDER), "
                 "or leave the task out with --only"
             )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = files.sha256(path)
     if found != ARCHIVE_SHA256:
         sys.exit(f"{path}: expected sha256 {ARCHIVE_SHA256}, got {found}: delete the file, and it is fetched again")
     return path
@@ -136,11 +134,11 @@ def paragraphs(docstring: str) -> Iterator[str]:
 def python_docs(draw: random.Random, library: Path | None = None) -> Iterator[list[Row]]:
     """The rows of each module of the standard library, the modules in random order. No text comes twice."""
     library = library or Path(sysconfig.get_path("stdlib"))
-    files = [path.relative_to(library) for path in library.rglob("*.py")]
-    files = sorted((path for path in files if NOT_READ.isdisjoint(path.parts)), key=Path.as_posix)
-    draw.shuffle(files)
+    modules = [path.relative_to(library) for path in library.rglob("*.py")]
+    modules = sorted((path for path in modules if NOT_READ.isdisjoint(path.parts)), key=Path.as_posix)
+    draw.shuffle(modules)
     seen: set[str] = set()
-    for file in files:
+    for file in modules:
         module = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
         rows = []
         for name, docstring in documented((library / file).read_bytes(), module):

@@ -17,7 +17,6 @@ from .options import parse, settings_of
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command as `plopfast ARGV...` does, and returns its exit code."""
-    threads.set_waiting_policy()
     if isinstance(sys.stdout, io.TextIOWrapper):  # rows may hold what a terminal's or a pipe's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     launch = machine.launch()
@@ -34,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None, launch: machine.Launch) -> int:
     with contextlib.redirect_stderr(io.StringIO()) if launch.rank else contextlib.nullcontext():
         arguments = parse(argv)
+    threads.set_waiting_policy()  # not for --help, as it takes 0.1 s; nothing has imported torch yet
     try:
         code = _call(arguments, launch)
         if launch.size > 1:

@@ -32,7 +32,7 @@ def rules_of_arms(names: Sequence[str], report: NFNReport) -> dict[str, str]:
 
 def _stands_for(name: str, report: NFNReport) -> dict[str, str]:
     if name == EACH_TYPE:
-        return {type_: type_ for type_ in report.types}
+        return _types(report)
     if name == EACH_LAYER_THIRD:
         return _thirds(report)
     if name in arm_names():
@@ -45,6 +45,14 @@ def _stands_for(name: str, report: NFNReport) -> dict[str, str]:
         if parts.count(part) > 1:
             raise ConfigError(f"arms: {part!r} is twice in {name!r}")
     return {name: ",".join(parts)}
+
+
+def _types(report: NFNReport) -> dict[str, str]:
+    """In the model's order: that of their scores is not known before scoring, and the first arm is what others are held against."""
+    types = dict.fromkeys(score.type for score in report.scores.values() if score.layer is not None)
+    if len(types) < 2:
+        raise ConfigError("arms: each-type needs two module types, and this model has one: name two arms to compare")
+    return {type_: type_ for type_ in types}
 
 
 def _thirds(report: NFNReport) -> dict[str, str]:

@@ -15,11 +15,11 @@ from plopfast.support.errors import ConfigError
 TYPES = ("q_proj", "v_proj", "down_proj")
 
 
-def report(layers):
+def report(layers, types=TYPES, slope=1.0):
     scores = {
-        f"layers.{layer}.{type_}": ModuleScore(1.0 + number, 0.0, 1, type_, layer, 8, 8)
+        f"layers.{layer}.{type_}": ModuleScore(4.0 + slope * number, 0.0, 1, type_, layer, 8, 8)
         for layer in range(layers)
-        for number, type_ in enumerate(TYPES)
+        for number, type_ in enumerate(types)
     }
     return NFNReport(scores, 0, 0, 0.0)
 
@@ -68,6 +68,18 @@ def test_thirds_hold_each_module_once_and_are_alike(layers):
 def test_names_that_cannot_be(names, layers, message):
     with pytest.raises(ConfigError, match=message):
         rules_of_arms(names, report(layers))
+
+
+def test_types_are_in_the_models_order_whatever_their_scores():
+    """A resumed trial has scores, which it began without, and its reference stays the first arm."""
+    expected = list(rules_of_arms(["each-type"], report(4)))
+    assert list(report(4, slope=-1.0).types) == expected[::-1]
+    assert list(rules_of_arms(["each-type"], report(4, slope=-1.0))) == expected
+
+
+def test_a_single_type_is_nothing_to_compare():
+    with pytest.raises(ConfigError, match="each-type needs two module types"):
+        rules_of_arms(["each-type"], report(4, types=TYPES[:1]))
 
 
 def test_a_trial_of_module_types(base, tmp_path, capsys):
