@@ -163,6 +163,22 @@ def _multi(call: Call) -> int:
     return 0 if all_trained else 1
 
 
+def _study(call: Call) -> int:
+    from ..studies.plan import read_plan
+    from ..studies.study import run_study
+
+    given = call.arguments
+    if given.plan is None or given.out is None:
+        raise ConfigError(
+            "plopfast study needs --plan FILE, a JSON or YAML file of models, tasks and budgets (docs/study.md), and --out DIR"
+        )
+    text, all_done = run_study(
+        given.out, read_plan(given.plan, call.config), given.plan, call.config.confidence or 0.95
+    )
+    print(text)
+    return 0 if all_done else 1
+
+
 def _eval(call: Call) -> int:
     from ..run.evaluating import eval_lines, lost, run_eval, sample_lines
 
@@ -296,6 +312,10 @@ COMMANDS = {
     "trial": Command(
         "compare placements of equal size, with several seeds each, on the test rows: trial.json",
         _stage("studies.trial.run_trial"), (*ALL, "general", groups.TrialSettings), without=("rule", "lr", "full"), flags=RESUMABLE,
+    ),
+    "study": Command(
+        "run trials of several models, tasks and budgets, and find out which criteria predict their results: study.json",
+        _study, (*ALL, "general", groups.TrialSettings), without=("rule", "lr", "full"), flags=("plan",),
     ),
     "search": Command(
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",

@@ -94,6 +94,10 @@ GROUPS: dict[str, dict[str, Basics]] = {
             "compare placements of equal size, with intervals", "train test model quantize arms lrs seeds budget out config resume",
             "--train rows.jsonl --arms plop,attn,all --out runs/trial",
         ),
+        "study": Basics(
+            "run trials of several models and tasks, and compare criteria", "plan arms lrs seeds finalists max_steps out",
+            "--plan study.yaml --out runs/study",
+        ),
         "search": Basics(
             "search rank, alpha, rate and placement together (Optuna)",
             "train valid test model quantize search_trials max_steps out config resume",

@@ -39,6 +39,11 @@ FLAGS: dict[str, dict[str, Any]] = {
         "metavar": "FILE",
         "help": "the jobs, in JSON or YAML: names, and settings as the options here are named (docs/multi.md)",
     },
+    "plan": {
+        "type": arguments.path,
+        "metavar": "FILE",
+        "help": "the study, in JSON or YAML: models, tasks and budgets, each with settings as the options here are named (docs/study.md)",
+    },
     "at_once": {
         "type": arguments.number(int, 1e6),
         "metavar": "INT",
@@ -134,6 +139,8 @@ def _help_of_out(command: Command) -> str:
         return "run folder of the stages before (default with --adapter: a new one, runs/DATE-TIME)"
     if command.needs_out:
         return "run folder of the stages before"
+    if "plan" in command.flags:
+        return "folder of the study, with a run folder for each trial"
     if "overwrite" in command.flags:
         return "run folder (default: a new one, runs/DATE-TIME)"
     return "run folder whose settings to take"
@@ -210,6 +217,8 @@ def _kept_settings(parsed: argparse.Namespace, command: Command) -> Path | None:
     if command.names:
         found = (Path(getattr(parsed, name)) / "config.json" for name in command.names)
         return next((path for path in found if path.is_file()), None)
+    if "plan" in command.flags:  # its trials have settings of their own
+        return None
     return parsed.out / "config.json" if parsed.out else None
 
 

@@ -10,6 +10,7 @@ from ..models.experts import weights_of
 from ..scoring.nfn import score
 from ..scoring.report import ModuleScore, NFNReport
 from ..support.config import PlaceSettings, ScoreSettings
+from .choose import Criteria
 from .place import place
 from .rules import RULES, nfn_rule, rule_of
 
@@ -42,7 +43,7 @@ def scored(model: Any, examples: Sequence[Example], settings: ScoreSettings, pro
     return report
 
 
-def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
+def placed(report: NFNReport, settings: PlaceSettings, criteria: Criteria | None = None) -> Placement:
     """Places adapters by scores: the settings' rule (or types and names with commas) under their budget or rank.
 
     Raises PlacementError where that is impossible.
@@ -50,6 +51,7 @@ def placed(report: NFNReport, settings: PlaceSettings) -> Placement:
     return place(
         report, rule_of(settings.rule), k=settings.k, rank=settings.rank, alpha=settings.alpha, seed=settings.seed,
         budget=settings.budget or None, ranks=settings.ranks, granularity=settings.granularity, cap=settings.cap or None,
+        criteria=criteria,
     )  # fmt: skip
 
 

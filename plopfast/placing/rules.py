@@ -9,8 +9,10 @@ This file imports no torch, as the command line reads it for --help.
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from statistics import fmean, geometric_mean
+from statistics import fmean, geometric_mean, median
 from typing import TYPE_CHECKING
+
+from ..scoring.outliers import OUTLIER, robust_z
 
 if TYPE_CHECKING:
     from ..scoring.report import NFNReport
@@ -19,6 +21,7 @@ Scores = dict[str, float]
 NFN = "NFN"
 FULL = "full"  # the arm that trains all weights; it is no rule, and no rule may take its name
 EACH_TYPE, EACH_LAYER_THIRD = "each-type", "each-layer-third"  # these stand for several arms, and are no rules, either
+STRONGEST = "strongest-module"  # the arm of the one module of highest gradient energy; no rule, as rules choose types
 
 # last components of the names that transformers' models give to these projections, fused ones included
 ATTENTION_INPUTS = (
@@ -26,6 +29,10 @@ ATTENTION_INPUTS = (
     "kv_proj", "query_proj", "key_proj", "value_proj", "q_lin", "k_lin", "v_lin", "Wq", "Wk", "Wv", "project_q", "project_k",
     "project_v",
     "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",  # of latent attention (DeepSeek-V2, arXiv 2405.04434)
+)  # fmt: skip
+QUERIES_AND_KEYS = (  # without the fused ones, which hold the values too
+    "q_proj", "k_proj", "q", "k", "query", "key", "query_proj", "key_proj", "q_lin", "k_lin", "Wq", "Wk", "project_q", "project_k",
+    "q_a_proj", "q_b_proj",
 )  # fmt: skip
 MLP_NAMES = ("gate_proj", "up_proj", "down_proj", "gate_up_proj", "c_fc", "fc1", "fc2", "w1", "w2", "w3")
 MLP_PARENTS = ("mlp", "feed_forward", "ffn")
@@ -36,7 +43,7 @@ class Rule:
     """How module types are chosen: either the first k of a ranking (`ranks_by`), or what a function returns (`pick`).
 
     A rule that ranks by NFN also tells early scoring when to stop, and can choose single modules. The scores of any other
-    criterion take passes of their own, so `place` has to be given them and no command but the audit computes them.
+    criterion are computed apart (studies/criteria.py), so `place` has to be given them: the audit and a trial do so.
     """
 
     name: str
@@ -92,6 +99,14 @@ def _random(report: "NFNReport", k: int, seed: int) -> list[str]:
     return random.Random(seed).sample(sorted(report.types), k)
 
 
+def _without_queries_and_keys(report: "NFNReport", _k: int, _seed: int) -> list[str]:
+    return [type_ for type_ in report.types if not {*type_.split(".")} & {*QUERIES_AND_KEYS}]
+
+
+def _mean_without_outliers(values: list[float]) -> float:
+    return fmean(v for v, z in zip(values, robust_z(values), strict=True) if abs(z) <= OUTLIER)
+
+
 RULES: dict[str, Rule] = {
     rule.name: rule
     for rule in (
@@ -115,6 +130,29 @@ RULES: dict[str, Rule] = {
             name="gradient-energy", help="the k types of highest gradient energy", needs_k=True,
             ranks_by="gradient energy", highest=True, source="first-order gain of a step in B at B = 0",
             needs="one backward pass",
+        ),
+        Rule(
+            name="no-qk", help="every type but query and key", pick=_without_queries_and_keys,
+        ),
+        Rule(
+            name="nfn-median", help="the k types of lowest median NFN over the layers", needs_k=True,
+            ranks_by="median NFN", mean=median, needs="forward passes",
+        ),
+        Rule(
+            name="nfn-no-outliers", help="the k types of lowest NFN, without outlier layers", needs_k=True,
+            ranks_by="NFN without outlier layers", mean=_mean_without_outliers, needs="forward passes",
+        ),
+        Rule(
+            name="nfn-per-size", help="the k types of lowest NFN / (n_in n_out)", needs_k=True,
+            ranks_by="NFN / size", needs="forward passes",
+        ),
+        Rule(
+            name="weight-nfn", help="the k types of lowest spectral norm of W over that of a random one", needs_k=True,
+            ranks_by="weight-only NFN", needs="weights alone",
+        ),
+        Rule(
+            name="weight-size", help="the k types of the largest weights", needs_k=True,
+            ranks_by="size of the weight", highest=True, needs="nothing",
         ),
         Rule(
             name="random", help="k types drawn with the seed", pick=_random, needs_k=True, seeded=True,
@@ -142,7 +180,7 @@ def command_rules() -> list[str]:
 
 def arm_names() -> list[str]:
     """Returns the arms that a trial can compare, besides module types."""
-    return [*command_rules(), FULL]
+    return [*RULES, STRONGEST, FULL]
 
 
 def help_words() -> dict[str, str]:

@@ -181,6 +181,22 @@ class Arm(TypedDict):
     versus: Versus | None
 
 
+class Dropped(TypedDict):
+    """An arm of a trial that did not get all seeds."""
+
+    name: str
+    types: Words
+    lr: float
+    runs: Annotated[list[Seed], Some]
+    accuracy: float
+    loss: float
+
+
+class Ranking(TypedDict):
+    types: dict[str, float]
+    chooses: str
+
+
 class Source(TypedDict):
     file: str
     sha256: str
@@ -203,6 +219,9 @@ class Trial(TypedDict):
     reference: str
     base: Base
     arms: Annotated[list[Arm], Some]
+    dropped: NotRequired[list[Dropped]]
+    same: NotRequired[dict[str, str]]
+    criteria: NotRequired[dict[str, Ranking]]
     test: str
     metric: str
     test_rows: Count
@@ -261,6 +280,8 @@ class Test(Base):
 
     metric: str
     right: Annotated[list[NotNegative], Some]
+    nats: NotRequired[list[NotNegative]]
+    tokens: NotRequired[list[Count]]
     seconds: NotNegative
 
 
@@ -277,6 +298,7 @@ KINDS: dict[str, Any] = {
     "result": Result,
     "test": Test,
     "inputs": dict[str, Any],
+    "criteria": dict[str, dict[str, float]],
     "search": Search,
 }
 

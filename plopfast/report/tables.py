@@ -73,9 +73,20 @@ def trial_table(trial: dict[str, Any]) -> Table:
         ))  # fmt: skip
     note = (
         f"Test: {trial['test']}. Accuracy: {trial['metric']}, on {trial['test_rows']} test rows, mean of seeds "
-        f"{', '.join(map(str, trial['seeds']))}. Forgetting: rise of the loss on general text."
+        f"{', '.join(map(str, trial['seeds']))}. Forgetting: rise of the loss on general text.{_not_compared(trial)}"
     )
     return Table("Placements, trained and tested", columns, rows, note)
+
+
+def _not_compared(trial: dict[str, Any]) -> str:
+    """What to say of arms that did not get all seeds, and of those that share a placement."""
+    dropped = [
+        f"{arm['name']} (loss {arm['loss']:.4f}, accuracy {arm['accuracy']:.4f}, seeds {len(arm['runs'])})"
+        for arm in trial.get("dropped", ())
+    ]
+    same = [f"{name} is {arm}" for name, arm in trial.get("same", {}).items()]
+    said = f" Not all seeds, and so not compared: {', '.join(dropped)}." if dropped else ""
+    return said + (f" One placement: {', '.join(same)}." if same else "")
 
 
 def audit_tables(audit: dict[str, Any]) -> list[Table]:

@@ -38,7 +38,7 @@ ARTEFACTS: dict[str, dict[str, Sequence[str] | None]] = {
     "trial": {
         "trial.json": (),
         "trial": (
-            "inputs.json", "base/test.json", f"*{files.SCRATCH}/*",
+            "inputs.json", "criteria.json", "base/test.json", f"*{files.SCRATCH}/*",
             *(f"*/lr-*-seed-*/{name}" for name in (
                 "result.json", "test.json", "metrics.jsonl", HISTORY, "model.safetensors", f"{TENSORBOARD}/events.*",
                 *(f"adapter/{name}" for name in ADAPTER), *(f"{CHECKPOINTS}/{name}" for name in CHECKPOINT_FILES),

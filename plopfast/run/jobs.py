@@ -18,7 +18,7 @@ from ..support.options import Settings
 from ..support.settings_file import checked_settings, read_mapping
 from ..training.together import CANNOT, OF_THE_PASS
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a folder
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a folder
 OWN = (groups.DataSettings, groups.ScoreSettings, groups.PlaceSettings, groups.AdapterSettings, groups.TrainConfig)
 
 
@@ -44,7 +44,7 @@ def read_jobs(path: Path, base: RunConfig) -> tuple[RunConfig, dict[str, RunConf
             f'{path}: expected "jobs", a mapping of names to settings such as {{"legal": {{"train": "legal.jsonl"}}}}, got '
             f"{shown(jobs)}"
         )
-    common = _replaced(f"{path}", base, checked_settings(path, value))
+    common = replaced(f"{path}", base, checked_settings(path, value))
     for setting in ("full", "fit", *CANNOT):
         if getattr(common, setting):
             why = CANNOT.get(setting, "is for one training")
@@ -54,7 +54,7 @@ def read_jobs(path: Path, base: RunConfig) -> tuple[RunConfig, dict[str, RunConf
     found: dict[str, RunConfig] = {}
     for name, settings in jobs.items():
         where = f"{path}, job {name!r:.80}"
-        if not _NAME.fullmatch(name) or name.lower() in {one.lower() for one in found}:
+        if not NAME.fullmatch(name) or name.lower() in {one.lower() for one in found}:
             raise ConfigError(
                 f"{where}: its folder has this name: expected letters, digits, _, . and -, other than another job's in any case"
             )
@@ -63,7 +63,7 @@ def read_jobs(path: Path, base: RunConfig) -> tuple[RunConfig, dict[str, RunConf
         for setting, given in checked_settings(where, settings).items():
             if setting not in OF_A_JOB and given != getattr(common, setting):
                 raise ConfigError(_not_its_own(where, setting, getattr(common, setting)))
-        found[name] = _replaced(where, common, checked_settings(where, settings))
+        found[name] = replaced(where, common, checked_settings(where, settings))
     return common, found
 
 
@@ -77,7 +77,8 @@ def _not_its_own(where: str, setting: str, shared: Any) -> str:
     return f"{where}: {setting} is {shown(shared)} for all, as {why}: give it once, as --{setting.replace('_', '-')} or above jobs"
 
 
-def _replaced(where: str, base: RunConfig, settings: dict[str, Any]) -> RunConfig:
+def replaced(where: str, base: RunConfig, settings: dict[str, Any]) -> RunConfig:
+    """`base` with settings that were read from `where`, which a ConfigError names."""
     for one, other in (("epochs", "max_steps"), ("max_steps", "epochs")):
         if settings.get(one) is not None:
             settings = {other: None, **settings}  # both say how long to train: the one that is given last counts

@@ -17,10 +17,10 @@ from ..support.errors import ConfigError, FileError
 from ..support.schema import Count, NotNegative, Share, Size, checked
 from ..support.strict_json import dumps
 from ..support.tables import Column, Table
+from .outliers import OUTLIER, robust_z
 from .stopping import Decision, Intervals, decide, intervals
 
 NAMED = 8  # types in a note
-OUTLIER = 3.5  # a module with a larger robust z is an outlier (Iglewicz and Hoaglin 1993)
 
 
 @dataclass(frozen=True)
@@ -149,15 +149,10 @@ class NFNReport:
         return decide(self.prompt_stats, types_of(self.scores.values()), k, confidence, looks, inverse)
 
     def z_scores(self) -> dict[str, float]:
-        """Module -> distance of its NFN from its type's median over the layers, in robust standard deviations.
-
-        One is 1.4826 times the median absolute deviation. Where that is 0, so is the distance.
-        """
+        """Module -> distance of its NFN from its type's median over the layers, in robust standard deviations."""
         found: dict[str, float] = {}
         for by_name in self._by_type().values():
-            median = statistics.median(by_name.values())
-            spread = 1.4826 * statistics.median(abs(value - median) for value in by_name.values())
-            found |= {name: (value - median) / spread if spread else 0.0 for name, value in by_name.items()}
+            found |= zip(by_name, robust_z([*by_name.values()]), strict=True)
         return {name: found[name] for name in self.scores if name in found}
 
     def outliers(self) -> list[str]:

@@ -34,6 +34,7 @@ from ..training.evaluate import choices_of, evaluate
 from ..training.job import Job, TrainResult
 from ..training.state import CHECKPOINTS, checkpoints
 from .side_by_side import saves_time, train_at_once
+from .sweep import Sweep
 
 WEIGHTS = "model.safetensors"
 MADE_BY = "plopfast trial"
@@ -50,13 +51,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trained:
-    """An arm after its training: the validation loss of each rate at the first seed (None: not finite), the folders of the
-    seeds at the chosen rate, and what result.json holds of all its trainings, those at the chosen rate first."""
+    """An arm after its training: the chosen rate, the validation loss of each rate at the first seed (None: not finite), the
+    folders of the seeds at the chosen rate and what their result.json hold, and what those of the other rates hold."""
 
     arm: Arm
+    lr: float
     losses: dict[float, float | None]
     folders: list[Path]
     results: list[dict[str, Any]]
+    others: list[dict[str, Any]]
+
+    @property
+    def valid_loss(self) -> float:
+        """The mean of the seeds."""
+        return math.fsum(result["valid_loss"] for result in self.results) / len(self.results)
 
 
 @dataclass(frozen=True)
@@ -65,33 +73,68 @@ class Training:
 
     run: Run
     seeds: list[int]
+    finalists: int  # arms that get all seeds
     vectors: dict[str, torch.Tensor] | None
     work: Work
 
-    def arm(self, arm: Arm, folder: Path) -> Trained:
-        """Tries the arm's rates at the first seed, and trains the other seeds at the rate of the lowest validation loss.
+    def all(self, arms: list[Arm], folder: Path) -> list[Trained]:
+        """Sweeps every arm's rates at the first seed, then trains the other seeds at each arm's rate of the lowest validation loss.
 
-        Raises TrainingError where no rate gives a finite loss, or a seed does not train at the chosen rate.
+        With fewer `finalists` than arms, each further seed is for the better half of those that had the one before (successive
+        halving: Jamieson and Talwalkar 2016), the first arm among them, until the finalists are left. Raises TrainingError
+        where no rate gives a finite loss, or a seed does not train at the chosen rate.
         """
-        at = self._folders(arm, folder)
-        tried = {lr: self.once(arm, lr, self.seeds[0], paths[0]) for lr, paths in at.items()}
-        losses = {lr: result["valid_loss"] for lr, result in tried.items()}
-        best = _lowest(losses)
+        at = {arm.name: folder / arm.name for arm in arms}
+        sweeps = [Sweep(arm.lrs) for arm in arms]
+        while wanted := [(arm, lr) for arm, sweep in zip(arms, sweeps, strict=True) for lr in sweep.wanted()]:
+            todo = [(arm, lr, self.seeds[0], _folder(at[arm.name], lr, self.seeds[0])) for arm, lr in wanted]
+            self._at_once(todo)
+            results = [self.once(*one) for one in todo]
+            for (arm, lr), result in zip(wanted, results, strict=True):
+                sweeps[arms.index(arm)].tried[lr] = result
+            self.work.grow(sum(len(sweep.further()) for sweep in sweeps))
+        trained = [self._chosen(arm, sweep, at[arm.name]) for arm, sweep in zip(arms, sweeps, strict=True)]
+        going = trained
+        rounds = [[seed] for seed in self.seeds[1:]] if self.finalists < len(arms) else [self.seeds[1:]]
+        for seeds in rounds:
+            going = self._halved(going)
+            todo = [(t.arm, t.lr, seed, _folder(at[t.arm.name], t.lr, seed)) for t in going for seed in seeds]
+            self._at_once(todo)
+            for one, (arm, lr, seed, out) in zip([t for t in going for _ in seeds], todo, strict=True):
+                result = self.once(arm, lr, seed, out)
+                if result["valid_loss"] is None:
+                    raise TrainingError(
+                        f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {result['error']}"
+                    )
+                one.folders.append(out)
+                one.results.append(result)
+        return trained
+
+    def _chosen(self, arm: Arm, sweep: "Sweep", folder: Path) -> Trained:
+        best = sweep.best()
         if best is None:
-            raise TrainingError(
-                f"arm {arm.name!r} trains at none of its rates, lower --lrs: {tried[arm.lrs[-1]]['error']}"
+            error = sweep.tried[arm.lrs[-1]]["error"]
+            raise TrainingError(f"arm {arm.name!r} trains at none of its rates, lower --lrs: {error}")
+        if edge := sweep.edge():
+            self.run.say(
+                f"{arm.name}: the best rate, {best:g}, is the {edge} of {len(sweep.tried)}: a better one may lie beyond"
             )
-        others = [tried[lr] for lr in arm.lrs if lr != best]
-        for lr in set(arm.lrs) - {best}:
-            (at[lr][0] / WEIGHTS).unlink(missing_ok=True)  # as large as the model
-        results = [tried[best]]
-        for seed, path in zip(self.seeds[1:], at[best][1:], strict=True):
-            results.append(self.once(arm, best, seed, path))
-            if results[-1]["valid_loss"] is None:
-                raise TrainingError(
-                    f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {results[-1]['error']}"
-                )
-        return Trained(arm, losses, at[best], [*results, *others])
+        first = self.seeds[0]
+        for lr in set(sweep.tried) - {best}:
+            (_folder(folder, lr, first) / WEIGHTS).unlink(missing_ok=True)  # as large as the model
+        others = [result for lr, result in sweep.tried.items() if lr != best]
+        losses = {lr: sweep.tried[lr]["valid_loss"] for lr in sweep.tried}
+        return Trained(arm, best, losses, [_folder(folder, best, first)], [sweep.tried[best]], others)
+
+    def _halved(self, going: list[Trained]) -> list[Trained]:
+        """The better half by the mean validation loss of the seeds so far, in their order: the first arm and, with it, `finalists`
+        at least."""
+        count = max(self.finalists, math.ceil(len(going) / 2))
+        first, *others = going
+        best = {one.arm.name for one in sorted(others, key=lambda one: one.valid_loss)[: count - 1]}
+        if dropped := [one.arm.name for one in others if one.arm.name not in best]:
+            self.run.say(f"no further seed for {', '.join(dropped)}")
+        return [first, *(one for one in others if one.arm.name in best)]
 
     def once(self, arm: Arm, lr: float, seed: int, out: Path) -> dict[str, Any]:
         """Trains once, and keeps the result in out/result.json; its "valid_loss" is None where the loss was not finite."""
@@ -120,26 +163,6 @@ class Training:
         except TrainingError as error:
             result = error
         return self._value(trainer, result, out, whole=arm.placement is None)
-
-    def _folders(self, arm: Arm, folder: Path) -> dict[float, list[Path]]:
-        """Of each rate, those of the seeds."""
-        return {lr: [folder / f"lr-{lr:g}-seed-{seed}" for seed in self.seeds] for lr in arm.lrs}
-
-    def ahead(self, arms: list[Arm], folder: Path) -> None:
-        """Trains at once what can be and saves time: all arms' rates at the first seed, then their other seeds. `arm` finds it
-        done."""
-        at = {arm.name: self._folders(arm, folder / arm.name) for arm in arms}
-        self._at_once([(arm, lr, self.seeds[0], at[arm.name][lr][0]) for arm in arms for lr in arm.lrs])
-        seeds = []
-        for arm in arms:
-            tried = {lr: paths[0] / "result.json" for lr, paths in at[arm.name].items()}
-            if arm.placement is not None and all(path.exists() for path in tried.values()):
-                losses = {lr: kinds.read(path, MADE_BY)["valid_loss"] for lr, path in tried.items()}
-                if (best := _lowest(losses)) is not None:
-                    seeds += [
-                        (arm, best, seed, path) for seed, path in zip(self.seeds, at[arm.name][best], strict=True)
-                    ]
-        self._at_once(seeds)
 
     def _at_once(self, wanted: list[tuple[Arm, float, int, Path]]) -> None:
         todo = [
@@ -182,10 +205,17 @@ class Training:
         return value | {"peak_mib": round(memory.peak_mib(device_of(run.model)), 1)}
 
 
-def _lowest(losses: dict[float, float | None]) -> float | None:
-    """The rate of the lowest validation loss; None where no loss is finite."""
-    finite = {lr: loss for lr, loss in losses.items() if loss is not None}
-    return min(finite, key=lambda lr: finite[lr], default=None)
+def trainings(arms: int, lrs: int, seeds: int, finalists: int) -> int:
+    """How many trainings `Training.all` does, without rates beyond the given ones."""
+    count, going = arms * lrs, arms
+    for _ in range(1, seeds):
+        going = max(min(finalists, arms), math.ceil(going / 2)) if finalists < arms else arms
+        count += going
+    return count
+
+
+def _folder(folder: Path, lr: float, seed: int) -> Path:
+    return folder / f"lr-{lr:g}-seed-{seed}"
 
 
 def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Work) -> dict[str, Any]:
@@ -209,7 +239,8 @@ def look(run: Run, arm: Arm | None, out: Path, general: list[Example], work: Wor
         metrics = evaluate(model, examples, choices=choices_of(examples), progress=label)
         value = {
             "accuracy": metrics.accuracy, "loss": metrics.loss, "general_loss": evaluate(model, general).loss,
-            "metric": metrics.metric, "right": metrics.right, "seconds": time.perf_counter() - began,
+            "metric": metrics.metric, "right": metrics.right, "nats": [row.nats for row in metrics.rows],
+            "tokens": [row.tokens for row in metrics.rows], "seconds": time.perf_counter() - began,
         }  # fmt: skip
         files.write_json(done, value)
         (out / WEIGHTS).unlink(missing_ok=True)

@@ -211,7 +211,7 @@ def _criteria(work: Work, base: Measured) -> list[dict[str, Any]]:
             "criterion", "experts", "criteria other than NFN are of linear modules alone, and compared on their types"
         )
     with_eva = partial(work.scored, work.examples, eva_rank=settings.rank)
-    given = Given(work.model, work.examples, settings.rank, settings.seed, work.progress, with_eva)
+    given = Given(work.model, work.examples, settings.rank, settings.seed, work.progress, with_eva, base.value)
     for rule, compute in compared():
         if got := work.tried("criterion", rule.criterion, partial(work.measured, partial(compute, given))):
             has = {of_type[name] for name in got.value}

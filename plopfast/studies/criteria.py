@@ -1,17 +1,19 @@
-"""Criteria other than NFN of where adapters belong. Each gives a number for every linear module.
+"""Criteria other than NFN's mean of where adapters belong. Each gives a number for every linear module.
 
 explained_variance   share of an input's energy along its `rank` leading directions    EVA, arXiv 2410.07170: highest
 condition_numbers    largest over smallest singular value of W                         KappaTune, arXiv 2506.16289: lowest
 gradient_energy      ||dL/dB||^2 at B = 0, for each trainable parameter                first order in the loss: highest
+weight_nfn           spectral norm of W over that of a random W, roughly               NFN of the best input: lowest
+sizes                n_in n_out                                                        a rival that must be beaten: highest
 
-The audit compares them with NFN, and `place(..., criteria=...)` places by them. A new one is an entry of the table in
+The audit compares those that have a source with NFN, a trial places by any, and `place(..., criteria=...)` places by them. A new one is an entry of the table in
 placing/rules.py (its direction, mean and source) and its function in `COMPUTE`.
 """
 
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +25,7 @@ from ..lora.injection import inject, unload
 from ..lora.layer import adapters
 from ..lora.placement import Placement
 from ..models.experts import weights_of
-from ..models.linears import linear_modules
+from ..models.linears import LinearInfo, linear_modules
 from ..models.running import device_of, evaluating, remember_requires_grad
 from ..placing.rules import RULES, Rule
 from ..scoring.report import NFNReport
@@ -47,29 +49,67 @@ def explained_variance(report: NFNReport) -> dict[str, float]:
 
 
 @torch.no_grad()
-def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, float]:
-    """Returns module -> largest over smallest singular value of its weight, from the weights alone.
+def spectra(model: nn.Module, progress: bool = False) -> Iterator[tuple[LinearInfo, torch.Tensor]]:
+    """Yields each module with the squared singular values of its weight, ascending, float64.
 
-    KappaTune (Ludwig, arXiv 2506.16289) adapts the tensors where it is lowest: they are less specialised. The number is the
-    root of the ratio of the extreme eigenvalues of the smaller of W W^T and W^T W in float64. On SmolLM2-135M's weights
-    this takes a third of the time of svdvals in float64 and agrees with it to 2e-9; svdvals in float32 takes twice as long
-    and errs by 1e-4. Rounding hides numbers above 1 / sqrt(n eps), where n is the smaller side: a singular weight gets that
-    value, 2e6 for n = 1024. Raises ModelError for a weight that is not finite or all zeros.
+    They are the eigenvalues of the smaller of W W^T and W^T W. On SmolLM2-135M's weights this takes a third of the time of
+    svdvals in float64 and agrees with it to 2e-9; svdvals in float32 takes twice as long and errs by 1e-4. Raises ModelError
+    for a weight that is not finite or all zeros.
     """
-    found, infos = {}, linear_modules(model)
-    with bar("kappa", len(infos), "modules", progress) as meter:
+    infos = linear_modules(model)
+    with bar("spectra", len(infos), "modules", progress) as meter:
         for info in infos:
             weight = info.frozen.dequantize()
             weight = weight if weight.is_cuda else weight.cpu()  # mps has no float64
             w = (weight if info.n_out <= info.n_in else weight.T).double()
             gram = w @ w.T
             if not 0 < float(gram.trace()) < math.inf:
-                raise ModelError(f"{info.name}: the weight is all zeros, or holds NaN or infinity: no condition number")
-            values = torch.linalg.eigvalsh(gram)  # ascending
-            low, high = float(values[0]), float(values[-1])
-            found[info.name] = math.sqrt(high / max(low, len(w) * torch.finfo(torch.float64).eps * high))
+                raise ModelError(f"{info.name}: the weight is all zeros, or holds NaN or infinity: no singular values")
+            yield info, torch.linalg.eigvalsh(gram)
             meter.update()
+
+
+def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, float]:
+    """Returns module -> largest over smallest singular value of its weight, from the weights alone.
+
+    KappaTune (Ludwig, arXiv 2506.16289) adapts the tensors where it is lowest: they are less specialised. Rounding hides
+    numbers above 1 / sqrt(n eps), where n is the smaller side: a singular weight gets that value, 2e6 for n = 1024. Raises
+    what `spectra` raises.
+    """
+    found, eps = {}, torch.finfo(torch.float64).eps
+    for info, squares in spectra(model, progress):
+        low, high = float(squares[0]), float(squares[-1])
+        found[info.name] = math.sqrt(high / max(low, len(squares) * eps * high))
     return found
+
+
+def weight_nfn(model: nn.Module, progress: bool = False) -> dict[str, float]:
+    """Returns module -> sigma_max sqrt(n_in) / ||W||_F, from the weights alone: the NFN of the input that W stretches most.
+
+    It is 1 for a weight that stretches all inputs alike, and 1 + sqrt(n_in / n_out) or so for a random one. Raises what
+    `spectra` raises.
+    """
+    return {
+        info.name: math.sqrt(float(squares[-1]) * info.n_in / float(squares.clamp(min=0).sum()))
+        for info, squares in spectra(model, progress)
+    }
+
+
+def nfns(report: NFNReport) -> dict[str, float]:
+    """Returns module -> NFN."""
+    return {name: score.nfn for name, score in report.scores.items()}
+
+
+def sizes(report: NFNReport) -> dict[str, float]:
+    """Returns module -> the number of its weights."""
+    return {name: float(score.n_in * score.n_out) for name, score in report.scores.items()}
+
+
+def strongest(report: NFNReport, energies: Mapping[str, float]) -> str:
+    """Returns the module of highest gradient energy, not divided by its parameters: where PAGE (arXiv 2605.06183) puts its one
+    adapter. `energies` as `gradient_energy` returns them."""
+    whole = {name: energies[name] * (s.n_in + s.n_out) for name, s in report.scores.items() if s.layer is not None}
+    return max(whole, key=lambda name: whole[name])
 
 
 def gradient_energy(
@@ -151,18 +191,24 @@ class Given:
     seed: int
     progress: bool
     score_with_eva: Callable[[], NFNReport]  # the NFN report with EVA's vectors of `rank`
+    report: NFNReport
 
 
-COMPUTE: dict[str, Callable[[Given], dict[str, float]]] = {  # rule -> module -> score
+COMPUTE: dict[str, Callable[[Given], Mapping[str, float]]] = {  # rule -> module -> score
     "input-spectrum": lambda given: explained_variance(given.score_with_eva()),
     "condition-number": lambda given: condition_numbers(given.model, given.progress),
     "gradient-energy": lambda given: gradient_energy(
         given.model, given.examples, given.rank, given.seed, given.progress
     ),
     "random": lambda given: random_ranks(given.model, given.seed),
+    "nfn-median": lambda given: nfns(given.report),
+    "nfn-no-outliers": lambda given: nfns(given.report),
+    "nfn-per-size": lambda given: {n: s.nfn / (s.n_in * s.n_out) for n, s in given.report.scores.items()},
+    "weight-nfn": lambda given: weight_nfn(given.model, given.progress),
+    "weight-size": lambda given: sizes(given.report),
 }
 
 
-def compared() -> list[tuple[Rule, Callable[[Given], dict[str, float]]]]:
+def compared() -> list[tuple[Rule, Callable[[Given], Mapping[str, float]]]]:
     """Returns the criteria that the audit sets beside NFN, each with its function."""
     return [(rule, COMPUTE[name]) for name, rule in RULES.items() if rule.source and not rule.by_nfn]

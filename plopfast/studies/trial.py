@@ -12,6 +12,7 @@ nothing to do with the task.
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,11 @@ import torch
 
 from ..data.rows import DEMO
 from ..lora.injection import unload
-from ..lora.placement import Placement
+from ..lora.placement import Placement, full_rank
 from ..models.linears import number_of_weights
 from ..models.loading import name_of
 from ..placing.by_settings import placed, unscored
-from ..placing.rules import EACH_LAYER_THIRD, EACH_TYPE, FULL
+from ..placing.rules import EACH_LAYER_THIRD, EACH_TYPE, FULL, STRONGEST
 from ..report import kinds
 from ..report.tables import trial_table
 from ..run.folder import CONFIG, EVA
@@ -38,8 +39,11 @@ from ..support.errors import ConfigError, PlacementError, shown
 from ..support.inputs import differences
 from ..support.progress import Work
 from .arm_names import rules_of_arms
-from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look
+from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look, trainings
+from .by_criterion import Criteria, criteria_for, type_scores
+from .criteria import strongest
 from .paired import accuracies, compare
+from .sweep import rounded
 
 FULL_LR = 0.1  # of an adapter's rate, where all weights learn (Schulman et al. 2025, "LoRA Without Regret")
 MATCHED = 0.01  # relative; the widest gap between arms' parameters
@@ -60,6 +64,8 @@ def run_trial(run: Run) -> str:
         raise ConfigError(
             "full: a trial trains all weights in an arm of its own: --arms plop,all,full, and another --out"
         )
+    if config.finalists == 1:
+        raise ConfigError("finalists 1: expected two or more, as one placement has nothing to be compared with")
     if run.resume and run.at.is_done("trial"):
         run.say("trial: already done")
         return str(trial_table(kinds.read(run.file("trial"), MADE_BY)))
@@ -76,8 +82,8 @@ def run_trial(run: Run) -> str:
     matched = None
     if report:
         _check_scored_alike(run, report)
-        matched = _matched(run, report, names, lrs)
-        _vectors(run, matched[1])
+        matched = _matched(run, report, names, lrs, folder)
+        _vectors(run, matched.arms)
     with run.stage("trial"):
         value = _trial(run, matched, general, names, lrs, seeds, folder)
         files.write_json(run.file("trial"), value)
@@ -86,7 +92,7 @@ def run_trial(run: Run) -> str:
 
 def _trial(
     run: Run,
-    matched: tuple[int, list[Arm]] | None,
+    matched: "Matched | None",
     general: GeneralText,
     names: dict[str, str],
     lrs: list[float],
@@ -94,42 +100,46 @@ def _trial(
     folder: Path,
 ) -> dict[str, Any]:
     """Trains and tests every arm in `folder`, after scoring where the arms are not `matched` yet; returns what trial.json holds."""
-    budget, arms = matched or _matched(run, run_score(run), names, lrs)
-    vectors = _vectors(run, arms)
+    matched = matched or _matched(run, run_score(run), names, lrs, folder)
+    arms, vectors = matched.arms, _vectors(run, matched.arms)
     check_inputs(run, arms, general, folder)
-    with Work("trainings", len(arms) * (len(lrs) + len(seeds) - 1), run.progress) as work:
-        training = Training(run, seeds, vectors, work)
-        training.ahead(arms, folder)
-        trained = [training.arm(arm, folder / arm.name) for arm in arms]
+    finalists = run.config.finalists or len(arms)
+    with Work("trainings", trainings(len(arms), len(lrs), len(seeds), finalists), run.progress) as work:
+        trained = Training(run, seeds, finalists, vectors, work).all(arms, folder)
     # the one look at the test rows, now that all training is over
-    with Work("tests", 1 + len(arms) * len(seeds), run.progress) as work:
+    with Work("tests", 1 + sum(len(one.folders) for one in trained), run.progress) as work:
         base = look(run, None, folder / "base", general.rows, work)
         tests = [[look(run, one.arm, path, general.rows, work) for path in one.folders] for one in trained]
     unload(run.model)
     kept = files.read_json(run.folder / CONFIG, MADE_BY)
     return {
         "plopfast": "trial", "model": run.model.name_or_path, "command": machine.command(),
-        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": budget, "reference": arms[0].name,
-        "seeds": seeds, "lrs": lrs, "general": general.facts, **_compared(run, trained, base, tests),
+        **{key: kept[key] for key in ("machine", "versions", "data")}, "budget": matched.budget, "reference": arms[0].name,
+        "seeds": seeds, "lrs": lrs, "general": general.facts, "criteria": matched.criteria, "same": matched.same,
+        **_compared(run, trained, base, tests, len(seeds)),
     }  # fmt: skip
 
 
 def _compared(
-    run: Run, trained: list[Trained], base: dict[str, Any], tests: list[list[dict[str, Any]]]
+    run: Run, trained: list[Trained], base: dict[str, Any], tests: list[list[dict[str, Any]]], seeds: int
 ) -> dict[str, Any]:
-    """What trial.json holds of the results: `base` and `tests` are what `look` returned of the base and each arm's seeds."""
+    """What trial.json holds of the results: `base` and `tests` are what `look` returned of the base and each arm's seeds.
+
+    Arms that did not get all `seeds` are apart, in "dropped", and not compared: what they lack is not theirs by chance.
+    """
     confidence, seed = run.config.confidence or 0.95, run.config.seed
-    right = torch.tensor([[test["right"] for test in of] for of in tests], dtype=torch.float64)
+    right = torch.tensor([[test["right"] for test in of] for of in tests if len(of) == seeds], dtype=torch.float64)
     described = [_described(run, one, of, base) for one, of in zip(trained, tests, strict=True)]
+    arms = [arm for arm in described if len(arm["runs"]) == seeds]
     versus = [None, *map(dataclasses.asdict, compare(right, confidence, seed))]
-    for arm, against, (mean, low, high) in zip(described, versus, accuracies(right, confidence, seed), strict=True):
+    for arm, against, (mean, low, high) in zip(arms, versus, accuracies(right, confidence, seed), strict=True):
         arm |= {"accuracy": mean, "accuracy_low": low, "accuracy_high": high, "versus": against}
     seconds = sum(arm["seconds"] for arm in described) + sum(test["seconds"] for of in [[base], *tests] for test in of)
     return {
         "metric": base["metric"], "test_rows": right.shape[2],
-        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(tests) - 1} comparisons",
+        "test": f"paired bootstrap over rows, Student's t over seeds, Holm over {len(arms) - 1} comparisons",
         "confidence": confidence, "base": {key: base[key] for key in MEASURED}, "seconds": round(seconds, 1),
-        "arms": described,
+        "arms": arms, "dropped": [arm for arm in described if len(arm["runs"]) < seeds],
     }  # fmt: skip
 
 
@@ -154,14 +164,14 @@ def _check_scored_alike(run: Run, report: NFNReport) -> None:
 
 def _described(run: Run, trained: Trained, tests: list[dict[str, Any]], base: dict[str, Any]) -> dict[str, Any]:
     """An arm in trial.json, without what depends on the other arms."""
-    placement, results = trained.arm.placement, trained.results
+    placement, results = trained.arm.placement, [*trained.results, *trained.others]
     ranks = [rank for rank, _ in placement.modules.values()] if placement else []
-    runs = [r | {key: t[key] for key in MEASURED} for r, t in zip(results, tests, strict=False)]
+    runs = [r | {key: t[key] for key in MEASURED} for r, t in zip(trained.results, tests, strict=True)]
     mean = {key: math.fsum(r[key] for r in runs) / len(runs) for key in MEASURED}
     return {
         "name": trained.arm.name, "types": placement.types if placement else [],
         "parameters": placement.parameters if placement else number_of_weights(run.model),
-        "rank_low": min(ranks, default=None), "rank_high": max(ranks, default=None), "lr": runs[0]["lr"],
+        "rank_low": min(ranks, default=None), "rank_high": max(ranks, default=None), "lr": trained.lr,
         "sweep": {f"{lr:g}": loss for lr, loss in trained.losses.items()}, "runs": runs, **mean,
         "forgetting": mean["general_loss"] - base["general_loss"],
         "seconds": round(sum(r["seconds"] for r in results), 2), "peak_mib": max(r["peak_mib"] for r in results),
@@ -178,7 +188,7 @@ def listed_arms(text: str) -> list[str]:
 
 def listed_rates(text: str) -> list[float]:
     """The learning rates in `--lrs`. Raises ConfigError unless all are numbers above 0 and different."""
-    return _numbers("lrs", text, _rounded, lambda lr: 0 < lr < math.inf, "numbers above 0 such as 5e-4,1e-3")
+    return _numbers("lrs", text, rounded, lambda lr: 0 < lr < math.inf, "numbers above 0 such as 5e-4,1e-3")
 
 
 def listed_seeds(text: str) -> list[int]:
@@ -189,10 +199,6 @@ def listed_seeds(text: str) -> list[int]:
             f"seeds: fewer than three cannot show how much seeds differ, got {text!r}; give 0,1,2 or more"
         )
     return seeds
-
-
-def _rounded(lr: float | str) -> float:
-    return float(f"{float(lr):g}")  # the folders are named so
 
 
 def _numbers(option: str, text: str, kind: Callable, fits: Callable[[Any], bool], expected: str) -> list[Any]:
@@ -218,33 +224,63 @@ def _listed(option: str, text: str) -> list[str]:
     return parts
 
 
-def _matched(run: Run, report: NFNReport, names: dict[str, str], lrs: list[float]) -> tuple[int, list[Arm]]:
-    """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`; returns that number, the arms.
+@dataclass(frozen=True)
+class Matched:
+    """What is trained: the parameters of plop's placement, the arms with as many, the rules whose placement is another arm's
+    (rule -> arm), and the criteria's scores of the module types."""
 
-    Raises ConfigError naming an arm whose parameters are not within 1 % of that.
+    budget: int
+    arms: list[Arm]
+    same: dict[str, str]
+    criteria: dict[str, Any]
+
+
+def _matched(run: Run, report: NFNReport, names: dict[str, str], lrs: list[float], folder: Path) -> Matched:
+    """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`.
+
+    Equal placements are one arm. Raises ConfigError naming an arm whose parameters are not within 1 % of that.
     """
     settings = dataclasses.replace(run.config.placing, rule="plop")
     budget = placed(report, settings).parameters
     settings = dataclasses.replace(settings, budget=str(budget))
+    criteria = criteria_for(run, report, names.values(), folder, MADE_BY)
     arms: list[Arm] = []
+    same: dict[str, str] = {}
     for name, rule in names.items():
         if name == FULL:
-            arms.append(Arm(name, None, [_rounded(lr * FULL_LR) for lr in lrs]))
+            arms.append(Arm(name, None, [rounded(lr * FULL_LR) for lr in lrs]))
             run.say(f"{name}: all weights, not matched; learning rates are {FULL_LR:g} of the adapters'")
             continue
-        placement = _matched_one(report, name, dataclasses.replace(settings, rule=rule), budget)
-        same = [arm.name for arm in arms if arm.placement and arm.placement.modules == placement.modules]
+        if rule == STRONGEST:
+            placement = _strongest(run, report, settings, budget, criteria)
+        else:
+            placement = _matched_one(report, name, dataclasses.replace(settings, rule=rule), budget, criteria)
+        if twin := next((a.name for a in arms if a.placement and a.placement.modules == placement.modules), None):
+            same[name] = twin
+            run.say(f"{name} is the same placement as {twin}, which is trained once")
+            continue
         arms.append(Arm(name, placement, lrs))
-        run.say(str(placement))
-        if same:
-            run.say(f"{name} is the same placement as {same[0]} and will show no difference: leave one of them out")
-    return budget, arms
+        run.say(f"{name}: {placement}")
+    if len(arms) < 2:
+        raise ConfigError(f"arms: all of them are one placement, {arms[0].name}: name others to compare")
+    return Matched(budget, arms, same, type_scores(report, criteria))
 
 
-def _matched_one(report: NFNReport, name: str, settings: PlaceSettings, budget: int) -> Placement:
+def _strongest(run: Run, report: NFNReport, settings: PlaceSettings, budget: int, criteria: Criteria) -> Placement:
+    """The one module at the budget, or at full rank where that is less: a placement is none the worse for being small."""
+    module = strongest(report, criteria["gradient-energy"])
+    rank = full_rank(report.scores[module].n_in, report.scores[module].n_out)
+    most = placed(report, dataclasses.replace(settings, rule=module, budget="", rank=rank))
+    if most.parameters > budget:
+        return _matched_one(report, STRONGEST, dataclasses.replace(settings, rule=module), budget, criteria)
+    run.say(f"{STRONGEST}: {module} at full rank, {most.parameters:,} parameters, fewer than the other arms have")
+    return most
+
+
+def _matched_one(report: NFNReport, name: str, settings: PlaceSettings, budget: int, criteria: Criteria) -> Placement:
     remedy = "choose another --budget or --rank, or leave the arm out of --arms"
     try:
-        placement = placed(report, settings)
+        placement = placed(report, settings, criteria)
     except PlacementError as error:
         raise ConfigError(f"arm {name!r} cannot be matched to {budget:,} parameters: {error}; {remedy}") from error
     if not abs(placement.parameters / budget - 1) <= MATCHED:

@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 
 class _Silent:
-    initial = 0
+    initial, total = 0, 0
 
     def __enter__(self) -> "_Silent":
         return self
@@ -58,6 +58,10 @@ class Work:
         self._bar.set_postfix_str(text)
         yield
         self._bar.update()
+
+    def grow(self, pieces: int) -> None:
+        """Counts pieces to come that were not known before, or, below 0, that will not come."""
+        self._bar.total += pieces
 
     def skip(self) -> None:
         """Counts a piece that was done earlier; the rate and the time left ignore it."""

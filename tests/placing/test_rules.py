@@ -19,6 +19,8 @@ from plopfast.studies.criteria import COMPUTE, Given, compared
 from plopfast.studies.trial import listed_arms
 from plopfast.support.errors import PlacementError
 
+BOTH = ("kv_a_proj_with_mqa", "kv_b_proj", "kv_proj")  # keys and values in one
+VALUES = ("v_proj.linear", "Wv", "self_attn.value_proj", "v_lin", "project_v")
 CRITERIA = [rule.name for rule in RULES.values() if not rule.from_report]
 
 
@@ -50,7 +52,7 @@ def test_a_made_up_rule_is_known_everywhere(made_up, report, capsys):
     assert pf.place(report, "all", budget="match:made-up:r8").parameters <= 2 * 8 * 16
     assert rules.rule_of("made-up") == "made-up"
     assert "made-up (the last type by name)" in help_of("place", capsys)
-    assert "made-up, full" in help_of("trial", capsys)
+    assert "made-up, strongest-module, full" in help_of("trial", capsys)
     assert listed_arms("plop,made-up") == ["plop", "made-up"]
     with pytest.raises(PlacementError, match="did you mean 'made-up'"):
         pf.place(report, "madeup")
@@ -74,6 +76,9 @@ def test_query_key_and_value_under_the_names_that_models_give_them(attention, ot
     report = pf.NFNReport(scores, 10, 1, 0.1, "some/model")
     assert sorted(pf.place(report, "attn", rank=1).types) == sorted(attention)
 
+    without = pf.place(report, "no-qk", rank=1).types
+    assert sorted(without) == sorted(others + [t for t in attention if t in BOTH or t in VALUES])
+
 
 def test_a_made_up_ranking_by_nfn_decides_and_chooses_single_modules(report, monkeypatch):
     worst = Rule(name="worst", help="the k worst types", ranks_by=rules.NFN, highest=True, needs_k=True)
@@ -89,15 +94,17 @@ def test_names_in_the_help(capsys):
     text = help_of("run", capsys)
     for name in ("plop", "plop-inverse", "attn", "mlp", "all", "random"):
         assert f"{name} ({RULES[name].help})" in text
-    assert not [name for name in CRITERIA if name in text], "no command can place by them"
+    assert not [name for name in CRITERIA if name in text], "a run cannot place by them"
     assert "module types that plop, plop-inverse and random choose" in text
-    assert arm_names() == ["plop", "plop-inverse", "attn", "mlp", "all", "random", "full"]
+    assert arm_names() == [*RULES, "strongest-module", "full"]
+    assert all(name in help_of("trial", capsys) for name in arm_names())
 
 
 def test_every_rule_ranks_or_picks_and_every_criterion_is_computed():
     for name, rule in RULES.items():
         assert rule.name == name and rule.help and bool(rule.ranks_by) != bool(rule.pick)
-    assert {rule.name for rule, _ in compared()} == COMPUTE.keys() == {*CRITERIA, "random"}
+    assert COMPUTE.keys() == {*CRITERIA, "random"}
+    assert {rule.name for rule, _ in compared()} == {"input-spectrum", "condition-number", "gradient-energy", "random"}
     assert nfn_rule("plop-inverse").highest and nfn_rule("all") is nfn_rule("explicit") is None
 
 
@@ -105,7 +112,7 @@ def test_every_rule_ranks_or_picks_and_every_criterion_is_computed():
 def test_each_criterion_places_what_the_audit_picks(name, tokenizer):
     model, examples = build("llama"), tokenize(read_jsonl(DEMO["train"])[:8], tokenizer)
     with_eva = pf.score(model, random_batches(), eva_rank=2)
-    by_module = COMPUTE[name](Given(model, examples, 2, 0, False, lambda: with_eva))
+    by_module = COMPUTE[name](Given(model, examples, 2, 0, False, lambda: with_eva, with_eva))
     placement = pf.place(with_eva, name, k=2, rank=8, criteria={name: by_module})
     rule, by_type = RULES[name], {}
     for module, score in with_eva.scores.items():

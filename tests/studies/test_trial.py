@@ -55,8 +55,10 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
         full = arm["name"] == "full"
         assert full or abs(arm["parameters"] / trial["budget"] - 1) <= 0.01
         assert (arm["rank_low"] is None) == full and bool(arm["types"]) != full
-        assert list(arm["sweep"]) == (["0.001", "0.0001"] if full else ["0.01", "0.001"])
+        swept = [float(lr) for lr in arm["sweep"]]
+        assert swept[:2] == ([0.001, 0.0001] if full else [0.01, 0.001])
         assert arm["lr"] == float(min(arm["sweep"], key=arm["sweep"].get)), "chosen by validation loss"
+        assert min(swept) < arm["lr"] < max(swept) or len(swept) == 6, "the sweep goes on while the best is at its edge"
         assert [run["seed"] for run in arm["runs"]] == [0, 1, 2] and {run["lr"] for run in arm["runs"]} == {arm["lr"]}
         assert arm["runs"][0]["valid_loss"] == min(arm["sweep"].values())
         assert len({run["loss"] for run in arm["runs"]}) == 3, "the seeds matter"
@@ -70,8 +72,16 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
         line = next(line for line in printed.out.splitlines() if line.startswith(arm["name"]))
         assert f"{arm['accuracy']:.4f}" in line and ("unmatched" in line) == full
         assert ("no difference shown" in line) == (number > 0 and versus["verdict"] == "no difference shown")
-    for text in ("trainings: 100%", "16/16", "tests    : 100%", "13/13", "full: all weights, not matched"):
+    trainings = sum(len(arm["sweep"]) + 2 for arm in trial["arms"])
+    for text in (
+        "trainings: 100%",
+        f"{trainings}/{trainings}",
+        "tests    : 100%",
+        "13/13",
+        "full: all weights, not matched",
+    ):
         assert text in printed.err
+    assert trial["dropped"] == [] and trial["same"] == {} and list(trial["criteria"]) == ["plop"]
     assert plopfast("report", "--out", out) == 0, "of a folder without placement and adapter"
     page = (out / "report.html").read_text()
     beside = {path.stem for path in (out / "report").iterdir()}
@@ -79,7 +89,9 @@ def test_a_whole_trial(options, tmp_path, model_folder, tokenizer, capsys):
 
     trained = [path.stat().st_mtime_ns for path in out.glob("trial/*/*/result.json")]
     looked = [path.stat().st_mtime_ns for path in out.glob("trial/**/test.json")]
-    assert len(trained) == 16 and len(looked) == 13 and max(trained) < min(looked), "one look, after all training"
+    assert len(trained) == trainings and len(looked) == 13 and max(trained) < min(looked), (
+        "one look, after all training"
+    )
     assert not list(out.glob("trial/**/*.safetensors.*")) and not list(out.glob("trial/**/checkpoints"))
     assert not list(out.glob("trial/full/**/model.safetensors")), "weights go once they are evaluated"
 
@@ -171,14 +183,20 @@ def test_arms_that_are_one_placement_are_named(options, tmp_path, capsys):
     scored = tmp_path / "run"
     assert plopfast("trial", *edit(options, "--arms", "mlp,all,plop"), "--k", 7, "--out", scored) == 0
     told = capsys.readouterr().err
-    assert "plop is the same placement as all" in told and "as mlp" not in told
+    assert "plop is the same placement as all, which is trained once" in told and "as mlp" not in told
+    assert read(scored)["same"] == {"plop": "all"} and [arm["name"] for arm in read(scored)["arms"]] == ["mlp", "all"]
+    assert plopfast("trial", *edit(options, "--arms", "all,plop"), "--k", 7, "--out", tmp_path / "one") == 2
+    assert "all of them are one placement, all" in capsys.readouterr().err
 
 
 def test_a_rate_at_which_training_breaks_is_not_chosen(options, tmp_path, capsys):
     options = edit(edit(options, "--arms", "plop,attn"), "--max-steps", 6)
     assert plopfast("trial", *edit(options, "--lrs", "1e30,1e-3"), "--clip", 0, "--out", tmp_path / "one") == 0
     for arm in read(tmp_path / "one")["arms"]:
-        assert arm["sweep"] == {"1e+30": None, "0.001": arm["runs"][0]["valid_loss"]} and arm["lr"] == 0.001
+        assert arm["sweep"]["1e+30"] is None and arm["lr"] in (0.001, 0.0001, 1e-5), (
+            "lower ones follow, tenfold at most"
+        )
+        assert arm["sweep"][f"{arm['lr']:g}"] == arm["runs"][0]["valid_loss"]
     capsys.readouterr()
     assert plopfast("trial", *edit(options, "--lrs", "1e30"), "--clip", 0, "--out", tmp_path / "two") == 2
     assert re.search("arm 'plop' trains at none of its rates, lower --lrs: step", capsys.readouterr().err)
@@ -192,6 +210,8 @@ def test_bad_input(options, tmp_path, capsys):
         (edit(options, "--arms", "plop"), "arms: expected two or more"),
         (edit(options, "--lrs", "1e-3,fast"), "lrs: expected numbers above 0 .*got 'fast'"),
         ([*options, "--seeds", "0,1"], "seeds: fewer than three"),
+        ([*options, "--finalists", "1"], "finalists 1: expected two or more"),
+        (edit([*options, "--compat", "official"], "--arms", "plop,weight-size"), "leave --compat official out"),
         ([*options, "--config", tmp_path / "full.json"], "an arm of its own"),
         ([*options[:6], *options[8:]], "give --test FILE rows of its own"),
         (edit(options, "--test", options[options.index("--valid") + 1]), "give --test FILE rows of its own"),
@@ -285,7 +305,8 @@ def test_a_rate_that_breaks_leaves_those_beside_it(options, tmp_path, monkeypatc
     monkeypatch.setattr(Together, "fit", lambda self, resume=(): (seen.append(len(self.jobs)), plain(self, resume))[1])
     assert plopfast("trial", *words, "--out", tmp_path / "run") == 0
     assert seen == [4, 4], "two arms: no fewer"
-    assert all(arm["sweep"]["1e+37"] is None and arm["lr"] == 1e-3 for arm in read(tmp_path / "run")["arms"])
+    assert all(arm["sweep"]["1e+37"] is None and arm["lr"] <= 1e-3 for arm in read(tmp_path / "run")["arms"])
     seen.clear()
     words = [*edit(edit(options, "--lrs", "1e-3"), "--arms", "plop,attn"), "--batch-rows", "1", "--max-steps", "2"]
-    assert plopfast("trial", *words, "--out", tmp_path / "few") == 0 and not seen, "two first rates are too few"
+    assert plopfast("trial", *words, "--out", tmp_path / "few") == 0
+    assert seen == [4], "two first rates are too few, their four other seeds are not"

@@ -1,0 +1,248 @@
+"""What the trials of a study say of each criterion: does its order predict results, and what does its pick cost?
+
+- Kendall's tau between a criterion's order of the module types and the loss of each type trained alone. `p` is exact: the
+  share of all orders of the types (of 10,000 random ones above 8 types) that agree as well or as badly. Over the tasks of a
+  model, one order is tried on all of them, as neither criteria nor results of one model's tasks are independent.
+- Regret: the test loss of the criterion's pick minus that of the placement of lowest validation loss, in nats a token, and the
+  same of the accuracy. It can be below 0, as the best by validation rows need not be the best by test rows.
+- Intervals of one trial draw other test rows and other seeds, as in paired.py. Those of means are Student's over pairs of
+  a model and a task; a pair's budgets are averaged. Models that are controls are in no mean.
+- The default: the criterion of lowest mean regret on every other pair, in the plan's order, is held against PLoP's pick on the
+  pairs between them.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from ..scoring.stopping import student_t
+from .agreement import kendall_tau
+from .paired import holm
+
+REFERENCE = "plop"
+DRAWS, ORDERS = 2000, 10_000
+FEW = 8  # types, of which all orders are tried
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A finished trial. `value`: its trial.json. `nats` of each arm [seeds, test rows] and the rows' `tokens` [rows]."""
+
+    name: str
+    model: str
+    task: str
+    budget: str
+    control: bool
+    value: dict[str, Any]
+    nats: dict[str, torch.Tensor]
+    tokens: torch.Tensor
+
+    def arm(self, name: str) -> dict[str, Any] | None:
+        """The arm of this name, or the one that it shares its placement with."""
+        name = self.value["same"].get(name, name)
+        return next((arm for arm in (*self.value["arms"], *self.value["dropped"]) if arm["name"] == name), None)
+
+    def best(self) -> dict[str, Any]:
+        """The arm of lowest validation loss, without the one that trains all weights."""
+        arms = [arm for arm in (*self.value["arms"], *self.value["dropped"]) if arm["types"]]
+        return min(arms, key=valid_loss)
+
+
+def valid_loss(arm: Mapping[str, Any]) -> float:
+    return fmean(run["valid_loss"] for run in arm["runs"])
+
+
+def evidence(trials: Sequence[Trial], confidence: float = 0.95) -> dict[str, Any]:
+    """Returns what study.json holds of the trials, as plain values."""
+    rows = [_trial(one, confidence) for one in trials]
+    counted = [row for row in rows if not row["control"]]
+    criteria = list(dict.fromkeys(name for row in counted for name in row["tau"]))
+    picks = list(dict.fromkeys(name for row in counted for name in row["regret"]))
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    regret = [_regret(name, counted, confidence) for name in picks]
+    for row, p in zip(
+        [r for r in regret if r["versus"]], holm([r["versus"]["p"] for r in regret if r["versus"]]), strict=True
+    ):
+        row["versus"]["p_corrected"] = p
+    return {
+        "confidence": confidence, "trials": rows,
+        "tau": [{"criterion": name, **_mean(_by_pair(counted, "tau", name, "test"), confidence)} for name in criteria],
+        "tau_by_model": [
+            {"model": model, "criterion": name, **of}
+            for model in models
+            for name in dict.fromkeys(name for row in rows if row["model"] == model for name in row["tau"])
+            if (of := _of_model([one for one in trials if one.model == model], name))
+        ],
+        "regret": sorted(regret, key=lambda row: row["mean"]), "default": _default(counted, picks, confidence),
+    }  # fmt: skip
+
+
+def _trial(trial: Trial, confidence: float) -> dict[str, Any]:
+    value, best = trial.value, trial.best()
+    regret = {}
+    for name in [arm["name"] for arm in (*value["arms"], *value["dropped"]) if arm["types"]] + [*value["same"]]:
+        if arm := trial.arm(name):
+            regret[name] = {
+                "nats": arm["loss"] - best["loss"], "accuracy": best["accuracy"] - arm["accuracy"], "forgetting": arm["forgetting"],
+            }  # fmt: skip
+    arms = [
+        {key: arm[key] for key in ("name", "types", "parameters", "lr", "loss", "accuracy", "forgetting")}
+        | {"valid_loss": valid_loss(arm), "seeds": len(arm["runs"])}
+        for arm in (*value["arms"], *value["dropped"])
+    ]
+    return {
+        **{key: getattr(trial, key) for key in ("name", "model", "task", "budget", "control")},
+        "metric": value["metric"], "test_rows": value["test_rows"], "base": value["base"], "best": best["name"],
+        "arms": arms, "same": value["same"], "seconds": value["seconds"], "regret": regret,
+        "tau": {name: _tau(trial, name, confidence) for name in value["criteria"] if len(_alone(trial)) > 2},
+    }  # fmt: skip
+
+
+def _alone(trial: Trial) -> dict[str, dict[str, Any]]:
+    """Type -> the arm that trains it alone."""
+    types = trial.value["criteria"][REFERENCE]["types"]
+    return {type_: arm for type_ in types if (arm := trial.arm(type_)) and arm["types"] == [type_]}
+
+
+def _scores(trial: Trial, criterion: str, types: Sequence[str]) -> list[float]:
+    """The criterion's scores, lowest first choice."""
+    found = trial.value["criteria"][criterion]
+    sign = -1.0 if found["chooses"] == "highest" else 1.0
+    return [sign * found["types"][type_] for type_ in types]
+
+
+def _tau(trial: Trial, criterion: str, confidence: float) -> dict[str, Any]:
+    alone = _alone(trial)
+    scores = _scores(trial, criterion, [*alone])
+    valid = [valid_loss(arm) for arm in alone.values()]
+    drawn = sorted(kendall_tau(scores, losses) for losses in _drawn(trial, alone).tolist())
+    tail = (1 - confidence) / 2
+    return {
+        "valid": kendall_tau(scores, valid), "p": _exact_p([(scores, valid)]),
+        "test": kendall_tau(scores, [arm["loss"] for arm in alone.values()]),
+        "low": drawn[math.floor(tail * (len(drawn) - 1))], "high": drawn[math.ceil((1 - tail) * (len(drawn) - 1))],
+    }  # fmt: skip
+
+
+def _drawn(trial: Trial, alone: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
+    """Test losses of the types alone [draws, types], with other rows and other seeds. Seeds scatter in proportion to the loss:
+    the variance of its logarithm is estimated from all arms together."""
+    generator = torch.Generator().manual_seed(0)
+    logs = [(nats.sum(1) / trial.tokens.sum()).log() for nats in trial.nats.values()]
+    freedom = sum(len(of) - 1 for of in logs)
+    variance = sum(float((of - of.mean()).square().sum()) for of in logs) / freedom if freedom else 0.0
+    rows = len(trial.tokens)
+    draws = torch.randint(rows, (DRAWS, rows), generator=generator)
+    times_BN = torch.zeros(DRAWS, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+    nats_TN = torch.stack([trial.nats[arm["name"]].mean(0) for arm in alone.values()])
+    losses_BT = (times_BN @ nats_TN.T) / (times_BN @ trial.tokens)[:, None]
+    error_T = torch.tensor([math.sqrt(variance / len(arm["runs"])) for arm in alone.values()], dtype=torch.float64)
+    normal_BT = torch.randn(DRAWS, len(alone), generator=generator, dtype=torch.float64)
+    spread_B = torch.randn(max(freedom, 1), DRAWS, generator=generator, dtype=torch.float64).square().mean(0).sqrt()
+    return losses_BT * (error_T * normal_BT / spread_B[:, None]).exp()
+
+
+def _exact_p(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
+    """The two-sided p of the mean tau of pairs of (scores, losses) of the same types, by orders of the types that are the same
+    for all pairs."""
+    n = len(pairs[0][0])
+    if n <= FEW:
+        orders = torch.tensor([*itertools.permutations(range(n))])
+    else:
+        generator = torch.Generator().manual_seed(0)
+        orders = torch.stack([torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(ORDERS - 1))])
+    mean_P = torch.zeros(len(orders), dtype=torch.float64)
+    for scores, losses in pairs:
+        sign_s, sign_l = (
+            (x[:, None] - x).sign() for x in (torch.tensor(v, dtype=torch.float64) for v in (scores, losses))
+        )
+        size = float((sign_s.abs().sum() * sign_l.abs().sum()).sqrt()) or 1.0
+        mean_P += (sign_s[orders[:, :, None], orders[:, None, :]] * sign_l).sum((1, 2)) / size / len(pairs)
+    return float((mean_P.abs() >= mean_P[0].abs() - 1e-9).double().mean())  # the first order is the one that is
+
+
+def _of_model(trials: Sequence[Trial], criterion: str) -> dict[str, Any] | None:
+    """The mean tau over a model's trials by their test loss, and its exact p; None where they share no three types."""
+    have = [one for one in trials if criterion in one.value["criteria"]]
+    types = [t for t in _alone(have[0]) if all(t in _alone(one) for one in have)] if have else []
+    if len(types) < 3:
+        return None
+    pairs = [
+        (_scores(one, criterion, types), [arm["loss"] for t, arm in _alone(one).items() if t in types]) for one in have
+    ]
+    return {
+        "mean": fmean(kendall_tau(*pair) for pair in pairs),
+        "p": _exact_p(pairs),
+        "trials": len(pairs),
+        "types": len(types),
+    }
+
+
+def _by_pair(rows: Sequence[Mapping[str, Any]], part: str, name: str, key: str) -> dict[tuple[str, str], float]:
+    """(model, task) -> the mean over its budgets of row[part][name][key], where there is one."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        if name in row[part]:
+            found.setdefault((row["model"], row["task"]), []).append(row[part][name][key])
+    return {pair: fmean(values) for pair, values in found.items()}
+
+
+def _mean(by_pair: Mapping[Any, float], confidence: float) -> dict[str, Any]:
+    """The mean over pairs, and Student's interval; None for what one pair does not tell."""
+    values = [*by_pair.values()]
+    mean, half = fmean(values), None
+    if len(values) > 1:
+        half = student_t((1 + confidence) / 2, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return {
+        "mean": mean, "low": None if half is None else mean - half, "high": None if half is None else mean + half,
+        "pairs": len(values),
+    }  # fmt: skip
+
+
+def _against(
+    rows: Sequence[Mapping[str, Any]], name: str, pairs: Sequence[Any], confidence: float
+) -> dict[str, Any] | None:
+    """Regret minus that of PLoP's pick over `pairs` that have both; `p` by all changes of sign (of 10,000 above 13 pairs)."""
+    ours, theirs = (_by_pair(rows, "regret", one, "nats") for one in (name, REFERENCE))
+    both = {pair: ours[pair] - theirs[pair] for pair in pairs if pair in ours and pair in theirs}
+    if not both or name == REFERENCE:
+        return None
+    values = torch.tensor([*both.values()], dtype=torch.float64)
+    if len(values) <= 13:
+        signs = torch.tensor([*itertools.product((1.0, -1.0), repeat=len(values))], dtype=torch.float64)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(2, (ORDERS, len(values)), generator=generator).double() * 2 - 1
+        signs[0] = 1.0
+    flipped = (signs @ values).abs()
+    p = float((flipped >= values.sum().abs() - 1e-12).double().mean())
+    return _mean(both, confidence) | {"p": p}
+
+
+def _regret(name: str, rows: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
+    nats = _by_pair(rows, "regret", name, "nats")
+    more = {key: fmean(_by_pair(rows, "regret", name, key).values()) for key in ("accuracy", "forgetting")}
+    versus = _against(rows, name, [*nats], confidence)
+    return {"name": name, **_mean(nats, confidence), **more, "versus": versus}
+
+
+def _default(rows: Sequence[Mapping[str, Any]], picks: Sequence[str], confidence: float) -> dict[str, Any] | None:
+    """The pick of lowest mean regret on every other pair, held against PLoP's on the others; None with fewer than 4 pairs."""
+    pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
+    choose, confirm = pairs[::2], pairs[1::2]
+    if len(confirm) < 2:
+        return None
+    by_name = {name: _by_pair(rows, "regret", name, "nats") for name in picks}
+    means = {name: fmean(of[pair] for pair in choose) for name, of in by_name.items() if set(pairs) <= of.keys()}
+    best = min(means, key=lambda name: means[name])
+    versus = _against(rows, best, confirm, confidence)
+    return {
+        "chosen": best, "chosen_on": [" x ".join(pair) for pair in choose], "means": means,
+        "confirmed_on": [" x ".join(pair) for pair in confirm], "versus": versus,
+        "confirmed": bool(versus and versus["high"] is not None and versus["high"] < 0),
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""What a study makes of its trials, on made-up trials whose answers are known."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from plopfast.studies.agreement import kendall_tau
+from plopfast.studies.evidence import Trial, _exact_p, evidence
+
+TYPES = ("q", "k", "v", "o", "gate", "up", "down")
+ROWS = 60
+
+
+def trial(losses, scores, *, name="m-t-b", others=None, same=None, control=False, noise=0.0, seeds=3, seed=0):
+    """Each type of TYPES alone has its loss in `losses`; `others` are arms of several types. Rows and seeds scatter by `noise`."""
+    generator = torch.Generator().manual_seed(seed)
+    model, task, budget = name.split("-")
+    tokens = torch.full((ROWS,), 2.0, dtype=torch.float64)
+    arms, nats = [], {}
+    for arm, loss in {**losses, **(others or {})}.items():
+        scatter = noise * torch.randn(seeds, ROWS, generator=generator, dtype=torch.float64)
+        nats[arm] = tokens * loss * (1 + scatter)
+        mean = float(nats[arm].sum() / tokens.sum() / seeds)
+        runs = [{"valid_loss": loss, "seed": n} for n in range(seeds)]
+        arms.append({"name": arm, "types": [arm] if arm in TYPES else ["q", "k"], "parameters": 9, "lr": 1e-3, "loss": mean,
+                     "accuracy": 1 - loss, "forgetting": 10 * loss, "runs": runs})  # fmt: skip
+    value = {
+        "arms": arms[:2], "dropped": arms[2:], "same": same or {}, "metric": "choice", "test_rows": ROWS, "seconds": 1.0,
+        "base": {"loss": 2.0}, "criteria": {
+            name: {"types": dict(zip(TYPES, of, strict=True)), "chooses": chooses} for name, (of, chooses) in scores.items()
+        },
+    }  # fmt: skip
+    return Trial(name, model, task, budget, control, value, nats, tokens)
+
+
+def alone(*losses):
+    return dict(zip(TYPES, losses, strict=True))
+
+
+UP = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+LOSSES = alone(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+SCORES = {"plop": (UP, "lowest"), "energy": (UP, "highest"), "mixed": ([2.0, 1.0, 3.0, 4.0, 5.0, 6.0, 7.0], "lowest")}
+
+
+def test_tau_of_one_trial():
+    found = evidence([trial(LOSSES, SCORES)])["trials"][0]["tau"]
+    assert found["plop"]["valid"] == found["plop"]["test"] == 1 and found["energy"]["test"] == -1
+    assert found["plop"]["p"] == found["energy"]["p"] == pytest.approx(2 / math.factorial(7))
+    assert found["mixed"]["test"] == pytest.approx(19 / 21), "one of 21 pairs is exchanged"
+    assert found["mixed"]["p"] == pytest.approx(2 * 7 / math.factorial(7)), (
+        "6 neighbours to exchange, and the order itself"
+    )
+    assert found["plop"]["low"] == found["plop"]["high"] == 1, "nothing scatters"
+
+
+def test_the_exact_p_is_that_of_a_count_by_hand():
+    scores, losses = [3.0, 1.0, 2.0, 2.0], [0.4, 0.1, 0.3, 0.2]
+    tau = abs(kendall_tau(scores, losses))
+    count = [
+        abs(kendall_tau([scores[i] for i in order], losses)) >= tau - 1e-9 for order in itertools.permutations(range(4))
+    ]
+    assert _exact_p([(scores, losses)]) == pytest.approx(sum(count) / 24)
+
+
+def test_the_order_that_is_counts_among_random_ones():
+    """Above eight types. p is never 0."""
+    wide = [float(n) for n in range(12)]
+    assert _exact_p([(wide, wide)]) == pytest.approx(1e-4)
+
+
+def test_tasks_of_one_model_are_not_independent():
+    """The same results three times tell no more than once: the order is tried on all of them."""
+    trials = [trial(LOSSES, SCORES, name=f"m-t{n}-b") for n in range(3)]
+    by_model = evidence(trials)["tau_by_model"]
+    (row,) = [row for row in by_model if row["criterion"] == "mixed"]
+    assert row["p"] == pytest.approx(14 / math.factorial(7)) and row["trials"] == 3 and row["types"] == 7
+
+
+def test_intervals_grow_with_what_scatters():
+    widths = []
+    for noise in (0.0, 0.3, 3.0):
+        of = evidence([trial(LOSSES, SCORES, noise=noise)])["trials"][0]["tau"]["plop"]
+        assert of["low"] <= of["test"] <= of["high"]
+        widths.append(of["high"] - of["low"])
+    assert widths[0] == 0 < widths[1] < widths[2]
+
+
+def test_seeds_scatter_too():
+    """The rows are alike, but the mean of each seed differs."""
+    one = trial(LOSSES, SCORES, seeds=4)
+    for nats in one.nats.values():
+        nats *= torch.tensor([0.2, 0.5, 2.0, 4.0], dtype=torch.float64)[:, None]
+    assert evidence([one])["trials"][0]["tau"]["plop"]["low"] < 1
+
+
+def test_regret_is_held_against_the_best_by_validation_rows():
+    one = trial(LOSSES, SCORES, others={"plop": 0.35, "all": 0.05, "full": 0.01}, same={"mlp": "all"})
+    one.value["dropped"][-1]["types"] = []  # all weights: no placement
+    found = evidence([one])["trials"][0]
+    assert (
+        found["best"] == "all"
+        and found["regret"]["plop"]["nats"] == pytest.approx(0.3)
+        and "full" not in found["regret"]
+    )
+    assert found["regret"]["plop"]["accuracy"] == pytest.approx(0.3)
+    assert found["regret"]["mlp"] == found["regret"]["all"] and found["regret"]["all"]["nats"] == 0
+    one.value["dropped"][-2]["loss"] = 0.4
+    assert evidence([one])["trials"][0]["regret"]["q"]["nats"] == pytest.approx(-0.3), "test rows can say otherwise"
+
+
+def pairs(count, plop=0.3, all_=0.1, **more):
+    return [
+        trial(LOSSES, SCORES, others={"plop": plop + 0.01 * n, "all": all_ + 0.02 * n}, name=f"m{n % 2}-t{n}-b", **more)
+        for n in range(count)
+    ]
+
+
+def test_means_over_pairs_average_budgets_first():
+    many = [trial(LOSSES, SCORES, others={"plop": loss, "all": 0.05}, name=f"m-{task}-{budget}")
+            for task, budget, loss in (("a", "r1", 0.2), ("a", "r2", 0.4), ("b", "r1", 0.9))]  # fmt: skip
+    row = next(row for row in evidence(many)["regret"] if row["name"] == "plop")
+    assert row["pairs"] == 2 and row["mean"] == pytest.approx(((0.15 + 0.35) / 2 + 0.85) / 2)
+    half = 12.706 * abs(0.25 - 0.85) / math.sqrt(2) / math.sqrt(2)
+    assert row["high"] - row["mean"] == pytest.approx(half, rel=0.3), "Student's t of one degree, roughly"
+
+
+def test_a_pick_against_plops():
+    rows = {row["name"]: row for row in evidence(pairs(6))["regret"]}
+    versus = rows["all"]["versus"]
+    assert versus["mean"] == pytest.approx(-0.2 + 0.01 * 2.5) and versus["high"] < 0 and rows["plop"]["versus"] is None
+    assert versus["p"] == pytest.approx(2 / 2**6), "all six differ in the same direction"
+    assert versus["p_corrected"] >= versus["p"] and all(
+        row["versus"]["p_corrected"] <= 1 for row in rows.values() if row["versus"]
+    )
+
+
+def test_controls_are_shown_and_in_no_mean():
+    more = trial(LOSSES, SCORES, others={"plop": 9.0, "all": 1.0}, name="noise-t-b", control=True)
+    with_it, without = evidence([*pairs(6), more]), evidence(pairs(6))
+    assert with_it["regret"] == without["regret"] and with_it["tau"] == without["tau"] and len(with_it["trials"]) == 7
+    assert {row["model"] for row in with_it["tau_by_model"]} == {"m0", "m1", "noise"}
+
+
+def test_the_default_is_chosen_on_one_half_and_confirmed_on_the_other():
+    found = evidence(pairs(8))["default"]
+    assert found["chosen_on"] == ["m0 x t0", "m0 x t2", "m0 x t4", "m0 x t6"] and len(found["confirmed_on"]) == 4
+    assert found["confirmed"] is False or found["versus"]["high"] < 0
+    assert found["chosen"] == min(found["means"], key=found["means"].get)
+    mixed = pairs(8)
+    for number, one in enumerate(mixed):
+        arm = one.arm("all")
+        arm["loss"] += 2.0 * (number in (1, 5))  # bad on the half that confirms
+        one.value["dropped"] = [arm for arm in one.value["dropped"] if arm["name"] in ("plop", "all")]
+        one.value["arms"] = []
+    found = evidence(mixed)["default"]
+    assert found["chosen"] == "all" and not found["confirmed"] and found["versus"]["high"] > 0
+    assert evidence(pairs(3))["default"] is None
+
+
+def test_where_plop_is_best_nothing_is_confirmed():
+    trials = [trial(LOSSES, SCORES, others={"plop": 0.01, "all": 0.5}, name=f"m-t{n}-b") for n in range(6)]
+    found = evidence(trials)["default"]
+    assert found["chosen"] == "plop" and found["versus"] is None and not found["confirmed"]
