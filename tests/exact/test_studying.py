@@ -21,12 +21,22 @@ from plopfast.data.example import Example
 from plopfast.data.rows import DEMO, read_jsonl
 from plopfast.lora.layer import adapters
 from plopfast.models.linears import linear_modules
+from plopfast.scoring.report import ModuleScore
 from plopfast.studies import audit as audits
 from plopfast.studies.agreement import pick, subset_rows, tau_of
 from plopfast.studies.arms import Arm, Training
 from plopfast.studies.audit import audit, verdict
 from plopfast.studies.controls import random_model, random_tokens, shuffled_words
-from plopfast.studies.criteria import condition_numbers, explained_variance, gradient_energy, random_ranks
+from plopfast.studies.criteria import (
+    condition_numbers,
+    explained_variance,
+    gradient_energy,
+    nfns,
+    random_ranks,
+    sizes,
+    strongest,
+    weight_nfn,
+)  # fmt: skip
 from plopfast.support.config import ScoreSettings
 from plopfast.support.errors import AdapterError, ConfigError, DataError, ModelError, TrainingError
 
@@ -61,6 +71,33 @@ def test_condition_numbers_are_those_of_the_svd():
         half.weight.data[:] = bad
         with pytest.raises(ModelError):
             condition_numbers(model)
+
+
+def test_the_weights_nfn_is_that_of_the_input_that_they_stretch_most():
+    """By the definition of NFN, with the first right singular vector as input; 1 for weights that stretch all inputs alike."""
+    rng = np.random.default_rng(1)
+    model = Layers([(1, 5), (5, 1), (3, 7), (7, 3), (20, 20)], rng).double()
+    found = weight_nfn(model)
+    for info in linear_modules(model):
+        w = info.module.weight.detach().numpy()
+        z = np.linalg.svd(w)[2][0]
+        usual = np.linalg.norm(w) / math.sqrt(info.n_in)  # root of the mean square over random inputs of length 1
+        assert found[info.name] == pytest.approx(np.linalg.norm(w @ z) / usual, rel=1e-9), info.name
+    model.layers[4].proj4.weight.data = torch.tensor(np.linalg.qr(rng.standard_normal((20, 20)))[0])
+    assert weight_nfn(model)["layers.4.proj4"] == pytest.approx(1)
+
+
+def test_the_strongest_module_has_the_largest_gradient_and_not_the_largest_for_each_parameter():
+    scores = {
+        "layers.0.small": ModuleScore(1.0, 0.0, 1, "small", 0, 4, 4),
+        "layers.0.large": ModuleScore(1.0, 0.0, 1, "large", 0, 40, 4),
+        "lm_head": ModuleScore(1.0, 0.0, 1, "lm_head", None, 4, 400),
+    }
+    report = pf.NFNReport(scores, 1, 1, 0.0)
+    assert strongest(report, {"layers.0.small": 1.0, "layers.0.large": 0.3, "lm_head": 9.0}) == "layers.0.large"
+    assert (
+        sizes(report) == {"layers.0.small": 16, "layers.0.large": 160, "lm_head": 1600} and nfns(report)["lm_head"] == 1
+    )
 
 
 @pytest.mark.parametrize("rank, seed, training", [(1, 0, False), (3, 2, True), (16, 0, False)])
@@ -258,7 +295,7 @@ class Pretended(Training):
         self.done.append((lr, seed))
         out.mkdir(parents=True, exist_ok=True)
         (out / "model.safetensors").write_text("weights")
-        loss = self.results[lr, seed]
+        loss = self.results.get((lr, seed), 9.0)  # beyond the edge all is worse
         return {"lr": lr, "seed": seed, "valid_loss": loss, "error": "not finite"}
 
 
@@ -274,20 +311,23 @@ def test_the_rate_of_the_lowest_loss_and_all_seeds_at_it(tmp_path, monkeypatch):
         }
         monkeypatch.setattr(Pretended, "results", results)
         monkeypatch.setattr(Pretended, "done", [])
-        training = Pretended(types.SimpleNamespace(), seeds, None, None)
+        quiet = types.SimpleNamespace(say=lambda text: None), types.SimpleNamespace(grow=lambda pieces: None)
+        training = Pretended(quiet[0], seeds, 9, None, quiet[1])
         folder = tmp_path / str(number)
         finite = [lr for lr in rates if results[lr, seeds[0]] is not None]
         best = min(finite, key=lambda lr: results[lr, seeds[0]], default=None)
         if best is None or any(results[best, seed] is None for seed in seeds):
             with pytest.raises(TrainingError):
-                training.arm(Arm("plop", None, rates), folder)
+                training.all([Arm("plop", None, rates)], folder)
             continue
-        found = training.arm(Arm("plop", None, rates), folder)
-        assert found.losses == {lr: results[lr, seeds[0]] for lr in rates}
-        assert Pretended.done == [(lr, seeds[0]) for lr in rates] + [(best, seed) for seed in seeds[1:]]
-        at_best, others = found.results[: len(seeds)], found.results[len(seeds) :]
-        assert [(r["lr"], r["seed"]) for r in at_best] == [(best, seed) for seed in seeds]
-        assert [r["lr"] for r in others] == [lr for lr in rates if lr != best]
+        (found,) = training.all([Arm("plop", None, rates)], folder)
+        at_edge = len(rates) > 1 and best in (min(rates), max(rates))
+        tried = [*found.losses]
+        assert tried[: len(rates)] == rates and len(tried) == len(rates) + at_edge
+        assert found.losses == {lr: results.get((lr, seeds[0]), 9.0) for lr in tried} and found.lr == best
+        assert Pretended.done == [(lr, seeds[0]) for lr in tried] + [(best, seed) for seed in seeds[1:]]
+        assert [(r["lr"], r["seed"]) for r in found.results] == [(best, seed) for seed in seeds]
+        assert [r["lr"] for r in found.others] == [lr for lr in tried if lr != best]
         assert len(found.folders) == len(set(found.folders)) == len(seeds)
         kept = sorted(path.parent for path in folder.glob("**/model.safetensors"))
         assert kept == sorted(found.folders), "the weights of the rates that lost are gone"

@@ -90,6 +90,15 @@ def test_a_made_up_ranking_by_nfn_decides_and_chooses_single_modules(report, mon
     assert scored.decide(2, 0.9, inverse=True).note in pf.place(scored, "worst", k=2, rank=2).notes
 
 
+def test_outlier_layers_do_not_move_the_means_that_leave_them_out():
+    usual, one = [1.0, 1.1, 0.9, 1.05, 0.95], 40.0
+    without, middle = RULES["nfn-no-outliers"].mean, RULES["nfn-median"].mean
+    assert without([*usual, one]) == without(usual) == pytest.approx(1) and middle([*usual, one]) == pytest.approx(
+        1.025
+    )
+    assert without([2.0]) == 2 and without([1.0, 1.0, 3.0]) == pytest.approx(5 / 3), "no spread, no outlier"
+
+
 def test_names_in_the_help(capsys):
     text = help_of("run", capsys)
     for name in ("plop", "plop-inverse", "attn", "mlp", "all", "random"):
