@@ -315,7 +315,7 @@ COMMANDS = {
     ),
     "study": Command(
         "run trials of several models, tasks and budgets, and find out which criteria predict their results: study.json",
-        _study, (*ALL, "general", groups.TrialSettings), without=("rule", "lr", "full"), flags=("plan",),
+        _study, flags=("plan",),
     ),
     "search": Command(
         "search rank, alpha, learning rate, init and placement together (Optuna): search.json",

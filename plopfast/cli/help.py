@@ -95,7 +95,7 @@ GROUPS: dict[str, dict[str, Basics]] = {
             "--train rows.jsonl --arms plop,attn,all --out runs/trial",
         ),
         "study": Basics(
-            "run trials of several models and tasks, and compare criteria", "plan arms lrs seeds finalists max_steps out",
+            "run trials of several models and tasks, and compare criteria", "plan out config",
             "--plan study.yaml --out runs/study",
         ),
         "search": Basics(

@@ -85,15 +85,15 @@ class Training:
         where no rate gives a finite loss, or a seed does not train at the chosen rate.
         """
         at = {arm.name: folder / arm.name for arm in arms}
-        sweeps = [Sweep(arm.lrs) for arm in arms]
-        while wanted := [(arm, lr) for arm, sweep in zip(arms, sweeps, strict=True) for lr in sweep.wanted()]:
+        sweeps = {arm.name: Sweep(arm.lrs) for arm in arms}
+        while wanted := [(arm, lr) for arm in arms for lr in sweeps[arm.name].wanted()]:
             todo = [(arm, lr, self.seeds[0], _folder(at[arm.name], lr, self.seeds[0])) for arm, lr in wanted]
             self._at_once(todo)
-            results = [self.once(*one) for one in todo]
-            for (arm, lr), result in zip(wanted, results, strict=True):
-                sweeps[arms.index(arm)].tried[lr] = result
-            self.work.grow(sum(len(sweep.further()) for sweep in sweeps))
-        trained = [self._chosen(arm, sweep, at[arm.name]) for arm, sweep in zip(arms, sweeps, strict=True)]
+            for arm, lr, seed, out in todo:
+                sweeps[arm.name].tried[lr] = self.once(arm, lr, seed, out)
+                _check_trains(arm, sweeps[arm.name])
+            self.work.grow(sum(len(sweep.further()) for sweep in sweeps.values()))
+        trained = [self._chosen(arm, sweeps[arm.name], at[arm.name]) for arm in arms]
         going = trained
         rounds = [[seed] for seed in self.seeds[1:]] if self.finalists < len(arms) else [self.seeds[1:]]
         for seeds in rounds:
@@ -110,11 +110,9 @@ class Training:
                 one.results.append(result)
         return trained
 
-    def _chosen(self, arm: Arm, sweep: "Sweep", folder: Path) -> Trained:
+    def _chosen(self, arm: Arm, sweep: Sweep, folder: Path) -> Trained:
         best = sweep.best()
-        if best is None:
-            error = sweep.tried[arm.lrs[-1]]["error"]
-            raise TrainingError(f"arm {arm.name!r} trains at none of its rates, lower --lrs: {error}")
+        assert best is not None, "checked as it was swept"
         if edge := sweep.edge():
             self.run.say(
                 f"{arm.name}: the best rate, {best:g}, is the {edge} of {len(sweep.tried)}: a better one may lie beyond"
@@ -123,7 +121,7 @@ class Training:
         for lr in set(sweep.tried) - {best}:
             (_folder(folder, lr, first) / WEIGHTS).unlink(missing_ok=True)  # as large as the model
         others = [result for lr, result in sweep.tried.items() if lr != best]
-        losses = {lr: sweep.tried[lr]["valid_loss"] for lr in sweep.tried}
+        losses = {lr: result["valid_loss"] for lr, result in sweep.tried.items()}
         return Trained(arm, best, losses, [_folder(folder, best, first)], [sweep.tried[best]], others)
 
     def _halved(self, going: list[Trained]) -> list[Trained]:
@@ -203,6 +201,13 @@ class Training:
         seconds = math.fsum(record["seconds"] for record in trainer.history)  # before an interruption too
         value |= {"seconds": round(seconds, 2), "tokens_per_s": round(trainer.state.tokens / seconds, 1)}
         return value | {"peak_mib": round(memory.peak_mib(device_of(run.model)), 1)}
+
+
+def _check_trains(arm: Arm, sweep: Sweep) -> None:
+    """Raises TrainingError where all given rates were tried in vain: nobody waits for the other arms."""
+    if sweep.best() is None and len(sweep.tried) == len(arm.lrs):
+        error = sweep.tried[arm.lrs[-1]]["error"]
+        raise TrainingError(f"arm {arm.name!r} trains at none of its rates, lower --lrs: {error}")
 
 
 def trainings(arms: int, lrs: int, seeds: int, finalists: int) -> int:

@@ -58,6 +58,12 @@ NAMES_OF_RULES = (
     "input-spectrum",
     "condition-number",
     "gradient-energy",
+    "no-qk",
+    "nfn-median",
+    "nfn-no-outliers",
+    "nfn-per-size",
+    "weight-nfn",
+    "weight-size",
     "random",
 )
 PATTERN = set("*|()[]{}^$+?\\")

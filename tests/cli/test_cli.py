@@ -107,7 +107,7 @@ def test_estimate_compares_the_placement_with_others(base, tmp_path, capsys):
     assert plopfast("estimate", "--out", out, "--batch-tokens", 400) == 0
     printed = capsys.readouterr().out
     value = json.loads((out / "estimate.json").read_text())
-    assert [c["name"] for c in value["choices"]] == ["plop", "attn", "mlp", "all", "full"]
+    assert [c["name"] for c in value["choices"]] == ["plop", "attn", "mlp", "all", "no-qk", "full"]
     lines = {line.split()[0]: line for line in printed.splitlines() if line}
     assert all(f" {c['parameters']:,} " in lines[c["name"]] for c in value["choices"])
     assert value["rows"] * value["row_tokens"] <= value["batch_tokens"] == 400 and value["dtype"] == "float32"
@@ -197,6 +197,7 @@ READ = {  # options that a command offers, and some that it does not read
     ),
     "compare": (MODEL | DATA | {"--any-base"}, {"--out", "--rank", "--unlabeled", "--overwrite"}),
     "trial": (MODEL | DATA | {"--arms", "--lrs", "--seeds", "--general", "--budget"}, {"--lr", "--rule", "--full"}),
+    "study": ({"--plan", "--out"}, {"--model", "--train", "--resume", "--overwrite"}),
     "search": (MODEL | DATA | {"--search-trials", "--cap", "--max-steps"}, {"--arms", "--confidence"}),
     "report": ({"--out", "--overwrite"}, {"--model", "--train", "--seed"}),
     "merge": ({"--model", "--adapter", "--any-base"}, {"--train", "--max-steps", "--seed", "--backend"}),

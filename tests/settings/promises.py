@@ -340,6 +340,7 @@ option("log_to", "--log-to=tensorboard", train="tensorboard")
 option("arms", "--arms=plop,plop-inverse,full", "--rank=10", trial="trial checkpoints")
 option("lrs", "--lrs=0.01", trial="trial")
 option("seeds", "--seeds=1,2,3", trial="trial")
+option("finalists", "--finalists=2", "--arms=plop,plop-inverse,full --rank=10", trial="trial")
 option("general", f"--general={FILE}general-2.txt", "", f"--general={FILE}general.txt", trial="trial", eval="eval")
 
 # evaluation

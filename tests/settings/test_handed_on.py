@@ -62,7 +62,7 @@ INDIRECT = {
 APART = {  # what is seen elsewhere: in the rows, the folder, the model, or only on several ranks
     "model", "device", "threads", "parallel", "train", "valid", "test", "unlabeled", "unlabeled_share", "columns", "allow_overlap",
     "max_length", "score_prompts", "compat", "full", "epochs", "budget", "granularity", "cap", "ranks", "packing", "offload",
-    "compile", "liger", "log_to", "arms", "lrs", "seeds", "general", "search_trials", "nonfinite", "bad_rows", "save_every", "keep",
+    "compile", "liger", "log_to", "arms", "lrs", "seeds", "finalists", "general", "search_trials", "nonfinite", "bad_rows", "save_every", "keep",
     "model_config", "fit", "reward", "must_keep",
 }  # fmt: skip
 TOGETHER = sorted({*FIELDS} - APART)

@@ -27,7 +27,7 @@ NUMBERS = {  # option: default, lowest value, whether it is allowed itself, firs
     "dropout": (0.0, 0, True, 1), "ema": (0.0, 0, True, 1), "lr": (1e-3, 0, False, 1e38), "warmup": (0.1, 0, True, 1),
     "lora_plus": (1.0, 0, False, ANY), "weight_decay": (0.0, 0, True, ANY), "clip": (1.0, 0, True, ANY),
     "neftune": (0.0, 0, True, ANY), "max_steps": (None, 0, False, ANY), "epochs": (None, 0, False, ANY),
-    "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
+    "finalists": (None, 0, False, ANY), "eval_every": (None, 0, False, ANY), "eval_rows": (128, 0, False, ANY), "patience": (3, 0, False, ANY),
     "unlabeled_share": (0.0, 0, True, 1), "save_every": (None, 0, False, ANY), "keep": (2, 0, False, ANY),
     "search_trials": (20, 0, False, ANY), "mlp_rows": (None, 0, False, ANY), "resident_share": (0.0, 0, True, 1),
     "generations": (8, 1, False, ANY), "prompts": (4, 0, False, ANY), "completion_length": (256, 0, False, ANY),

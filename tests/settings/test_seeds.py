@@ -124,7 +124,7 @@ SEEDED = {  # every public function that takes a seed -> what it draws
     "studies.criteria.gradient_energy": lambda seed, g: criteria.gradient_energy(g["model"], g["examples"], 2, seed),
     "studies.criteria.random_ranks": lambda seed, g: criteria.random_ranks(g["model"], seed),
     "studies.criteria.Given": lambda seed, g: criteria.COMPUTE["random"](
-        criteria.Given(g["model"], g["examples"], 2, seed, False, lambda: g["report"])
+        criteria.Given(g["model"], g["examples"], 2, seed, False, lambda: g["report"], g["report"])
     ),
     "studies.paired.compare": lambda seed, _: paired.compare(right_answers(), 0.9, seed, 200),
     "studies.paired.accuracies": lambda seed, _: paired.accuracies(right_answers(), 0.9, seed, 200),
