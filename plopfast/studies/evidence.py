@@ -232,13 +232,16 @@ def _regret(name: str, rows: Sequence[Mapping[str, Any]], confidence: float) -> 
 
 
 def _default(rows: Sequence[Mapping[str, Any]], picks: Sequence[str], confidence: float) -> dict[str, Any] | None:
-    """The pick of lowest mean regret on every other pair, held against PLoP's on the others; None with fewer than 4 pairs."""
+    """The pick of lowest mean regret on every other pair, held against PLoP's on the others; None with fewer than 4 pairs, or where
+    no placement is in all of them."""
     pairs = list(dict.fromkeys((row["model"], row["task"]) for row in rows))
     choose, confirm = pairs[::2], pairs[1::2]
     if len(confirm) < 2:
         return None
     by_name = {name: _by_pair(rows, "regret", name, "nats") for name in picks}
     means = {name: fmean(of[pair] for pair in choose) for name, of in by_name.items() if set(pairs) <= of.keys()}
+    if not means:
+        return None
     best = min(means, key=lambda name: means[name])
     versus = _against(rows, best, confirm, confidence)
     return {

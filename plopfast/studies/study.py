@@ -93,8 +93,10 @@ def _run(folder: Path, cell: Cell, last: dict[str, Run], progress: bool) -> bool
 
 
 def _read(folder: Path, cell: Cell) -> Trial:
-    """A finished trial, with the test rows' nats of each seed of each arm."""
+    """A finished trial, with the test rows' nats of each seed of each arm. Raises FileError for one that lacks them."""
     value = kinds.read(folder / "trial.json", BY_TRIAL)
+    if "criteria" not in value:
+        raise FileError(f"{folder}/trial.json: of an earlier version, without what a study needs: train it anew")
     nats: dict[str, torch.Tensor] = {}
     tokens = torch.tensor([])
     for arm in (*value["arms"], *value["dropped"]):

@@ -117,6 +117,17 @@ def test_other_settings_than_a_trial_had_are_named(plan, tmp_path, capsys):
     assert [row["name"] for row in json.loads((out / "study.json").read_text())["trials"]] == ["small-b-r8"]
 
 
+def test_a_trial_of_an_earlier_version_is_named(plan, tmp_path, capsys):
+    out = tmp_path / "study"
+    assert call(changed(plan, trials=["small-a-r8"]), out) == 0
+    path = out / "small-a-r8" / "trial.json"
+    value = json.loads(path.read_text())
+    del value["criteria"]
+    path.write_text(json.dumps(value))
+    assert call(plan, out) == 2
+    assert "small-a-r8/trial.json: of an earlier version" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["[]", '{"mine": 1}'])
 def test_a_file_of_somebody_else_stays(plan, tmp_path, capsys, text):
     out = tmp_path / "study"
