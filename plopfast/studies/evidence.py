@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ..placing.rules import ranked
 from ..scoring.stopping import student_t
 from .agreement import kendall_tau
 from .paired import holm
@@ -98,7 +99,7 @@ def _trial(trial: Trial, confidence: float) -> dict[str, Any]:
     return {
         **{key: getattr(trial, key) for key in ("name", "model", "task", "budget", "control")},
         "metric": value["metric"], "test_rows": value["test_rows"], "base": value["base"], "best": best["name"],
-        "arms": arms, "same": value["same"], "seconds": value["seconds"], "regret": regret,
+        "arms": arms, "nfn_order": ranked(value["criteria"][REFERENCE]["types"]), "same": value["same"], "seconds": value["seconds"], "regret": regret,
         "tau": {name: _tau(trial, name, confidence) for name in value["criteria"] if len(_alone(trial)) > 2},
     }  # fmt: skip
 
