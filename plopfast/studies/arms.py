@@ -6,6 +6,7 @@ What is finished is kept in the folder of the training (result.json, test.json) 
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ class Trained:
     results: list[dict[str, Any]]
     others: list[dict[str, Any]]
 
+    def add(self, result: dict[str, Any], folder: Path) -> None:
+        """Takes another seed at the rate. Raises TrainingError where it did not train."""
+        if result["valid_loss"] is None:
+            raise TrainingError(
+                f"arm {self.arm.name!r} does not train with seed {result['seed']}, lower --lrs: {result['error']}"
+            )
+        self.results.append(result)
+        self.folders.append(folder)
+
     @property
     def valid_loss(self) -> float:
         """The mean of the seeds."""
@@ -78,51 +88,63 @@ class Training:
     work: Work
 
     def all(self, arms: list[Arm], folder: Path) -> list[Trained]:
-        """Sweeps every arm's rates at the first seed, then trains the other seeds at each arm's rate of the lowest validation loss.
+        """Sweeps every arm's rates at the first seed, trains the best two of several at the second seed, and the other seeds at the
+        one of lower mean validation loss: near the highest rate that trains at all, a single seed says little.
 
         With fewer `finalists` than arms, each further seed is for the better half of those that had the one before (successive
         halving: Jamieson and Talwalkar 2016), the first arm among them, until the finalists are left. Raises TrainingError
         where no rate gives a finite loss, or a seed does not train at the chosen rate.
         """
-        at = {arm.name: folder / arm.name for arm in arms}
         sweeps = {arm.name: Sweep(arm.lrs) for arm in arms}
-        while wanted := [(arm, lr) for arm in arms for lr in sweeps[arm.name].wanted()]:
-            todo = [(arm, lr, self.seeds[0], _folder(at[arm.name], lr, self.seeds[0])) for arm, lr in wanted]
-            self._at_once(todo)
-            for arm, lr, seed, out in todo:
-                sweeps[arm.name].tried[lr] = self.once(arm, lr, seed, out)
+        while wanted := [(arm, lr, self.seeds[0]) for arm in arms for lr in sweeps[arm.name].wanted()]:
+            for (arm, lr, _), result in self._each(wanted, folder):
+                sweeps[arm.name].tried[lr] = result
                 _check_trains(arm, sweeps[arm.name])
             self.work.grow(sum(len(sweep.further()) for sweep in sweeps.values()))
-        trained = [self._chosen(arm, sweeps[arm.name], at[arm.name]) for arm in arms]
+        again: dict[str, dict[float, dict[str, Any]]] = {arm.name: {} for arm in arms}
+        seeds = self.seeds[1:]
+        if len(arms[0].lrs) > 1:
+            wanted = [(arm, lr, seeds[0]) for arm in arms for lr in sweeps[arm.name].leaders()]
+            for (arm, lr, _), result in self._each(wanted, folder):
+                again[arm.name][lr] = result
+            seeds = seeds[1:]
+        trained = [self._chosen(arm, sweeps[arm.name], again[arm.name], folder / arm.name) for arm in arms]
         going = trained
-        rounds = [[seed] for seed in self.seeds[1:]] if self.finalists < len(arms) else [self.seeds[1:]]
-        for seeds in rounds:
+        for some in [[seed] for seed in seeds] if self.finalists < len(arms) else [seeds]:
             going = self._halved(going)
-            todo = [(t.arm, t.lr, seed, _folder(at[t.arm.name], t.lr, seed)) for t in going for seed in seeds]
-            self._at_once(todo)
-            for one, (arm, lr, seed, out) in zip([t for t in going for _ in seeds], todo, strict=True):
-                result = self.once(arm, lr, seed, out)
-                if result["valid_loss"] is None:
-                    raise TrainingError(
-                        f"arm {arm.name!r} does not train with seed {seed}, lower --lrs: {result['error']}"
-                    )
-                one.folders.append(out)
-                one.results.append(result)
+            by_name = {one.arm.name: one for one in going}
+            for (arm, lr, seed), result in self._each([(t.arm, t.lr, seed) for t in going for seed in some], folder):
+                by_name[arm.name].add(result, _folder(folder / arm.name, lr, seed))
         return trained
 
-    def _chosen(self, arm: Arm, sweep: Sweep, folder: Path) -> Trained:
-        best = sweep.best()
-        assert best is not None, "checked as it was swept"
+    def _each(self, wanted: list[tuple[Arm, float, int]], folder: Path) -> Iterator[tuple[tuple[Arm, float, int], Any]]:
+        """Trains each (arm, rate, seed), at once where that saves time, and yields it with what its result.json holds."""
+        todo = [(arm, lr, seed, _folder(folder / arm.name, lr, seed)) for arm, lr, seed in wanted]
+        self._at_once(todo)
+        for one in todo:
+            yield one[:3], self.once(*one)
+
+    def _chosen(self, arm: Arm, sweep: Sweep, again: dict[float, dict[str, Any]], folder: Path) -> Trained:
+        """The arm at its rate, with the seeds that it has there. `again`: the leading rates at the second seed."""
+        both = {lr: [sweep.tried[lr], result] for lr, result in again.items()} or {
+            lr: [sweep.tried[lr]] for lr in sweep.leaders()
+        }
+        best = min(both, key=lambda lr: math.fsum(_or_inf(result["valid_loss"]) for result in both[lr]))
         if edge := sweep.edge():
             self.run.say(
-                f"{arm.name}: the best rate, {best:g}, is the {edge} of {len(sweep.tried)}: a better one may lie beyond"
+                f"{arm.name}: the best rate, {sweep.best():g}, is the {edge} of {len(sweep.tried)}: a better one may lie beyond"
             )
-        first = self.seeds[0]
-        for lr in set(sweep.tried) - {best}:
-            (_folder(folder, lr, first) / WEIGHTS).unlink(missing_ok=True)  # as large as the model
-        others = [result for lr, result in sweep.tried.items() if lr != best]
         losses = {lr: result["valid_loss"] for lr, result in sweep.tried.items()}
-        return Trained(arm, best, losses, [_folder(folder, best, first)], [sweep.tried[best]], others)
+        found = Trained(arm, best, losses, [], [], [])
+        for lr, results in (both | {lr: [sweep.tried[lr]] for lr in losses.keys() - both}).items():
+            for result, seed in zip(results, self.seeds, strict=False):
+                out = _folder(folder, lr, seed)
+                if lr == best:
+                    found.add(result, out)
+                else:
+                    found.others.append(result)
+                    (out / WEIGHTS).unlink(missing_ok=True)  # as large as the model
+        return found
 
     def _halved(self, going: list[Trained]) -> list[Trained]:
         """The better half by the mean validation loss of the seeds so far, in their order: the first arm and, with it, `finalists`
@@ -212,11 +234,16 @@ def _check_trains(arm: Arm, sweep: Sweep) -> None:
 
 def trainings(arms: int, lrs: int, seeds: int, finalists: int) -> int:
     """How many trainings `Training.all` does, without rates beyond the given ones."""
-    count, going = arms * lrs, arms
-    for _ in range(1, seeds):
+    twice = lrs > 1
+    count, going = arms * (lrs + 2 * twice), arms
+    for _ in range(1 + twice, seeds):
         going = max(min(finalists, arms), math.ceil(going / 2)) if finalists < arms else arms
         count += going
     return count
+
+
+def _or_inf(loss: float | None) -> float:
+    return math.inf if loss is None else loss
 
 
 def _folder(folder: Path, lr: float, seed: int) -> Path:

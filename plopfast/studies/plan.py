@@ -4,7 +4,7 @@ lrs: "2e-3,4e-3,8e-3"              # for every trial that does not say otherwise
 models: {small: {}, other: {model: other.gguf}}
 tasks: {sums: {train: sums.jsonl, valid: sums-valid.jsonl, test: sums-test.jsonl}}
 budgets: {r4: {rank: 4}, r16: {rank: 16}}
-trials: [small-sums-r4, other-sums-r4]   # of them; default: all
+trials: [small-sums-r4, other-sums-r4]   # of them, in this order; default: all
 controls: [random]                       # models that are shown, and left out of all means
 """
 
@@ -33,7 +33,7 @@ class Cell:
 
 
 def read_plan(path: Path, base: RunConfig) -> list[Cell]:
-    """The trials of a JSON or YAML file, in its order: settings of `base`, of the file, of the model, the task and the budget, of
+    """The trials of a JSON or YAML file, in the order of its "trials": settings of `base`, of the file, of the model, the task and the budget, of
     which the last one counts.
 
     Raises FileError for a file that cannot be read, ConfigError for names and settings that cannot be.
@@ -58,7 +58,8 @@ def read_plan(path: Path, base: RunConfig) -> list[Cell]:
         twice = next(name for name in known if known.count(name) > 1)
         raise ConfigError(f"{path}: two trials are named {twice}: rename a model, a task or a budget")
     _check(path, "trials", known if wanted is None else wanted, known)
-    return [cell for cell in cells if wanted is None or cell.name in wanted]
+    by_name = {cell.name: cell for cell in cells}
+    return [by_name[name] for name in dict.fromkeys(wanted or known)]
 
 
 def _axis(path: Path, axis: str, value: Any) -> dict[str, dict[str, Any]]:

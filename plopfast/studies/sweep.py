@@ -27,6 +27,11 @@ class Sweep:
         finite = {lr: t["valid_loss"] for lr, t in self.tried.items() if t["valid_loss"] is not None}
         return min(finite, key=lambda lr: finite[lr], default=None)
 
+    def leaders(self) -> list[float]:
+        """The two rates of the lowest losses, best first; fewer where fewer trained."""
+        finite = [lr for lr, t in self.tried.items() if t["valid_loss"] is not None]
+        return sorted(finite, key=lambda lr: self.tried[lr]["valid_loss"])[:2]
+
     def edge(self) -> str:
         """Where the best rate is: "lowest" or "highest" of several that were tried, else nothing."""
         best = self.best()

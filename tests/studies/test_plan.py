@@ -44,7 +44,7 @@ def test_epochs_of_a_task_take_the_place_of_steps(tmp_path):
 
 def test_some_of_them(tmp_path):
     names = [cell.name for cell in read(tmp_path, trials=["other-sums-r4", "small-sums-r1"])]
-    assert names == ["small-sums-r1", "other-sums-r4"]
+    assert names == ["other-sums-r4", "small-sums-r1"], "in the order in which they are named"
 
 
 @pytest.mark.parametrize(
