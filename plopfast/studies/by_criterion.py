@@ -25,13 +25,19 @@ RANK = 16  # of the inputs' spectrum and of the gradient, whatever the adapters'
 Criteria = dict[str, dict[str, float]]
 
 
+def wanted_of(rules: Iterable[str]) -> list[str]:
+    """Returns those of `rules` whose scores `criteria_for` computes: what places by another criterion than NFN's mean."""
+    rules = dict.fromkeys("gradient-energy" if rule == STRONGEST else rule for rule in rules)
+    return [rule for rule in rules if rule in RULES and not RULES[rule].from_report]
+
+
 def criteria_for(run: Run, report: NFNReport, rules: Iterable[str], folder: Path, made_by: str) -> Criteria:
-    """Returns the scores of those of `rules` that place by another criterion than NFN's mean, of `run`'s model and sample.
+    """Returns the scores of those of `rules` that need them, of `run`'s model and sample, and keeps them in `folder`, so it belongs
+    into a stage.
 
     Raises ConfigError where the scores follow the authors' procedure, and whatever computing raises.
     """
-    rules = list(dict.fromkeys("gradient-energy" if rule == STRONGEST else rule for rule in rules))
-    wanted = [rule for rule in rules if rule in RULES and not RULES[rule].from_report]
+    wanted = wanted_of(rules)
     if not wanted:
         return {}
     if run.config.compat:

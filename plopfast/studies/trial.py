@@ -40,7 +40,7 @@ from ..support.inputs import differences
 from ..support.progress import Work
 from .arm_names import rules_of_arms
 from .arms import MADE_BY, Arm, Trained, Training, check_inputs, look, trainings
-from .by_criterion import Criteria, criteria_for, type_scores
+from .by_criterion import Criteria, criteria_for, type_scores, wanted_of
 from .criteria import strongest
 from .paired import accuracies, compare
 from .sweep import rounded
@@ -82,25 +82,25 @@ def run_trial(run: Run) -> str:
     matched = None
     if report:
         _check_scored_alike(run, report)
-        matched = _matched(run, report, names, lrs, folder)
-        _vectors(run, matched.arms)
+        if not wanted_of(names.values()):  # criteria are kept in the folder, which is the stage's
+            matched = _matched(run, report, names, lrs, folder)
+            _vectors(run, matched.arms)
     with run.stage("trial"):
-        value = _trial(run, matched, general, names, lrs, seeds, folder)
+        matched = matched or _matched(run, report or run_score(run), names, lrs, folder)
+        value = _trial(run, matched, general, lrs, seeds, folder)
         files.write_json(run.file("trial"), value)
     return str(trial_table(value))
 
 
 def _trial(
     run: Run,
-    matched: "Matched | None",
+    matched: "Matched",
     general: GeneralText,
-    names: dict[str, str],
     lrs: list[float],
     seeds: list[int],
     folder: Path,
 ) -> dict[str, Any]:
-    """Trains and tests every arm in `folder`, after scoring where the arms are not `matched` yet; returns what trial.json holds."""
-    matched = matched or _matched(run, run_score(run), names, lrs, folder)
+    """Trains and tests every arm in `folder`, and returns what trial.json holds."""
     arms, vectors = matched.arms, _vectors(run, matched.arms)
     check_inputs(run, arms, general, folder)
     finalists = run.config.finalists or len(arms)

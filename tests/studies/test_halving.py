@@ -55,11 +55,14 @@ def test_the_better_half_gets_another_seed(options, tmp_path, capsys):
     assert all(arm["name"] in page for arm in trial["dropped"])
 
 
-def test_arms_by_other_criteria(options, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("scored", [False, True])
+def test_arms_by_other_criteria(scored, options, tmp_path, monkeypatch, capsys):
     """Each places what its scores say, equal ones are trained once, and a resumed trial computes none again."""
     out = tmp_path / "run"
     words = ["--arms", f"{ARMS},strongest-module", "--finalists", "2", "--max-steps", "1"]
     options = edit(options, "--rank", 16)  # so that ranks can be shared out to 1 %
+    if scored:
+        assert plopfast("score", *options[:8], "--score-prompts", 12, "--out", out) == 0
     assert plopfast("trial", *options, *words, "--out", out) == 0
     trial = read(out)
     told = {arm["name"]: arm for arm in (*trial["arms"], *trial["dropped"])}
