@@ -7,7 +7,7 @@ and an output head, which no rule may choose.
 import math
 import random
 from decimal import Decimal
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -85,11 +85,24 @@ def test_the_k_lowest_and_highest_types_for_every_k(rule, sign):
                 pf.place(report, rule, k=k, rank=1)
 
 
+def without_outliers(values):
+    """The mean of those within 3.5 times 1.4826 median absolute deviations of the median."""
+    apart = [abs(value - median(values)) for value in values]
+    return fmean(
+        v for v, far in zip(values, apart, strict=True) if far <= 3.5 * 1.4826 * median(apart) or not median(apart)
+    )
+
+
 # rule -> (what makes a type's score of its modules', whether the highest is chosen), as the papers have it
 RANKINGS = {
     "input-spectrum": (fmean, True),  # EVA: where the inputs lie along a few directions
     "condition-number": (lambda values: math.exp(fmean(map(math.log, values))), False),  # KappaTune: a ratio's mean
     "gradient-energy": (fmean, True),
+    "nfn-median": (median, False),
+    "nfn-no-outliers": (without_outliers, False),
+    "nfn-per-size": (fmean, False),
+    "weight-nfn": (fmean, False),
+    "weight-size": (fmean, True),
 }
 
 
@@ -111,7 +124,7 @@ def test_other_scores_rank_by_their_mean_and_from_their_end(rule):
                 some = {name: value for name, value in given.items() if name != absent}
                 pf.place(report, rule, k=1, rank=1, criteria={rule: some})
         pf.place(report, rule, k=1, rank=1, criteria={rule: {n: given[n] for n in layered(report)}})
-    assert (other_mean > 0) == (rule == "condition-number")
+    assert (other_mean > 0) == (mean is not fmean)
 
 
 def test_names_choose_exactly_what_they_name():
@@ -306,4 +319,4 @@ def test_a_setting_names_a_rule_or_a_list():
         assert rule_of(name) == name
     assert rule_of(" q_proj , layers.0.up ,, ") == ["q_proj", "layers.0.up"]
     assert rule_of("plop,") == ["plop"] and rule_of("") == []
-    assert arm_names() == [*command_rules(), "full"]
+    assert arm_names() == [*RULES, "strongest-module", "full"] and {*command_rules()} < {*RULES}

@@ -247,7 +247,7 @@ def test_rules_and_inits_that_cannot_be_are_left_out(base, tmp_path, monkeypatch
     monkeypatch.setattr(rules, "MLP_PARENTS", ())
     assert search(base, tmp_path / "run", "--compat", "official", trials=1) == 0
     value, _ = results(tmp_path / "run")
-    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "all"]
+    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "all", "no-qk"]
     assert "not searched: rule 'mlp' knows none of the types" in capsys.readouterr().err
     assert "eva" not in value["space"]["init"]["choices"], "the authors' procedure takes no vectors"
 
@@ -260,7 +260,7 @@ def test_types_named_by_hand_are_one_more_choice(base, tmp_path):
     assert search(base, tmp_path / "run", "--rule", "q_proj, v_proj", trials=1) == 0
     value, trials = results(tmp_path / "run")
     assert trials[0]["params"]["rule"] == "q_proj, v_proj"
-    assert value["space"]["rule"]["choices"][1:] == ["plop", "plop-inverse", "attn", "mlp", "all"]
+    assert value["space"]["rule"]["choices"][1:] == ["plop", "plop-inverse", "attn", "mlp", "all", "no-qk"]
 
 
 def test_a_rule_of_the_table_is_searched_unless_it_is_drawn_or_lacks_scores(base, tmp_path, monkeypatch):
@@ -268,4 +268,4 @@ def test_a_rule_of_the_table_is_searched_unless_it_is_drawn_or_lacks_scores(base
     monkeypatch.setitem(rules.RULES, "made-up", rule)
     assert search(base, tmp_path / "run", trials=1) == 0
     value, _ = results(tmp_path / "run")
-    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "mlp", "all", "made-up"]
+    assert value["space"]["rule"]["choices"] == ["plop", "plop-inverse", "attn", "mlp", "all", "no-qk", "made-up"]
