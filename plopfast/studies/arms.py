@@ -105,6 +105,7 @@ class Training:
         seeds = self.seeds[1:]
         if len(arms[0].lrs) > 1:
             wanted = [(arm, lr, seeds[0]) for arm in arms for lr in sweeps[arm.name].leaders()]
+            self.work.grow(len(wanted) - 2 * len(arms))  # a single rate may have trained
             for (arm, lr, _), result in self._each(wanted, folder):
                 again[arm.name][lr] = result
             seeds = seeds[1:]

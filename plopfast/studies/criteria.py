@@ -6,8 +6,8 @@ gradient_energy      ||dL/dB||^2 at B = 0, for each trainable parameter         
 weight_nfn           spectral norm of W over that of a random W, roughly               NFN of the best input: lowest
 sizes                n_in n_out                                                        a rival that must be beaten: highest
 
-The audit compares those that have a source with NFN, a trial places by any, and `place(..., criteria=...)` places by them. A new one is an entry of the table in
-placing/rules.py (its direction, mean and source) and its function in `COMPUTE`.
+The audit compares those that have a source with NFN. A trial's arms and `place(..., criteria=...)` place by any of them. A new
+one is an entry of the table in placing/rules.py (its direction, mean and source) and its function in `COMPUTE`.
 """
 
 import contextlib

@@ -233,7 +233,8 @@ class TrialSettings(Settings):
     title = "trial"
     arms: str = option("plop,plop-inverse,attn,mlp,all", "placements to compare: {arms}")
     lrs: str = option(
-        "5e-4,1e-3,2e-3", "learning rates that each arm tries; of several, more follow while the best is at the edge"
+        "5e-4,1e-3,2e-3",
+        "learning rates that each arm tries; of several, more follow while the best is at the edge, and two seeds choose",
     )
     seeds: str = option("0,1,2", "seeds of each arm, three at least")
     finalists: int | None = option(
