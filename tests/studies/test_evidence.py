@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from statistics import fmean, stdev
 
 import pytest
 import torch
 
 from plopfast.studies.agreement import kendall_tau
-from plopfast.studies.evidence import Trial, _exact_p, evidence
+from plopfast.studies.evidence import Trial, _exact_p, _mean, evidence
 
 TYPES = ("q", "k", "v", "o", "gate", "up", "down")
 ROWS = 60
@@ -87,6 +88,15 @@ def test_intervals_grow_with_what_scatters():
     assert widths[0] == 0 < widths[1] < widths[2]
 
 
+def test_rows_scatter_where_all_seeds_agree():
+    """Half of the rows say the opposite of the other half, and a little more count for the order."""
+    one = trial(LOSSES, SCORES)
+    for number, nats in enumerate(one.nats.values()):
+        nats[:, ::2] = 2.0 * (0.75 - 0.1 * number)
+    of = evidence([one])["trials"][0]["tau"]["plop"]
+    assert of["low"] < 0 < of["high"]
+
+
 def test_seeds_scatter_too():
     """The rows are alike, but the mean of each seed differs."""
     one = trial(LOSSES, SCORES, seeds=4)
@@ -122,8 +132,14 @@ def test_means_over_pairs_average_budgets_first():
             for task, budget, loss in (("a", "r1", 0.2), ("a", "r2", 0.4), ("b", "r1", 0.9))]  # fmt: skip
     row = next(row for row in evidence(many)["regret"] if row["name"] == "plop")
     assert row["pairs"] == 2 and row["mean"] == pytest.approx(((0.15 + 0.35) / 2 + 0.85) / 2)
-    half = 12.706 * abs(0.25 - 0.85) / math.sqrt(2) / math.sqrt(2)
-    assert row["high"] - row["mean"] == pytest.approx(half, rel=0.3), "Student's t of one degree, roughly"
+
+
+def test_the_interval_of_a_mean_is_students():
+    values = [0.3, 0.1, 0.4, 0.1, 0.5, 0.9]
+    found = _mean(dict(enumerate(values)), 0.95)
+    half = 2.5706 * stdev(values) / math.sqrt(6)  # t of five degrees, from a table
+    assert (found["low"], found["high"]) == pytest.approx((fmean(values) - half, fmean(values) + half), rel=1e-2)
+    assert _mean({0: 0.3}, 0.95) == {"mean": 0.3, "low": None, "high": None, "pairs": 1}
 
 
 def test_a_pick_against_plops():

@@ -13,7 +13,7 @@ PLAN = {
     "max_steps": 9,
     "models": {"small": {}, "other": {"model": "other.gguf"}, "noise": {"model": "random"}},
     "tasks": {"sums": {"train": "sums.jsonl", "seed": 3}, "words": {"train": "words.jsonl", "max_steps": 5}},
-    "budgets": {"r1": {"rank": 1}, "r4": {"rank": 4, "lrs": "5e-3"}},
+    "budgets": {"r1": {"rank": 1}, "r4": {"rank": 4, "lrs": "5e-3", "max_steps": 7}},
     "controls": ["noise"],
 }
 
@@ -30,7 +30,8 @@ def test_every_model_task_and_budget_in_the_files_order(tmp_path):
     one = cells["other-words-r4"]
     assert (one.model, one.task, one.budget, one.control) == ("other", "words", "r4", False)
     assert (one.config.model, one.config.rank, one.config.k) == ("other.gguf", 4, 2)
-    assert one.config.max_steps == 5 and one.config.lrs == "5e-3", "the last one counts"
+    assert one.config.max_steps == 7 and one.config.lrs == "5e-3", "the last one counts"
+    assert cells["other-words-r1"].config.max_steps == 5
     assert cells["small-sums-r1"].config.max_steps == 9 and cells["small-sums-r1"].config.seed == 3
     assert [name for name, cell in cells.items() if cell.control] == [
         name for name in cells if name.startswith("noise")
