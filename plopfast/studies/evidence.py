@@ -208,9 +208,14 @@ def _mean(by_pair: Mapping[Any, float], confidence: float) -> dict[str, Any]:
 def _against(
     rows: Sequence[Mapping[str, Any]], name: str, pairs: Sequence[Any], confidence: float
 ) -> dict[str, Any] | None:
-    """Regret minus that of PLoP's pick over `pairs` that have both; `p` by all changes of sign (of 10,000 above 13 pairs)."""
-    ours, theirs = (_by_pair(rows, "regret", one, "nats") for one in (name, REFERENCE))
-    both = {pair: ours[pair] - theirs[pair] for pair in pairs if pair in ours and pair in theirs}
+    """Regret minus that of PLoP's pick in the trials of `pairs` that have both; `p` by all changes of sign (of 10,000 above 13
+    pairs)."""
+    apart: dict[Any, list[float]] = {}
+    for row in rows:
+        regret, pair = row["regret"], (row["model"], row["task"])
+        if pair in pairs and {name, REFERENCE} <= regret.keys():
+            apart.setdefault(pair, []).append(regret[name]["nats"] - regret[REFERENCE]["nats"])
+    both = {pair: fmean(values) for pair, values in apart.items()}
     if not both or name == REFERENCE:
         return None
     values = torch.tensor([*both.values()], dtype=torch.float64)
