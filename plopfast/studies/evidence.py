@@ -5,6 +5,8 @@
   model, one order is tried on all of them, as neither criteria nor results of one model's tasks are independent.
 - Regret: the test loss of the criterion's pick minus that of the placement of lowest validation loss, in nats a token, and the
   same of the accuracy. It can be below 0, as the best by validation rows need not be the best by test rows.
+- Arms that were dropped have fewer seeds, and a seed is hard or easy for all arms: any two are compared on the seeds of both, and
+  the types alone on those of all of them.
 - Intervals of one trial draw other test rows and other seeds, as in paired.py. Those of means are Student's over pairs of
   a model and a task; a pair's budgets are averaged. Models that are controls are in no mean.
 - The default: the criterion of lowest mean regret on every other pair, in the plan's order, is held against PLoP's pick on the
@@ -49,13 +51,19 @@ class Trial:
         return next((arm for arm in (*self.value["arms"], *self.value["dropped"]) if arm["name"] == name), None)
 
     def best(self) -> dict[str, Any]:
-        """The arm of lowest validation loss, without the one that trains all weights."""
-        arms = [arm for arm in (*self.value["arms"], *self.value["dropped"]) if arm["types"]]
-        return min(arms, key=valid_loss)
+        """The arm of lowest validation loss among those that have all seeds, without the one that trains all weights."""
+        return min((arm for arm in self.value["arms"] if arm["types"]), key=lambda arm: _over([arm], "valid_loss")[0])
 
 
-def valid_loss(arm: Mapping[str, Any]) -> float:
-    return fmean(run["valid_loss"] for run in arm["runs"])
+def _shared(arms: Sequence[Mapping[str, Any]]) -> set[int]:
+    """The seeds that all of these arms have."""
+    return set.intersection(*({run["seed"] for run in arm["runs"]} for arm in arms))
+
+
+def _over(arms: Sequence[Mapping[str, Any]], key: str) -> list[float]:
+    """The mean of each arm over the seeds that all of them have: a seed is hard for all arms, or easy."""
+    seeds = _shared(arms)
+    return [fmean(run[key] for run in arm["runs"] if run["seed"] in seeds) for arm in arms]
 
 
 def evidence(trials: Sequence[Trial], confidence: float = 0.95) -> dict[str, Any]:
@@ -87,13 +95,16 @@ def _trial(trial: Trial, confidence: float) -> dict[str, Any]:
     value, best = trial.value, trial.best()
     regret = {}
     for name in [arm["name"] for arm in (*value["arms"], *value["dropped"]) if arm["types"]] + [*value["same"]]:
-        if arm := trial.arm(name):
-            regret[name] = {
-                "nats": arm["loss"] - best["loss"], "accuracy": best["accuracy"] - arm["accuracy"], "forgetting": arm["forgetting"],
-            }  # fmt: skip
+        arm, plop = trial.arm(name), trial.arm(REFERENCE)
+        assert arm, "every name is an arm, or shares one"
+        (loss, least), (accuracy, most) = (_over((arm, best), key) for key in ("loss", "accuracy"))
+        regret[name] = {"nats": loss - least, "accuracy": most - accuracy, "forgetting": arm["forgetting"]}
+        if plop:
+            ours, theirs = _over((arm, plop), "loss")
+            regret[name]["above_plop"] = ours - theirs
     arms = [
         {key: arm[key] for key in ("name", "types", "parameters", "lr", "loss", "accuracy", "forgetting")}
-        | {"valid_loss": valid_loss(arm), "seeds": len(arm["runs"])}
+        | {"valid_loss": _over([arm], "valid_loss")[0], "seeds": len(arm["runs"])}
         for arm in (*value["arms"], *value["dropped"])
     ]
     return {
@@ -120,32 +131,35 @@ def _scores(trial: Trial, criterion: str, types: Sequence[str]) -> list[float]:
 def _tau(trial: Trial, criterion: str, confidence: float) -> dict[str, Any]:
     alone = _alone(trial)
     scores = _scores(trial, criterion, [*alone])
-    valid = [valid_loss(arm) for arm in alone.values()]
+    valid = _over([*alone.values()], "valid_loss")
     drawn = sorted(kendall_tau(scores, losses) for losses in _drawn(trial, alone).tolist())
     tail = (1 - confidence) / 2
     return {
         "valid": kendall_tau(scores, valid), "p": _exact_p([(scores, valid)]),
-        "test": kendall_tau(scores, [arm["loss"] for arm in alone.values()]),
+        "test": kendall_tau(scores, _over([*alone.values()], "loss")),
         "low": drawn[math.floor(tail * (len(drawn) - 1))], "high": drawn[math.ceil((1 - tail) * (len(drawn) - 1))],
     }  # fmt: skip
 
 
 def _drawn(trial: Trial, alone: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
-    """Test losses of the types alone [draws, types], with other rows and other seeds. Seeds scatter in proportion to the loss:
-    the variance of its logarithm is estimated from all arms together."""
+    """Test losses of the types alone [draws, types], with other rows and other seeds. Seeds scatter in proportion to the loss: the
+    variance of its logarithm is that of the arms with all seeds, without what a seed does to all of them."""
     generator = torch.Generator().manual_seed(0)
-    logs = [(nats.sum(1) / trial.tokens.sum()).log() for nats in trial.nats.values()]
-    freedom = sum(len(of) - 1 for of in logs)
-    variance = sum(float((of - of.mean()).square().sum()) for of in logs) / freedom if freedom else 0.0
+    logs_AS = torch.stack([trial.nats[arm["name"]].sum(1) / trial.tokens.sum() for arm in trial.value["arms"]]).log()
+    gaps_AS = logs_AS - logs_AS.mean(1, keepdim=True)
+    gaps_AS = gaps_AS - gaps_AS.mean(0)
+    freedom = max((logs_AS.shape[0] - 1) * (logs_AS.shape[1] - 1), 1)
+    seeds = _shared([*alone.values()])
+    error = math.sqrt(float(gaps_AS.square().sum()) / freedom / len(seeds))
     rows = len(trial.tokens)
     draws = torch.randint(rows, (DRAWS, rows), generator=generator)
     times_BN = torch.zeros(DRAWS, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
-    nats_TN = torch.stack([trial.nats[arm["name"]].mean(0) for arm in alone.values()])
+    kept = [(arm["name"], [run["seed"] in seeds for run in arm["runs"]]) for arm in alone.values()]
+    nats_TN = torch.stack([trial.nats[name][torch.tensor(of)].mean(0) for name, of in kept])
     losses_BT = (times_BN @ nats_TN.T) / (times_BN @ trial.tokens)[:, None]
-    error_T = torch.tensor([math.sqrt(variance / len(arm["runs"])) for arm in alone.values()], dtype=torch.float64)
     normal_BT = torch.randn(DRAWS, len(alone), generator=generator, dtype=torch.float64)
-    spread_B = torch.randn(max(freedom, 1), DRAWS, generator=generator, dtype=torch.float64).square().mean(0).sqrt()
-    return losses_BT * (error_T * normal_BT / spread_B[:, None]).exp()
+    spread_B = torch.randn(freedom, DRAWS, generator=generator, dtype=torch.float64).square().mean(0).sqrt()
+    return losses_BT * (error * normal_BT / spread_B[:, None]).exp()
 
 
 def _exact_p(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
@@ -174,7 +188,8 @@ def _of_model(trials: Sequence[Trial], criterion: str) -> dict[str, Any] | None:
     if len(types) < 3:
         return None
     pairs = [
-        (_scores(one, criterion, types), [arm["loss"] for t, arm in _alone(one).items() if t in types]) for one in have
+        (_scores(one, criterion, types), _over([arm for t, arm in _alone(one).items() if t in types], "loss"))
+        for one in have
     ]
     return {
         "mean": fmean(kendall_tau(*pair) for pair in pairs),
@@ -213,8 +228,8 @@ def _against(
     apart: dict[Any, list[float]] = {}
     for row in rows:
         regret, pair = row["regret"], (row["model"], row["task"])
-        if pair in pairs and {name, REFERENCE} <= regret.keys():
-            apart.setdefault(pair, []).append(regret[name]["nats"] - regret[REFERENCE]["nats"])
+        if pair in pairs and "above_plop" in regret.get(name, {}):
+            apart.setdefault(pair, []).append(regret[name]["above_plop"])
     both = {pair: fmean(values) for pair, values in apart.items()}
     if not both or name == REFERENCE:
         return None

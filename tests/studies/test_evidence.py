@@ -24,16 +24,25 @@ def trial(losses, scores, *, name="m-t-b", others=None, same=None, control=False
         scatter = noise * torch.randn(seeds, ROWS, generator=generator, dtype=torch.float64)
         nats[arm] = tokens * loss * (1 + scatter)
         mean = float(nats[arm].sum() / tokens.sum() / seeds)
-        runs = [{"valid_loss": loss, "seed": n} for n in range(seeds)]
+        means = (nats[arm].sum(1) / tokens.sum()).tolist()
+        runs = [{"valid_loss": loss, "loss": mean, "accuracy": 1 - loss, "seed": n} for n, mean in enumerate(means)]
         arms.append({"name": arm, "types": [arm] if arm in TYPES else ["q", "k"], "parameters": 9, "lr": 1e-3, "loss": mean,
                      "accuracy": 1 - loss, "forgetting": 10 * loss, "runs": runs})  # fmt: skip
     value = {
-        "arms": arms[:2], "dropped": arms[2:], "same": same or {}, "metric": "choice", "test_rows": ROWS, "seconds": 1.0,
+        "arms": arms, "dropped": [], "same": same or {}, "metric": "choice", "test_rows": ROWS, "seconds": 1.0,
         "base": {"loss": 2.0}, "criteria": {
             name: {"types": dict(zip(TYPES, of, strict=True)), "chooses": chooses} for name, (of, chooses) in scores.items()
         },
     }  # fmt: skip
     return Trial(name, model, task, budget, control, value, nats, tokens)
+
+
+def give(one, name, key, value):
+    """Another value of an arm, at every seed."""
+    arm = one.arm(name)
+    arm[key] = value
+    for run in arm["runs"]:
+        run[key] = value
 
 
 def alone(*losses):
@@ -98,16 +107,19 @@ def test_rows_scatter_where_all_seeds_agree():
 
 
 def test_seeds_scatter_too():
-    """The rows are alike, but the mean of each seed differs."""
-    one = trial(LOSSES, SCORES, seeds=4)
-    for nats in one.nats.values():
-        nats *= torch.tensor([0.2, 0.5, 2.0, 4.0], dtype=torch.float64)[:, None]
-    assert evidence([one])["trials"][0]["tau"]["plop"]["low"] < 1
+    """The rows are alike. What a seed does to all arms alike leaves their order; what it does to some of them does not."""
+    for alike in (True, False):
+        one = trial(LOSSES, SCORES, seeds=4)
+        for number, nats in enumerate(one.nats.values()):
+            factors = torch.tensor([0.2, 0.5, 2.0, 4.0], dtype=torch.float64)
+            nats *= (factors if alike else factors.roll(number))[:, None]
+        of = evidence([one])["trials"][0]["tau"]["plop"]
+        assert (of["low"] == 1) == alike
 
 
 def test_regret_is_held_against_the_best_by_validation_rows():
     one = trial(LOSSES, SCORES, others={"plop": 0.35, "all": 0.05, "full": 0.01}, same={"mlp": "all"})
-    one.value["dropped"][-1]["types"] = []  # all weights: no placement
+    one.value["arms"][-1]["types"] = []  # all weights: no placement
     found = evidence([one])["trials"][0]
     assert (
         found["best"] == "all"
@@ -116,8 +128,30 @@ def test_regret_is_held_against_the_best_by_validation_rows():
     )
     assert found["regret"]["plop"]["accuracy"] == pytest.approx(0.3)
     assert found["regret"]["mlp"] == found["regret"]["all"] and found["regret"]["all"]["nats"] == 0
-    one.value["dropped"][-2]["loss"] = 0.4
+    give(one, "all", "loss", 0.4)
     assert evidence([one])["trials"][0]["regret"]["q"]["nats"] == pytest.approx(-0.3), "test rows can say otherwise"
+
+
+def test_arms_are_compared_on_the_seeds_of_both():
+    """The third seed is hard for all: an arm that was dropped before it is not the better for that, and neither is a type."""
+    one = trial(LOSSES, SCORES, others={"plop": 0.3, "all": 0.15})
+    for arm in one.value["arms"]:
+        for key in ("loss", "valid_loss"):
+            arm["runs"][2][key] += 5.0
+        arm["loss"] += 5.0 / 3
+    dropped = [arm for arm in one.value["arms"] if arm["name"] in ("q", "v")]
+    for arm in dropped:
+        del arm["runs"][2]
+        one.nats[arm["name"]] = one.nats[arm["name"]][:2]
+        arm["loss"] -= 5.0 / 3
+    one.value["dropped"] = dropped
+    one.value["arms"] = [arm for arm in one.value["arms"] if arm not in dropped]
+    found = evidence([one])["trials"][0]
+    assert found["best"] == "all" and found["regret"]["v"]["nats"] == pytest.approx(0.3 - 0.15)
+    assert found["regret"]["v"]["above_plop"] == pytest.approx(0.0) and found["regret"]["q"][
+        "above_plop"
+    ] == pytest.approx(-0.2)
+    assert found["tau"]["plop"]["test"] == found["tau"]["plop"]["valid"] == 1
 
 
 def pairs(count, plop=0.3, all_=0.1, **more):
@@ -130,7 +164,7 @@ def pairs(count, plop=0.3, all_=0.1, **more):
 def test_means_over_pairs_average_budgets_first():
     many = [trial(LOSSES, SCORES, others={"plop": loss, "all": 0.05}, name=f"m-{task}-{budget}")
             for task, budget, loss in (("a", "r1", 0.2), ("a", "r2", 0.4), ("b", "r1", 0.9))]  # fmt: skip
-    del many[0].value["dropped"][-1]  # "all" is at one budget of a alone, and is held against plop there
+    del many[0].value["arms"][-1]  # "all" is at one budget of a alone, and is held against plop there
     rows = {row["name"]: row for row in evidence(many)["regret"]}
     assert rows["all"]["versus"]["mean"] == pytest.approx((-0.35 - 0.85) / 2) and rows["all"]["pairs"] == 2
     row = rows["plop"]
@@ -169,10 +203,8 @@ def test_the_default_is_chosen_on_one_half_and_confirmed_on_the_other():
     assert found["chosen"] == min(found["means"], key=found["means"].get)
     mixed = pairs(8)
     for number, one in enumerate(mixed):
-        arm = one.arm("all")
-        arm["loss"] += 2.0 * (number in (1, 5))  # bad on the half that confirms
-        one.value["dropped"] = [arm for arm in one.value["dropped"] if arm["name"] in ("plop", "all")]
-        one.value["arms"] = []
+        give(one, "all", "loss", 0.1 + 2.0 * (number in (1, 5)))  # bad on the half that confirms
+        one.value["arms"] = [arm for arm in one.value["arms"] if arm["name"] in ("plop", "all")]
     found = evidence(mixed)["default"]
     assert found["chosen"] == "all" and not found["confirmed"] and found["versus"]["high"] > 0
     assert evidence(pairs(3))["default"] is None
