@@ -20,10 +20,15 @@ def kendall_tau(one: Sequence[float], other: Sequence[float]) -> float:
     0 where all values of a list are ties, for which tau is undefined. Source: Kendall, "The treatment of ties in ranking
     problems", Biometrika 1945.
     """
-    a, b = torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64)
-    sign_a, sign_b = ((x[:, None] - x).sign() for x in (a, b))
+    sign_a, sign_b = pair_signs(one), pair_signs(other)
     pairs = float((sign_a.abs().sum() * sign_b.abs().sum()).sqrt())
     return float((sign_a * sign_b).sum()) / pairs if pairs else 0.0
+
+
+def pair_signs(values: Sequence[float]) -> torch.Tensor:
+    """Return for each two values which one is larger: 1, -1, or 0 for a tie [values, values] float64."""
+    x = torch.tensor(values, dtype=torch.float64)
+    return (x[:, None] - x).sign()
 
 
 def tau_of(base: Mapping[str, float], other: Mapping[str, float], highest: bool = False) -> float:

@@ -115,12 +115,12 @@ class Training:
             going = self._halved(going)
             by_name = {one.arm.name: one for one in going}
             for (arm, lr, seed), result in self._each([(t.arm, t.lr, seed) for t in going for seed in some], folder):
-                by_name[arm.name].add(result, _folder(folder / arm.name, lr, seed))
+                by_name[arm.name].add(result, folder_of(folder / arm.name, lr, seed))
         return trained
 
     def _each(self, wanted: list[tuple[Arm, float, int]], folder: Path) -> Iterator[tuple[tuple[Arm, float, int], Any]]:
         """Trains each (arm, rate, seed), at once where that saves time, and yields it with what its result.json holds."""
-        todo = [(arm, lr, seed, _folder(folder / arm.name, lr, seed)) for arm, lr, seed in wanted]
+        todo = [(arm, lr, seed, folder_of(folder / arm.name, lr, seed)) for arm, lr, seed in wanted]
         self._at_once(todo)
         for one in todo:
             yield one[:3], self.once(*one)
@@ -139,7 +139,7 @@ class Training:
         found = Trained(arm, best, losses, [], [], [])
         for lr, results in (both | {lr: [sweep.tried[lr]] for lr in losses.keys() - both}).items():
             for result, seed in zip(results, self.seeds, strict=False):
-                out = _folder(folder, lr, seed)
+                out = folder_of(folder, lr, seed)
                 if lr == best:
                     found.add(result, out)
                 else:
@@ -150,7 +150,7 @@ class Training:
     def _halved(self, going: list[Trained]) -> list[Trained]:
         """The better half by the mean validation loss of the seeds so far, in their order: the first arm and, with it, `finalists`
         at least."""
-        count = max(self.finalists, math.ceil(len(going) / 2))
+        count = going_on(len(going), self.finalists)
         first, *others = going
         best = {one.arm.name for one in sorted(others, key=lambda one: one.valid_loss)[: count - 1]}
         if dropped := [one.arm.name for one in others if one.arm.name not in best]:
@@ -233,12 +233,17 @@ def _check_trains(arm: Arm, sweep: Sweep) -> None:
         raise TrainingError(f"arm {arm.name!r} trains at none of its rates, lower --lrs: {error}")
 
 
+def going_on(arms: int, finalists: int) -> int:
+    """How many of the arms get a further seed: half of them, but no fewer than the finalists."""
+    return min(arms, max(finalists, math.ceil(arms / 2)))
+
+
 def trainings(arms: int, lrs: int, seeds: int, finalists: int) -> int:
     """How many trainings `Training.all` does, without rates beyond the given ones."""
     twice = lrs > 1
     count, going = arms * (lrs + 2 * twice), arms
     for _ in range(1 + twice, seeds):
-        going = max(min(finalists, arms), math.ceil(going / 2)) if finalists < arms else arms
+        going = going_on(going, finalists)
         count += going
     return count
 
@@ -247,7 +252,8 @@ def _or_inf(loss: float | None) -> float:
     return math.inf if loss is None else loss
 
 
-def _folder(folder: Path, lr: float, seed: int) -> Path:
+def folder_of(folder: Path, lr: float, seed: int) -> Path:
+    """Where a training of the arm in `folder` is kept."""
     return folder / f"lr-{lr:g}-seed-{seed}"
 
 

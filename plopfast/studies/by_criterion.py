@@ -18,6 +18,7 @@ from ..run.run import Run
 from ..scoring.report import NFNReport
 from ..support import files
 from ..support.errors import ConfigError
+from .arms import MADE_BY
 from .criteria import COMPUTE, Given
 
 CRITERIA = "criteria.json"
@@ -31,7 +32,7 @@ def wanted_of(rules: Iterable[str]) -> list[str]:
     return [rule for rule in rules if rule in RULES and not RULES[rule].from_report]
 
 
-def criteria_for(run: Run, report: NFNReport, rules: Iterable[str], folder: Path, made_by: str) -> Criteria:
+def criteria_for(run: Run, report: NFNReport, rules: Iterable[str], folder: Path) -> Criteria:
     """Returns the scores of those of `rules` that need them, of `run`'s model and sample, and keeps them in `folder`, so it belongs
     into a stage.
 
@@ -43,7 +44,7 @@ def criteria_for(run: Run, report: NFNReport, rules: Iterable[str], folder: Path
     if run.config.compat:
         raise ConfigError(f"{wanted[0]}: other criteria are of our own scores: leave --compat {run.config.compat} out")
     path = folder / CRITERIA
-    kept = kinds.read(path, made_by) if run.resume and path.exists() else {}
+    kept = kinds.read(path, MADE_BY) if run.resume and path.exists() else {}
     rank = min(RANK, *(full_rank(info.n_in, info.n_out) for info in linear_modules(run.model)))
     examples = run.sample()
 

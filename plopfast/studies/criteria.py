@@ -13,8 +13,9 @@ one is an entry of the table in placing/rules.py (its direction, mean and source
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -33,6 +34,7 @@ from ..support.errors import DataError, ModelError
 from ..support.progress import bar
 from ..training.loss import Objective
 
+Spectrum = tuple[LinearInfo, torch.Tensor]  # a module, and the squared singular values of its weight
 BATCH_TOKENS = 384  # padded tokens in a batch of gradient_energy; a longer row makes a batch of its own
 
 
@@ -49,7 +51,7 @@ def explained_variance(report: NFNReport) -> dict[str, float]:
 
 
 @torch.no_grad()
-def spectra(model: nn.Module, progress: bool = False) -> Iterator[tuple[LinearInfo, torch.Tensor]]:
+def spectra(model: nn.Module, progress: bool = False) -> Iterator[Spectrum]:
     """Yields each module with the squared singular values of its weight, ascending, float64.
 
     They are the eigenvalues of the smaller of W W^T and W^T W. On SmolLM2-135M's weights this takes a third of the time of
@@ -76,8 +78,12 @@ def condition_numbers(model: nn.Module, progress: bool = False) -> dict[str, flo
     numbers above 1 / sqrt(n eps), where n is the smaller side: a singular weight gets that value, 2e6 for n = 1024. Raises
     what `spectra` raises.
     """
+    return _conditions(spectra(model, progress))
+
+
+def _conditions(found_spectra: Iterable[Spectrum]) -> dict[str, float]:
     found, eps = {}, torch.finfo(torch.float64).eps
-    for info, squares in spectra(model, progress):
+    for info, squares in found_spectra:
         low, high = float(squares[0]), float(squares[-1])
         found[info.name] = math.sqrt(high / max(low, len(squares) * eps * high))
     return found
@@ -89,9 +95,13 @@ def weight_nfn(model: nn.Module, progress: bool = False) -> dict[str, float]:
     It is 1 for a weight that stretches all inputs alike, and 1 + sqrt(n_in / n_out) or so for a random one. Raises what
     `spectra` raises.
     """
+    return _weight_nfn(spectra(model, progress))
+
+
+def _weight_nfn(found_spectra: Iterable[Spectrum]) -> dict[str, float]:
     return {
         info.name: math.sqrt(float(squares[-1]) * info.n_in / float(squares.clamp(min=0).sum()))
-        for info, squares in spectra(model, progress)
+        for info, squares in found_spectra
     }
 
 
@@ -193,10 +203,15 @@ class Given:
     score_with_eva: Callable[[], NFNReport]  # the NFN report with EVA's vectors of `rank`
     report: NFNReport
 
+    @cached_property
+    def spectra(self) -> list[Spectrum]:
+        """What `spectra` yields, for all criteria that need it."""
+        return list(spectra(self.model, self.progress))
+
 
 COMPUTE: dict[str, Callable[[Given], Mapping[str, float]]] = {  # rule -> module -> score
     "input-spectrum": lambda given: explained_variance(given.score_with_eva()),
-    "condition-number": lambda given: condition_numbers(given.model, given.progress),
+    "condition-number": lambda given: _conditions(given.spectra),
     "gradient-energy": lambda given: gradient_energy(
         given.model, given.examples, given.rank, given.seed, given.progress
     ),
@@ -204,7 +219,7 @@ COMPUTE: dict[str, Callable[[Given], Mapping[str, float]]] = {  # rule -> module
     "nfn-median": lambda given: nfns(given.report),
     "nfn-no-outliers": lambda given: nfns(given.report),
     "nfn-per-size": lambda given: {n: s.nfn / (s.n_in * s.n_out) for n, s in given.report.scores.items()},
-    "weight-nfn": lambda given: weight_nfn(given.model, given.progress),
+    "weight-nfn": lambda given: _weight_nfn(given.spectra),
     "weight-size": lambda given: sizes(given.report),
 }
 

@@ -24,8 +24,9 @@ import torch
 
 from ..placing.rules import ranked
 from ..scoring.stopping import student_t
-from .agreement import kendall_tau
-from .paired import holm
+from .agreement import kendall_tau, pair_signs
+from .paired import holm, resampled
+from .plan import Cell
 
 REFERENCE = "plop"
 DRAWS, ORDERS = 2000, 10_000
@@ -36,19 +37,25 @@ FEW = 8  # types, of which all orders are tried
 class Trial:
     """A finished trial. `value`: its trial.json. `nats` of each arm [seeds, test rows] and the rows' `tokens` [rows]."""
 
-    name: str
-    model: str
-    task: str
-    budget: str
-    control: bool
+    cell: Cell
     value: dict[str, Any]
     nats: dict[str, torch.Tensor]
     tokens: torch.Tensor
 
+    @property
+    def arms(self) -> list[dict[str, Any]]:
+        """Those with all seeds, then those that were dropped."""
+        return [*self.value["arms"], *self.value["dropped"]]
+
     def arm(self, name: str) -> dict[str, Any] | None:
         """The arm of this name, or the one that it shares its placement with."""
         name = self.value["same"].get(name, name)
-        return next((arm for arm in (*self.value["arms"], *self.value["dropped"]) if arm["name"] == name), None)
+        return next((arm for arm in self.arms if arm["name"] == name), None)
+
+    def alone(self) -> dict[str, dict[str, Any]]:
+        """Type -> the arm that trains it alone."""
+        types = self.value["criteria"][REFERENCE]["types"]
+        return {type_: arm for type_ in types if (arm := self.arm(type_)) and arm["types"] == [type_]}
 
     def best(self) -> dict[str, Any]:
         """The arm of lowest validation loss among those that have all seeds, without the one that trains all weights."""
@@ -74,10 +81,9 @@ def evidence(trials: Sequence[Trial], confidence: float = 0.95) -> dict[str, Any
     picks = list(dict.fromkeys(name for row in counted for name in row["regret"]))
     models = list(dict.fromkeys(row["model"] for row in rows))
     regret = [_regret(name, counted, confidence) for name in picks]
-    for row, p in zip(
-        [r for r in regret if r["versus"]], holm([r["versus"]["p"] for r in regret if r["versus"]]), strict=True
-    ):
-        row["versus"]["p_corrected"] = p
+    versus = [row["versus"] for row in regret if row["versus"]]
+    for one, p in zip(versus, holm([one["p"] for one in versus]), strict=True):
+        one["p_corrected"] = p
     return {
         "confidence": confidence, "trials": rows,
         "tau": [{"criterion": name, **_mean(_by_pair(counted, "tau", name, "test"), confidence)} for name in criteria],
@@ -85,17 +91,17 @@ def evidence(trials: Sequence[Trial], confidence: float = 0.95) -> dict[str, Any
             {"model": model, "criterion": name, **of}
             for model in models
             for name in dict.fromkeys(name for row in rows if row["model"] == model for name in row["tau"])
-            if (of := _of_model([one for one in trials if one.model == model], name))
+            if (of := _of_model([one for one in trials if one.cell.model == model], name))
         ],
         "regret": sorted(regret, key=lambda row: row["mean"]), "default": _default(counted, picks, confidence),
     }  # fmt: skip
 
 
 def _trial(trial: Trial, confidence: float) -> dict[str, Any]:
-    value, best = trial.value, trial.best()
+    value, best, plop = trial.value, trial.best(), trial.arm(REFERENCE)
     regret = {}
-    for name in [arm["name"] for arm in (*value["arms"], *value["dropped"]) if arm["types"]] + [*value["same"]]:
-        arm, plop = trial.arm(name), trial.arm(REFERENCE)
+    for name in [arm["name"] for arm in trial.arms if arm["types"]] + [*value["same"]]:
+        arm = trial.arm(name)
         assert arm, "every name is an arm, or shares one"
         (loss, least), (accuracy, most) = (_over((arm, best), key) for key in ("loss", "accuracy"))
         regret[name] = {"nats": loss - least, "accuracy": most - accuracy, "forgetting": arm["forgetting"]}
@@ -105,20 +111,14 @@ def _trial(trial: Trial, confidence: float) -> dict[str, Any]:
     arms = [
         {key: arm[key] for key in ("name", "types", "parameters", "lr", "loss", "accuracy", "forgetting")}
         | {"valid_loss": _over([arm], "valid_loss")[0], "seeds": len(arm["runs"])}
-        for arm in (*value["arms"], *value["dropped"])
+        for arm in trial.arms
     ]
     return {
-        **{key: getattr(trial, key) for key in ("name", "model", "task", "budget", "control")},
+        **{key: getattr(trial.cell, key) for key in ("name", "model", "task", "budget", "control")},
         "metric": value["metric"], "test_rows": value["test_rows"], "base": value["base"], "best": best["name"],
         "arms": arms, "nfn_order": ranked(value["criteria"][REFERENCE]["types"]), "same": value["same"], "seconds": value["seconds"], "regret": regret,
-        "tau": {name: _tau(trial, name, confidence) for name in value["criteria"] if len(_alone(trial)) > 2},
+        "tau": _taus(trial, confidence),
     }  # fmt: skip
-
-
-def _alone(trial: Trial) -> dict[str, dict[str, Any]]:
-    """Type -> the arm that trains it alone."""
-    types = trial.value["criteria"][REFERENCE]["types"]
-    return {type_: arm for type_ in types if (arm := trial.arm(type_)) and arm["types"] == [type_]}
 
 
 def _scores(trial: Trial, criterion: str, types: Sequence[str]) -> list[float]:
@@ -128,17 +128,22 @@ def _scores(trial: Trial, criterion: str, types: Sequence[str]) -> list[float]:
     return [sign * found["types"][type_] for type_ in types]
 
 
-def _tau(trial: Trial, criterion: str, confidence: float) -> dict[str, Any]:
-    alone = _alone(trial)
-    scores = _scores(trial, criterion, [*alone])
-    valid = _over([*alone.values()], "valid_loss")
-    drawn = sorted(kendall_tau(scores, losses) for losses in _drawn(trial, alone).tolist())
-    tail = (1 - confidence) / 2
-    return {
-        "valid": kendall_tau(scores, valid), "p": _exact_p([(scores, valid)]),
-        "test": kendall_tau(scores, _over([*alone.values()], "loss")),
-        "low": drawn[math.floor(tail * (len(drawn) - 1))], "high": drawn[math.ceil((1 - tail) * (len(drawn) - 1))],
-    }  # fmt: skip
+def _taus(trial: Trial, confidence: float) -> dict[str, Any]:
+    """Of each criterion; none where fewer than three types were trained alone. All are of the same draws."""
+    alone = trial.alone()
+    if len(alone) < 3:
+        return {}
+    valid, test = (_over([*alone.values()], key) for key in ("valid_loss", "loss"))
+    drawn, tail = _drawn(trial, alone).tolist(), (1 - confidence) / 2
+    found = {}
+    for criterion in trial.value["criteria"]:
+        scores = _scores(trial, criterion, [*alone])
+        taus = sorted(kendall_tau(scores, losses) for losses in drawn)
+        found[criterion] = {
+            "valid": kendall_tau(scores, valid), "p": _exact_p([(scores, valid)]), "test": kendall_tau(scores, test),
+            "low": taus[math.floor(tail * (len(taus) - 1))], "high": taus[math.ceil((1 - tail) * (len(taus) - 1))],
+        }  # fmt: skip
+    return found
 
 
 def _drawn(trial: Trial, alone: Mapping[str, Mapping[str, Any]]) -> torch.Tensor:
@@ -152,8 +157,7 @@ def _drawn(trial: Trial, alone: Mapping[str, Mapping[str, Any]]) -> torch.Tensor
     seeds = _shared([*alone.values()])
     error = math.sqrt(float(gaps_AS.square().sum()) / freedom / len(seeds))
     rows = len(trial.tokens)
-    draws = torch.randint(rows, (DRAWS, rows), generator=generator)
-    times_BN = torch.zeros(DRAWS, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+    times_BN = resampled(rows, DRAWS, generator)
     kept = [(arm["name"], [run["seed"] in seeds for run in arm["runs"]]) for arm in alone.values()]
     nats_TN = torch.stack([trial.nats[name][torch.tensor(of)].mean(0) for name, of in kept])
     losses_BT = (times_BN @ nats_TN.T) / (times_BN @ trial.tokens)[:, None]
@@ -173,9 +177,7 @@ def _exact_p(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
         orders = torch.stack([torch.arange(n), *(torch.randperm(n, generator=generator) for _ in range(ORDERS - 1))])
     mean_P = torch.zeros(len(orders), dtype=torch.float64)
     for scores, losses in pairs:
-        sign_s, sign_l = (
-            (x[:, None] - x).sign() for x in (torch.tensor(v, dtype=torch.float64) for v in (scores, losses))
-        )
+        sign_s, sign_l = pair_signs(scores), pair_signs(losses)
         size = float((sign_s.abs().sum() * sign_l.abs().sum()).sqrt()) or 1.0
         mean_P += (sign_s[orders[:, :, None], orders[:, None, :]] * sign_l).sum((1, 2)) / size / len(pairs)
     return float((mean_P.abs() >= mean_P[0].abs() - 1e-9).double().mean())  # the first order is the one that is
@@ -184,11 +186,11 @@ def _exact_p(pairs: Sequence[tuple[Sequence[float], Sequence[float]]]) -> float:
 def _of_model(trials: Sequence[Trial], criterion: str) -> dict[str, Any] | None:
     """The mean tau over a model's trials by their test loss, and its exact p; None where they share no three types."""
     have = [one for one in trials if criterion in one.value["criteria"]]
-    types = [t for t in _alone(have[0]) if all(t in _alone(one) for one in have)] if have else []
+    types = [t for t in have[0].alone() if all(t in one.alone() for one in have)] if have else []
     if len(types) < 3:
         return None
     pairs = [
-        (_scores(one, criterion, types), _over([arm for t, arm in _alone(one).items() if t in types], "loss"))
+        (_scores(one, criterion, types), _over([arm for t, arm in one.alone().items() if t in types], "loss"))
         for one in have
     ]
     return {

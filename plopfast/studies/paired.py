@@ -102,14 +102,19 @@ def holm(p: list[float]) -> list[float]:
     return corrected
 
 
+def resampled(rows: int, resamples: int, generator: torch.Generator) -> torch.Tensor:
+    """How often each row is in each bootstrap resample: [resamples, rows] float64, whose rows sum to `rows`."""
+    draws = torch.randint(rows, (resamples, rows), generator=generator)
+    return torch.zeros(resamples, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+
+
 def _drawn(x_CN: torch.Tensor, error: float, freedom: int, seed: int, resamples: int) -> torch.Tensor:
     """Resample means over the rows [comparisons, resamples], each moved by `error` times a draw of Student's t."""
     generator = torch.Generator().manual_seed(seed)
     rows, parts = x_CN.shape[1], []
     for begin in range(0, resamples, CHUNK):
         size = min(CHUNK, resamples - begin)
-        draws = torch.randint(rows, (size, rows), generator=generator)
-        times_BN = torch.zeros(size, rows, dtype=torch.float64).scatter_add_(1, draws, torch.ones_like(draws).double())
+        times_BN = resampled(rows, size, generator)
         normal_B, *others = torch.randn(1 + freedom, size, generator=generator, dtype=torch.float64)
         t_B = normal_B / torch.stack(others).square().mean(0).sqrt()
         parts.append(x_CN @ times_BN.T / rows + error * t_B)

@@ -33,8 +33,8 @@ class Cell:
 
 
 def read_plan(path: Path, base: RunConfig) -> list[Cell]:
-    """The trials of a JSON or YAML file, in the order of its "trials": settings of `base`, of the file, of the model, the task and the budget, of
-    which the last one counts.
+    """The trials of a JSON or YAML file, in the order of its "trials": settings of `base`, of the file, of the model, the task and
+    the budget, of which the last one counts.
 
     Raises FileError for a file that cannot be read, ConfigError for names and settings that cannot be.
     """
@@ -57,9 +57,13 @@ def read_plan(path: Path, base: RunConfig) -> list[Cell]:
     if len({*known}) < len(known):
         twice = next(name for name in known if known.count(name) > 1)
         raise ConfigError(f"{path}: two trials are named {twice}: rename a model, a task or a budget")
-    _check(path, "trials", known if wanted is None else wanted, known)
-    by_name = {cell.name: cell for cell in cells}
-    return [by_name[name] for name in dict.fromkeys(wanted or known)]
+    if wanted is None:
+        return cells
+    _check(path, "trials", wanted, known)
+    if not wanted:
+        raise ConfigError(f"{path}: trials: none is named: leave the key out for all of them")
+    by_name = dict(zip(known, cells, strict=True))
+    return [by_name[name] for name in dict.fromkeys(wanted)]
 
 
 def _axis(path: Path, axis: str, value: Any) -> dict[str, dict[str, Any]]:
@@ -81,5 +85,3 @@ def _check(path: Path, key: str, names: Any, known: list[str]) -> None:
             raise ConfigError(
                 f"{path}: {key}: expected some of {', '.join(known)}, got {shown(name)}{nearest(str(name), known)}"
             )
-    if key == "trials" and not names:
-        raise ConfigError(f"{path}: trials: none is named: leave the key out for all of them")

@@ -23,17 +23,16 @@ from ..support.errors import ConfigError, FileError, PlopfastError
 from ..support.lock import locked
 from ..support.model_settings import ModelSettings
 from ..support.progress import say
+from .arms import MADE_BY as BY_TRIAL, folder_of
 from .evidence import Trial, evidence
 from .plan import Cell
-from .trial import MADE_BY as BY_TRIAL, run_trial
+from .trial import run_trial
 
 STUDY = "study.json"
 MADE_BY = "plopfast study"
 
 
-def run_study(
-    out: Path, cells: Sequence[Cell], plan: Path, confidence: float = 0.95, progress: bool = True
-) -> tuple[str, bool]:
+def run_study(out: Path, cells: Sequence[Cell], plan: Path, confidence: float = 0.95) -> tuple[str, bool]:
     """Runs the trials of `cells` in `out` that are not done, and returns the tables of those that are, and whether all are.
 
     What an interrupted trial has done stays, and it goes on from there. A trial that cannot be run is named and left out; the
@@ -45,10 +44,9 @@ def run_study(
     why: dict[str, str] = {}
     last: dict[str, Run] = {}  # the model that is loaded, by the settings that it was loaded with
     for number, cell in enumerate(cells, 1):
-        if progress:
-            say(f"study: {cell.name}, {number} of {len(cells)}")
+        say(f"study: {cell.name}, {number} of {len(cells)}")
         try:
-            if _run(out / cell.name, cell, last, progress) and number < len(cells):
+            if _run(out / cell.name, cell, last) and number < len(cells):
                 _keep(out, cells[:number], plan, why, confidence)
         except PlopfastError as error:
             why[cell.name] = str(error)
@@ -75,7 +73,7 @@ def _is_ours(path: Path) -> bool:
     return isinstance(value, dict) and value.get("plopfast") == "study"
 
 
-def _run(folder: Path, cell: Cell, last: dict[str, Run], progress: bool) -> bool:
+def _run(folder: Path, cell: Cell, last: dict[str, Run]) -> bool:
     """Runs a trial that is not done, with the model of the trial before where that is the same, and returns whether it did. Raises
     FileError where another process has it."""
     loaded = str([getattr(cell.config, field.name) for field in dataclasses.fields(ModelSettings)])
@@ -84,7 +82,7 @@ def _run(folder: Path, cell: Cell, last: dict[str, Run], progress: bool) -> bool
         if loaded not in last:
             last.clear()  # one model in memory at a time
         begun = (folder / CONFIG).exists()  # of a finished trial, too, the settings are compared
-        run = Run(folder, cell.config, resume=begun, progress=progress, like=last.get(loaded))
+        run = Run(folder, cell.config, resume=begun, progress=True, like=last.get(loaded))
         ends.callback(run.at.close)
         run_trial(run)
         if run.is_loaded:
@@ -100,8 +98,8 @@ def _read(folder: Path, cell: Cell) -> Trial:
     nats: dict[str, torch.Tensor] = {}
     tokens = torch.tensor([])
     for arm in (*value["arms"], *value["dropped"]):
-        paths = [folder / "trial" / arm["name"] / f"lr-{arm['lr']:g}-seed-{run['seed']}" for run in arm["runs"]]
+        paths = [folder_of(folder / "trial" / arm["name"], arm["lr"], run["seed"]) for run in arm["runs"]]
         tests = [kinds.read(path / "test.json", BY_TRIAL) for path in paths]
         nats[arm["name"]] = torch.tensor([test["nats"] for test in tests], dtype=torch.float64)
         tokens = torch.tensor(tests[0]["tokens"], dtype=torch.float64)
-    return Trial(cell.name, cell.model, cell.task, cell.budget, cell.control, value, nats, tokens)
+    return Trial(cell, value, nats, tokens)

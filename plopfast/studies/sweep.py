@@ -23,9 +23,8 @@ class Sweep:
         return [lr for lr in self.given if lr not in self.tried] or self.further()
 
     def best(self) -> float | None:
-        """The rate of the lowest validation loss; None where no loss is finite."""
-        finite = {lr: t["valid_loss"] for lr, t in self.tried.items() if t["valid_loss"] is not None}
-        return min(finite, key=lambda lr: finite[lr], default=None)
+        """The rate of the lowest validation loss, of equal ones the first; None where no loss is finite."""
+        return next(iter(self.leaders()), None)
 
     def leaders(self) -> list[float]:
         """The two rates of the lowest losses, best first; fewer where fewer trained."""

@@ -51,6 +51,17 @@ MEASURED = ("accuracy", "loss", "general_loss")
 GENERAL_TOKENS = 4096
 
 
+@dataclass(frozen=True)
+class Matched:
+    """What is trained: the parameters of plop's placement, the arms with as many, the rules whose placement is another arm's
+    (rule -> arm), and the criteria's scores of the module types."""
+
+    budget: int
+    arms: list[Arm]
+    same: dict[str, str]
+    criteria: dict[str, Any]
+
+
 def run_trial(run: Run) -> str:
     """Trains and compares the arms of `run.config`, writes trial.json, and returns its table.
 
@@ -94,7 +105,7 @@ def run_trial(run: Run) -> str:
 
 def _trial(
     run: Run,
-    matched: "Matched",
+    matched: Matched,
     general: GeneralText,
     lrs: list[float],
     seeds: list[int],
@@ -224,17 +235,6 @@ def _listed(option: str, text: str) -> list[str]:
     return parts
 
 
-@dataclass(frozen=True)
-class Matched:
-    """What is trained: the parameters of plop's placement, the arms with as many, the rules whose placement is another arm's
-    (rule -> arm), and the criteria's scores of the module types."""
-
-    budget: int
-    arms: list[Arm]
-    same: dict[str, str]
-    criteria: dict[str, Any]
-
-
 def _matched(run: Run, report: NFNReport, names: dict[str, str], lrs: list[float], folder: Path) -> Matched:
     """Places every arm with as many parameters as plop takes of `--budget` or at `--rank`.
 
@@ -243,7 +243,7 @@ def _matched(run: Run, report: NFNReport, names: dict[str, str], lrs: list[float
     settings = dataclasses.replace(run.config.placing, rule="plop")
     budget = placed(report, settings).parameters
     settings = dataclasses.replace(settings, budget=str(budget))
-    criteria = criteria_for(run, report, names.values(), folder, MADE_BY)
+    criteria = criteria_for(run, report, names.values(), folder)
     arms: list[Arm] = []
     same: dict[str, str] = {}
     for name, rule in names.items():

@@ -136,10 +136,11 @@ STAGES = {
     "run.run.Run.sample",
     "studies.arms.Training.once",
 }  # see promises.py: --seed of score and audit, --seeds of trial
-DRAW_NOTHING = {  # they check a seed, or hand it on to draws of SEEDED and to the Hugging Face Trainer
+DRAW_NOTHING = {  # they check a seed, name a folder by it, or hand it on to draws of SEEDED and to the Hugging Face Trainer
     "lora.ops.check",
     "placing.suggest.suggest",
     "integrations.grpo.grpo",
+    "studies.arms.folder_of",
     *(f"cli.bench_arms.{name}" for name in ("Recipe", "peft_model", "start_alike", "hf_settings")),
 }
 

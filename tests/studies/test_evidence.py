@@ -9,6 +9,8 @@ import torch
 
 from plopfast.studies.agreement import kendall_tau
 from plopfast.studies.evidence import Trial, _exact_p, _mean, evidence
+from plopfast.studies.plan import Cell
+from plopfast.support.config import RunConfig
 
 TYPES = ("q", "k", "v", "o", "gate", "up", "down")
 ROWS = 60
@@ -34,7 +36,7 @@ def trial(losses, scores, *, name="m-t-b", others=None, same=None, control=False
             name: {"types": dict(zip(TYPES, of, strict=True)), "chooses": chooses} for name, (of, chooses) in scores.items()
         },
     }  # fmt: skip
-    return Trial(name, model, task, budget, control, value, nats, tokens)
+    return Trial(Cell(name, model, task, budget, RunConfig(), control), value, nats, tokens)
 
 
 def give(one, name, key, value):
