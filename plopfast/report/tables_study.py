@@ -6,8 +6,8 @@ from ..support.tables import Column, Table
 
 
 def study_tables(study: dict[str, Any]) -> list[Table]:
-    """study.json: regret and tau of each criterion over all pairs, the taus of each model, and the trials."""
-    made = [_regret(study), _tau(study), _by_model(study), _trials(study)]
+    """study.json: regret and tau of each criterion over all pairs and of each model, and the trials."""
+    made = [_regret(study), _above_plop(study), _tau(study), _by_model(study), _trials(study)]
     return [table for table in made if table.rows]
 
 
@@ -29,6 +29,18 @@ def _regret(study: dict[str, Any]) -> Table:
         for row in study["regret"]
     ]  # fmt: skip
     return Table("What each pick costs", columns, rows, _said(study["default"], level))
+
+
+def _above_plop(study: dict[str, Any]) -> Table:
+    columns = [
+        Column("model"), Column("placement"), Column("regret minus plop's", "+.4f"),
+        Column(f"{100 * study['confidence']:g}% interval"), Column("p", ".4f"), Column("tasks", "d"),
+    ]  # fmt: skip
+    rows = [
+        (row["model"], row["name"], row["mean"], _span(row, "+.4f"), row["p"], row["pairs"])
+        for row in study["above_plop_by_model"]
+    ]
+    return Table("Against PLoP's pick, of each model", columns, rows, "p: over all changes of sign, not corrected.")
 
 
 def _said(default: dict[str, Any] | None, level: str) -> str:
@@ -67,7 +79,7 @@ def _by_model(study: dict[str, Any]) -> Table:
         tuple(row[key] for key in ("model", "criterion", "mean", "p", "trials", "types"))
         for row in study["tau_by_model"]
     ]
-    return Table("The same, of each model", columns, rows, "p: over all orders of the types, one order for all trials.")
+    return Table("The order, of each model", columns, rows, "p: over all orders of the types, one order for all trials.")
 
 
 def _trials(study: dict[str, Any]) -> Table:

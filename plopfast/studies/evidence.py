@@ -93,7 +93,14 @@ def evidence(trials: Sequence[Trial], confidence: float = 0.95) -> dict[str, Any
             for name in dict.fromkeys(name for row in rows if row["model"] == model for name in row["tau"])
             if (of := _of_model([one for one in trials if one.cell.model == model], name))
         ],
-        "regret": sorted(regret, key=lambda row: row["mean"]), "default": _default(counted, picks, confidence),
+        "regret": sorted(regret, key=lambda row: row["mean"]),
+        "above_plop_by_model": [
+            {"model": model, "name": name, **of}
+            for model in models
+            for name in picks
+            if (of := _against([row for row in rows if row["model"] == model], name, confidence))
+        ],
+        "default": _default(counted, picks, confidence),
     }  # fmt: skip
 
 
@@ -222,17 +229,10 @@ def _mean(by_pair: Mapping[Any, float], confidence: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _against(
-    rows: Sequence[Mapping[str, Any]], name: str, pairs: Sequence[Any], confidence: float
-) -> dict[str, Any] | None:
-    """Regret minus that of PLoP's pick in the trials of `pairs` that have both; `p` by all changes of sign (of 10,000 above 13
-    pairs)."""
-    apart: dict[Any, list[float]] = {}
-    for row in rows:
-        regret, pair = row["regret"], (row["model"], row["task"])
-        if pair in pairs and "above_plop" in regret.get(name, {}):
-            apart.setdefault(pair, []).append(regret[name]["above_plop"])
-    both = {pair: fmean(values) for pair, values in apart.items()}
+def _against(rows: Sequence[Mapping[str, Any]], name: str, confidence: float) -> dict[str, Any] | None:
+    """Regret minus that of PLoP's pick in the trials that have both; `p` by all changes of sign (of 10,000 above 13 pairs)."""
+    rows = [row for row in rows if "above_plop" in row["regret"].get(name, {})]
+    both = _by_pair(rows, "regret", name, "above_plop")
     if not both or name == REFERENCE:
         return None
     values = torch.tensor([*both.values()], dtype=torch.float64)
@@ -250,7 +250,7 @@ def _against(
 def _regret(name: str, rows: Sequence[Mapping[str, Any]], confidence: float) -> dict[str, Any]:
     nats = _by_pair(rows, "regret", name, "nats")
     more = {key: fmean(_by_pair(rows, "regret", name, key).values()) for key in ("accuracy", "forgetting")}
-    versus = _against(rows, name, [*nats], confidence)
+    versus = _against(rows, name, confidence)
     return {"name": name, **_mean(nats, confidence), **more, "versus": versus}
 
 
@@ -266,7 +266,7 @@ def _default(rows: Sequence[Mapping[str, Any]], picks: Sequence[str], confidence
     if not means:
         return None
     best = min(means, key=lambda name: means[name])
-    versus = _against(rows, best, confirm, confidence)
+    versus = _against([row for row in rows if (row["model"], row["task"]) in confirm], best, confidence)
     return {
         "chosen": best, "chosen_on": [" x ".join(pair) for pair in choose], "means": means,
         "confirmed_on": [" x ".join(pair) for pair in confirm], "versus": versus,

@@ -191,11 +191,19 @@ def test_a_pick_against_plops():
     )
 
 
+def test_a_pick_against_plops_of_each_model():
+    rows = {(row["model"], row["name"]): row for row in evidence(pairs(6))["above_plop_by_model"]}
+    assert rows["m0", "all"]["mean"] == pytest.approx(-0.2 + 0.01 * 2) and rows["m0", "all"]["pairs"] == 3
+    assert rows["m1", "all"]["mean"] == pytest.approx(-0.2 + 0.01 * 3) and rows["m1", "all"]["p"] == 2 / 2**3
+    assert ("m0", "plop") not in rows
+
+
 def test_controls_are_shown_and_in_no_mean():
     more = trial(LOSSES, SCORES, others={"plop": 9.0, "all": 1.0}, name="noise-t-b", control=True)
     with_it, without = evidence([*pairs(6), more]), evidence(pairs(6))
     assert with_it["regret"] == without["regret"] and with_it["tau"] == without["tau"] and len(with_it["trials"]) == 7
-    assert {row["model"] for row in with_it["tau_by_model"]} == {"m0", "m1", "noise"}
+    for part in ("tau_by_model", "above_plop_by_model"):
+        assert {row["model"] for row in with_it[part]} == {"m0", "m1", "noise"}
 
 
 def test_the_default_is_chosen_on_one_half_and_confirmed_on_the_other():
