@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 CHECK = """
 import pathlib, plopfast, plopfast.kernels.reference, plopfast.data.rows
 folder = pathlib.Path(plopfast.__file__).resolve().parent
-assert all(p.is_file() for p in [*plopfast.data.rows.DEMO.values(), *(folder / "report" / name for name in ("page.html.j2", "figures.html.j2", "style.css.j2", "style_small.css.j2"))])
+assert all(p.is_file() for p in [*plopfast.data.rows.DEMO.values(), *(folder / "report" / name for name in ("page.html.j2", "figures.html.j2", "style.css.j2", "style_small.css.j2", "studied.json"))])
 print(folder)
 """
 NO_KERNELS = "import importlib.util as u; assert u.find_spec('kernels') is None, u.find_spec('kernels')"

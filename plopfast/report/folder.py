@@ -73,6 +73,11 @@ class RunFolder:
         return self._kept_intervals.get("why", "")
 
     @property
+    def model_type(self) -> str:
+        """The model_type of the model's config.json; "" where no stage has noted it."""
+        return self.stages.get("load", {}).get("model_type", "")
+
+    @property
     def judged_by(self) -> str:
         """The kind of rows that eval.json is of: test or validation. Older files do not say it."""
         return self.eval.get("rows", "held-out")

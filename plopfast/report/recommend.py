@@ -1,13 +1,14 @@
 """Which placement the files of a run folder speak for, and how sure that is, in sentences.
 
 They claim no more than the files hold: they say where the prompts do not settle the choice, and where a trial shows no
-difference.
+difference. Without a trial, they cite plopfast's own study.
 """
 
 from typing import Any
 
 from ..placing.rules import RULES, nfn_rule
 from .folder import RunFolder
+from .studied import what_the_study_found
 from .words import listed, points_of, range_of, ties_of
 
 
@@ -17,7 +18,7 @@ def recommendation(run: RunFolder) -> str:
         return recommended
     said = findings(run.trial)
     if run.types:
-        tried = f"In the trial, {said}." if said else "No trial has compared them with other placements yet."
+        tried = f"In the trial, {said}." if said else f"{what_the_study_found(run.model_type)} {_untried(run)}"
         return f"Put {adapters(run)}{listed(run.types)}. {how_sure(run)} {tried}"
     if said:
         return f"In the trial, {said}."
@@ -62,6 +63,10 @@ def findings(trial: dict[str, Any]) -> str:
     found += [f"did better than {listed(worse)}"] if worse else []
     found += [f"showed no difference from {listed(equal)}"] if equal else []
     return f"{trial['reference']} {' and '.join(found)}" if found else ""
+
+
+def _untried(run: RunFolder) -> str:
+    return f"No trial has compared placements on your rows yet: {run.command('trial')} does."
 
 
 def _arms(trial: dict[str, Any], verdict: str) -> list[dict[str, Any]]:

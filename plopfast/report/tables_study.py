@@ -79,7 +79,9 @@ def _by_model(study: dict[str, Any]) -> Table:
         tuple(row[key] for key in ("model", "criterion", "mean", "p", "trials", "types"))
         for row in study["tau_by_model"]
     ]
-    return Table("The order, of each model", columns, rows, "p: over all orders of the types, one order for all trials.")
+    return Table(
+        "The order, of each model", columns, rows, "p: over all orders of the types, one order for all trials."
+    )
 
 
 def _trials(study: dict[str, Any]) -> Table:

@@ -85,7 +85,8 @@ class Run:
                 stream=self.config.stream,
                 resident_share=self.config.resident_share,
             )
-            noted |= {"model": model.name_or_path, "revision": getattr(model.config, "_commit_hash", None)}
+            noted |= {"model": model.name_or_path, "model_type": model.config.model_type}
+            noted["revision"] = getattr(model.config, "_commit_hash", None)
         if path := path_of(self.config.model):
             self.at.reads.append(path)
         if sharded:

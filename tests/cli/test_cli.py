@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 import plopfast as pf
 from plopfast.cli import main
 from plopfast.cli.options import names_of
+from plopfast.report.folder import RunFolder
 
 STAGES = [
     "config.json",
@@ -63,6 +64,7 @@ def test_run_writes_everything(base, tmp_path, model_folder, capsys):
     assert beside >= {f"{name}.csv" for name in figures} and {name.rpartition(".")[2] for name in beside} == {"csv"}
     for word in placement["types"]:
         assert word in page
+    assert RunFolder(out).model_type == "llama", "for which the report cites the study"
     before = {name: (out / name).stat().st_mtime_ns for name in STAGES}
     assert plopfast("run", *base, "--out", out) == 2
     assert "exists already (it holds data.json); choose another --out" in capsys.readouterr().err
