@@ -19,7 +19,7 @@ RIVALS = ("all", "mlp", "no-qk")
 
 
 def summary(study: dict[str, Any]) -> dict[str, Any]:
-    """Of study.json: {confidence, models: [{model, built_alike, tasks, tau, p, above_plop: {rival: {mean, low, high}}}]}."""
+    """Of study.json: {confidence, models: [{model, built_alike, tasks, tau, p, above_plop: {rival: {mean, p}}}]}."""
     found = []
     for name, (model, alike) in MODELS.items():
         taus = [row for row in study["tau_by_model"] if row["model"] == name and row["criterion"] == "plop"]
@@ -30,7 +30,7 @@ def summary(study: dict[str, Any]) -> dict[str, Any]:
         found.append({
             "model": model, "built_alike": alike, "tasks": len({trial["task"] for trial in trials}),
             "tau": taus[0]["mean"], "p": taus[0]["p"],
-            "above_plop": {rival: {key: rivals[rival][key] for key in ("mean", "low", "high")} for rival in RIVALS},
+            "above_plop": {rival: {key: rivals[rival][key] for key in ("mean", "p")} for rival in RIVALS},
         })  # fmt: skip
     return {"confidence": study["confidence"], "models": found}
 

@@ -24,7 +24,7 @@ def what_the_study_found(model_type: str) -> str:
         order = (
             f"the order by NFN {_order(one, studied['confidence'])} (Kendall's tau {one['tau']:+.2f}, p {one['p']:.2g})"
         )
-        said.append(f"In plopfast's study of {which} {order}, and its pick {_pick(one['above_plop'])}.")
+        said.append(f"In plopfast's study of {which} {order}, and its pick {_pick(one, studied['confidence'])}.")
     return " ".join(said)
 
 
@@ -40,11 +40,11 @@ def _order(one: dict[str, Any], confidence: float) -> str:
     return f"{'agreed with' if one['tau'] > 0 else 'was the reverse of'} {alone}"
 
 
-def _pick(above_plop: dict[str, Any]) -> str:
-    """PLoP's pick against its rivals, by the interval of the difference in test loss; of one task there is none."""
+def _pick(one: dict[str, Any], confidence: float) -> str:
+    """PLoP's pick against its rivals: `mean` is a rival's test loss above the pick's, `p` that of all changes of sign over tasks."""
     found: dict[str, list[str]] = {"did better than": [], "did worse than": [], "showed no difference from": []}
     for rival, name in RIVALS.items():
-        low, high = (above_plop[rival][key] for key in ("low", "high"))
-        equal = low is None or low <= 0 <= high
-        found["showed no difference from" if equal else "did better than" if low > 0 else "did worse than"].append(name)
+        of = one["above_plop"][rival]
+        verdict = "did better than" if of["mean"] > 0 else "did worse than"
+        found["showed no difference from" if of["p"] > 1 - confidence else verdict].append(name)
     return listed([f"{verdict} {listed(names)}" for verdict, names in found.items() if names])
