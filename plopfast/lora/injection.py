@@ -75,6 +75,8 @@ def check_name(model: nn.Module, name: str | None) -> None:
     if every_adapter(model) and (name is None or adapters(model)):
         named = f" with names ({', '.join(adapter_names(model))})" * bool(adapter_names(model))
         raise AdapterError(f"the model has LoRA adapters{named} already: unload(model) or merge(model) first")
+    if name is not None and not isinstance(name, str):
+        raise AdapterError(f"name of an adapter: expected a text, got {name!r:.60}")
     if name is not None and (problem := problem_of_text(name)):
         raise AdapterError(f"name of an adapter: {problem}")
     if name in adapter_names(model):

@@ -302,6 +302,7 @@ def test_bad_injections(tmp_path, batch):
         (lambda: pf.load_adapter(model, tmp_path / "a", name="b"), "has an adapter 'b' already"),
         (lambda: pf.load_adapter(model, tmp_path / "a"), "with names .* already"),
         (lambda: pf.inject(model, other, name=""), "name of an adapter: expected a name"),
+        (lambda: pf.inject(model, other, name=3), "name of an adapter: expected a text, got 3"),
         (lambda: pf.inject(model, other, name="a\x1b"), "control characters"),
         (lambda: pf.save_adapter(model, tmp_path / "x"), r"one of the model's adapters \(a, b\), got None"),
         (lambda: pf.save_adapter(model, tmp_path / "x", name="c"), r"\(a, b\), got 'c'"),
