@@ -23,9 +23,10 @@ MARKS = "osD^vP"
 
 
 def costs(axes: Any, study: dict[str, Any]) -> None:
-    """Regret of each placement, lowest on top; those of single types and of single modules are in study.json."""
-    rows = [row for row in study["regret"] if not row["name"].endswith("_proj") or "+" in row["name"]]
-    rows = [row for row in rows if "." not in row["name"]]
+    """Regret of each placement that is in all pairs, lowest on top; those of single types and of single modules are in study.json."""
+    pairs = max(row["pairs"] for row in study["regret"])
+    rows = [row for row in study["regret"] if row["pairs"] == pairs and row["name"] != "strongest-module"]
+    rows = [row for row in rows if not row["name"].endswith("_proj") or "+" in row["name"]]
     for place, row in enumerate(reversed(rows)):
         color = OURS if row["name"] == "plop" else OTHERS
         low, high = (row[key] if row[key] is not None else row["mean"] for key in ("low", "high"))
