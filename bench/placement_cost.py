@@ -4,8 +4,7 @@
 
 SmolLM2-135M in float32 on one core. PLoP's placement at the rank sets the parameters of the other placements ("matched"); then each
 has the rank itself. CPU time of the steps, in turns: the ratio to PLoP's placement in each turn, and its median with the 20 % and
-80 % quantiles. "peak" are the bytes of all tensors that are alive at one time, counted in a real step. A placement of few modules is
-quick where the others' adapters are left out, and again where the gradient need not reach the first layers.
+80 % quantiles. "peak" are the bytes of all tensors that are alive at one time, counted in a real step.
 """
 
 import argparse

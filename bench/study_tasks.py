@@ -28,10 +28,7 @@ from plopfast.support import files
 
 GENERAL = Path(__file__).parent / "study_general.txt"
 SIZES = {"train": 2000, "valid": 256, "test": 400}
-TESTED = {
-    "extraction": 200,
-    "python-docs": 150,
-}  # fewer test rows, as each has many labels: the model sees them 50 times
+TESTED = {"extraction": 200, "python-docs": 150}  # fewer test rows, as each has many labels
 ROWS = sum(SIZES.values())
 OURS = "Apache-2.0, as plopfast"
 Row = dict[str, str]

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from .words import listed
+from .words import listed, several
 
 RIVALS = {"all": "adapters on all modules", "mlp": "adapters on the MLP", "no-qk": "adapters on all but query and key"}
 
@@ -20,11 +20,11 @@ def what_the_study_found(model_type: str) -> str:
     alike = [one for one in studied["models"] if model_type in one["built_alike"]]
     said = ["plopfast's study has no model that is built like this one."] if model_type and not alike else []
     for one in alike or studied["models"]:
-        which = f"{one['model']}, which is built like this model," if alike else f"{one['model']},"
+        which = f"{one['model']} ({several(one['tasks'], 'task')}), {'which is built like this model, ' * bool(alike)}"
         order = (
             f"the order by NFN {_order(one, studied['confidence'])} (Kendall's tau {one['tau']:+.2f}, p {one['p']:.2g})"
         )
-        said.append(f"In plopfast's study of {which} {order}, and its pick {_pick(one, studied['confidence'])}.")
+        said.append(f"In plopfast's study of {which}{order}, and its pick {_pick(one, studied['confidence'])}.")
     return " ".join(said)
 
 

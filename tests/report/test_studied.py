@@ -34,7 +34,7 @@ def test_the_package_holds_what_the_study_found(monkeypatch):
 
 def test_of_a_model_that_is_built_alike(figures):
     assert studied.what_the_study_found("one") == (
-        "In plopfast's study of a, which is built like this model, the order by NFN agreed with how well each module type does alone "
+        "In plopfast's study of a (2 tasks), which is built like this model, the order by NFN agreed with how well each module type does alone "
         "(Kendall's tau +0.50, p 0.01), and its pick did better than adapters on all modules, did worse than adapters on the "
         "MLP and showed no difference from adapters on all but query and key."
     )
@@ -47,8 +47,8 @@ def test_of_a_model_that_is_built_alike(figures):
 def test_where_the_study_has_no_such_model(figures):
     said = studied.what_the_study_found("three")
     assert said.startswith(
-        "plopfast's study has no model that is built like this one. In plopfast's study of a, the order"
+        "plopfast's study has no model that is built like this one. In plopfast's study of a (2 tasks), the order"
     )
-    assert "In plopfast's study of b, the order" in said and "which is built" not in said
+    assert "In plopfast's study of b (2 tasks), the order" in said and "which is built" not in said
     unknown = studied.what_the_study_found("")
     assert unknown == said.partition("this one. ")[2], "older folders do not say what the model is"
