@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plopfast.report.tables_study import span
 from plopfast.support import files
 from plopfast.support.tables import Column, Table
 
@@ -29,8 +30,8 @@ def costs(study: dict[str, Any]) -> str:
     pairs = max(row["pairs"] for row in study["regret"])
     rows = [
         (
-            f"`{row['name']}`", row["mean"], _span(row, "+.3f"), 100 * row["accuracy"], row["forgetting"],
-            *((v["mean"], _span(v, "+.3f"), v["p_corrected"]) if (v := row["versus"]) else ("", "", "")),
+            f"`{row['name']}`", row["mean"], span(row, "+.3f"), 100 * row["accuracy"], row["forgetting"],
+            *((v["mean"], span(v, "+.3f"), v["p_corrected"]) if (v := row["versus"]) else ("", "", "")),
         )
         for row in study["regret"] if row["pairs"] == pairs
     ]  # fmt: skip
@@ -50,7 +51,7 @@ def orders(study: dict[str, Any]) -> str:
     for row in sorted(study["tau"], key=lambda row: -row["mean"]):
         each = [of.get((model, row["criterion"])) for model in models]
         rows.append((
-            f"`{row['criterion']}`", row["mean"], _span(row, "+.2f"), str(row["pairs"]),
+            f"`{row['criterion']}`", row["mean"], span(row, "+.2f"), str(row["pairs"]),
             *(f"{one['mean']:+.2f} ({one['p']:.2g})" if one else "" for one in each),
         ))  # fmt: skip
     level = f"{100 * study['confidence']:g}% interval"
@@ -71,10 +72,6 @@ def alone(study: dict[str, Any]) -> str:
         ]
         rows.append((f"`{trial['name']}`", ", ".join(shown)))
     return _markdown([Column("trial"), Column("test loss of each type alone, lowest NFN first")], rows)
-
-
-def _span(row: dict[str, Any], form: str) -> str:
-    return "" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
 
 
 def _markdown(columns: list[Column], rows: list[Any]) -> str:

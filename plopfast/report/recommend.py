@@ -18,7 +18,7 @@ def recommendation(run: RunFolder) -> str:
         return recommended
     said = findings(run.trial)
     if run.types:
-        tried = f"In the trial, {said}." if said else f"{what_the_study_found(run.model_type)} {_untried(run)}"
+        tried = f"In the trial, {said}." if said else _untried(run)
         return f"Put {adapters(run)}{listed(run.types)}. {how_sure(run)} {tried}"
     if said:
         return f"In the trial, {said}."
@@ -66,7 +66,8 @@ def findings(trial: dict[str, Any]) -> str:
 
 
 def _untried(run: RunFolder) -> str:
-    return f"No trial has compared placements on your rows yet: {run.command('trial')} does."
+    offer = f"No trial has compared placements on your rows yet: {run.command('trial')} does."
+    return f"{what_the_study_found(run.model_type)} {offer}"
 
 
 def _arms(trial: dict[str, Any], verdict: str) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ def study_tables(study: dict[str, Any]) -> list[Table]:
     return [table for table in made if table.rows]
 
 
-def _span(row: dict[str, Any], form: str) -> str:
+def span(row: dict[str, Any], form: str) -> str:
+    """Return the interval of a row, "-0.1 to +0.2"; nothing where one pair does not tell it."""
     return "" if row["low"] is None else f"{row['low']:{form}} to {row['high']:{form}}"
 
 
@@ -23,8 +24,8 @@ def _regret(study: dict[str, Any]) -> Table:
     ]  # fmt: skip
     rows = [
         (
-            row["name"], row["mean"], _span(row, "+.4f"), row["accuracy"], row["forgetting"], row["pairs"],
-            *((v["mean"], _span(v, "+.4f"), v["p_corrected"]) if (v := row["versus"]) else ("", "", "")),
+            row["name"], row["mean"], span(row, "+.4f"), row["accuracy"], row["forgetting"], row["pairs"],
+            *((v["mean"], span(v, "+.4f"), v["p_corrected"]) if (v := row["versus"]) else ("", "", "")),
         )
         for row in study["regret"]
     ]  # fmt: skip
@@ -37,7 +38,7 @@ def _above_plop(study: dict[str, Any]) -> Table:
         Column(f"{100 * study['confidence']:g}% interval"), Column("p", ".4f"), Column("tasks", "d"),
     ]  # fmt: skip
     rows = [
-        (row["model"], row["name"], row["mean"], _span(row, "+.4f"), row["p"], row["pairs"])
+        (row["model"], row["name"], row["mean"], span(row, "+.4f"), row["p"], row["pairs"])
         for row in study["above_plop_by_model"]
     ]
     return Table("Against PLoP's pick, of each model", columns, rows, "p: over all changes of sign, not corrected.")
@@ -55,7 +56,7 @@ def _said(default: dict[str, Any] | None, level: str) -> str:
     verdict = "holds" if default["confirmed"] else "does not hold"
     return (
         f"{regret} {default['chosen']} has the lowest mean regret on half of the pairs. On the other half its regret minus plop's is "
-        f"{versus['mean']:+.4f} ({level} {_span(versus, '+.4f')}): that it is better {verdict} there."
+        f"{versus['mean']:+.4f} ({level} {span(versus, '+.4f')}): that it is better {verdict} there."
     )
 
 
@@ -63,7 +64,7 @@ def _tau(study: dict[str, Any]) -> Table:
     columns = [
         Column("criterion"), Column("tau", "+.2f"), Column(f"{100 * study['confidence']:g}% interval"), Column("pairs", "d"),
     ]  # fmt: skip
-    rows = [(row["criterion"], row["mean"], _span(row, "+.2f"), row["pairs"]) for row in study["tau"]]
+    rows = [(row["criterion"], row["mean"], span(row, "+.2f"), row["pairs"]) for row in study["tau"]]
     note = (
         "Kendall's tau of the criterion's order and the test loss of each module type trained alone; 1: the same order."
     )
